@@ -1,0 +1,88 @@
+//! From a verified equation to the one form that every lowering computes.
+
+use crate::arena::Handle;
+use crate::layer::{Activation, Node, Operand, Reduce};
+use crate::verify::VerifiedLayer;
+
+/// The adapted linear: y = φ(Σ terms + bias). Every `Handle<Node>` points into `layer` and depends on adapters, base weight
+/// and constants alone, never on the input, so it is computed once, when an adapter is loaded.
+#[derive(Clone, Debug)]
+pub struct AdaptedLinear {
+    /// The rewritten layer that the handles point into.
+    pub layer: VerifiedLayer,
+    /// x, `[tokens, d]`.
+    pub input: Handle<Operand>,
+    /// w0, `[d, k]`.
+    pub base_weight: Handle<Operand>,
+    /// What is summed.
+    pub terms: Vec<Term>,
+    /// A shared vector `[k]`.
+    pub bias: Option<Handle<Operand>>,
+    /// φ
+    pub activation: Activation,
+}
+
+/// One summand: `outer ∘ core(inner ∘ x)`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Term {
+    /// A vector `[d]` or scalar that scales the input; `None` is 1.
+    pub inner: Option<Handle<Node>>,
+    /// A vector `[k]` or scalar that scales the output; `None` is 1.
+    pub outer: Option<Handle<Node>>,
+    /// What maps `[tokens, d]` to `[tokens, k]`.
+    pub core: Core,
+}
+
+/// The linear map of a [`Term`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Core {
+    /// x @ w0
+    Base,
+    /// Σ_r (or mean_r) a_r ∘ ((b_r ∘ x) @ w0), Eq. 5.
+    Multiplicative {
+        /// `[d, r]`
+        b: Handle<Node>,
+        /// `[r, k]`
+        a: Handle<Node>,
+        /// Sum or mean over the rank.
+        reduce: Reduce,
+    },
+    /// (x @ b) @ a, paper A.2.
+    Additive {
+        /// `[d, r]`
+        b: Handle<Node>,
+        /// `[r, k]`
+        a: Handle<Node>,
+        /// Sum or mean over the rank.
+        reduce: Reduce,
+    },
+}
+
+/// An adapter in the form the kernels read, every scale, mean and norm folded in, for one base weight `[d, k]`:
+///
+///     y = φ( Σ_v out_v ∘ ((in_v ∘ x) @ w0)  +  Σ_q (x · shrink_q) expand_q  +  bias )
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FoldedAdapter {
+    /// One GEMM row each per token. A base row has one without scales; IA3 one with a scale; fLoRA of rank r has r; HiRA r + 1.
+    pub virtual_rows: Vec<VirtualRow>,
+    /// The additive low-rank part; its length is the rank.
+    pub low_rank: Vec<RankOne>,
+}
+
+/// `out ∘ ((in ∘ x) @ w0)`
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct VirtualRow {
+    /// `[d]`, or `None` for all ones.
+    pub in_scale: Option<Vec<f32>>,
+    /// `[k]`, or `None` for all ones.
+    pub out_scale: Option<Vec<f32>>,
+}
+
+/// `(x · shrink) expand`
+#[derive(Clone, Debug, PartialEq)]
+pub struct RankOne {
+    /// `[d]`
+    pub shrink: Vec<f32>,
+    /// `[k]`
+    pub expand: Vec<f32>,
+}

@@ -1,0 +1,164 @@
+//! The graph of one layer: the equation as its author wrote it, before anything is checked.
+
+use crate::arena::{Arena, Handle};
+use crate::types::TensorType;
+
+/// A stretch of the source that a mistake can be shown at: bytes of the text form, or token numbers of a macro's input.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Span {
+    /// The first byte or token.
+    pub start: u32,
+    /// One past the last byte or token.
+    pub end: u32,
+}
+
+/// What an operand is to the layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// The activations, `[tokens, d]`.
+    Input,
+    /// The frozen weight W0, `[d, k]`.
+    BaseWeight,
+    /// A shared vector added to the output, `[k]`.
+    Bias,
+    /// A matrix, vector or scalar that each segment's adapter brings.
+    Adapter,
+}
+
+/// A named argument of the layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Operand {
+    /// The name in the source.
+    pub name: String,
+    /// What it is to the layer.
+    pub role: Role,
+    /// Its declared type.
+    pub ty: TensorType,
+}
+
+/// How values over the rank axis, or the products of a matmul, are combined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reduce {
+    /// Their sum.
+    Sum,
+    /// Their mean (the paper's `torch.mean`, §3.1).
+    Mean,
+}
+
+/// An elementwise operator; a vector broadcasts over rows, a scalar over everything, both over the rank axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Operator {
+    /// `l + r`
+    Add,
+    /// `l * r`
+    Multiply,
+    /// `l / r`
+    Divide,
+}
+
+/// φ of Eq. 2.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// x
+    #[default]
+    Identity,
+    /// max(x, 0)
+    Relu,
+    /// x·Φ(x), by the error function
+    GeluErf,
+    /// x·Φ(x), by its tanh approximation
+    GeluTanh,
+    /// x·sigmoid(x)
+    Silu,
+}
+
+/// One operation; its operands are earlier nodes of the same arena.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Node {
+    /// The value of an operand.
+    Operand(Handle<Operand>),
+    /// A number that the equation itself holds.
+    Constant(f64),
+    /// `lhs @ rhs`: contracts the last dimension of `lhs` with the first of `rhs`; [`Reduce::Mean`] divides by its extent.
+    /// A rank axis of either side is kept.
+    MatMul {
+        /// `[m, n]`
+        lhs: Handle<Node>,
+        /// `[n, p]`
+        rhs: Handle<Node>,
+        /// Sum, or mean over the contracted dimension.
+        reduce: Reduce,
+    },
+    /// An elementwise operation with broadcast.
+    Elementwise {
+        /// The operator.
+        operator: Operator,
+        /// The left operand.
+        lhs: Handle<Node>,
+        /// The right operand.
+        rhs: Handle<Node>,
+    },
+    /// `[d, r]` → r vectors `[d]` over the rank axis: the b_r of Eq. 5.
+    Columns(Handle<Node>),
+    /// `[r, k]` → r vectors `[k]` over the rank axis: the a_r of Eq. 5.
+    Rows(Handle<Node>),
+    /// Σ_r or mean_r: removes the rank axis.
+    ReduceRank {
+        /// Sum or mean.
+        reduce: Reduce,
+        /// A value with a rank axis.
+        value: Handle<Node>,
+    },
+    /// `[d, k]` → `[k]`, the Euclidean norm of every column (DoRA's ‖·‖).
+    ColumnNorm(Handle<Node>),
+    /// φ(value), elementwise.
+    Activation {
+        /// φ
+        function: Activation,
+        /// `[tokens, k]`
+        value: Handle<Node>,
+    },
+}
+
+/// An equation: operands, nodes, and the node that is the output. Not verified; see [`verify`](crate::verify::verify).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Layer {
+    /// The layer's name.
+    pub name: String,
+    /// The arguments, in the order of the source.
+    pub operands: Arena<Operand>,
+    /// The operations, operands before users.
+    pub nodes: Arena<Node>,
+    /// The output, `[tokens, k]`.
+    pub root: Option<Handle<Node>>,
+    /// Where each operand was declared, by handle.
+    pub operand_spans: Vec<Span>,
+    /// Where each node was written, by handle.
+    pub node_spans: Vec<Span>,
+}
+
+impl Layer {
+    /// A layer without operands or nodes.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            operands: Arena::default(),
+            nodes: Arena::default(),
+            root: None,
+            operand_spans: Vec::new(),
+            node_spans: Vec::new(),
+        }
+    }
+
+    /// Declares an operand.
+    pub fn declare(&mut self, operand: Operand, span: Span) -> Handle<Operand> {
+        self.operand_spans.push(span);
+        self.operands.push(operand)
+    }
+
+    /// Appends a node.
+    pub fn push(&mut self, node: Node, span: Span) -> Handle<Node> {
+        self.node_spans.push(span);
+        self.nodes.push(node)
+    }
+}

@@ -1,0 +1,69 @@
+//! What a value of the IR is: its symbolic shape, its element type, and whether every segment of a batch brings its own.
+
+use std::fmt;
+
+/// One symbolic extent of a tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Dimension {
+    /// The rows of the batch (t in the paper's notation, b·l flattened).
+    Tokens,
+    /// A named extent such as `D`, `K` or `R`; two dimensions are the same when their names are.
+    Symbol(String),
+    /// A known extent.
+    Fixed(u64),
+}
+
+impl fmt::Display for Dimension {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Dimension::Tokens => f.write_str("tokens"),
+            Dimension::Symbol(name) => f.write_str(name),
+            Dimension::Fixed(extent) => write!(f, "{extent}"),
+        }
+    }
+}
+
+/// The extents of a value, its rank axis (see [`TensorType::rank_axis`]) not counted.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Shape {
+    /// One number.
+    Scalar,
+    /// `[n]`, which broadcasts over the rows of a matrix.
+    Vector(Dimension),
+    /// `[m, n]`, row-major.
+    Matrix(Dimension, Dimension),
+}
+
+/// The element type of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ElementType {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// The upper half of binary32.
+    BF16,
+}
+
+/// Whether a value is the same for the whole batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Scope {
+    /// One value for all rows: base weight, bias, constants.
+    Shared,
+    /// Every segment brings its own: adapters, and everything computed from them.
+    PerSegment,
+}
+
+/// The type of a value.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TensorType {
+    /// The extents.
+    pub shape: Shape,
+    /// A leading axis over the rank, as in Eq. 5's Σ_r: the value is a stack of `shape`s, one per rank, until
+    /// [`Node::ReduceRank`](crate::Node::ReduceRank) sums it.
+    pub rank_axis: Option<Dimension>,
+    /// The element type.
+    pub element: ElementType,
+    /// Shared or per segment.
+    pub scope: Scope,
+}
