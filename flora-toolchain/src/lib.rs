@@ -1,0 +1,1 @@
+//! flora-toolchain.
