@@ -1,0 +1,227 @@
+//! Software Vulkan with cooperative matrices, so that tensor-core kernels run on a machine without a GPU.
+//!
+//! Mesa's lavapipe has `VK_KHR_cooperative_matrix` since version 26, which no stable Debian ships. It is therefore
+//! unpacked from Debian's next release into the cache folder together with every library it needs, its C library
+//! included, and never installed: a program is started through that tree's own loader and sees nothing else of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::cache::Cache;
+use crate::error::FetchError;
+use crate::program::Fetch;
+
+/// The Debian release that the packages come from: the first with Mesa 26. A code name, because the name `testing`
+/// moves on to other versions.
+const SUITE: &str = "forky";
+/// Its packages: the driver, the Vulkan loader, and the C library they were built for.
+const PACKAGES: [&str; 3] = ["mesa-vulkan-drivers", "libvulkan1", "libc6"];
+/// The key ring that Debian's releases are signed with.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// Where a release's 64-bit libraries lie.
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+/// Lavapipe's manifest, put beside the libraries.
+const MANIFEST: &str = "lvp_icd.json";
+/// The entry in the cache folder.
+const ENTRY: &str = "lavapipe-forky";
+/// What is being fetched, for people.
+const WHAT: &str = "lavapipe (Mesa's software Vulkan)";
+
+/// An unpacked lavapipe.
+#[derive(Debug, Clone)]
+pub struct Lavapipe {
+    libraries: PathBuf,
+}
+
+impl Lavapipe {
+    /// Lavapipe from the cache folder, fetched into it (70 MB) on first use.
+    ///
+    /// # Errors
+    /// [`FetchError::Unsupported`] where there is no Debian on x86-64, [`FetchError::Offline`] without a network, and
+    /// whatever else keeps it from being unpacked.
+    pub fn ensure() -> Result<Self, FetchError> {
+        Self::ensure_in(&Cache::open()?)
+    }
+
+    /// The same in a cache of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`Lavapipe::ensure`].
+    pub fn ensure_in(cache: &Cache) -> Result<Self, FetchError> {
+        if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
+            return Err(FetchError::Unsupported { what: WHAT, needs: "Linux on x86-64" });
+        }
+        let folder = cache.install(ENTRY, fetch)?;
+        Ok(Self { libraries: folder.join(LIBRARIES) })
+    }
+
+    /// A command that runs `program` (a path; the search path is not looked at) with lavapipe as its only Vulkan
+    /// device. The caller adds the arguments.
+    ///
+    /// The program sees the loader as its own executable (`/proc/self/exe`). Programs it starts are ordinary again.
+    #[must_use]
+    pub fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(self.libraries.join("ld-linux-x86-64.so.2"));
+        command.arg("--library-path").arg(&self.libraries);
+        // The loader searches its libraries for a name without a slash.
+        command.arg(if program.components().count() == 1 { Path::new(".").join(program) } else { program.to_owned() });
+        command.env("VK_DRIVER_FILES", self.libraries.join(MANIFEST));
+        // Mesa asks for a folder to put sockets in, and warns without one.
+        if std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+            command.env("XDG_RUNTIME_DIR", std::env::temp_dir());
+        }
+        command
+    }
+}
+
+/// Fills `folder` with the unpacked packages.
+fn fetch(folder: &Path) -> Result<(), FetchError> {
+    let fetch = Fetch::new(WHAT, folder, None);
+    let apt = Apt { fetch: &fetch, work: folder.join("apt") };
+    let packages = apt.download()?;
+    for package in packages {
+        let mut unpack = Command::new("dpkg-deb");
+        unpack.arg("--extract").arg(package).arg(folder);
+        fetch.run(unpack, missing("dpkg-deb"))?;
+    }
+    fs::remove_dir_all(&apt.work).map_err(FetchError::io("remove", &apt.work, WHAT))?;
+    remove_other_drivers(&folder.join(LIBRARIES))?;
+    write_manifest(folder)
+}
+
+/// apt-get with a configuration, lists and an archive of its own, so that the system's are neither changed nor needed.
+struct Apt<'a> {
+    fetch: &'a Fetch<'a>,
+    work: PathBuf,
+}
+
+impl Apt<'_> {
+    /// Downloads the packages with everything they depend on; gives the files.
+    fn download(&self) -> Result<Vec<PathBuf>, FetchError> {
+        for folder in ["lists/partial", "archives/partial"] {
+            let folder = self.work.join(folder);
+            fs::create_dir_all(&folder).map_err(FetchError::io("create", &folder, WHAT))?;
+        }
+        let mut outcome = Err(FetchError::Unsupported { what: WHAT, needs: "a Debian whose apt knows a mirror" });
+        for mirror in self.mirrors()? {
+            outcome = self.update(&mirror);
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        outcome?;
+        let install = ["-y", "--no-install-recommends", "--download-only", "install"];
+        self.run(install.iter().chain(&PACKAGES))?;
+        let archives = self.work.join("archives");
+        let entries = fs::read_dir(&archives).map_err(FetchError::io("list", &archives, WHAT))?;
+        let mut packages: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+        packages.retain(|path| path.extension().is_some_and(|extension| extension == "deb"));
+        packages.sort();
+        Ok(packages)
+    }
+
+    /// The mirrors that this system's apt is set up with, its own release's first. One of a third party may be among
+    /// them, which the check of the signature then turns down.
+    fn mirrors(&self) -> Result<Vec<String>, FetchError> {
+        if !Path::new(KEYRING).is_file() {
+            return Err(FetchError::Unsupported { what: WHAT, needs: "Debian, with its debian-archive-keyring" });
+        }
+        let mut list = Command::new("apt-get");
+        // Without release information the targets are listed even where no list was downloaded yet.
+        list.args([
+            "indextargets",
+            "--no-release-info",
+            "--format",
+            "$(COMPONENT) $(REPO_URI)",
+            "Created-By: Packages",
+        ]);
+        let output = self.fetch.run(list, missing("apt-get"))?;
+        let mut mirrors: Vec<String> = Vec::new();
+        for line in String::from_utf8_lossy(&output.stdout).lines() {
+            if let Some(mirror) = line.strip_prefix("main ")
+                && !mirrors.iter().any(|known| known == mirror)
+            {
+                mirrors.push(mirror.to_owned());
+            }
+        }
+        Ok(mirrors)
+    }
+
+    /// Fetches the release's package lists from `mirror`.
+    fn update(&self, mirror: &str) -> Result<(), FetchError> {
+        let sources = self.work.join("sources.list");
+        fs::write(&sources, format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {SUITE} main\n"))
+            .map_err(FetchError::io("write", &sources, WHAT))?;
+        // Without this a mirror that can't be reached is but a warning.
+        self.run(&["-o", "APT::Update::Error-Mode=any", "update"])
+    }
+
+    /// Runs apt-get with the private configuration.
+    fn run<'s>(&self, arguments: impl IntoIterator<Item = &'s &'s str>) -> Result<(), FetchError> {
+        let here = |name: &str| self.work.join(name).display().to_string();
+        let mut command = Command::new("apt-get");
+        command.arg("-qq");
+        for option in [
+            format!("Dir::Etc::sourcelist={}", here("sources.list")),
+            "Dir::Etc::sourceparts=/dev/null".to_owned(),
+            "Dir::Etc::preferences=/dev/null".to_owned(),
+            "Dir::Etc::preferencesparts=/dev/null".to_owned(),
+            format!("Dir::State::lists={}", here("lists")),
+            // No package counts as installed, so that all of them are downloaded.
+            "Dir::State::status=/dev/null".to_owned(),
+            format!("Dir::State::extended_states={}", here("extended_states")),
+            format!("Dir::Cache::archives={}", here("archives")),
+            "Dir::Cache::pkgcache=".to_owned(),
+            "Dir::Cache::srcpkgcache=".to_owned(),
+            // The folder belongs to the user who runs this, root or not.
+            "APT::Sandbox::User=".to_owned(),
+            "Debug::NoLocking=true".to_owned(),
+            "APT::Architecture=amd64".to_owned(),
+            "Acquire::Languages=none".to_owned(),
+            "Acquire::Retries=2".to_owned(),
+            "Acquire::http::Timeout=20".to_owned(),
+            "Acquire::https::Timeout=20".to_owned(),
+        ] {
+            command.arg("-o").arg(option);
+        }
+        command.args(arguments);
+        self.fetch.run(command, missing("apt-get")).map(drop)
+    }
+}
+
+/// The error for a program of Debian's that is not there.
+fn missing(program: &'static str) -> FetchError {
+    FetchError::MissingProgram {
+        what: WHAT.to_owned(),
+        program,
+        mend: "it is part of Debian; elsewhere run on a GPU, or install Mesa 26 or newer and run without lavapipe's runner",
+    }
+}
+
+/// Removes the drivers for hardware, most of what the package holds.
+fn remove_other_drivers(libraries: &Path) -> Result<(), FetchError> {
+    let entries = fs::read_dir(libraries).map_err(FetchError::io("list", libraries, WHAT))?;
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with("libvulkan_") && name != "libvulkan_lvp.so" {
+            fs::remove_file(entry.path()).map_err(FetchError::io("remove", entry.path(), WHAT))?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts lavapipe's manifest beside its library and has it name that, wherever the cache folder is moved to.
+fn write_manifest(folder: &Path) -> Result<(), FetchError> {
+    let from = folder.join("usr/share/vulkan/icd.d").join(MANIFEST);
+    let to = folder.join(LIBRARIES).join(MANIFEST);
+    let text = fs::read_to_string(&from).map_err(FetchError::io("read", &from, WHAT))?;
+    let damaged = |detail: String| FetchError::Wheel { what: WHAT.to_owned(), detail };
+    let mut manifest: serde_json::Value =
+        serde_json::from_str(&text).map_err(|error| damaged(format!("{MANIFEST}: {error}")))?;
+    match manifest.pointer_mut("/ICD/library_path") {
+        Some(path) => *path = "./libvulkan_lvp.so".into(),
+        None => return Err(damaged(format!("{MANIFEST} has no ICD.library_path"))),
+    }
+    fs::write(&to, manifest.to_string()).map_err(FetchError::io("write", &to, WHAT))
+}
