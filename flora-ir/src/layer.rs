@@ -56,6 +56,22 @@ pub enum Operator {
     Divide,
 }
 
+impl Operator {
+    /// The sign in the text form.
+    pub fn sign(self) -> &'static str {
+        match self {
+            Operator::Add => "+",
+            Operator::Multiply => "*",
+            Operator::Divide => "/",
+        }
+    }
+
+    /// Whether the operands can be exchanged.
+    pub fn is_commutative(self) -> bool {
+        self != Operator::Divide
+    }
+}
+
 /// φ of Eq. 2.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Activation {
@@ -70,6 +86,23 @@ pub enum Activation {
     GeluTanh,
     /// x·sigmoid(x)
     Silu,
+}
+
+impl Activation {
+    /// Every activation.
+    pub const ALL: [Activation; 5] =
+        [Activation::Identity, Activation::Relu, Activation::GeluErf, Activation::GeluTanh, Activation::Silu];
+
+    /// The name in the text form.
+    pub fn name(self) -> &'static str {
+        match self {
+            Activation::Identity => "identity",
+            Activation::Relu => "relu",
+            Activation::GeluErf => "gelu_erf",
+            Activation::GeluTanh => "gelu_tanh",
+            Activation::Silu => "silu",
+        }
+    }
 }
 
 /// One operation; its operands are earlier nodes of the same arena.
@@ -120,6 +153,34 @@ pub enum Node {
     },
 }
 
+impl Node {
+    /// The nodes this one reads, in the order of the source.
+    pub fn operands(&self) -> impl Iterator<Item = Handle<Node>> + use<> {
+        let (first, second) = match *self {
+            Node::Operand(_) | Node::Constant(_) => (None, None),
+            Node::MatMul { lhs, rhs, .. } | Node::Elementwise { lhs, rhs, .. } => (Some(lhs), Some(rhs)),
+            Node::Columns(value) | Node::Rows(value) | Node::ColumnNorm(value) => (Some(value), None),
+            Node::ReduceRank { value, .. } | Node::Activation { value, .. } => (Some(value), None),
+        };
+        first.into_iter().chain(second)
+    }
+
+    /// The same operation on other nodes: `f` is called once for each operand, in order.
+    pub fn map_operands(&self, mut f: impl FnMut(Handle<Node>) -> Handle<Node>) -> Node {
+        match *self {
+            Node::Operand(operand) => Node::Operand(operand),
+            Node::Constant(number) => Node::Constant(number),
+            Node::MatMul { lhs, rhs, reduce } => Node::MatMul { lhs: f(lhs), rhs: f(rhs), reduce },
+            Node::Elementwise { operator, lhs, rhs } => Node::Elementwise { operator, lhs: f(lhs), rhs: f(rhs) },
+            Node::Columns(value) => Node::Columns(f(value)),
+            Node::Rows(value) => Node::Rows(f(value)),
+            Node::ReduceRank { reduce, value } => Node::ReduceRank { reduce, value: f(value) },
+            Node::ColumnNorm(value) => Node::ColumnNorm(f(value)),
+            Node::Activation { function, value } => Node::Activation { function, value: f(value) },
+        }
+    }
+}
+
 /// An equation: operands, nodes, and the node that is the output. Not verified; see [`verify`](crate::verify::verify).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Layer {
@@ -160,5 +221,32 @@ impl Layer {
     pub fn push(&mut self, node: Node, span: Span) -> Handle<Node> {
         self.node_spans.push(span);
         self.nodes.push(node)
+    }
+
+    /// Where `operand` was declared; the empty span when that was not recorded.
+    pub fn operand_span(&self, operand: Handle<Operand>) -> Span {
+        self.operand_spans.get(operand.index()).copied().unwrap_or_default()
+    }
+
+    /// Where `node` was written; the empty span when that was not recorded.
+    pub fn node_span(&self, node: Handle<Node>) -> Span {
+        self.node_spans.get(node.index()).copied().unwrap_or_default()
+    }
+
+    /// For each node, whether `node` reads it, directly or not (`node` itself included). Handles that don't exist or point
+    /// forward are passed over.
+    pub fn reachable_from(&self, node: Handle<Node>) -> Vec<bool> {
+        let mut reachable = vec![false; self.nodes.len()];
+        if let Some(first) = reachable.get_mut(node.index()) {
+            *first = true;
+        }
+        for (user, operation) in self.nodes.iter().rev() {
+            if reachable[user.index()] {
+                for operand in operation.operands().filter(|operand| *operand < user) {
+                    reachable[operand.index()] = true;
+                }
+            }
+        }
+        reachable
     }
 }

@@ -34,6 +34,16 @@ pub enum Shape {
     Matrix(Dimension, Dimension),
 }
 
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Shape::Scalar => f.write_str("[]"),
+            Shape::Vector(n) => write!(f, "[{n}]"),
+            Shape::Matrix(m, n) => write!(f, "[{m}, {n}]"),
+        }
+    }
+}
+
 /// The element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ElementType {
@@ -43,6 +53,22 @@ pub enum ElementType {
     F16,
     /// The upper half of binary32.
     BF16,
+}
+
+impl ElementType {
+    /// The name in the text form.
+    pub fn name(self) -> &'static str {
+        match self {
+            ElementType::F32 => "f32",
+            ElementType::F16 => "f16",
+            ElementType::BF16 => "bf16",
+        }
+    }
+
+    /// The type whose values hold those of both: itself when they agree, [`ElementType::F32`] otherwise.
+    pub fn join(self, other: ElementType) -> ElementType {
+        if self == other { self } else { ElementType::F32 }
+    }
 }
 
 /// Whether a value is the same for the whole batch.
@@ -66,4 +92,14 @@ pub struct TensorType {
     pub element: ElementType,
     /// Shared or per segment.
     pub scope: Scope,
+}
+
+impl fmt::Display for TensorType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.shape)?;
+        if let Some(rank) = &self.rank_axis {
+            write!(f, " for each of {rank}")?;
+        }
+        Ok(())
+    }
 }

@@ -60,7 +60,9 @@ pub enum Core {
 
 /// An adapter in the form the kernels read, every scale, mean and norm folded in, for one base weight `[d, k]`:
 ///
-///     y = φ( Σ_v out_v ∘ ((in_v ∘ x) @ w0)  +  Σ_q (x · shrink_q) expand_q  +  bias )
+/// ```text
+/// y = φ( Σ_v out_v ∘ ((in_v ∘ x) @ w0)  +  Σ_q (x · shrink_q) expand_q  +  bias )
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct FoldedAdapter {
     /// One GEMM row each per token. A base row has one without scales; IA3 one with a scale; fLoRA of rank r has r; HiRA r + 1.

@@ -1,0 +1,237 @@
+//! The oracle: a naive evaluator in f64 that every rewrite rule and every lowering is held against. Plain loops, no blocking,
+//! nothing shared with the code that it judges.
+
+mod operations;
+mod value;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use crate::arena::Handle;
+use crate::layer::{Layer, Node, Operand};
+use crate::types::{Dimension, Shape, TensorType};
+use crate::verify::VerifiedLayer;
+
+pub use operations::apply_activation;
+pub use value::Value;
+
+/// The most elements of one value, 8 GiB of f64.
+pub const MAX_ELEMENTS: usize = 1 << 30;
+
+/// The values of a layer's operands by name, and extents that no bound operand shows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Bindings {
+    values: BTreeMap<String, Value>,
+    extents: BTreeMap<Dimension, usize>,
+}
+
+impl Bindings {
+    /// No operand bound.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Binds `name` to `value`, in place of an earlier value.
+    pub fn insert(&mut self, name: impl Into<String>, value: Value) -> &mut Self {
+        self.values.insert(name.into(), value);
+        self
+    }
+
+    /// Says how long `dimension` is, where no bound operand has it.
+    pub fn insert_extent(&mut self, dimension: Dimension, extent: usize) -> &mut Self {
+        self.extents.insert(dimension, extent);
+        self
+    }
+
+    /// The value bound to `name`.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.values.get(name)
+    }
+
+    /// The extents of all dimensions of `operands`, those that are bound.
+    pub(crate) fn extents<'l>(&self, operands: impl Iterator<Item = &'l Operand>) -> Result<Extents, EvaluateError> {
+        let mut extents = Extents::default();
+        for (dimension, extent) in &self.extents {
+            extents.unify(dimension, *extent, "the given extents")?;
+        }
+        for operand in operands {
+            if let Some(value) = self.get(&operand.name) {
+                extents.unify_operand(operand, value)?;
+            }
+        }
+        Ok(extents)
+    }
+}
+
+impl<N: Into<String>> FromIterator<(N, Value)> for Bindings {
+    fn from_iter<I: IntoIterator<Item = (N, Value)>>(iter: I) -> Self {
+        let values = iter.into_iter().map(|(name, value)| (name.into(), value)).collect();
+        Self { values, extents: BTreeMap::new() }
+    }
+}
+
+/// Why a layer can't be evaluated on some bindings.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EvaluateError {
+    /// An operand that the node depends on has no value.
+    #[error("operand `{operand}` has no value: bind a tensor to it")]
+    Unbound {
+        /// The operand's name.
+        operand: String,
+    },
+    /// A value has another number of dimensions than its operand.
+    #[error("operand `{operand}` is declared {declared}, but its value has the shape {extents:?}")]
+    WrongShape {
+        /// The operand's name.
+        operand: String,
+        /// The declared type.
+        declared: String,
+        /// The extents of the value, a rank axis first.
+        extents: Vec<usize>,
+    },
+    /// Two operands disagree about an extent.
+    #[error("dimension {dimension} is {extent} in `{operand}` but {other_extent} in `{other}`")]
+    ExtentMismatch {
+        /// The dimension.
+        dimension: Dimension,
+        /// One operand.
+        operand: String,
+        /// Its extent.
+        extent: usize,
+        /// The other operand, or the declaration.
+        other: String,
+        /// Its extent.
+        other_extent: usize,
+    },
+    /// The number of elements is not the product of the extents.
+    #[error("{elements} elements can't have the shape {extents:?}")]
+    WrongLength {
+        /// The number of elements.
+        elements: usize,
+        /// The extents.
+        extents: Vec<usize>,
+    },
+    /// The mean over no elements.
+    #[error("the mean over an extent of 0 is not defined")]
+    EmptyMean,
+    /// A value would have more than [`MAX_ELEMENTS`] elements.
+    #[error("a value of shape {extents:?} has more than {MAX_ELEMENTS} elements")]
+    TooLarge {
+        /// The extents of the value.
+        extents: Vec<usize>,
+    },
+    /// The node is not one of the layer's.
+    #[error("node {node} is not a node of this layer")]
+    UnknownNode {
+        /// The handle's index.
+        node: usize,
+    },
+}
+
+/// One extent for each dimension, and who brought it.
+#[derive(Debug, Default)]
+pub(crate) struct Extents(BTreeMap<Dimension, (usize, String)>);
+
+impl Extents {
+    pub(crate) fn get(&self, dimension: &Dimension) -> Option<usize> {
+        match dimension {
+            Dimension::Fixed(extent) => usize::try_from(*extent).ok(),
+            other => self.0.get(other).map(|(extent, _)| *extent),
+        }
+    }
+
+    fn unify(&mut self, dimension: &Dimension, extent: usize, operand: &str) -> Result<(), EvaluateError> {
+        let mismatch = |other: &str, other_extent| EvaluateError::ExtentMismatch {
+            dimension: dimension.clone(),
+            operand: operand.to_owned(),
+            extent,
+            other: other.to_owned(),
+            other_extent,
+        };
+        if let Dimension::Fixed(fixed) = dimension {
+            let fixed = usize::try_from(*fixed).unwrap_or(usize::MAX);
+            return if fixed == extent { Ok(()) } else { Err(mismatch("the declaration", fixed)) };
+        }
+        match self.0.get(dimension) {
+            Some((known, _)) if *known == extent => Ok(()),
+            Some((known, by)) => Err(mismatch(by, *known)),
+            None => {
+                self.0.insert(dimension.clone(), (extent, operand.to_owned()));
+                Ok(())
+            }
+        }
+    }
+
+    fn unify_operand(&mut self, operand: &Operand, value: &Value) -> Result<(), EvaluateError> {
+        let dimensions = dimensions(&operand.ty);
+        let extents = value.extents();
+        if dimensions.len() != extents.len() || value.rank_extent().is_some() != operand.ty.rank_axis.is_some() {
+            return Err(EvaluateError::WrongShape {
+                operand: operand.name.clone(),
+                declared: operand.ty.to_string(),
+                extents,
+            });
+        }
+        dimensions
+            .into_iter()
+            .zip(extents)
+            .try_for_each(|(dimension, extent)| self.unify(dimension, extent, &operand.name))
+    }
+}
+
+/// The dimensions of a type, the rank axis first.
+fn dimensions(ty: &TensorType) -> Vec<&Dimension> {
+    let mut dimensions: Vec<&Dimension> = ty.rank_axis.iter().collect();
+    match &ty.shape {
+        Shape::Scalar => {}
+        Shape::Vector(n) => dimensions.push(n),
+        Shape::Matrix(m, n) => dimensions.extend([m, n]),
+    }
+    dimensions
+}
+
+/// The value of `node`. Only the operands that it depends on need to be bound; bound ones that it doesn't depend on are
+/// not looked at.
+///
+/// # Errors
+/// An operand without a value, or values whose extents disagree with each other or with the declaration; the mean over an
+/// empty rank; a value of more than [`MAX_ELEMENTS`] elements.
+pub fn evaluate(layer: &VerifiedLayer, node: Handle<Node>, bindings: &Bindings) -> Result<Value, EvaluateError> {
+    evaluate_graph(layer.layer(), node, bindings)
+}
+
+/// The output of the layer, `[tokens, k]`; every operand must be bound.
+///
+/// # Errors
+/// As [`evaluate`].
+pub fn evaluate_root(layer: &VerifiedLayer, bindings: &Bindings) -> Result<Value, EvaluateError> {
+    evaluate(layer, layer.root(), bindings)
+}
+
+/// [`evaluate`] on a graph whose nodes are known to have types.
+pub(crate) fn evaluate_graph(layer: &Layer, node: Handle<Node>, bindings: &Bindings) -> Result<Value, EvaluateError> {
+    let needed = layer.reachable_from(node);
+    let needed = |handle: Handle<Node>| needed.get(handle.index()).copied().unwrap_or(false);
+    let operands = layer.nodes.iter().filter(|(handle, _)| needed(*handle)).filter_map(|(_, node)| match node {
+        Node::Operand(operand) => layer.operands.get(*operand),
+        _ => None,
+    });
+    bindings.extents(operands)?;
+    let mut values: Vec<Option<Cow<'_, Value>>> = vec![None; layer.nodes.len()];
+    for (handle, operation) in layer.nodes.iter().filter(|(handle, _)| needed(*handle)) {
+        let value = match operation {
+            Node::Operand(operand) => {
+                let name = layer.operands.get(*operand).map_or("", |operand| operand.name.as_str());
+                let value = bindings.get(name).ok_or_else(|| EvaluateError::Unbound { operand: name.to_owned() })?;
+                Cow::Borrowed(value)
+            }
+            operation => Cow::Owned(operations::evaluate_node(operation, |operand| {
+                let unknown = EvaluateError::UnknownNode { node: operand.index() };
+                values.get(operand.index()).and_then(|value| value.as_deref()).ok_or(unknown)
+            })?),
+        };
+        values[handle.index()] = Some(value);
+    }
+    let value = values.get_mut(node.index()).and_then(Option::take);
+    value.map(Cow::into_owned).ok_or(EvaluateError::UnknownNode { node: node.index() })
+}

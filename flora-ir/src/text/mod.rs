@@ -1,0 +1,72 @@
+//! The text form of a layer: what a person writes into a file, what snapshots show, and what an error points into.
+//!
+//! ```text
+//! // StarCoder's query projection with a per-request fLoRA adapter.
+//! layer query(x: input[tokens, D], w0: weight[D, K]: f16, b: adapter[D, R], a: adapter[R, K]) {
+//!     let change = b @ a;
+//!     x @ (w0 * change)
+//! }
+//! ```
+//!
+//! - An operand is `name: role[dimensions]`, with `: f32` (the default), `: f16` or `: bf16` behind it. Roles are `input`,
+//!   `weight`, `bias` and `adapter`; no dimension is a scalar, one a vector, two a matrix. A dimension is `tokens`, a name, or
+//!   a number.
+//! - `@`, `*` and `/` bind alike and from the left, as in Python; `+` binds weaker.
+//! - Functions: `columns`, `rows`, `sum_rank`, `mean_rank`, `column_norm`, `matmul_mean` (of two), and the activations
+//!   `identity`, `relu`, `gelu_erf`, `gelu_tanh`, `silu`.
+//! - `let` names a value, used by that name any number of times; `//` starts a comment.
+
+mod lexer;
+mod parse;
+mod print;
+
+pub(crate) use parse::parse_pattern;
+pub use parse::{MAX_DEPTH, MAX_SOURCE_BYTES, ParseError, parse};
+pub(crate) use print::print_node;
+pub use print::{print, print_equation};
+
+use crate::layer::{Activation, Node, Reduce, Role};
+use crate::types::ElementType;
+
+const ROLES: [(&str, Role); 4] =
+    [("input", Role::Input), ("weight", Role::BaseWeight), ("bias", Role::Bias), ("adapter", Role::Adapter)];
+
+const ELEMENTS: [ElementType; 3] = [ElementType::F32, ElementType::F16, ElementType::BF16];
+
+/// The name of `role` in the text form.
+fn role_name(role: Role) -> &'static str {
+    ROLES.iter().find(|(_, named)| *named == role).map_or("adapter", |(name, _)| name)
+}
+
+/// A function of one argument by its name.
+fn unary_function(name: &str) -> Option<fn(crate::Handle<Node>) -> Node> {
+    Some(match name {
+        "columns" => Node::Columns,
+        "rows" => Node::Rows,
+        "column_norm" => Node::ColumnNorm,
+        "sum_rank" => |value| Node::ReduceRank { reduce: Reduce::Sum, value },
+        "mean_rank" => |value| Node::ReduceRank { reduce: Reduce::Mean, value },
+        "identity" => |value| Node::Activation { function: Activation::Identity, value },
+        "relu" => |value| Node::Activation { function: Activation::Relu, value },
+        "gelu_erf" => |value| Node::Activation { function: Activation::GeluErf, value },
+        "gelu_tanh" => |value| Node::Activation { function: Activation::GeluTanh, value },
+        "silu" => |value| Node::Activation { function: Activation::Silu, value },
+        _ => return None,
+    })
+}
+
+/// The name of the function that `node` is written as, where it isn't an operand, a number or an infix operator.
+fn function_name(node: &Node) -> Option<&'static str> {
+    match node {
+        Node::MatMul { reduce: Reduce::Mean, .. } => Some("matmul_mean"),
+        Node::Columns(_) => Some("columns"),
+        Node::Rows(_) => Some("rows"),
+        Node::ColumnNorm(_) => Some("column_norm"),
+        Node::ReduceRank { reduce: Reduce::Sum, .. } => Some("sum_rank"),
+        Node::ReduceRank { reduce: Reduce::Mean, .. } => Some("mean_rank"),
+        Node::Activation { function, .. } => Some(function.name()),
+        Node::MatMul { reduce: Reduce::Sum, .. } | Node::Operand(_) | Node::Constant(_) | Node::Elementwise { .. } => {
+            None
+        }
+    }
+}
