@@ -1,0 +1,161 @@
+//! Generated sources without a device: a target carries the properties of the device that it stands for, and a recorder takes
+//! the place of its driver, so that what is printed is what a launch there would compile.
+
+mod cuda;
+mod recorder;
+mod shader;
+mod stable;
+
+use std::str::FromStr;
+
+use cubecl::prelude::*;
+use serde::Serialize;
+
+use crate::batch::{AdapterSlots, LayerShape, Segment};
+use crate::kernels::Epilogue;
+use crate::launch::{LaunchError, LayerBuffers, Pool, launch};
+use crate::plan::Plan;
+use crate::schedule::{ScheduleError, schedule};
+use cuda::Cuda;
+use recorder::{Offline, OfflineDevice};
+use shader::{Spirv, Wgsl};
+
+/// What to generate source for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// CUDA C++ for one compute capability.
+    Cuda(Capability),
+    /// WebGPU's shading language.
+    Wgsl,
+    /// Vulkan's SPIR-V, disassembled.
+    Spirv,
+}
+
+/// A CUDA compute capability that flora knows the properties of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Capability {
+    /// A100.
+    Sm80,
+    /// H100 and H200.
+    Sm90,
+    /// B200.
+    Sm100,
+}
+
+impl Target {
+    /// Every target, with its name on the command line.
+    pub const ALL: [(&'static str, Target); 5] = [
+        ("cuda:sm_80", Target::Cuda(Capability::Sm80)),
+        ("cuda:sm_90", Target::Cuda(Capability::Sm90)),
+        ("cuda:sm_100", Target::Cuda(Capability::Sm100)),
+        ("wgsl", Target::Wgsl),
+        ("spirv", Target::Spirv),
+    ];
+}
+
+/// The name is no target's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown target `{0}`; use one of: {names}", names = Target::ALL.map(|(name, _)| name).join(", "))]
+pub struct UnknownTarget(pub String);
+
+impl FromStr for Target {
+    type Err = UnknownTarget;
+    fn from_str(name: &str) -> Result<Self, UnknownTarget> {
+        let found = Self::ALL.iter().find(|(known, _)| *known == name);
+        found.map(|(_, target)| *target).ok_or_else(|| UnknownTarget(name.to_owned()))
+    }
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let found = Self::ALL.iter().find(|(_, target)| target == self);
+        f.pad(found.map_or("", |(name, _)| name))
+    }
+}
+
+/// One launch that a schedule would make.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct EmittedKernel {
+    /// The kernel's name.
+    pub name: String,
+    /// Units of a cube.
+    pub cube_dim: [u32; 3],
+    /// Cubes of the launch; `None` when the device decides.
+    pub cube_count: Option<[u32; 3]>,
+    /// The source, the same at every run and on every machine.
+    pub source: String,
+}
+
+/// Why no source came out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EmitError {
+    /// The batch can't be scheduled.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// A launch can't be made on that target.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The compiler of that target refuses a kernel.
+    #[error("the kernel `{kernel}` doesn't compile for this target: {reason}")]
+    Compile {
+        /// Which kernel.
+        kernel: String,
+        /// The compiler's words.
+        reason: String,
+    },
+}
+
+/// What is emitted: the launches of `plan` for one batch.
+#[derive(Clone, Debug)]
+pub struct Emission<'a> {
+    /// Extents.
+    pub shape: LayerShape,
+    /// Bias and activation.
+    pub epilogue: Epilogue,
+    /// The lowerings.
+    pub plan: Plan,
+    /// The batch.
+    pub segments: &'a [Segment],
+    /// Its adapters.
+    pub adapters: &'a [AdapterSlots],
+}
+
+/// The launches that `emission` would make on `target`, in order.
+///
+/// # Errors
+/// Whatever keeps the batch from being launched there.
+pub fn emit(target: Target, emission: &Emission) -> Result<Vec<EmittedKernel>, EmitError> {
+    match target {
+        Target::Cuda(capability) => record::<Offline<Cuda>>(capability.version(), emission),
+        Target::Wgsl => record::<Offline<Wgsl>>(0, emission),
+        Target::Spirv => record::<Offline<Spirv>>(0, emission),
+    }
+}
+
+fn record<R>(variant: u16, emission: &Emission) -> Result<Vec<EmittedKernel>, EmitError>
+where
+    R: Runtime<Device = OfflineDevice>,
+    R::Server: cubecl::server::ComputeServer<Info = recorder::Recording>,
+{
+    let finishes = !emission.epilogue.is_identity();
+    let schedule = schedule(&emission.plan, emission.shape, emission.segments, emission.adapters, finishes)?;
+    let client = R::client(&OfflineDevice { variant });
+    let LayerShape { d, k } = emission.shape;
+    let buffer = |elements: u64| client.empty((elements * 4) as usize);
+    let (in_slots, out_slots) = (schedule.in_slots.max(1), schedule.out_slots.max(1));
+    let layer = LayerBuffers {
+        shape: emission.shape,
+        base_weight: buffer(u64::from(d) * u64::from(k)),
+        bias: emission.epilogue.bias.then(|| buffer(u64::from(k))),
+        in_pool: Pool { handle: buffer(u64::from(in_slots) * u64::from(d)), slots: in_slots },
+        out_pool: Pool { handle: buffer(u64::from(out_slots) * u64::from(k)), slots: out_slots },
+        epilogue: emission.epilogue,
+    };
+    let x = buffer(u64::from(schedule.tokens.max(1)) * u64::from(d));
+    client.info().record(|| {
+        let launched = launch(&client, &layer, &schedule, &x);
+        // Launches are handed to the recorder's own thread; a read waits for it.
+        let _ = client.read_one(x.clone());
+        launched.map(|_| ()).map_err(EmitError::from)
+    })
+}

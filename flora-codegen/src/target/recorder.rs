@@ -1,0 +1,255 @@
+//! A cubecl runtime that compiles what it is asked to launch and keeps the source instead of running it.
+
+use std::fmt::Debug;
+use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cubecl::Compiler;
+use cubecl::device::{Device, DeviceId};
+use cubecl::ir::{DeviceProperties, TargetProperties};
+use cubecl::prelude::*;
+use cubecl::server::{
+    Binding, ComputeServer, CopyDescriptor, ExecutionMode, KernelArguments, ProfileError, ProfilingToken,
+    ServerCommunication, ServerError, ServerUtilities,
+};
+use cubecl_common::backtrace::BackTrace;
+use cubecl_common::bytes::Bytes;
+use cubecl_common::device::DeviceService;
+use cubecl_common::future::DynFut;
+use cubecl_common::profile::ProfileDuration;
+use cubecl_common::stream_id::StreamId;
+use cubecl_core::zspace::{Shape, Strides};
+use cubecl_runtime::allocator::ContiguousMemoryLayoutPolicy;
+use cubecl_runtime::compiler::CubeTask;
+use cubecl_runtime::kernel::KernelMetadata;
+use cubecl_runtime::logging::ServerLogger;
+use cubecl_runtime::memory_management::{ManagedMemoryHandle, MemoryAllocationMode, MemoryUsage};
+use cubecl_runtime::storage::{BytesStorage, ComputeStorage, ManagedResource};
+
+use super::stable::stable_source;
+use super::{EmitError, EmittedKernel};
+
+/// What stands in for a device: its compiler and its properties.
+pub(super) trait Dialect: Debug + Clone + Send + Sync + 'static {
+    type Compiler: Compiler;
+    const NAME: &'static str;
+    const MAX_CUBE_COUNT: (u32, u32, u32);
+    fn compiler() -> Self::Compiler;
+    fn options(variant: u16) -> <Self::Compiler as Compiler>::CompilationOptions;
+    fn properties(variant: u16) -> DeviceProperties;
+    fn target_properties() -> TargetProperties;
+}
+
+/// One variant of a dialect; for CUDA the compute capability.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct OfflineDevice {
+    pub(super) variant: u16,
+}
+
+impl Device for OfflineDevice {
+    fn from_id(id: DeviceId) -> Self {
+        Self { variant: id.index_id }
+    }
+    fn to_id(&self) -> DeviceId {
+        DeviceId::new(0, self.variant)
+    }
+}
+
+/// The launches of one device, in order.
+#[derive(Debug, Default)]
+pub(super) struct Recording {
+    kernels: Mutex<Vec<Result<EmittedKernel, EmitError>>>,
+    /// Held while one caller launches, because clients of one device share the recorder.
+    turn: Mutex<()>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Recording {
+    /// The launches that `launches` makes.
+    pub(super) fn record(
+        &self,
+        launches: impl FnOnce() -> Result<(), EmitError>,
+    ) -> Result<Vec<EmittedKernel>, EmitError> {
+        let _turn = lock(&self.turn);
+        lock(&self.kernels).clear();
+        launches()?;
+        std::mem::take(&mut *lock(&self.kernels)).into_iter().collect()
+    }
+}
+
+/// The server side: compiles every launch.
+pub(super) struct OfflineServer<D: Dialect> {
+    options: <D::Compiler as Compiler>::CompilationOptions,
+    utilities: Arc<ServerUtilities<Self>>,
+}
+
+impl<D: Dialect> Debug for OfflineServer<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "OfflineServer<{}>", D::NAME)
+    }
+}
+
+impl<D: Dialect> ServerCommunication for OfflineServer<D> {
+    const SERVER_COMM_ENABLED: bool = false;
+}
+
+impl<D: Dialect> DeviceService for OfflineServer<D> {
+    fn init(device_id: DeviceId) -> Self {
+        let variant = OfflineDevice::from_id(device_id).variant;
+        let properties = D::properties(variant);
+        let layout = ContiguousMemoryLayoutPolicy::new(properties.memory.alignment as usize);
+        let logger = Arc::new(ServerLogger::default());
+        let utilities = ServerUtilities::new(properties, logger, Recording::default(), layout);
+        Self { options: D::options(variant), utilities: Arc::new(utilities) }
+    }
+
+    fn utilities(&self) -> Arc<dyn std::any::Any + Send + Sync> {
+        self.utilities.clone()
+    }
+}
+
+impl<D: Dialect> ComputeServer for OfflineServer<D> {
+    type Kernel = Box<dyn CubeTask<D::Compiler>>;
+    type Info = Recording;
+    type MemoryLayoutPolicy = ContiguousMemoryLayoutPolicy;
+    type Storage = BytesStorage;
+
+    fn initialize_memory(&mut self, _memory: ManagedMemoryHandle, _size: u64, _stream: StreamId) {}
+
+    fn logger(&self) -> Arc<ServerLogger> {
+        self.utilities.logger.clone()
+    }
+
+    fn utilities(&self) -> Arc<ServerUtilities<Self>> {
+        self.utilities.clone()
+    }
+
+    fn read(
+        &mut self,
+        descriptors: Vec<CopyDescriptor>,
+        _stream: StreamId,
+    ) -> DynFut<Result<Vec<Bytes>, ServerError>> {
+        // There is no memory behind a recorder, so there is nothing to read but the fact that all launches came before.
+        let empty = descriptors.iter().map(|_| Bytes::from_bytes_vec(Vec::new())).collect();
+        Box::pin(async move { Ok(empty) })
+    }
+
+    fn write(&mut self, _descriptors: Vec<(CopyDescriptor, Bytes)>, _stream: StreamId) {}
+
+    fn sync(&mut self, _stream: StreamId) -> DynFut<Result<(), ServerError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn get_resource(
+        &mut self,
+        _binding: Binding,
+        _stream: StreamId,
+    ) -> Result<ManagedResource<<Self::Storage as ComputeStorage>::Resource>, ServerError> {
+        Err(ServerError::Generic { reason: "an offline target has no memory".into(), backtrace: BackTrace::capture() })
+    }
+
+    unsafe fn launch(
+        &mut self,
+        kernel: Self::Kernel,
+        count: CubeCount,
+        _bindings: KernelArguments,
+        mode: ExecutionMode,
+        _stream: StreamId,
+    ) {
+        let name = kernel.name().to_owned();
+        let mut compiler = D::compiler();
+        // The compilers of some dialects panic on operations that they lack.
+        let compiled = catch_unwind(AssertUnwindSafe(|| {
+            kernel.compile(&mut compiler, &self.options, mode, kernel.address_type())
+        }));
+        let record = match compiled {
+            Ok(Ok(compiled)) => Ok(EmittedKernel {
+                name: compiled.entrypoint_name,
+                cube_dim: [compiled.cube_dim.x, compiled.cube_dim.y, compiled.cube_dim.z],
+                cube_count: match count {
+                    CubeCount::Static(x, y, z) => Some([x, y, z]),
+                    CubeCount::Dynamic(_) => None,
+                },
+                source: stable_source(&compiled.source),
+            }),
+            Ok(Err(error)) => Err(EmitError::Compile { kernel: name, reason: first_line(&error.to_string()) }),
+            Err(panic) => {
+                let words = panic.downcast_ref::<String>().map(String::as_str);
+                let words = words.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("the compiler panicked");
+                Err(EmitError::Compile { kernel: name, reason: first_line(words) })
+            }
+        };
+        lock(&self.utilities.info.kernels).push(record);
+    }
+
+    fn flush(&mut self, _stream: StreamId) -> Result<(), ServerError> {
+        Ok(())
+    }
+
+    fn memory_usage(&mut self, _stream: StreamId) -> Result<MemoryUsage, ServerError> {
+        Ok(MemoryUsage { number_allocs: 0, bytes_in_use: 0, bytes_padding: 0, bytes_reserved: 0 })
+    }
+
+    fn memory_cleanup(&mut self, _stream: StreamId) {}
+
+    fn start_profile(&mut self, _stream: StreamId) -> Result<ProfilingToken, ServerError> {
+        Err(ServerError::Generic { reason: "an offline target has no clock".into(), backtrace: BackTrace::capture() })
+    }
+
+    fn end_profile(&mut self, _stream: StreamId, _token: ProfilingToken) -> Result<ProfileDuration, ProfileError> {
+        Err(ProfileError::NotRegistered { backtrace: BackTrace::capture() })
+    }
+
+    fn allocation_mode(&mut self, _mode: MemoryAllocationMode, _stream: StreamId) {}
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default().trim().to_owned()
+}
+
+/// The runtime of a dialect without a device.
+#[derive(Clone, Debug)]
+pub(super) struct Offline<D>(PhantomData<D>);
+
+impl<D: Dialect> Runtime for Offline<D> {
+    type Compiler = D::Compiler;
+    type Server = OfflineServer<D>;
+    type Device = OfflineDevice;
+
+    fn client(device: &Self::Device) -> ComputeClient<Self> {
+        ComputeClient::load(device)
+    }
+
+    fn name(_client: &ComputeClient<Self>) -> &'static str {
+        D::NAME
+    }
+
+    fn require_array_lengths() -> bool {
+        D::NAME == "cuda"
+    }
+
+    fn max_cube_count() -> (u32, u32, u32) {
+        D::MAX_CUBE_COUNT
+    }
+
+    fn can_read_tensor(shape: &Shape, strides: &Strides) -> bool {
+        let mut expected = 1;
+        shape.iter().zip(strides.iter()).rev().all(|(extent, stride)| {
+            let contiguous = *stride == expected;
+            expected *= *extent;
+            contiguous
+        })
+    }
+
+    fn target_properties() -> TargetProperties {
+        D::target_properties()
+    }
+
+    fn enumerate_devices(_kind: u16, _info: &Recording) -> Vec<DeviceId> {
+        Vec::new()
+    }
+}
