@@ -111,6 +111,20 @@ impl Cache {
     }
 }
 
+/// A thing as the environment variable `variable` has it, for tests: `required` is what `ensure` gives, `absent` is none,
+/// and without it there is what was fetched before. One command sets it, so that a test that lacks the thing is known.
+pub(crate) fn from_environment<T>(
+    variable: &str,
+    ensure: impl FnOnce() -> Result<T, FetchError>,
+    installed: impl FnOnce() -> Option<T>,
+) -> Result<Option<T>, FetchError> {
+    match std::env::var(variable).as_deref() {
+        Ok("required") => ensure().map(Some),
+        Ok("absent") => Ok(None),
+        _ => Ok(installed()),
+    }
+}
+
 /// Writes every file below `folder` to the disk, so that the rename which declares it whole can't outlive its contents.
 fn flush(folder: &Path) -> std::io::Result<()> {
     for entry in fs::read_dir(folder)? {
@@ -155,7 +169,12 @@ mod tests {
         let leftover = root.path().join(".thing.part-killed");
         fs::create_dir(&leftover).unwrap();
         fs::write(leftover.join("file"), "half").unwrap();
-        let folder = cache.install("thing", |folder| Ok(fs::write(folder.join("file"), "whole").unwrap())).unwrap();
+        let folder = cache
+            .install("thing", |folder| {
+                fs::write(folder.join("file"), "whole").unwrap();
+                Ok(())
+            })
+            .unwrap();
         assert_eq!(fs::read_to_string(folder.join("file")).unwrap(), "whole");
         assert!(!leftover.exists());
     }

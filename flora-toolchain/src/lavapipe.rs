@@ -106,7 +106,8 @@ impl Apt<'_> {
         let mut outcome = Err(FetchError::Unsupported { what: WHAT, needs: "a Debian whose apt knows a mirror" });
         for mirror in self.mirrors()? {
             outcome = self.update(&mirror);
-            if outcome.is_ok() {
+            // Another mirror is no help where there is no network.
+            if outcome.as_ref().map_or_else(FetchError::is_offline, |()| true) {
                 break;
             }
         }

@@ -6,10 +6,17 @@
 //! without the thing. Nothing here knows of layers, kernels or devices.
 
 mod cache;
+mod cuda;
 mod error;
 mod lavapipe;
+mod nvrtc;
 mod program;
+mod pypi;
+mod sass;
+mod wheel;
 
 pub use cache::Cache;
+pub use cuda::{Architecture, CompileError, Compiled, CudaCompiler, UnknownArchitecture};
 pub use error::FetchError;
 pub use lavapipe::Lavapipe;
+pub use pypi::{smollm2, smollm2_from_environment, smollm2_in};

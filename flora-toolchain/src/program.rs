@@ -75,7 +75,8 @@ impl<'a> Fetch<'a> {
                 Some(status) => break status,
                 None => std::thread::sleep(Duration::from_millis(50)),
             }
-            self.bar.set_position(size(self.folder));
+            let size = size(self.folder);
+            self.bar.set_position(self.bar.length().map_or(size, |length| size.min(length)));
         };
         let collect = |reader: std::thread::JoinHandle<Vec<u8>>| reader.join().unwrap_or_default();
         let output = Output { status, stdout: collect(stdout), stderr: collect(stderr) };
