@@ -117,7 +117,7 @@ impl Code<'_> {
             Role::Bias => quote!(Bias),
             Role::Adapter => quote!(Adapter),
         };
-        quote!(#ir::Operand { name: ::std::string::String::from(#name), role: #ir::Role::#role, ty: #ty })
+        quote!(#ir::Operand { name: ::core::convert::From::from(#name), role: #ir::Role::#role, ty: #ty })
     }
 
     fn tensor_type(&self, TensorType { shape, rank_axis, element, scope }: &TensorType) -> TokenStream {
@@ -161,7 +161,7 @@ impl Code<'_> {
         let ir = self.ir;
         match dimension {
             Dimension::Tokens => quote!(#ir::Dimension::Tokens),
-            Dimension::Symbol(name) => quote!(#ir::Dimension::Symbol(::std::string::String::from(#name))),
+            Dimension::Symbol(name) => quote!(#ir::Dimension::Symbol(::core::convert::From::from(#name))),
             Dimension::Fixed(extent) => quote!(#ir::Dimension::Fixed(#extent)),
         }
     }

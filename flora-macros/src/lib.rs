@@ -12,6 +12,8 @@ mod attributes;
 mod check;
 mod expand;
 mod mistakes;
+#[cfg(test)]
+mod properties;
 
 use proc_macro::TokenStream;
 use quote::quote;
@@ -21,13 +23,16 @@ use quote::quote;
 /// The function disappears; a type of its name, documentation and visibility takes its place, with
 /// `fn layer() -> flora_ir::verify::VerifiedLayer`.
 ///
-/// ```ignore
+/// ```
+/// # use flora_macros as flora;
 /// /// StarCoder's query projection with per-request fLoRA adapters (Eq. 5).
 /// #[flora::layer]
 /// fn query(x: Tokens<D>, w0: Weight<D, K>, b: Adapter<D, R>, a: Adapter<R, K>) -> Tokens<K> {
 ///     x.matmul(w0 * b.matmul(a))
 /// }
+///
 /// let layer = query::layer();
+/// assert_eq!(layer.layer().operands.len(), 4);
 /// ```
 ///
 /// # Signature

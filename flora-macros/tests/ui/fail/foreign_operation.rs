@@ -1,0 +1,8 @@
+//! An operation that flora doesn't have.
+
+#[flora_macros::layer]
+fn linear(x: Tokens<D>, w0: Weight<D, K>) -> Tokens<K> {
+    x.matmul(w0).softmax()
+}
+
+fn main() {}
