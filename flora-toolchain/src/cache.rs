@@ -71,13 +71,17 @@ impl Cache {
             return Ok(folder);
         }
         let prefix = format!(".{name}.part-");
-        self.clear_leftovers(&prefix)?;
+        self.clear_leftovers(&prefix);
         let part = tempfile::Builder::new().prefix(&prefix).tempdir_in(&self.root).map_err(FetchError::io(
             "create a folder in",
             &self.root,
             name,
         ))?;
-        build(part.path())?;
+        build(part.path()).map_err(|error| match error {
+            // The temporary folder is gone by the time this is read.
+            FetchError::DiskFull { what, .. } => FetchError::DiskFull { what, folder: self.root.clone() },
+            error => error,
+        })?;
         flush(part.path()).map_err(FetchError::io("flush", part.path(), name))?;
         let folder = self.root.join(name);
         fs::rename(part.path(), &folder).map_err(FetchError::io("rename a folder to", &folder, name))?;
@@ -101,13 +105,13 @@ impl Cache {
         Ok(file)
     }
 
-    /// Removes what processes that were killed half-way left; called with the lock held.
-    fn clear_leftovers(&self, prefix: &str) -> Result<(), FetchError> {
-        let entries = fs::read_dir(&self.root).map_err(FetchError::io("list", &self.root, prefix))?;
-        for entry in entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix)) {
-            fs::remove_dir_all(entry.path()).map_err(FetchError::io("remove", entry.path(), prefix))?;
+    /// Removes what processes that were killed half-way left; called with the lock held. What can't be removed (a
+    /// program that such a process started may still be writing) takes space but is never used.
+    fn clear_leftovers(&self, prefix: &str) {
+        let entries = fs::read_dir(&self.root).into_iter().flatten().flatten();
+        for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix)) {
+            let _ = fs::remove_dir_all(entry.path());
         }
-        Ok(())
     }
 }
 

@@ -52,7 +52,7 @@ pub enum FetchError {
     Offline {
         /// What was being fetched.
         what: String,
-        /// The line of the program's output that says so.
+        /// The words in the program's output that say so.
         detail: String,
     },
 

@@ -87,11 +87,11 @@ impl<'a> Fetch<'a> {
     fn failure(&self, program: String, output: &Output) -> FetchError {
         let text = [output.stderr.as_slice(), &output.stdout].map(String::from_utf8_lossy).join("\n");
         let what = self.what.to_owned();
-        if first_line_with(&text, DISK_FULL).is_some() {
+        if phrase_in(&text, DISK_FULL).is_some() {
             return FetchError::DiskFull { what, folder: self.folder.to_owned() };
         }
-        if let Some(line) = first_line_with(&text, OFFLINE) {
-            return FetchError::Offline { what, detail: shorten(line) };
+        if let Some(phrase) = phrase_in(&text, OFFLINE) {
+            return FetchError::Offline { what, detail: phrase.to_owned() };
         }
         let tail: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         let detail = shorten(&tail[tail.len().saturating_sub(4)..].join(" | "));
@@ -126,9 +126,9 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-/// The first line of `text` that holds one of `phrases`.
-fn first_line_with<'a>(text: &'a str, phrases: &[&str]) -> Option<&'a str> {
-    text.lines().find(|line| phrases.iter().any(|phrase| line.contains(phrase))).map(str::trim)
+/// The first of `phrases` that `text` holds.
+fn phrase_in<'p>(text: &str, phrases: &[&'p str]) -> Option<&'p str> {
+    phrases.iter().copied().find(|phrase| text.contains(phrase))
 }
 
 /// At most 400 characters of `text`, so that an error stays readable.

@@ -2,7 +2,9 @@
 //!
 //! One file a task. Each gives the exit code of the process; what to say to people is said by the task itself.
 
+mod cargo;
 mod lavapipe;
+mod test;
 
 use std::process::ExitCode;
 
@@ -10,20 +12,23 @@ use clap::{Parser, Subcommand};
 
 /// Development tasks of flora.
 #[derive(Parser)]
-#[command(name = "cargo xtask", version)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
 struct Arguments {
     #[command(subcommand)]
-    command: Task,
+    command: Command,
 }
 
 #[derive(Subcommand)]
-enum Task {
+enum Command {
+    /// Runs every test: on the host, on software Vulkan with cooperative matrices, and the fuzz tests for a minute.
+    Test(test::Arguments),
     /// Runs a program with software Vulkan that has cooperative matrices; also usable as cargo's runner.
     Lavapipe(lavapipe::Arguments),
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
-        Task::Lavapipe(arguments) => lavapipe::run(&arguments),
+        Command::Test(arguments) => test::run(&arguments),
+        Command::Lavapipe(arguments) => lavapipe::run(&arguments),
     }
 }

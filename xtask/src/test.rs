@@ -1,0 +1,128 @@
+//! `cargo xtask test`: every test there is, and a table of what ran.
+//!
+//! Some tests need things from outside (the CUDA compilers, lavapipe, the real model), which are fetched first. Where one
+//! can't be had, what depends on it is listed as not run, loudly; in CI or with `--strict` that fails.
+
+use std::fmt;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use flora_toolchain::{CudaCompiler, FetchError, Lavapipe, smollm2};
+
+use crate::cargo;
+
+/// Cases for each fuzz test, chosen so that all of them take about a minute.
+const FUZZ_CASES: &str = "20000";
+
+/// How strict to be.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Fail when something could not run; implied by CI=true.
+    #[arg(long)]
+    strict: bool,
+}
+
+/// One line of the table.
+struct Row {
+    suite: &'static str,
+    outcome: Outcome,
+    time: Duration,
+}
+
+/// What came of a suite.
+enum Outcome {
+    /// All of so many tests passed.
+    Passed(u64),
+    /// Some failed, or could not be built.
+    Failed(String),
+    /// Nothing ran, and why.
+    NotRun(String),
+}
+
+/// Runs everything.
+pub(crate) fn run(arguments: &Arguments) -> ExitCode {
+    let ci = std::env::var("CI").is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false"));
+    let strict = arguments.strict || ci;
+
+    let cuda = need("tests of generated CUDA", CudaCompiler::ensure());
+    let model = need("tests on the real model", smollm2());
+    let lavapipe = need("conformance on lavapipe", Lavapipe::ensure());
+
+    let mut workspace = cargo::test(&[]);
+    workspace.env("FLORA_CUDA", presence(&cuda)).env("FLORA_MODEL", presence(&model));
+    let mut rows = vec![suite("workspace", workspace)];
+    rows.push(match lavapipe {
+        Ok(()) => suite("conformance on lavapipe", on_lavapipe()),
+        Err(row) => row,
+    });
+    let mut fuzz = cargo::test(&["--tests", "fuzz"]);
+    fuzz.env("FLORA_FUZZ_CASES", FUZZ_CASES);
+    rows.push(suite("fuzz", fuzz));
+    rows.extend([cuda, model].into_iter().filter_map(Result::err));
+    report(&rows, strict)
+}
+
+/// Fetches what `suite` needs; the row that says it did not run where that fails.
+fn need<T>(suite: &'static str, fetched: Result<T, FetchError>) -> Result<(), Row> {
+    fetched.map(drop).map_err(|error| {
+        eprintln!("warning: {error}");
+        Row { suite, outcome: Outcome::NotRun(error.to_string()), time: Duration::ZERO }
+    })
+}
+
+/// How the tests are told whether a thing is there.
+fn presence(thing: &Result<(), Row>) -> &'static str {
+    if thing.is_ok() { "required" } else { "absent" }
+}
+
+/// The conformance tests once more, each binary started through `cargo xtask lavapipe`.
+fn on_lavapipe() -> Command {
+    let mut command = cargo::test(&["--test", "conformance"]);
+    if let Ok(xtask) = std::env::current_exe() {
+        // Rust's escapes are TOML's. A configuration, not the variable for it, because that is cut at spaces.
+        command
+            .arg("--config")
+            .arg(format!("target.'cfg(all())'.runner=[{:?}, \"lavapipe\", \"--\"]", xtask.display().to_string()));
+    }
+    command.env("FLORA_TEST_DEVICE", "wgpu");
+    command
+}
+
+/// Runs one suite.
+fn suite(suite: &'static str, command: Command) -> Row {
+    eprintln!("\n== {suite}");
+    let start = Instant::now();
+    let outcome = match cargo::tally(command) {
+        Ok(tally) if tally.failed > 0 => Outcome::Failed(format!("{} tests failed", tally.failed)),
+        Ok(tally) if !tally.success => Outcome::Failed("cargo test failed; see above".to_owned()),
+        Ok(tally) if tally.passed == 0 => Outcome::NotRun("there is no such test".to_owned()),
+        Ok(tally) => Outcome::Passed(tally.passed),
+        Err(error) => Outcome::Failed(format!("cargo can't be run: {error}")),
+    };
+    Row { suite, outcome, time: start.elapsed() }
+}
+
+/// Prints the table and gives the exit code.
+fn report(rows: &[Row], strict: bool) -> ExitCode {
+    println!("\n{:<26}{:>9}  result", "suite", "seconds");
+    for Row { suite, outcome, time } in rows {
+        println!("{suite:<26}{:>9.1}  {outcome}", time.as_secs_f64());
+    }
+    let failed = rows.iter().any(|row| matches!(row.outcome, Outcome::Failed(_)));
+    let not_run = rows.iter().filter(|row| matches!(row.outcome, Outcome::NotRun(_))).count();
+    if not_run > 0 {
+        let consequence = if strict { ", which fails here" } else { "; --strict makes that a failure" };
+        println!("\n{not_run} of {} did NOT RUN{consequence}", rows.len());
+    }
+    if failed || (strict && not_run > 0) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Passed(tests) => write!(formatter, "ok: {tests} passed"),
+            Self::Failed(reason) => write!(formatter, "FAILED: {reason}"),
+            Self::NotRun(reason) => write!(formatter, "NOT RUN: {reason}"),
+        }
+    }
+}
