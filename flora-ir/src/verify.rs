@@ -111,7 +111,7 @@ pub fn verify(layer: Layer) -> Result<VerifiedLayer, Vec<Diagnostic>> {
 }
 
 /// The type of every node; `None` for one that is wrong, or that reads a wrong one or an operand that isn't `sound`.
-fn infer_types(layer: &Layer, sound: &[bool], diagnostics: &mut Vec<Diagnostic>) -> Vec<Option<TensorType>> {
+pub(crate) fn infer_types(layer: &Layer, sound: &[bool], diagnostics: &mut Vec<Diagnostic>) -> Vec<Option<TensorType>> {
     let mut types: Vec<Option<TensorType>> = Vec::with_capacity(layer.nodes.len());
     for (handle, node) in layer.nodes.iter() {
         let span = layer.node_span(handle);

@@ -1,5 +1,20 @@
 //! From a verified equation to the one form that every lowering computes.
 
+mod derivation;
+mod fold;
+mod normalize;
+mod obstacle;
+mod pattern;
+mod read;
+pub mod rules;
+
+pub use derivation::{Derivation, Step};
+pub use fold::FoldError;
+pub use normalize::{MAX_STEPS, Normalized, normalize};
+pub use obstacle::{NormalizeError, Obstacle};
+pub use read::MAX_TERMS;
+pub use rules::{Rule, rules};
+
 use crate::arena::Handle;
 use crate::layer::{Activation, Node, Operand, Reduce};
 use crate::verify::VerifiedLayer;

@@ -4,7 +4,8 @@
 use std::collections::HashMap;
 
 use flora_ir::{
-    Activation, Dimension, ElementType, Handle, Layer, Node, Operand, Operator, Reduce, Role, Scope, Shape, TensorType,
+    Activation, Bindings, Dimension, ElementType, Handle, Layer, Node, Operand, Operator, Reduce, Role, Scope, Shape,
+    TensorType, Value, VerifiedLayer, parse, verify,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, RngSeed};
@@ -18,6 +19,64 @@ pub(crate) fn config(cases: u32) -> ProptestConfig {
         failure_persistence: None,
         ..ProptestConfig::default()
     }
+}
+
+/// A graph over square matrices, so that it often type-checks, to whose output what `choices` build is added.
+pub(crate) fn square_layer_from_choices(choices: &[[u8; 3]]) -> Layer {
+    let mut layer = Layer::new("square");
+    let d = || Dimension::Symbol("D".to_owned());
+    let matrix = Shape::Matrix(d(), d());
+    let shapes = [
+        ("x", Role::Input, Shape::Matrix(Dimension::Tokens, d())),
+        ("w0", Role::BaseWeight, matrix.clone()),
+        ("b", Role::Adapter, matrix.clone()),
+        ("a", Role::Adapter, matrix),
+        ("l", Role::Adapter, Shape::Vector(d())),
+    ];
+    let mut nodes = Vec::new();
+    for (name, role, shape) in shapes {
+        let scope = if role == Role::Adapter { Scope::PerSegment } else { Scope::Shared };
+        let ty = TensorType { shape, rank_axis: None, element: ElementType::F32, scope };
+        let operand = layer.declare(Operand { name: name.to_owned(), role, ty }, Default::default());
+        nodes.push(layer.push(Node::Operand(operand), Default::default()));
+    }
+    // A summand that reads everything.
+    let [x, w0, b, a, l] = nodes[..] else { return layer };
+    let product = layer.push(Node::MatMul { lhs: b, rhs: a, reduce: Reduce::Sum }, Default::default());
+    let product = layer.push(multiply(product, w0), Default::default());
+    let product = layer.push(Node::MatMul { lhs: x, rhs: product, reduce: Reduce::Sum }, Default::default());
+    layer.root = Some(layer.push(multiply(product, l), Default::default()));
+    nodes.extend(layer.root);
+    for [operation, first, second] in choices {
+        // Later nodes are likelier, so that the graph grows deep.
+        let pick = |choice: u8| nodes[nodes.len() - 1 - usize::from(choice).min(nodes.len() - 1)];
+        let (lhs, rhs) = (pick(first % 8), pick(second % 8));
+        let node = match operation % 7 {
+            0 | 1 => Node::MatMul { lhs, rhs, reduce: Reduce::Sum },
+            2 => Node::MatMul { lhs, rhs, reduce: Reduce::Mean },
+            3 | 4 => multiply(lhs, rhs),
+            5 => Node::Elementwise { operator: Operator::Divide, lhs, rhs },
+            _ => Node::Elementwise { operator: Operator::Add, lhs, rhs },
+        };
+        // What doesn't type-check is left out; what can't be a summand of the output is a part of later nodes.
+        let mut attempt = layer.clone();
+        let node = attempt.push(node, Default::default());
+        if verify(attempt.clone()).is_err() {
+            continue;
+        }
+        nodes.push(node);
+        layer = attempt.clone();
+        let sum = Node::Elementwise { operator: Operator::Add, lhs: layer.root.unwrap_or(node), rhs: node };
+        attempt.root = Some(attempt.push(sum, Default::default()));
+        if verify(attempt.clone()).is_ok() {
+            layer = attempt;
+        }
+    }
+    layer
+}
+
+fn multiply(lhs: Handle<Node>, rhs: Handle<Node>) -> Node {
+    Node::Elementwise { operator: Operator::Multiply, lhs, rhs }
 }
 
 /// Any graph whatever, well-typed or not: each choice is an operation and what it reads.
@@ -99,4 +158,48 @@ fn same_node(
     let shape = |node: &Node| node.map_operands(|_| a);
     shape(one_node) == shape(other_node)
         && one_node.operands().zip(other_node.operands()).all(|(a, b)| same_node(one, a, other, b, forth, back))
+}
+
+/// Values for every operand of `layer`, with the extents `[tokens, D, K, R]`, drawn from `seed`.
+pub(crate) fn bindings(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> Bindings {
+    let extent = |dimension: &Dimension| match dimension {
+        Dimension::Tokens => sizes[0],
+        Dimension::Symbol(name) => sizes[1 + "DKR".find(name.as_str()).expect("D, K or R")],
+        Dimension::Fixed(extent) => *extent as usize,
+    };
+    let mut state = seed.wrapping_mul(2).wrapping_add(1);
+    let mut number = || {
+        // A linear congruential generator: the test's own, so that a seed gives the same values for ever.
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        let unit = (state >> 11) as f64 / (1u64 << 53) as f64;
+        if state & (1 << 60) == 0 { 0.5 + unit } else { -0.5 - unit }
+    };
+    let operands = layer.layer().operands.iter().map(|(_, operand)| {
+        let mut numbers = |count| (0..count).map(|_| number()).collect::<Vec<f64>>();
+        let value = match &operand.ty.shape {
+            Shape::Scalar => Value::scalar(numbers(1)[0]),
+            Shape::Vector(n) => Value::vector(numbers(extent(n))),
+            Shape::Matrix(m, n) => {
+                let (m, n) = (extent(m), extent(n));
+                Value::matrix(m, n, numbers(m * n)).expect("m * n numbers")
+            }
+        };
+        (operand.name.clone(), value)
+    });
+    operands.collect()
+}
+
+/// Whether two values agree to `tolerance`, relative to the largest element.
+pub(crate) fn is_close(one: &Value, other: &Value, tolerance: f64) -> bool {
+    let largest = one.data().iter().fold(1.0f64, |largest, element| largest.max(element.abs()));
+    one.extents() == other.extents()
+        && one.data().iter().zip(other.data()).all(|(one, other)| (one - other).abs() <= tolerance * largest)
+}
+
+/// A verified layer from its text.
+pub(crate) fn layer(source: &str) -> VerifiedLayer {
+    let layer = parse(source).unwrap_or_else(|error| panic!("{}", error.diagnostic.render("layer", source)));
+    verify(layer).unwrap_or_else(|mistakes| {
+        panic!("{}", mistakes.iter().map(|mistake| mistake.render("layer", source)).collect::<String>())
+    })
 }

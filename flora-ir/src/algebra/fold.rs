@@ -1,0 +1,327 @@
+//! What is done once, when an adapter is loaded: its scales, means and norms are computed in f64 and folded into the vectors
+//! that the kernels read, each rounded to f32 once.
+
+use super::{AdaptedLinear, Core, FoldedAdapter, RankOne, Term, VirtualRow};
+use crate::arena::Handle;
+use crate::evaluate::{Bindings, EvaluateError, Extents, Value, apply_activation, evaluate};
+use crate::layer::{Activation, Node, Reduce};
+use crate::text::print_node;
+use crate::types::{Dimension, Shape};
+
+/// Why an adapter can't be folded.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum FoldError {
+    /// A tensor is missing or has the wrong extents.
+    #[error(transparent)]
+    Evaluate(#[from] EvaluateError),
+    /// An extent that no bound operand shows.
+    #[error(
+        "the extent of {dimension} is not known: bind an operand that has it, or give it with Bindings::insert_extent"
+    )]
+    UnknownExtent {
+        /// The dimension.
+        dimension: Dimension,
+    },
+    /// Finite tensors gave a value that f32 can't hold, such as a division by a norm of 0.
+    #[error(
+        "`{term}` gives {value}, which is not a finite f32: check the adapter's tensors for zeros or extreme values"
+    )]
+    NotFinite {
+        /// The part of the equation that was folded.
+        term: String,
+        /// The value.
+        value: f64,
+    },
+    /// The tensors that [`FoldedAdapter::apply`] got don't fit.
+    #[error("{what} has the shape {found:?}, expected {expected:?}")]
+    WrongShape {
+        /// Which tensor.
+        what: &'static str,
+        /// Its extents.
+        found: Vec<usize>,
+        /// What the others ask for.
+        expected: Vec<usize>,
+    },
+}
+
+/// A scale that is one number, or one for each element.
+#[derive(Clone)]
+enum Scale {
+    Scalar(f64),
+    Vector(Vec<f64>),
+}
+
+impl Scale {
+    /// This scale for each of `extent` elements, times `other`'s.
+    fn times(&self, other: &[f64]) -> Vec<f64> {
+        match self {
+            Scale::Scalar(scale) => other.iter().map(|other| scale * other).collect(),
+            Scale::Vector(scale) => scale.iter().zip(other).map(|(scale, other)| scale * other).collect(),
+        }
+    }
+
+    fn scaled(self, factor: f64) -> Scale {
+        match self {
+            Scale::Scalar(scale) => Scale::Scalar(scale * factor),
+            Scale::Vector(scale) => Scale::Vector(scale.into_iter().map(|scale| scale * factor).collect()),
+        }
+    }
+
+    fn plus(self, other: Scale) -> Scale {
+        match (self, other) {
+            (Scale::Scalar(one), Scale::Scalar(other)) => Scale::Scalar(one + other),
+            (Scale::Vector(vector), Scale::Scalar(scalar)) | (Scale::Scalar(scalar), Scale::Vector(vector)) => {
+                Scale::Vector(vector.into_iter().map(|element| element + scalar).collect())
+            }
+            (Scale::Vector(one), Scale::Vector(other)) => {
+                Scale::Vector(one.into_iter().zip(other).map(|(one, other)| one + other).collect())
+            }
+        }
+    }
+}
+
+impl AdaptedLinear {
+    /// The number of virtual rows per token and the additive rank of an adapter whose pairs `b`, `a` all have rank `rank`: what
+    /// [`fold`](Self::fold) gives, without any values.
+    pub fn rows_and_rank(&self, rank: usize) -> (usize, usize) {
+        let mut plain_base = 0;
+        let (mut rows, mut low_rank) = (0, 0);
+        for term in &self.terms {
+            match term.core {
+                Core::Base if self.has_plain_input(term) => plain_base = 1,
+                Core::Base => rows += 1,
+                Core::Multiplicative { .. } => rows += rank,
+                Core::Additive { .. } => low_rank += rank,
+            }
+        }
+        (plain_base + rows, low_rank)
+    }
+
+    /// Whether the input of `term` is scaled by no vector, so that it shares its row with others of that kind.
+    fn has_plain_input(&self, term: &Term) -> bool {
+        term.inner.is_none_or(|inner| self.layer.type_of(inner).shape == Shape::Scalar)
+    }
+
+    /// The adapter in the form that the kernels read. `bindings` holds the adapter's tensors by operand name, and the base
+    /// weight and shared operands where a load-time value depends on them (DoRA's norm). Base terms whose input is not scaled by
+    /// a vector become one virtual row, the first.
+    ///
+    /// A tensor that holds a NaN or an infinity gives an adapter that does; finite tensors never do.
+    ///
+    /// # Errors
+    /// A missing tensor, extents that disagree or aren't known, a mean over rank 0, a value beyond f32.
+    pub fn fold(&self, bindings: &Bindings) -> Result<FoldedAdapter, FoldError> {
+        let mut fold =
+            Fold { linear: self, bindings, extents: self.extents(bindings)?, folded: FoldedAdapter::default() };
+        fold.plain_base_terms()?;
+        for term in &self.terms {
+            fold.term(term)?;
+        }
+        Ok(fold.folded)
+    }
+
+    fn extents(&self, bindings: &Bindings) -> Result<Extents, FoldError> {
+        Ok(bindings.extents(self.layer.layer().operands.iter().map(|(_, operand)| operand))?)
+    }
+}
+
+/// One run of [`AdaptedLinear::fold`].
+struct Fold<'a> {
+    linear: &'a AdaptedLinear,
+    bindings: &'a Bindings,
+    extents: Extents,
+    folded: FoldedAdapter,
+}
+
+impl Fold<'_> {
+    /// out ∘ (x @ w0) with the sum of the scales of all base terms that scale the input by no vector.
+    fn plain_base_terms(&mut self) -> Result<(), FoldError> {
+        let mut sum: Option<(Scale, &Term)> = None;
+        for term in self.linear.terms.iter().filter(|term| term.core == Core::Base && self.linear.has_plain_input(term))
+        {
+            let inner = match self.scale(term.inner)? {
+                Scale::Scalar(inner) => inner,
+                Scale::Vector(_) => continue,
+            };
+            let scale = self.scale(term.outer)?.scaled(inner);
+            sum = Some(match sum {
+                None => (scale, term),
+                Some((known, first)) => (known.plus(scale), first),
+            });
+        }
+        let Some((scale, term)) = sum else { return Ok(()) };
+        let out_scale = match scale {
+            Scale::Scalar(1.0) => None,
+            Scale::Scalar(_) => Some(self.round(scale.times(&vec![1.0; self.out_extent()?]), term)?),
+            Scale::Vector(vector) => Some(self.round(vector, term)?),
+        };
+        self.folded.virtual_rows.push(VirtualRow { in_scale: None, out_scale });
+        Ok(())
+    }
+
+    fn term(&mut self, term: &Term) -> Result<(), FoldError> {
+        match term.core {
+            Core::Base if self.linear.has_plain_input(term) => {}
+            Core::Base => {
+                let (inner, outer) = (self.scale(term.inner)?, self.scale(term.outer)?);
+                // The scalar of one side goes into the vector of the other, so that a row holds no vector of equal numbers.
+                let (inner, outer) = match (inner, outer) {
+                    (inner, Scale::Scalar(outer)) => (inner.scaled(outer), None),
+                    (inner, Scale::Vector(outer)) => (inner, Some(outer)),
+                };
+                let in_scale = match inner {
+                    Scale::Vector(inner) => Some(self.round(inner, term)?),
+                    Scale::Scalar(_) => None,
+                };
+                let out_scale = outer.map(|outer| self.round(outer, term)).transpose()?;
+                self.folded.virtual_rows.push(VirtualRow { in_scale, out_scale });
+            }
+            Core::Multiplicative { b, a, reduce } => {
+                for (inner, outer) in self.rank_one_pairs(term, b, a, reduce)? {
+                    self.folded.virtual_rows.push(VirtualRow { in_scale: Some(inner), out_scale: Some(outer) });
+                }
+            }
+            Core::Additive { b, a, reduce } => {
+                for (shrink, expand) in self.rank_one_pairs(term, b, a, reduce)? {
+                    self.folded.low_rank.push(RankOne { shrink, expand });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// (inner ∘ b_r, outer ∘ a_r) for each r; a mean's 1/r goes to the second.
+    fn rank_one_pairs(
+        &self,
+        term: &Term,
+        b: Handle<Node>,
+        a: Handle<Node>,
+        reduce: Reduce,
+    ) -> Result<Vec<(Vec<f32>, Vec<f32>)>, FoldError> {
+        let (b, a) = (self.evaluate(b)?, self.evaluate(a)?);
+        let (&[_, rank], &[_, k]) = (b.shape(), a.shape()) else { return Ok(Vec::new()) };
+        if reduce == Reduce::Mean && rank == 0 {
+            return Err(EvaluateError::EmptyMean.into());
+        }
+        let (inner, outer) = (self.scale(term.inner)?, self.scale(term.outer)?);
+        let outer = if reduce == Reduce::Mean { outer.scaled(1.0 / rank as f64) } else { outer };
+        let pair = |r: usize| {
+            let column: Vec<f64> = b.data().iter().skip(r).step_by(rank).copied().collect();
+            let row = &a.data()[r * k..][..k];
+            Ok((self.round(inner.times(&column), term)?, self.round(outer.times(row), term)?))
+        };
+        (0..rank).map(pair).collect()
+    }
+
+    fn evaluate(&self, node: Handle<Node>) -> Result<Value, FoldError> {
+        Ok(evaluate(&self.linear.layer, node, self.bindings)?)
+    }
+
+    fn scale(&self, node: Option<Handle<Node>>) -> Result<Scale, FoldError> {
+        let Some(node) = node else { return Ok(Scale::Scalar(1.0)) };
+        let value = self.evaluate(node)?;
+        Ok(match *value.data() {
+            [scalar] if value.shape().is_empty() => Scale::Scalar(scalar),
+            _ => Scale::Vector(value.into_data()),
+        })
+    }
+
+    /// k
+    fn out_extent(&self) -> Result<usize, FoldError> {
+        match &self.linear.layer.type_of(self.linear.layer.root()).shape {
+            Shape::Matrix(_, k) => self.extents.get(k).ok_or_else(|| FoldError::UnknownExtent { dimension: k.clone() }),
+            _ => Ok(1),
+        }
+    }
+
+    fn round(&self, values: Vec<f64>, term: &Term) -> Result<Vec<f32>, FoldError> {
+        let rounded: Vec<f32> = values.iter().map(|value| *value as f32).collect();
+        match rounded.iter().position(|value| !value.is_finite()) {
+            Some(index) if self.linear.is_finite(self.bindings) => {
+                let node = term.outer.or(term.inner).unwrap_or(self.linear.layer.root());
+                let term = print_node(self.linear.layer.layer(), node);
+                Err(FoldError::NotFinite { term, value: values[index] })
+            }
+            _ => Ok(rounded),
+        }
+    }
+}
+
+impl AdaptedLinear {
+    /// Whether every bound operand is finite.
+    fn is_finite(&self, bindings: &Bindings) -> bool {
+        let operands = self.layer.layer().operands.iter();
+        let mut values = operands.filter_map(|(_, operand)| bindings.get(&operand.name));
+        values.all(|value| value.data().iter().all(|element| element.is_finite()))
+    }
+}
+
+impl FoldedAdapter {
+    /// φ( Σ_v out_v ∘ ((in_v ∘ x) @ w0) + Σ_q (x · shrink_q) expand_q + bias ) in f64: what a kernel must give for x `[t, d]` and
+    /// w0 `[d, k]`.
+    ///
+    /// # Errors
+    /// [`FoldError::WrongShape`] when a tensor or a vector of the adapter doesn't fit the others.
+    pub fn apply(
+        &self,
+        x: &Value,
+        w0: &Value,
+        bias: Option<&Value>,
+        activation: Activation,
+    ) -> Result<Value, FoldError> {
+        let &[tokens, d] = x.shape() else { return Err(wrong("x", x.shape(), &[0, 0])) };
+        let &[inputs, k] = w0.shape() else { return Err(wrong("w0", w0.shape(), &[d, 0])) };
+        if inputs != d {
+            return Err(wrong("w0", w0.shape(), &[d, k]));
+        }
+        self.check(d, k)?;
+        if let Some(bias) = bias.filter(|bias| bias.shape() != [k]) {
+            return Err(wrong("the bias", bias.shape(), &[k]));
+        }
+        let mut y = vec![0.0; tokens * k];
+        for (token, y) in y.chunks_mut(k.max(1)).enumerate().take(tokens) {
+            let x = &x.data()[token * d..][..d];
+            for row in &self.virtual_rows {
+                let scale =
+                    |scales: &Option<Vec<f32>>, index: usize| scales.as_ref().map_or(1.0, |s| f64::from(s[index]));
+                for (column, y) in y.iter_mut().enumerate() {
+                    let products =
+                        (0..d).map(|index| scale(&row.in_scale, index) * x[index] * w0.data()[index * k + column]);
+                    *y += scale(&row.out_scale, column) * products.sum::<f64>();
+                }
+            }
+            for RankOne { shrink, expand } in &self.low_rank {
+                let shrunk: f64 = shrink.iter().zip(x).map(|(shrink, x)| f64::from(*shrink) * x).sum();
+                y.iter_mut().zip(expand).for_each(|(y, expand)| *y += shrunk * f64::from(*expand));
+            }
+            for (column, y) in y.iter_mut().enumerate() {
+                *y = apply_activation(activation, *y + bias.map_or(0.0, |bias| bias.data()[column]));
+            }
+        }
+        Ok(Value::matrix(tokens, k, y)?)
+    }
+
+    /// Whether every vector has the length that a weight `[d, k]` asks for.
+    ///
+    /// # Errors
+    /// [`FoldError::WrongShape`] for the first that hasn't.
+    pub fn check(&self, d: usize, k: usize) -> Result<(), FoldError> {
+        let fits = |what, vector: &[f32], extent| match vector.len() == extent {
+            true => Ok(()),
+            false => Err(wrong(what, &[vector.len()], &[extent])),
+        };
+        for VirtualRow { in_scale, out_scale } in &self.virtual_rows {
+            in_scale.as_deref().map_or(Ok(()), |vector| fits("a virtual row's in-scale", vector, d))?;
+            out_scale.as_deref().map_or(Ok(()), |vector| fits("a virtual row's out-scale", vector, k))?;
+        }
+        for RankOne { shrink, expand } in &self.low_rank {
+            fits("a shrink vector", shrink, d)?;
+            fits("an expand vector", expand, k)?;
+        }
+        Ok(())
+    }
+}
+
+fn wrong(what: &'static str, found: &[usize], expected: &[usize]) -> FoldError {
+    FoldError::WrongShape { what, found: found.to_vec(), expected: expected.to_vec() }
+}

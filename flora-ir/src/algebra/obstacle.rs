@@ -1,0 +1,166 @@
+//! Why an equation has no normal form: the term in the way.
+
+use super::pattern::Subject;
+use crate::arena::Handle;
+use crate::diagnostic::Diagnostic;
+use crate::layer::{Node, Operator, Reduce, Role, Span};
+use crate::text::print_node;
+use crate::verify::VerifiedLayer;
+
+/// A term that keeps an equation from being an adapted linear.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{term}` is in the way of the normal form: {obstacle} ({})", .obstacle.help())]
+pub struct NormalizeError {
+    /// What is wrong with the term.
+    pub obstacle: Obstacle,
+    /// The term in the text form, as far as the rules took it.
+    pub term: String,
+    /// Where the term was written.
+    pub span: Span,
+}
+
+impl NormalizeError {
+    pub(super) fn at(layer: &VerifiedLayer, node: Handle<Node>, obstacle: Obstacle) -> Self {
+        let layer = layer.layer();
+        Self { obstacle, term: print_node(layer, node), span: layer.node_span(node) }
+    }
+
+    /// The error as a diagnostic, to be shown in the source.
+    pub fn diagnostic(&self) -> Diagnostic {
+        let message = format!("`{}` is in the way of the normal form: {}", self.term, self.obstacle);
+        Diagnostic::new(self.span, message, self.obstacle.help())
+    }
+}
+
+/// What is wrong with a term.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Obstacle {
+    /// x ∘ x or x @ … x.
+    #[error("both sides depend on the input")]
+    ProductOfInputs,
+    /// … / x
+    #[error("it divides by a value that depends on the input")]
+    DivisionByInput,
+    /// An activation that isn't the outermost operation.
+    #[error("an activation is applied before the output is complete")]
+    InnerActivation,
+    /// A term that is no function of the input and not the bias.
+    #[error("it does not depend on the input and is not the layer's bias")]
+    AddedConstant,
+    /// More than one bias is added.
+    #[error("a bias is already added")]
+    SecondBias,
+    /// A bias that is scaled, or added before the base weight.
+    #[error("a bias or adapter is added inside a scale, a matmul or a sum over the rank")]
+    InnerAddition,
+    /// x itself in the sum.
+    #[error("it does not pass through the base weight or a low-rank pair")]
+    Unprojected,
+    /// x @ c with a full matrix c.
+    #[error("the input meets a matrix that is neither the base weight nor of low rank")]
+    DenseWeight,
+    /// w0 ∘ c with a full matrix c.
+    #[error("the base weight is multiplied elementwise with something that is not one low-rank product b @ a")]
+    DenseFactor,
+    /// (x @ w0) @ …
+    #[error("the output of one weight is multiplied with another")]
+    MatMulChain,
+    /// matmul_mean(x, …)
+    #[error("it takes the mean over the input's dimension")]
+    MeanOverInput,
+    /// A reduction over the rank that is not Eq. 5.
+    #[error("the reduction over the rank is not of the form sum_rank(rows(a) * ((columns(b) * x) @ w0))")]
+    RankReduction,
+    /// A sum of too many terms, or too many steps.
+    #[error("the equation is too long")]
+    TooLong,
+}
+
+impl Obstacle {
+    /// How to mend it.
+    pub fn help(self) -> &'static str {
+        match self {
+            Obstacle::ProductOfInputs => "the layer must be linear in the input: scale it by adapters only",
+            Obstacle::DivisionByInput => "divide by what is known when the adapter is loaded, such as column_norm(w0)",
+            Obstacle::InnerActivation => "apply one activation, around the whole equation",
+            Obstacle::AddedConstant => "add a shared vector, declared bias[K]",
+            Obstacle::SecondBias => "add the vectors beforehand and declare one bias",
+            Obstacle::InnerAddition => "add the bias last, outside of scales and matmuls",
+            Obstacle::Unprojected => "multiply it with w0 or with b @ a; add a residual outside of the layer",
+            Obstacle::DenseWeight => "write the matrix as a product b @ a",
+            Obstacle::DenseFactor => "write the factor as one product b @ a, or as a sum of such",
+            Obstacle::MatMulChain => "make it two layers",
+            Obstacle::MeanOverInput => "use `@` with the input; take means over the rank only",
+            Obstacle::RankReduction => "write x @ (w0 * (b @ a)) and leave the rest to the rules",
+            Obstacle::TooLong => "split the layer, or multiply sums out less",
+        }
+    }
+}
+
+/// The innermost reason why `term`, a summand of the rewritten equation, is not one of the normal form's.
+pub(super) fn blame(subject: &Subject<'_>, term: Handle<Node>) -> NormalizeError {
+    let mut seen = vec![false; subject.layer.layer().nodes.len()];
+    let (node, obstacle) = if subject.reads_input(term) {
+        search(subject, term, false, &mut seen).unwrap_or_else(|| match subject.is_projected(term) {
+            true => (term, Obstacle::RankReduction),
+            false => (term, Obstacle::Unprojected),
+        })
+    } else {
+        (term, Obstacle::AddedConstant)
+    };
+    NormalizeError::at(subject.layer, node, obstacle)
+}
+
+/// Looks at the parts first. `in_matmul`: whether `node` is the left side of a matmul.
+fn search(
+    subject: &Subject<'_>,
+    node: Handle<Node>,
+    in_matmul: bool,
+    seen: &mut [bool],
+) -> Option<(Handle<Node>, Obstacle)> {
+    if !subject.reads_input(node) || std::mem::replace(&mut seen[node.index()], true) {
+        return None;
+    }
+    let operation = subject.node(node);
+    let is_matmul = matches!(operation, Node::MatMul { .. });
+    let inner = operation.operands().find_map(|operand| search(subject, operand, is_matmul, seen));
+    inner.or_else(|| match *operation {
+        Node::Activation { .. } => Some((node, Obstacle::InnerActivation)),
+        Node::Elementwise { operator, lhs, rhs } => {
+            let reads = (subject.reads_input(lhs), subject.reads_input(rhs));
+            match (operator, reads) {
+                (Operator::Divide, (_, true)) => Some((node, Obstacle::DivisionByInput)),
+                (Operator::Multiply, (true, true)) => Some((node, Obstacle::ProductOfInputs)),
+                (Operator::Add, (true, false) | (false, true)) => Some((node, Obstacle::InnerAddition)),
+                _ => None,
+            }
+        }
+        Node::MatMul { rhs, .. } if subject.reads_input(rhs) => Some((node, Obstacle::ProductOfInputs)),
+        Node::MatMul { lhs, reduce: Reduce::Mean, .. } if !subject.is_projected(lhs) => {
+            Some((node, Obstacle::MeanOverInput))
+        }
+        Node::MatMul { lhs, .. } if subject.is_projected(lhs) && !is_low_rank_pair(subject, node) => {
+            Some((node, Obstacle::MatMulChain))
+        }
+        Node::MatMul { lhs, rhs, .. } if !in_matmul && !subject.is_projected(lhs) && !subject.is_base_weight(rhs) => {
+            Some((rhs, if reads_base_weight(subject, rhs) { Obstacle::DenseFactor } else { Obstacle::DenseWeight }))
+        }
+        _ => None,
+    })
+}
+
+/// (… @ b) @ a, neither of which is the base weight itself.
+fn is_low_rank_pair(subject: &Subject<'_>, node: Handle<Node>) -> bool {
+    let Node::MatMul { lhs, rhs: a, .. } = *subject.node(node) else { return false };
+    let Node::MatMul { lhs: x, rhs: b, .. } = *subject.node(lhs) else { return false };
+    !subject.is_projected(x) && !subject.is_base_weight(a) && !subject.is_base_weight(b)
+}
+
+fn reads_base_weight(subject: &Subject<'_>, node: Handle<Node>) -> bool {
+    let layer = subject.layer.layer();
+    let reachable = layer.reachable_from(node);
+    layer.nodes.iter().any(|(handle, node)| match node {
+        Node::Operand(operand) => reachable[handle.index()] && layer.operands[*operand].role == Role::BaseWeight,
+        _ => false,
+    })
+}

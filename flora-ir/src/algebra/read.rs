@@ -1,0 +1,95 @@
+//! Reads the adapted linear off an equation that the rules are done with.
+
+use super::obstacle::{NormalizeError, Obstacle, blame};
+use super::pattern::Subject;
+use super::{AdaptedLinear, Core, Term};
+use crate::arena::Handle;
+use crate::layer::{Activation, Node, Operator, Reduce, Role};
+use crate::verify::VerifiedLayer;
+
+/// The most terms of a normal form.
+pub const MAX_TERMS: usize = 256;
+
+/// φ(Σ terms + bias)
+pub(super) fn read(layer: &VerifiedLayer) -> Result<AdaptedLinear, NormalizeError> {
+    let subject = Subject::new(layer);
+    let (activation, sum) = match *subject.node(layer.root()) {
+        Node::Activation { function, value } => (function, value),
+        _ => (Activation::Identity, layer.root()),
+    };
+    let (mut terms, mut bias) = (Vec::new(), None);
+    let mut summands = vec![sum];
+    while let Some(summand) = summands.pop() {
+        if terms.len() == MAX_TERMS {
+            return Err(NormalizeError::at(layer, sum, Obstacle::TooLong));
+        }
+        match *subject.node(summand) {
+            Node::Elementwise { operator: Operator::Add, lhs, rhs } => summands.extend([rhs, lhs]),
+            Node::Operand(operand) if layer.layer().operands[operand].role == Role::Bias => {
+                if bias.replace(operand).is_some() {
+                    return Err(NormalizeError::at(layer, summand, Obstacle::SecondBias));
+                }
+            }
+            _ => terms.push(term(&subject, summand).ok_or_else(|| blame(&subject, summand))?),
+        }
+    }
+    let (input, base_weight) = (layer.input(), layer.base_weight());
+    Ok(AdaptedLinear { layer: layer.clone(), input, base_weight, terms, bias, activation })
+}
+
+/// `outer * core(inner * x)`
+fn term(subject: &Subject<'_>, node: Handle<Node>) -> Option<Term> {
+    let (outer, mapped) = unscaled(subject, node);
+    let (core, inner, x) = match *subject.node(mapped) {
+        Node::MatMul { lhs, rhs, reduce } => matmul(subject, lhs, rhs, reduce)?,
+        Node::ReduceRank { reduce, value } => rank_reduction(subject, value, reduce)?,
+        _ => return None,
+    };
+    (*subject.node(x) == Node::Operand(subject.layer.input())).then_some(Term { inner, outer, core })
+}
+
+type Mapped = (Core, Option<Handle<Node>>, Handle<Node>);
+
+/// `(inner * x) @ w0` or `((inner * x) @ b) @ a`
+fn matmul(subject: &Subject<'_>, lhs: Handle<Node>, rhs: Handle<Node>, reduce: Reduce) -> Option<Mapped> {
+    if subject.is_base_weight(rhs) {
+        let (inner, x) = unscaled(subject, lhs);
+        return (reduce == Reduce::Sum).then_some((Core::Base, inner, x));
+    }
+    let Node::MatMul { lhs: scaled, rhs: b, reduce: Reduce::Sum } = *subject.node(lhs) else { return None };
+    let (inner, x) = unscaled(subject, scaled);
+    let is_factor = |node| {
+        let has_rank_axis = subject.layer.type_of(node).rank_axis.is_some();
+        !subject.is_base_weight(node) && !subject.reads_input(node) && !has_rank_axis
+    };
+    (is_factor(b) && is_factor(rhs)).then_some((Core::Additive { b, a: rhs, reduce }, inner, x))
+}
+
+/// The value of `sum_rank(rows(a) * ((inner * (columns(b) * x)) @ w0))`
+fn rank_reduction(subject: &Subject<'_>, value: Handle<Node>, reduce: Reduce) -> Option<Mapped> {
+    let (rows, projected) = factors(subject, value)?;
+    let Node::Rows(a) = *subject.node(rows) else { return None };
+    let Node::MatMul { lhs, rhs, reduce: Reduce::Sum } = *subject.node(projected) else { return None };
+    let (inner, scaled) = unscaled(subject, lhs);
+    let (columns, x) = factors(subject, scaled)?;
+    let Node::Columns(b) = *subject.node(columns) else { return None };
+    subject.is_base_weight(rhs).then_some((Core::Multiplicative { b, a, reduce }, inner, x))
+}
+
+/// `scale * value` as both; any other value as itself, without a scale.
+fn unscaled(subject: &Subject<'_>, node: Handle<Node>) -> (Option<Handle<Node>>, Handle<Node>) {
+    match factors(subject, node) {
+        Some((scale, value)) if subject.is_scale(scale) => (Some(scale), value),
+        _ => (None, node),
+    }
+}
+
+/// The factors of a product: what is known at load time, and what depends on the input.
+fn factors(subject: &Subject<'_>, node: Handle<Node>) -> Option<(Handle<Node>, Handle<Node>)> {
+    let Node::Elementwise { operator: Operator::Multiply, lhs, rhs } = *subject.node(node) else { return None };
+    match (subject.reads_input(lhs), subject.reads_input(rhs)) {
+        (false, true) => Some((lhs, rhs)),
+        (true, false) => Some((rhs, lhs)),
+        _ => None,
+    }
+}

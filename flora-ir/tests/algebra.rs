@@ -1,0 +1,291 @@
+//! From equations to the adapted linear: every step equals the oracle, and what is folded computes what was written.
+
+mod support;
+
+use flora_ir::algebra::{Core, FoldError, NormalizeError, Obstacle, normalize};
+use flora_ir::{Bindings, Dimension, EvaluateError, Value, VerifiedLayer, builtin, evaluate_root};
+use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
+use support::{bindings, config, is_close, layer};
+
+/// f64 against f64: sums of a few hundred products, in another order.
+const EXACT: f64 = 1e-9;
+
+/// f64 against factors that were rounded to f32 (half an ulp, 6e-8, each): three of them meet in a product, and products of
+/// opposite sign cancel against the largest output.
+const ROUNDED: f64 = 1e-5;
+
+/// Normalises `layer` and holds every step, and the folded adapter, against the oracle.
+fn check(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> Result<(), TestCaseError> {
+    let bindings = bindings(layer, sizes, seed);
+    let expected = evaluate_root(layer, &bindings).map_err(|error| TestCaseError::fail(error.to_string()))?;
+    let text = flora_ir::print(layer.layer());
+    let normalized = normalize(layer).map_err(|error| TestCaseError::fail(format!("{error}\n{text}")))?;
+    for step in &normalized.derivation.steps {
+        let after = evaluate_root(&step.layer, &bindings).map_err(|error| TestCaseError::fail(error.to_string()))?;
+        prop_assert!(is_close(&expected, &after, EXACT), "{} breaks\n{}\n{}", step.rule.name, step.before, step.after);
+    }
+    let linear = normalized.linear;
+    let name = |operand| linear.layer.layer().operands[operand].name.clone();
+    let get = |operand| bindings.get(&name(operand)).expect("bound");
+    let folded = linear.fold(&bindings).map_err(|error| TestCaseError::fail(format!("{error}\n{text}")))?;
+    let (x, w0, bias) = (get(linear.input), get(linear.base_weight), linear.bias.map(get));
+    let applied =
+        folded.apply(x, w0, bias, linear.activation).map_err(|error| TestCaseError::fail(error.to_string()))?;
+    prop_assert!(is_close(&expected, &applied, ROUNDED), "{text}\n{}", normalized.derivation);
+    let counted = (folded.virtual_rows.len(), folded.low_rank.len());
+    prop_assert_eq!(counted, linear.rows_and_rank(sizes[3]), "{}", text);
+    Ok(())
+}
+
+/// An equation over the operands below that has a normal form: random products, sums, scales and groupings.
+fn equation() -> impl Strategy<Value = String> {
+    let scalar = prop::sample::select(vec!["s", "2.5", "(s * s)", "(s / 3)", "(1 + s * s)"]);
+    let inner = prop::sample::select(vec!["i", "(i * j)", "(s * i)", "(1 + i)"]);
+    let outer = prop::sample::select(vec!["l", "(l * k)", "(1 / k)", "column_norm(w0 + b @ a)", "(1 + l)"]);
+    let pair = prop_oneof![
+        Just("(b @ a)".to_owned()),
+        Just("matmul_mean(b, a)".to_owned()),
+        Just("(d @ (a * l))".to_owned()),
+        Just("((b * e) @ c)".to_owned()),
+        Just("((b + d) @ c)".to_owned()),
+    ];
+    let pair = pair.prop_recursive(2, 6, 2, move |pair| {
+        prop_oneof![
+            (scalar.clone(), pair.clone()).prop_map(|(s, pair)| format!("({pair} * {s})")),
+            pair.clone().prop_map(|pair| format!("({pair} / k)")),
+            (pair.clone(), pair).prop_map(|(one, other)| format!("({one} + {other})")),
+        ]
+    });
+    let weight = prop_oneof![
+        Just("w0".to_owned()),
+        pair.clone(),
+        pair.clone().prop_map(|pair| format!("(w0 * {pair})")),
+        pair.clone().prop_map(|pair| format!("({pair} * w0)")),
+        pair.prop_map(|pair| format!("(w0 * (1 + {pair}))")),
+    ];
+    let scaled_weight = weight.prop_recursive(2, 8, 2, {
+        let outer = outer.clone();
+        move |weight| {
+            prop_oneof![
+                (outer.clone(), weight.clone()).prop_map(|(l, weight)| format!("({weight} * {l})")),
+                weight.clone().prop_map(|weight| format!("({weight} / (1 + s * s))")),
+                (weight.clone(), weight).prop_map(|(one, other)| format!("({one} + {other})")),
+            ]
+        }
+    });
+    let input = prop_oneof![
+        2 => Just("x".to_owned()),
+        1 => inner.clone().prop_map(|i| format!("({i} * x)")),
+        1 => inner.clone().prop_map(|i| format!("(x * {i} * s)")),
+        1 => inner.prop_map(|i| format!("(x + {i} * x / 2)")),
+    ];
+    let term = prop_oneof![
+        5 => (input.clone(), scaled_weight).prop_map(|(x, weight)| format!("({x} @ {weight})")),
+        1 => input.clone().prop_map(|x| format!("((({x} @ b) * e) @ a)")),
+        1 => input.clone().prop_map(|x| format!("matmul_mean({x} @ b, c)")),
+        1 => input.clone().prop_map(|x| format!("sum_rank(((columns(b) * {x}) @ w0) * rows(a) * l)")),
+        1 => input.clone().prop_map(|x| format!("mean_rank(s * rows(a) * (({x} * columns(d) * columns(b)) @ (w0 / k)))")),
+        1 => input.clone().prop_map(|x| format!("sum_rank(rows(c) * rows(a) * ({x} @ w0))")),
+        1 => input.prop_map(|x| format!("mean_rank((columns(b) * {x}) @ (w0 * l))")),
+    ];
+    let scaled_term = term.prop_recursive(3, 6, 2, move |term| {
+        prop_oneof![
+            (outer.clone(), term.clone()).prop_map(|(l, term)| format!("({l} * {term})")),
+            term.clone().prop_map(|term| format!("({term} / k)")),
+            term.clone().prop_map(|term| format!("identity({term})")),
+            (term.clone(), term).prop_map(|(one, other)| format!("({one} + {other})")),
+        ]
+    });
+    let activation = prop::sample::select(vec!["", "relu", "gelu_erf", "gelu_tanh", "silu"]);
+    // The last summand reads every operand once, so that none is left over.
+    let rest = "((i * j * x) @ (b * e) + x @ d) @ (a + c) + l * k * s * (x @ w0)";
+    (scaled_term, activation).prop_map(move |(term, activation)| format!("{activation}({term} + {rest} + bias)"))
+}
+
+const OPERANDS: &str = "x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], d: adapter[D, R], a: adapter[R, K], \
+    c: adapter[R, K], e: adapter[R], i: adapter[D], j: adapter[D], l: adapter[K], k: adapter[K], s: adapter[], bias: bias[K]";
+
+/// Odd sizes: tokens, D, K, R.
+fn sizes() -> impl Strategy<Value = [usize; 4]> {
+    (1usize..5, 1usize..10, 1usize..10, 1usize..5).prop_map(|(tokens, d, k, r)| [tokens, d, k, r])
+}
+
+proptest! {
+    #![proptest_config(config(48))]
+
+    #[test]
+    fn every_step_of_every_builtin_equals_the_oracle(sizes in sizes(), seed in any::<u64>()) {
+        for name in builtin::names() {
+            check(builtin::builtin(name).expect(name), sizes, seed)?;
+        }
+    }
+
+    #[test]
+    fn random_equations_fold_to_what_they_compute(equation in equation(), sizes in sizes(), seed in any::<u64>()) {
+        check(&layer(&format!("layer f({OPERANDS}) {{ {equation} }}")), sizes, seed)?;
+    }
+
+    #[test]
+    fn random_graphs_normalise_or_are_refused(choices in prop::collection::vec(any::<[u8; 3]>(), 1..40)) {
+        if let Ok(layer) = flora_ir::verify(support::square_layer_from_choices(&choices)) {
+            let sizes = [2, 3, 3, 3];
+            match normalize(&layer) {
+                Ok(_) => check(&layer, sizes, 1)?,
+                Err(error) => prop_assert!(!error.term.is_empty()),
+            }
+        }
+    }
+}
+
+#[test]
+fn builtins_have_the_terms_of_their_names() {
+    let counts = |name: &str| normalize(builtin::builtin(name).expect(name)).expect(name).linear.rows_and_rank(5);
+    let expected = [
+        ("linear", (1, 0)),
+        ("flora", (5, 0)),
+        ("flora_mean", (5, 0)),
+        ("hira", (6, 0)),
+        ("lora", (1, 5)),
+        ("ia3", (1, 0)),
+        ("ia3_feedforward", (1, 0)),
+        ("dora", (1, 5)),
+    ];
+    assert!(expected.iter().map(|(name, _)| *name).eq(builtin::names()));
+    for (name, count) in expected {
+        assert_eq!(counts(name), count, "{name}");
+    }
+}
+
+#[test]
+fn a_base_row_has_no_scales() {
+    for source in [
+        "layer f(x: input[tokens, D], w0: weight[D, K]) { x @ w0 }",
+        "layer f(x: input[tokens, D], w0: weight[D, K]) { 0.25 * (x @ w0) + (x * 3) @ w0 / 4 }",
+    ] {
+        let linear = normalize(&layer(source)).unwrap().linear;
+        let folded = linear.fold(&Bindings::new()).unwrap();
+        assert_eq!(folded.virtual_rows, [Default::default()], "{source}");
+    }
+}
+
+fn refusal(equation: &str) -> NormalizeError {
+    normalize(&layer(&format!("layer f({equation}"))).expect_err("it has no normal form")
+}
+
+#[track_caller]
+fn refuses(equation: &str, obstacle: Obstacle, term: &str) {
+    let source = format!("x: input[tokens, D], w0: weight[D, K], {equation}");
+    let error = refusal(&source);
+    assert_eq!((error.obstacle, error.term.as_str()), (obstacle, term));
+    assert!(error.diagnostic().render("layer", &format!("layer f({source}")).contains(term));
+    assert!(error.span.end > error.span.start);
+}
+
+#[test]
+fn the_term_in_the_way_is_named() {
+    refuses("b: bias[K]) { (x @ w0) * (x @ w0) + b }", Obstacle::ProductOfInputs, "(x @ w0) * (x @ w0)");
+    refuses("l: adapter[K]) { l * relu(x @ w0) }", Obstacle::InnerActivation, "relu(x @ w0)");
+    refuses("l: adapter[K]) { relu(silu(x @ w0) * l) }", Obstacle::InnerActivation, "silu(x @ w0)");
+    refuses("l: adapter[K]) { l / (x @ w0) }", Obstacle::DivisionByInput, "l / (x @ w0)");
+    refuses("c: adapter[K]) { x @ w0 + c }", Obstacle::AddedConstant, "c");
+    refuses("c: bias[K], d: bias[K]) { x @ w0 + c + d }", Obstacle::SecondBias, "d");
+    refuses("l: adapter[K], c: bias[K]) { l * (x @ w0 + c) }", Obstacle::InnerAddition, "x @ w0 + c");
+    refuses("l: adapter[D]) { (x + l) @ w0 }", Obstacle::InnerAddition, "x + l");
+    refuses("c: adapter[D, K]) { x @ (w0 + c) }", Obstacle::DenseWeight, "c");
+    refuses("c: adapter[D, K]) { x @ (w0 * c) }", Obstacle::DenseFactor, "w0 * c");
+    refuses("c: adapter[K, K]) { x @ w0 @ c }", Obstacle::MatMulChain, "(x @ w0) @ c");
+    refuses("l: adapter[K]) { l * matmul_mean(x, w0) }", Obstacle::MeanOverInput, "matmul_mean(x, w0)");
+    let residual = refusal("x: input[tokens, D], w0: weight[D, D]) { x @ w0 + x }");
+    assert_eq!((residual.obstacle, residual.term.as_str()), (Obstacle::Unprojected, "x"));
+    let transposed = refusal(
+        "x: input[tokens, D], w0: weight[D, K], c: adapter[R, D], a: adapter[R, K]) { sum_rank(rows(a) * ((rows(c) * x) @ w0)) }",
+    );
+    assert_eq!(transposed.obstacle, Obstacle::RankReduction);
+}
+
+#[test]
+fn sums_that_multiply_out_without_bound_are_refused() {
+    let doubling: String = (1..40).map(|i| format!("let y{i} = y{} + y{};", i - 1, i - 1)).collect();
+    let error = refusal(&format!("x: input[tokens, D], w0: weight[D, K]) {{ let y0 = x @ w0; {doubling} y39 }}"));
+    assert_eq!(error.obstacle, Obstacle::TooLong);
+    let factor = "(w0 + b @ a + c @ a)";
+    let product = [factor; 12].join(" * ");
+    let operands = "x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], c: adapter[D, R], a: adapter[R, K]";
+    assert!(matches!(
+        refusal(&format!("{operands}) {{ x @ ({product}) }}")).obstacle,
+        Obstacle::TooLong | Obstacle::DenseFactor
+    ));
+}
+
+#[test]
+fn operands_keep_their_roles() {
+    let source = format!(
+        "layer f({OPERANDS}) {{ let w = w0 + s * (b @ a) * (1 + l); relu(i * j * x @ (w * k) + x @ ((d * e) @ c) + bias) }}"
+    );
+    let linear = normalize(&layer(&source)).unwrap().linear;
+    let name = |operand| linear.layer.layer().operands[operand].name.as_str();
+    assert_eq!((name(linear.input), name(linear.base_weight), linear.bias.map(name)), ("x", "w0", Some("bias")));
+    assert_eq!(linear.activation, flora_ir::Activation::Relu);
+    assert!(matches!(linear.terms[..], [ref base, ref scaled, ref plain]
+        if base.core == Core::Base && base.inner.is_some() && scaled.outer.is_some() && plain.outer.is_none()));
+}
+
+#[test]
+fn folding_reports_what_is_missing_or_does_not_fit() {
+    let fold =
+        |name: &str, bindings: &Bindings| normalize(builtin::builtin(name).unwrap()).unwrap().linear.fold(bindings);
+    let matrix = |rows: usize, columns: usize, element: f64| {
+        Value::matrix(rows, columns, vec![element; rows * columns]).unwrap()
+    };
+
+    let unbound = Bindings::from_iter([("b", matrix(5, 2, 1.0))]);
+    assert!(
+        matches!(fold("flora", &unbound), Err(FoldError::Evaluate(EvaluateError::Unbound { operand })) if operand == "a")
+    );
+
+    let mixed = Bindings::from_iter([("b", matrix(5, 2, 1.0)), ("a", matrix(3, 7, 1.0))]);
+    assert!(matches!(fold("flora", &mixed), Err(FoldError::Evaluate(EvaluateError::ExtentMismatch { .. }))));
+
+    let vector = Bindings::from_iter([("b", Value::vector(vec![1.0])), ("a", matrix(3, 7, 1.0))]);
+    assert!(matches!(fold("flora", &vector), Err(FoldError::Evaluate(EvaluateError::WrongShape { .. }))));
+
+    let empty = Bindings::from_iter([("b", matrix(5, 0, 1.0)), ("a", matrix(0, 7, 1.0))]);
+    assert!(fold("flora", &empty).unwrap().virtual_rows.is_empty());
+    assert!(matches!(fold("flora_mean", &empty), Err(FoldError::Evaluate(EvaluateError::EmptyMean))));
+
+    let doubled = layer("layer f(x: input[tokens, D], w0: weight[D, K]) { 2 * (x @ w0) }");
+    let doubled = normalize(&doubled).unwrap().linear;
+    let mut bindings = Bindings::new();
+    assert!(
+        matches!(doubled.fold(&bindings), Err(FoldError::UnknownExtent { dimension }) if dimension.to_string() == "K")
+    );
+    bindings.insert_extent(Dimension::Symbol("K".to_owned()), 3);
+    assert_eq!(doubled.fold(&bindings).unwrap().virtual_rows[0].out_scale, Some(vec![2.0; 3]));
+
+    let mut dora = Bindings::from_iter([("b", matrix(5, 2, 0.0)), ("a", matrix(2, 7, 0.0)), ("w0", matrix(5, 7, 0.0))]);
+    dora.insert("s", Value::scalar(1.0)).insert("m", Value::vector(vec![1.0; 7]));
+    assert!(matches!(fold("dora", &dora), Err(FoldError::NotFinite { .. })), "the norm of a zero column is 0");
+
+    let poisoned = Bindings::from_iter([("l", Value::vector(vec![f64::NAN, 1.0]))]);
+    let row = &fold("ia3", &poisoned).unwrap().virtual_rows[0];
+    assert!(row.out_scale.as_ref().is_some_and(|scale| scale[0].is_nan() && scale[1] == 1.0));
+}
+
+#[test]
+fn applying_checks_every_shape() {
+    let folded = normalize(builtin::builtin("lora").unwrap()).unwrap().linear;
+    let bindings = bindings(builtin::builtin("lora").unwrap(), [2, 5, 7, 3], 1);
+    let folded = folded.fold(&bindings).unwrap();
+    let (x, w0) = (bindings.get("x").unwrap(), bindings.get("w0").unwrap());
+    let apply = |x: &Value, w0: &Value, bias: Option<&Value>| folded.apply(x, w0, bias, Default::default());
+    assert!(apply(x, w0, None).is_ok());
+    assert!(matches!(apply(w0, x, None), Err(FoldError::WrongShape { what: "w0", .. })));
+    assert!(matches!(apply(&Value::scalar(1.0), w0, None), Err(FoldError::WrongShape { what: "x", .. })));
+    assert!(matches!(
+        apply(x, w0, Some(&Value::vector(vec![1.0]))),
+        Err(FoldError::WrongShape { what: "the bias", .. })
+    ));
+    let narrow = Value::matrix(5, 6, vec![1.0; 30]).unwrap();
+    assert!(matches!(apply(x, &narrow, None), Err(FoldError::WrongShape { what: "an expand vector", .. })));
+}

@@ -1,0 +1,37 @@
+//! The text form and the derivation of every built-in adapter, as people see them. `cargo insta review` updates them.
+
+use flora_ir::algebra::normalize;
+use flora_ir::{builtin, parse, print, verify};
+
+#[test]
+fn builtins() {
+    for name in builtin::names() {
+        let layer = builtin::builtin(name).expect(name);
+        insta::assert_snapshot!(format!("{name}.text"), print(layer.layer()));
+        insta::assert_snapshot!(format!("{name}.derivation"), normalize(layer).expect(name).derivation.to_string());
+    }
+}
+
+#[test]
+fn an_equation_in_the_form_of_eq5_with_scales_everywhere() {
+    let source = "layer eq5(x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K], l: adapter[K], s: adapter[], c: bias[K]) {
+        gelu_erf(mean_rank(s * ((x * columns(b)) @ (w0 / l)) * rows(a)) + x @ w0 + c)
+    }";
+    let layer = verify(parse(source).unwrap()).unwrap();
+    insta::assert_snapshot!("eq5.derivation", normalize(&layer).unwrap().derivation.to_string());
+}
+
+#[test]
+fn a_rendered_mistake() {
+    let source = "layer f(x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K]) {\n    x @ (w0 * (a @ b))\n}\n";
+    let mistakes = verify(parse(source).unwrap()).unwrap_err();
+    let rendered: String = mistakes.iter().map(|mistake| mistake.render("f.flora", source)).collect();
+    insta::assert_snapshot!("mistake", rendered);
+}
+
+#[test]
+fn a_rendered_obstacle() {
+    let source = "layer f(x: input[tokens, D], w0: weight[D, K], c: adapter[D, K]) {\n    x @ (w0 * c)\n}\n";
+    let layer = verify(parse(source).unwrap()).unwrap();
+    insta::assert_snapshot!("obstacle", normalize(&layer).unwrap_err().diagnostic().render("f.flora", source));
+}
