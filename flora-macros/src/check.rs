@@ -1,14 +1,15 @@
-//! Builds the layer that the program will hold and checks it with flora's own verifier, so that a mistake in an equation
-//! reads the same here and in a layer read from a file.
+//! Builds the layer that the program will hold and checks it with flora's own verifier and algebra, so that a mistake in an
+//! equation reads the same here and in a layer read from a file.
 
+use flora_ir::algebra::normalize;
 use flora_ir::{Diagnostic, Handle, Layer, Node, Operand, VerifiedLayer, verify};
 use proc_macro2::Span;
 use syn::ext::IdentExt;
 
 use crate::ast::{Equation, Expression, ExpressionKind, Output, Unary};
-use crate::mistakes::{at, none, over};
+use crate::mistakes::{at, both, none, over};
 
-/// The layer of `equation`, accepted by the verifier.
+/// The layer of `equation`: the verifier accepts it, its output is the declared one, and it has a normal form.
 pub(crate) fn check(equation: &Equation) -> syn::Result<Layer> {
     let Built { layer, tokens, .. } = build(equation);
     let located = |diagnostic: &Diagnostic| {
@@ -17,7 +18,10 @@ pub(crate) fn check(equation: &Equation) -> syn::Result<Layer> {
         at(part.copied().unwrap_or(equation.name.span()), &diagnostic.message, &diagnostic.help)
     };
     match verify(layer.clone()) {
-        Ok(verified) => agree(&equation.output, &verified).map(|()| layer),
+        Ok(verified) => {
+            let normal = normalize(&verified).map_err(|error| located(&error.diagnostic()));
+            both(agree(&equation.output, &verified), normal).map(|_| layer)
+        }
         // A layer without a word of what is wrong would still be no layer.
         Err(diagnostics) => none(diagnostics.iter().map(located)).and(Err(unexplained())),
     }

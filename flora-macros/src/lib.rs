@@ -3,9 +3,9 @@
 //!
 //! The passes, each from one type to the next: [`attributes`] takes from the function what the item that replaces it
 //! keeps, [`ast`] reads signature and body with every name resolved, [`check`] builds the very graph that the program will
-//! hold and runs flora's verifier on it, [`expand`] writes the code that rebuilds it. A mistake stops the passes after it,
-//! and every mistake that a pass finds is reported at its own token, beside a stub of the item, so that the item's users
-//! aren't reported too.
+//! hold and runs flora's verifier and algebra on it, [`expand`] writes the code that rebuilds it. A mistake stops the
+//! passes after it, and every mistake that a pass finds is reported at its own token, beside a stub of the item, so that
+//! the item's users aren't reported too.
 
 mod ast;
 mod attributes;
@@ -56,7 +56,8 @@ use quote::quote;
 ///
 /// # Errors
 ///
-/// Whatever flora's verifier refuses is a compile error at the token that is wrong, in the verifier's words.
+/// What flora's verifier refuses, and what its algebra can't take to the normal form that kernels compute, is a compile
+/// error at the token that is wrong, in their words.
 #[proc_macro_attribute]
 pub fn layer(arguments: TokenStream, item: TokenStream) -> TokenStream {
     compile(arguments.into(), item.into()).into()

@@ -1,6 +1,7 @@
 //! Properties of the whole macro, on generated functions: whatever stands there it answers with Rust items, and an equation
 //! means what the same equation means in flora-ir's text form.
 
+use flora_ir::algebra::normalize;
 use flora_ir::{parse, print, verify};
 use proc_macro2::TokenStream;
 use proptest::prelude::*;
@@ -107,15 +108,16 @@ fn output() -> impl Strategy<Value = (String, String)> {
     // `$` is the value so far.
     const STEPS: &[(&str, &str)] = &[
         ("l * $", "l * $"),
-        ("$ + bias", "$ + bias"),
         ("-$ / s", "(-1 * $) / s"),
-        ("$.relu()", "relu($)"),
-        ("$.gelu_tanh()", "gelu_tanh($)"),
+        ("2 * ($ / 3 + $)", "2 * ($ / 3 + $)"),
         (
             "$ - (a.rows() * (b.columns() * x).matmul(w0)).sum_rank()",
             "$ + -1 * sum_rank(rows(a) * ((columns(b) * x) @ w0))",
         ),
-        ("$ + (a.rows() * $).mean_rank()", "$ + mean_rank(rows(a) * $)"),
+        (
+            "$ + (a.rows() * (x * b.columns()).matmul(w0)).mean_rank()",
+            "$ + mean_rank(rows(a) * ((x * columns(b)) @ w0))",
+        ),
     ];
     let linear =
         prop::sample::select(WEIGHTS).prop_map(|(weight, text)| (format!("x.matmul({weight})"), format!("x @ {text}")));
@@ -128,9 +130,11 @@ fn output() -> impl Strategy<Value = (String, String)> {
 
 /// An equation that uses every operand, with mistakes or without.
 fn equation() -> impl Strategy<Value = (String, String)> {
-    prop_oneof![expression(), output()].prop_map(|(rust, text)| {
-        let rust = format!("(x.matmul(w0 + b.matmul(a)) * s + bias) * l + ({rust})");
-        (rust, format!("((x @ (w0 + (b @ a))) * s + bias) * l + ({text})"))
+    const ACTIVATIONS: &[(&str, &str)] = &[("", ""), (".relu()", "relu"), (".gelu_tanh()", "gelu_tanh")];
+    let part = prop_oneof![expression(), output()];
+    (part, prop::sample::select(ACTIVATIONS)).prop_map(|((rust, text), (method, function))| {
+        let rust = format!("((x.matmul(w0 + b.matmul(a)) * s + ({rust})) * l + bias){method}");
+        (rust, format!("{function}(((x @ (w0 + (b @ a))) * s + ({text})) * l + bias)"))
     })
 }
 
@@ -164,18 +168,22 @@ proptest! {
         let function: syn::ItemFn = syn::parse_str(&function).expect("the generator writes Rust");
         let written = ast::read(&function).and_then(|equation| check::check(&equation));
         let expected = parse(&text).expect("the generator writes the text form");
-        match (written, verify(expected.clone())) {
+        let checked = verify(expected.clone()).and_then(|verified| {
+            normalize(&verified).map_err(|error| vec![error.diagnostic()])
+        });
+        match (written, checked) {
             (Ok(layer), Ok(_)) => prop_assert_eq!(print(&layer), print(&expected)),
             (Err(written), Err(expected)) => {
-                let messages = |error: &syn::Error| error.clone().into_iter().map(|e| e.to_string()).collect::<Vec<_>>();
-                let expected: Vec<_> = expected.iter().map(|d| format!("{}\nhelp: {}", d.message, d.help)).collect();
-                let mut written = messages(&written);
-                let mut sorted = expected;
+                let mut written: Vec<_> = written.into_iter().map(|error| error.to_string()).collect();
+                let mut expected: Vec<_> =
+                    expected.iter().map(|mistake| format!("{}\nhelp: {}", mistake.message, mistake.help)).collect();
                 written.sort();
-                sorted.sort();
-                prop_assert_eq!(written, sorted);
+                expected.sort();
+                prop_assert_eq!(written, expected);
             }
-            (written, expected) => prop_assert!(false, "only one accepts: {written:?}, {expected:?}", written = written.err(), expected = expected.err()),
+            (written, expected) => {
+                prop_assert!(false, "only one accepts it: {:?}, {:?}", written.err(), expected.err());
+            }
         }
     }
 }

@@ -147,13 +147,13 @@ fn extents_and_element_types_are_kept() {
 #[flora_macros::layer]
 fn signed(x: Tokens<D>, w0: Weight<D, K>, b: Adapter<D, R>, a: Adapter<R, K>) -> Tokens<K> {
     let w0 = w0 - b.matmul(a) * 2;
-    let w0 = -w0 / -1e-3 + 0.25;
+    let w0 = -w0 / -1e-3 * 0.25;
     x.matmul(w0)
 }
 
 #[test]
 fn a_minus_is_a_product_with_minus_one() {
     let operands = "x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K]";
-    let equation = "x @ ((-1 * (w0 + -1 * ((b @ a) * 2))) / -0.001 + 0.25)";
+    let equation = "x @ ((-1 * (w0 + -1 * ((b @ a) * 2))) / -0.001 * 0.25)";
     assert_is(&signed::layer(), &format!("layer signed({operands}) {{ {equation} }}"));
 }

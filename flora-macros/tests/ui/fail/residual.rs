@@ -1,0 +1,8 @@
+//! A residual, which is outside of the layer.
+
+#[flora_macros::layer]
+fn residual(x: Tokens<D>, w0: Weight<D, D>) -> Tokens<D> {
+    x + x.matmul(w0)
+}
+
+fn main() {}
