@@ -3,21 +3,26 @@
 
 use proc_macro2::TokenStream;
 use quote::ToTokens;
-use syn::{Attribute, Ident, ItemFn, Visibility};
+use syn::{AttrStyle, Attribute, Ident, ItemFn, Visibility};
 
 use crate::mistakes::{at, listed, none, over};
 
 /// What users of the function see of it.
 pub(crate) struct Interface {
-    /// Documentation, `cfg` and lint levels.
-    pub(crate) attributes: Vec<Attribute>,
+    /// Documentation and deprecation, which the item takes.
+    pub(crate) described: Vec<Attribute>,
+    /// Lint levels, which everything that stands for the function takes.
+    pub(crate) lint_levels: Vec<Attribute>,
     /// The function's visibility.
     pub(crate) visibility: Visibility,
     /// The function's name.
     pub(crate) name: Ident,
 }
 
-const KEPT: [&str; 8] = ["doc", "cfg", "cfg_attr", "allow", "expect", "warn", "deny", "deprecated"];
+const DESCRIBING: [&str; 2] = ["doc", "deprecated"];
+
+// `expect` is missing: where one function becomes several items, all but one would not fulfil it.
+const LINT_LEVELS: [&str; 3] = ["allow", "warn", "deny"];
 
 /// The item as a function.
 pub(crate) fn function(item: TokenStream) -> syn::Result<ItemFn> {
@@ -31,22 +36,26 @@ pub(crate) fn function(item: TokenStream) -> syn::Result<ItemFn> {
     }
 }
 
-/// The interface of `function`, and the mistakes among its attributes and modifiers.
+/// The interface of `function`, and the mistakes among its attributes and modifiers. (`cfg` and `cfg_attr` are gone before
+/// the macro runs.)
 pub(crate) fn interface(arguments: TokenStream, function: &ItemFn) -> (Interface, syn::Result<()>) {
-    let (kept, refused): (Vec<_>, Vec<_>) = function.attrs.iter().cloned().partition(is_kept);
+    let (described, others): (Vec<_>, Vec<_>) = function.attrs.iter().cloned().partition(is_outer_one_of(&DESCRIBING));
+    let (lint_levels, refused): (Vec<_>, Vec<_>) = others.into_iter().partition(is_outer_one_of(&LINT_LEVELS));
     let refused = refused.iter().map(|attribute| {
         let path = attribute.path().to_token_stream().to_string().replace(' ', "");
-        let help = format!("remove it; a layer keeps {}", listed(KEPT));
-        over(attribute, format!("the attribute `{path}` has no meaning on a layer"), help)
+        let help = format!("remove it; a layer keeps {} before it", listed(DESCRIBING.into_iter().chain(LINT_LEVELS)));
+        over(attribute, format!("the attribute `{path}` has no meaning here"), help)
     });
     let arguments = (!arguments.is_empty())
         .then(|| over(&arguments, "`#[flora::layer]` takes no arguments", "write `#[flora::layer]` alone"));
     let mistakes = none(arguments.into_iter().chain(refused).chain(modifiers(function)));
-    (Interface { attributes: kept, visibility: function.vis.clone(), name: function.sig.ident.clone() }, mistakes)
+    let (visibility, name) = (function.vis.clone(), function.sig.ident.clone());
+    (Interface { described, lint_levels, visibility, name }, mistakes)
 }
 
-fn is_kept(attribute: &Attribute) -> bool {
-    KEPT.iter().any(|name| attribute.path().is_ident(name))
+/// Whether an attribute stands before the function and has one of `names`.
+fn is_outer_one_of(names: &[&str]) -> impl Fn(&Attribute) -> bool {
+    |attribute| matches!(attribute.style, AttrStyle::Outer) && names.iter().any(|name| attribute.path().is_ident(name))
 }
 
 /// What stands around the name and the arguments, none of which an equation has.

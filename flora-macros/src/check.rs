@@ -22,13 +22,13 @@ pub(crate) fn check(equation: &Equation) -> syn::Result<Layer> {
             let normal = normalize(&verified).map_err(|error| located(&error.diagnostic()));
             both(agree(&equation.output, &verified), normal).map(|_| layer)
         }
-        // A layer without a word of what is wrong would still be no layer.
-        Err(diagnostics) => none(diagnostics.iter().map(located)).and(Err(unexplained())),
+        Err(diagnostics) => {
+            // Without a word of what is wrong it would still be no layer.
+            let unexplained =
+                at(equation.name.span(), "the verifier refuses this layer", "report this as a defect of flora");
+            none(diagnostics.iter().map(located)).and(Err(unexplained))
+        }
     }
-}
-
-fn unexplained() -> syn::Error {
-    at(Span::call_site(), "the verifier refuses this layer without saying why", "report this as a defect of flora")
 }
 
 /// That the declared return type is the output's.

@@ -72,13 +72,16 @@ pub(crate) fn stub(ir: &TokenStream, interface: &Interface) -> TokenStream {
 }
 
 fn item(ir: &TokenStream, interface: &Interface, body: &TokenStream) -> TokenStream {
-    let Interface { attributes, visibility, name } = interface;
+    let Interface { described, lint_levels, visibility, name } = interface;
     // A type without values, and not a unit struct, whose name would be a pattern: `let query = query::layer();`.
     quote! {
-        #(#attributes)*
+        #(#described)*
+        #(#lint_levels)*
         #[allow(non_camel_case_types, clippy::empty_enums)]
         #visibility enum #name {}
 
+        #(#lint_levels)*
+        #[allow(deprecated)]
         impl #name {
             /// The layer, verified. It is built once, by the first call.
             #[allow(clippy::expect_used, clippy::too_many_lines)]

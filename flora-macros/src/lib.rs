@@ -1,9 +1,8 @@
-//! `#[flora::layer]`: the equation of an adapted layer, written as a Rust function, becomes a
-//! [`flora_ir::Layer`].
+//! `#[flora::layer]`: the equation of an adapted layer, written as a Rust function, becomes a [`flora_ir::Layer`].
 //!
-//! The passes, each from one type to the next: [`attributes`] takes from the function what the item that replaces it
-//! keeps, [`ast`] reads signature and body with every name resolved, [`check`] builds the very graph that the program will
-//! hold and runs flora's verifier and algebra on it, [`expand`] writes the code that rebuilds it. A mistake stops the
+//! The passes, each from one type to the next: `attributes` takes from the function what the item that replaces it
+//! keeps, `ast` reads signature and body with every name resolved, `check` builds the very graph that the program will
+//! hold and runs flora's verifier and algebra on it, `expand` writes the code that rebuilds it. A mistake stops the
 //! passes after it, and every mistake that a pass finds is reported at its own token, beside a stub of the item, so that
 //! the item's users aren't reported too.
 

@@ -28,12 +28,11 @@ pub(crate) fn both<A, B>(a: syn::Result<A>, b: syn::Result<B>) -> syn::Result<(A
 
 /// All values, or the mistakes of all.
 pub(crate) fn all<T>(results: impl IntoIterator<Item = syn::Result<T>>) -> syn::Result<Vec<T>> {
-    results.into_iter().fold(Ok(Vec::new()), |values, result| {
-        both(values, result).map(|(mut values, value)| {
-            values.push(value);
-            values
-        })
-    })
+    let (mut values, mut outcome) = (Vec::new(), Ok(()));
+    for result in results {
+        outcome = both(outcome, result.map(|value| values.push(value))).map(drop);
+    }
+    outcome.map(|()| values)
 }
 
 /// `Ok` if there is no mistake.

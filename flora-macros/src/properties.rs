@@ -187,3 +187,11 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_long_expression_is_a_mistake_and_no_overflow() {
+    let sum = vec!["x.matmul(w0)"; 1000].join(" + ");
+    let function = format!("fn f(x: Tokens<D>, w0: Weight<D, K>) -> Tokens<K> {{ {sum} }}");
+    let answer = compile(TokenStream::new(), function.parse().expect("these are tokens")).to_string();
+    assert!(answer.contains("nested more than"), "{answer}");
+}

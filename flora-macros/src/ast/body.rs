@@ -2,11 +2,12 @@
 
 use flora_ir::{Activation, Operator, Reduce};
 use proc_macro2::Span;
+use quote::ToTokens;
 use syn::ext::IdentExt;
 use syn::spanned::Spanned;
 use syn::{BinOp, Block, Expr, ExprMethodCall, Lit, Local, Stmt, UnOp};
 
-use super::signature::name;
+use super::signature::{identifiers, name};
 use super::{Expression, ExpressionKind, Unary};
 use crate::mistakes::{all, at, both, listed, none, over, suggestion};
 
@@ -117,10 +118,11 @@ impl Scope {
             },
         };
         let name = name(pattern);
-        if let Ok(name) = &name {
-            self.names.push((name.unraw().to_string(), Reference::Binding(self.bindings.len())));
-            self.bindings.push(Binding { span: name.span(), used: false });
+        // What a refused pattern names is known all the same: its uses aren't mistakes too.
+        for name in identifiers(pattern.to_token_stream()) {
+            self.names.push((name, Reference::Binding(self.bindings.len())));
         }
+        self.bindings.push(Binding { span: pattern.span(), used: false });
         let checks = none(annotation.into_iter().chain(attributes));
         both(both(name, checks), value).map(|(_, value)| value)
     }

@@ -57,7 +57,8 @@ pub(super) fn names(signature: &Signature) -> impl Iterator<Item = (String, usiz
     signature.inputs.iter().enumerate().flat_map(names)
 }
 
-fn identifiers(tokens: TokenStream) -> Vec<String> {
+/// Every name in a pattern.
+pub(super) fn identifiers(tokens: TokenStream) -> Vec<String> {
     let identifiers = tokens.into_iter().flat_map(|token| match token {
         TokenTree::Ident(ident) => vec![ident.unraw().to_string()],
         TokenTree::Group(group) => identifiers(group.stream()),

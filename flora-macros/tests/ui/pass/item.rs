@@ -8,6 +8,14 @@ mod layers {
         x.matmul(w0)
     }
 
+    /// A layer that nobody should use, and that nobody does.
+    #[flora_macros::layer]
+    #[deprecated]
+    #[allow(dead_code)]
+    fn old(x: Tokens<D>, w0: Weight<D, K>) -> Tokens<K> {
+        x.matmul(w0)
+    }
+
     /// A layer that is configured away.
     #[flora_macros::layer]
     #[cfg(any())]
