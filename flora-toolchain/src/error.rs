@@ -93,9 +93,9 @@ pub enum FetchError {
         found: String,
     },
 
-    /// A wheel can't be unpacked, or lacks a file that it must hold.
-    #[error("the wheel of {what} is damaged: {detail}; fetch it again")]
-    Wheel {
+    /// A package can't be unpacked, or lacks a file that it must hold.
+    #[error("the package of {what} is damaged: {detail}; fetch it again")]
+    Damaged {
         /// The package.
         what: String,
         /// What is wrong with it.

@@ -217,7 +217,7 @@ fn write_manifest(folder: &Path) -> Result<(), FetchError> {
     let from = folder.join("usr/share/vulkan/icd.d").join(MANIFEST);
     let to = folder.join(LIBRARIES).join(MANIFEST);
     let text = fs::read_to_string(&from).map_err(FetchError::io("read", &from, WHAT))?;
-    let damaged = |detail: String| FetchError::Wheel { what: WHAT.to_owned(), detail };
+    let damaged = |detail: String| FetchError::Damaged { what: WHAT.to_owned(), detail };
     let mut manifest: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| damaged(format!("{MANIFEST}: {error}")))?;
     match manifest.pointer_mut("/ICD/library_path") {
@@ -225,4 +225,52 @@ fn write_manifest(folder: &Path) -> Result<(), FetchError> {
         None => return Err(damaged(format!("{MANIFEST} has no ICD.library_path"))),
     }
     fs::write(&to, manifest.to_string()).map_err(FetchError::io("write", &to, WHAT))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_started_through_the_trees_own_loader() {
+        let lavapipe = Lavapipe { libraries: PathBuf::from("/cache/lib") };
+        let arguments = |program: &str| {
+            let command = lavapipe.command(Path::new(program));
+            assert_eq!(command.get_program(), "/cache/lib/ld-linux-x86-64.so.2");
+            let variables: Vec<_> = command.get_envs().collect();
+            let manifest = Some("/cache/lib/lvp_icd.json".as_ref());
+            assert!(variables.contains(&("VK_DRIVER_FILES".as_ref(), manifest)), "{variables:?}");
+            command.get_args().map(|argument| argument.to_string_lossy().into_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(arguments("/a/program"), ["--library-path", "/cache/lib", "/a/program"]);
+        assert_eq!(arguments("program"), ["--library-path", "/cache/lib", "./program"]);
+    }
+
+    #[test]
+    fn the_manifest_names_the_library_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let from = folder.path().join("usr/share/vulkan/icd.d");
+        fs::create_dir_all(&from).unwrap();
+        fs::create_dir_all(folder.path().join(LIBRARIES)).unwrap();
+        fs::write(from.join(MANIFEST), r#"{"ICD": {"api_version": "1.4", "library_path": "libvulkan_lvp.so"}}"#)
+            .unwrap();
+        write_manifest(folder.path()).unwrap();
+        let text = fs::read_to_string(folder.path().join(LIBRARIES).join(MANIFEST)).unwrap();
+        assert!(text.contains(r#""library_path":"./libvulkan_lvp.so""#), "{text}");
+
+        fs::write(from.join(MANIFEST), "{}").unwrap();
+        assert!(write_manifest(folder.path()).unwrap_err().to_string().contains("library_path"));
+    }
+
+    #[test]
+    fn only_lavapipes_driver_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["libvulkan.so.1", "libvulkan_intel.so", "libvulkan_lvp.so", "libLLVM.so"] {
+            fs::write(folder.path().join(name), "").unwrap();
+        }
+        remove_other_drivers(folder.path()).unwrap();
+        let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["libLLVM.so", "libvulkan.so.1", "libvulkan_lvp.so"]);
+    }
 }

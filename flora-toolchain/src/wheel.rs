@@ -118,7 +118,7 @@ impl Members<'_> {
     }
 
     fn damaged(&self, detail: String) -> FetchError {
-        FetchError::Wheel { what: self.title.to_owned(), detail }
+        FetchError::Damaged { what: self.title.to_owned(), detail }
     }
 }
 

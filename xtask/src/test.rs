@@ -7,7 +7,7 @@ use std::fmt;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use flora_toolchain::{CudaCompiler, FetchError, Lavapipe, smollm2};
+use flora_toolchain::{Cache, CudaCompiler, FetchError, Lavapipe, smollm2};
 
 use crate::cargo;
 
@@ -49,6 +49,10 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     let lavapipe = need("conformance on lavapipe", Lavapipe::ensure());
 
     let mut workspace = cargo::test(&[]);
+    // A relative FLORA_CACHE would mean another folder to each test, which runs in its package's.
+    if let Ok(cache) = Cache::open() {
+        workspace.env("FLORA_CACHE", cache.root());
+    }
     workspace.env("FLORA_CUDA", presence(&cuda)).env("FLORA_MODEL", presence(&model));
     let mut rows = vec![suite("workspace", workspace)];
     rows.push(match lavapipe {
@@ -111,8 +115,8 @@ fn report(rows: &[Row], strict: bool) -> ExitCode {
     let failed = rows.iter().any(|row| matches!(row.outcome, Outcome::Failed(_)));
     let not_run = rows.iter().filter(|row| matches!(row.outcome, Outcome::NotRun(_))).count();
     if not_run > 0 {
-        let consequence = if strict { ", which fails here" } else { "; --strict makes that a failure" };
-        println!("\n{not_run} of {} did NOT RUN{consequence}", rows.len());
+        let consequence = if strict { "which fails here" } else { "--strict makes that a failure" };
+        println!("\nNOT RUN: {not_run} of {}; {consequence}", rows.len());
     }
     if failed || (strict && not_run > 0) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
