@@ -1,9 +1,11 @@
 //! What is done once, when an adapter is loaded: its scales, means and norms are computed in f64 and folded into the vectors
 //! that the kernels read, each rounded to f32 once.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::{AdaptedLinear, Core, FoldedAdapter, RankOne, Term, VirtualRow};
 use crate::arena::Handle;
-use crate::evaluate::{Bindings, EvaluateError, Extents, Value, apply_activation, evaluate};
+use crate::evaluate::{Bindings, EvaluateError, Extents, Value, apply_activation, evaluate_graph};
 use crate::layer::{Activation, Node, Reduce};
 use crate::text::print_node;
 use crate::types::{Dimension, Shape};
@@ -111,17 +113,28 @@ impl AdaptedLinear {
     /// # Errors
     /// A missing tensor, extents that disagree or aren't known, a mean over rank 0, a value beyond f32.
     pub fn fold(&self, bindings: &Bindings) -> Result<FoldedAdapter, FoldError> {
-        let mut fold =
-            Fold { linear: self, bindings, extents: self.extents(bindings)?, folded: FoldedAdapter::default() };
+        let extents = bindings.extents(self.layer.layer().operands.iter().map(|(_, operand)| operand))?;
+        let nodes: BTreeSet<_> = self.terms.iter().flat_map(Term::load_time_values).collect();
+        let nodes = Vec::from_iter(nodes);
+        let values = evaluate_graph(self.layer.layer(), &nodes, bindings)?;
+        let values = nodes.into_iter().zip(values).collect();
+        let mut fold = Fold { linear: self, bindings, extents, values, folded: FoldedAdapter::default() };
         fold.plain_base_terms()?;
         for term in &self.terms {
             fold.term(term)?;
         }
         Ok(fold.folded)
     }
+}
 
-    fn extents(&self, bindings: &Bindings) -> Result<Extents, FoldError> {
-        Ok(bindings.extents(self.layer.layer().operands.iter().map(|(_, operand)| operand))?)
+impl Term {
+    /// The nodes that are evaluated when an adapter is loaded.
+    fn load_time_values(&self) -> impl Iterator<Item = Handle<Node>> + use<> {
+        let pair = match self.core {
+            Core::Base => None,
+            Core::Multiplicative { b, a, .. } | Core::Additive { b, a, .. } => Some([b, a]),
+        };
+        self.inner.into_iter().chain(self.outer).chain(pair.into_iter().flatten())
     }
 }
 
@@ -130,6 +143,7 @@ struct Fold<'a> {
     linear: &'a AdaptedLinear,
     bindings: &'a Bindings,
     extents: Extents,
+    values: BTreeMap<Handle<Node>, Value>,
     folded: FoldedAdapter,
 }
 
@@ -177,14 +191,13 @@ impl Fold<'_> {
                 self.folded.virtual_rows.push(VirtualRow { in_scale, out_scale });
             }
             Core::Multiplicative { b, a, reduce } => {
-                for (inner, outer) in self.rank_one_pairs(term, b, a, reduce)? {
-                    self.folded.virtual_rows.push(VirtualRow { in_scale: Some(inner), out_scale: Some(outer) });
-                }
+                let rows = self.rank_one_pairs(term, b, a, reduce)?.into_iter();
+                let rows = rows.map(|pair| VirtualRow { in_scale: Some(pair.shrink), out_scale: Some(pair.expand) });
+                self.folded.virtual_rows.extend(rows);
             }
             Core::Additive { b, a, reduce } => {
-                for (shrink, expand) in self.rank_one_pairs(term, b, a, reduce)? {
-                    self.folded.low_rank.push(RankOne { shrink, expand });
-                }
+                let pairs = self.rank_one_pairs(term, b, a, reduce)?;
+                self.folded.low_rank.extend(pairs);
             }
         }
         Ok(())
@@ -197,8 +210,8 @@ impl Fold<'_> {
         b: Handle<Node>,
         a: Handle<Node>,
         reduce: Reduce,
-    ) -> Result<Vec<(Vec<f32>, Vec<f32>)>, FoldError> {
-        let (b, a) = (self.evaluate(b)?, self.evaluate(a)?);
+    ) -> Result<Vec<RankOne>, FoldError> {
+        let (b, a) = (self.value(b)?, self.value(a)?);
         let (&[_, rank], &[_, k]) = (b.shape(), a.shape()) else { return Ok(Vec::new()) };
         if reduce == Reduce::Mean && rank == 0 {
             return Err(EvaluateError::EmptyMean.into());
@@ -208,21 +221,22 @@ impl Fold<'_> {
         let pair = |r: usize| {
             let column: Vec<f64> = b.data().iter().skip(r).step_by(rank).copied().collect();
             let row = &a.data()[r * k..][..k];
-            Ok((self.round(inner.times(&column), term)?, self.round(outer.times(row), term)?))
+            let (shrink, expand) = (inner.times(&column), outer.times(row));
+            Ok(RankOne { shrink: self.round(shrink, term)?, expand: self.round(expand, term)? })
         };
         (0..rank).map(pair).collect()
     }
 
-    fn evaluate(&self, node: Handle<Node>) -> Result<Value, FoldError> {
-        Ok(evaluate(&self.linear.layer, node, self.bindings)?)
+    fn value(&self, node: Handle<Node>) -> Result<&Value, FoldError> {
+        Ok(self.values.get(&node).ok_or(EvaluateError::UnknownNode { node: node.index() })?)
     }
 
     fn scale(&self, node: Option<Handle<Node>>) -> Result<Scale, FoldError> {
         let Some(node) = node else { return Ok(Scale::Scalar(1.0)) };
-        let value = self.evaluate(node)?;
+        let value = self.value(node)?;
         Ok(match *value.data() {
             [scalar] if value.shape().is_empty() => Scale::Scalar(scalar),
-            _ => Scale::Vector(value.into_data()),
+            _ => Scale::Vector(value.data().to_vec()),
         })
     }
 

@@ -22,7 +22,7 @@ pub struct Normalized {
     pub derivation: Derivation,
 }
 
-/// Takes `layer` to the adapted linear by the rules of [`rules`](super::rules).
+/// Takes `layer` to the adapted linear by the rules of [`rules`](mod@super::rules).
 ///
 /// # Errors
 /// When the rules end at something else: the term that is in the way, as it was written, and why. When the equation grows past

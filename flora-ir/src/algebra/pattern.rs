@@ -14,7 +14,7 @@ pub(super) struct Pattern {
     letters: Vec<Letter>,
 }
 
-/// What a letter of a rule stands for; the table is in [`rules`](super::rules).
+/// What a letter of a rule stands for; the table is in [`rules`](mod@super::rules).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Letter {
     Unprojected,

@@ -90,17 +90,17 @@ pub enum EvaluateError {
         extents: Vec<usize>,
     },
     /// Two operands disagree about an extent.
-    #[error("dimension {dimension} is {extent} in `{operand}` but {other_extent} in `{other}`")]
+    #[error("dimension {dimension} is {extent} in {source_name} but {other_extent} in {other_name}")]
     ExtentMismatch {
         /// The dimension.
         dimension: Dimension,
-        /// One operand.
-        operand: String,
-        /// Its extent.
+        /// Who says so: an operand in backquotes, or the given extents.
+        source_name: String,
+        /// The extent there.
         extent: usize,
-        /// The other operand, or the declaration.
-        other: String,
-        /// Its extent.
+        /// Who says otherwise: an operand in backquotes, the given extents, or the declaration.
+        other_name: String,
+        /// The extent there.
         other_extent: usize,
     },
     /// The number of elements is not the product of the extents.
@@ -140,12 +140,12 @@ impl Extents {
         }
     }
 
-    fn unify(&mut self, dimension: &Dimension, extent: usize, operand: &str) -> Result<(), EvaluateError> {
+    fn unify(&mut self, dimension: &Dimension, extent: usize, source_name: &str) -> Result<(), EvaluateError> {
         let mismatch = |other: &str, other_extent| EvaluateError::ExtentMismatch {
             dimension: dimension.clone(),
-            operand: operand.to_owned(),
+            source_name: source_name.to_owned(),
             extent,
-            other: other.to_owned(),
+            other_name: other.to_owned(),
             other_extent,
         };
         if let Dimension::Fixed(fixed) = dimension {
@@ -156,7 +156,7 @@ impl Extents {
             Some((known, _)) if *known == extent => Ok(()),
             Some((known, by)) => Err(mismatch(by, *known)),
             None => {
-                self.0.insert(dimension.clone(), (extent, operand.to_owned()));
+                self.0.insert(dimension.clone(), (extent, source_name.to_owned()));
                 Ok(())
             }
         }
@@ -165,6 +165,7 @@ impl Extents {
     fn unify_operand(&mut self, operand: &Operand, value: &Value) -> Result<(), EvaluateError> {
         let dimensions = dimensions(&operand.ty);
         let extents = value.extents();
+        let source_name = format!("`{}`", operand.name);
         if dimensions.len() != extents.len() || value.rank_extent().is_some() != operand.ty.rank_axis.is_some() {
             return Err(EvaluateError::WrongShape {
                 operand: operand.name.clone(),
@@ -175,7 +176,7 @@ impl Extents {
         dimensions
             .into_iter()
             .zip(extents)
-            .try_for_each(|(dimension, extent)| self.unify(dimension, extent, &operand.name))
+            .try_for_each(|(dimension, extent)| self.unify(dimension, extent, &source_name))
     }
 }
 
@@ -197,7 +198,8 @@ fn dimensions(ty: &TensorType) -> Vec<&Dimension> {
 /// An operand without a value, or values whose extents disagree with each other or with the declaration; the mean over an
 /// empty rank; a value of more than [`MAX_ELEMENTS`] elements.
 pub fn evaluate(layer: &VerifiedLayer, node: Handle<Node>, bindings: &Bindings) -> Result<Value, EvaluateError> {
-    evaluate_graph(layer.layer(), node, bindings)
+    let unknown = EvaluateError::UnknownNode { node: node.index() };
+    evaluate_graph(layer.layer(), &[node], bindings)?.pop().ok_or(unknown)
 }
 
 /// The output of the layer, `[tokens, k]`; every operand must be bound.
@@ -208,17 +210,21 @@ pub fn evaluate_root(layer: &VerifiedLayer, bindings: &Bindings) -> Result<Value
     evaluate(layer, layer.root(), bindings)
 }
 
-/// [`evaluate`] on a graph whose nodes are known to have types.
-pub(crate) fn evaluate_graph(layer: &Layer, node: Handle<Node>, bindings: &Bindings) -> Result<Value, EvaluateError> {
-    let needed = layer.reachable_from(node);
-    let needed = |handle: Handle<Node>| needed.get(handle.index()).copied().unwrap_or(false);
-    let operands = layer.nodes.iter().filter(|(handle, _)| needed(*handle)).filter_map(|(_, node)| match node {
+/// The values of several nodes of a graph whose nodes are known to have types.
+pub(crate) fn evaluate_graph(
+    layer: &Layer,
+    wanted: &[Handle<Node>],
+    bindings: &Bindings,
+) -> Result<Vec<Value>, EvaluateError> {
+    let mut uses = uses(layer, wanted)?;
+    let needed: Vec<_> = layer.nodes.iter().filter(|(handle, _)| uses[handle.index()] > 0).collect();
+    let operands = needed.iter().filter_map(|(_, node)| match node {
         Node::Operand(operand) => layer.operands.get(*operand),
         _ => None,
     });
     bindings.extents(operands)?;
     let mut values: Vec<Option<Cow<'_, Value>>> = vec![None; layer.nodes.len()];
-    for (handle, operation) in layer.nodes.iter().filter(|(handle, _)| needed(*handle)) {
+    for (handle, operation) in needed {
         let value = match operation {
             Node::Operand(operand) => {
                 let name = layer.operands.get(*operand).map_or("", |operand| operand.name.as_str());
@@ -231,7 +237,32 @@ pub(crate) fn evaluate_graph(layer: &Layer, node: Handle<Node>, bindings: &Bindi
             })?),
         };
         values[handle.index()] = Some(value);
+        for operand in operation.operands() {
+            uses[operand.index()] -= 1;
+            if uses[operand.index()] == 0 {
+                values[operand.index()] = None;
+            }
+        }
     }
-    let value = values.get_mut(node.index()).and_then(Option::take);
-    value.map(Cow::into_owned).ok_or(EvaluateError::UnknownNode { node: node.index() })
+    let value = |node: &Handle<Node>| match &values[node.index()] {
+        Some(value) => Ok(value.clone().into_owned()),
+        None => Err(EvaluateError::UnknownNode { node: node.index() }),
+    };
+    wanted.iter().map(value).collect()
+}
+
+/// How often each node is read on the way to `wanted`, which count as read once more, so that values are dropped early.
+fn uses(layer: &Layer, wanted: &[Handle<Node>]) -> Result<Vec<usize>, EvaluateError> {
+    let mut uses = vec![0usize; layer.nodes.len()];
+    for node in wanted {
+        *uses.get_mut(node.index()).ok_or(EvaluateError::UnknownNode { node: node.index() })? += 1;
+    }
+    for (handle, node) in layer.nodes.iter().rev() {
+        if uses[handle.index()] > 0 {
+            for operand in node.operands() {
+                *uses.get_mut(operand.index()).ok_or(EvaluateError::UnknownNode { node: operand.index() })? += 1;
+            }
+        }
+    }
+    Ok(uses)
 }

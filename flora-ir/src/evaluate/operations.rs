@@ -52,9 +52,7 @@ fn matmul(l: &Value, r: &Value, reduce: Reduce) -> Result<Value, EvaluateError> 
             let out = &mut data[(layer * rows + row) * columns..][..columns];
             for index in 0..inner {
                 let left = l.broadcast_at(layer, row, index);
-                for (column, out) in out.iter_mut().enumerate() {
-                    *out += left * r.broadcast_at(layer, index, column);
-                }
+                out.iter_mut().zip(r.row(layer, index)).for_each(|(out, right)| *out += left * right);
             }
             out.iter_mut().for_each(|out| *out /= divisor);
         }

@@ -95,6 +95,13 @@ impl Value {
         rows_and_columns(&self.shape)
     }
 
+    /// One row of a matrix; the rank axis is broadcast over.
+    pub(super) fn row(&self, layer: usize, row: usize) -> &[f64] {
+        let (rows, columns) = self.rows_and_columns();
+        let layer = if self.rank.is_some() { layer } else { 0 };
+        &self.data[(layer * rows + row) * columns..][..columns]
+    }
+
     /// The element at a place of a larger value that this one broadcasts over.
     pub(super) fn broadcast_at(&self, layer: usize, row: usize, column: usize) -> f64 {
         let (rows, columns) = self.rows_and_columns();

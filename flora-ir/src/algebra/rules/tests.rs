@@ -15,8 +15,14 @@ fn symbol(name: &str) -> Dimension {
     Dimension::Symbol(name.to_owned())
 }
 
-/// The types that a letter may have: shape and rank axis.
-fn types_of(letter: Letter) -> Vec<(Shape, Option<Dimension>)> {
+/// A shape and a rank axis.
+type LetterType = (Shape, Option<Dimension>);
+
+/// A rule's sides, with types.
+type Instance = (Layer, Layer);
+
+/// The types that a letter may have.
+fn types_of(letter: Letter) -> Vec<LetterType> {
     let widths = || ["D", "K", "R", "P"].map(symbol).into_iter();
     let over_rank = || [None, Some(symbol("R"))].into_iter();
     match letter {
@@ -38,7 +44,7 @@ fn types_of(letter: Letter) -> Vec<(Shape, Option<Dimension>)> {
 }
 
 /// `layer` with its operands' types replaced by those of the letters of the same name.
-fn typed(layer: &Layer, types: &[(String, (Shape, Option<Dimension>))]) -> Layer {
+fn typed(layer: &Layer, types: &[(String, LetterType)]) -> Layer {
     let mut typed = Layer { operands: Default::default(), ..layer.clone() };
     for (_, operand) in layer.operands.iter() {
         let mut operand = operand.clone();
@@ -57,9 +63,9 @@ fn root_type(layer: &Layer) -> Option<TensorType> {
 }
 
 /// Every pair of typed sides that the rewriting would accept.
-fn instances(rule: &Rule) -> Vec<(Layer, Layer)> {
+fn instances(rule: &Rule) -> Vec<Instance> {
     let letters: Vec<String> = rule.from.layer().operands.iter().map(|(_, operand)| operand.name.clone()).collect();
-    let mut choices: Vec<Vec<(String, (Shape, Option<Dimension>))>> = vec![Vec::new()];
+    let mut choices = vec![Vec::new()];
     for name in &letters {
         let types = types_of(Letter::named(name).unwrap());
         choices = choices
@@ -90,7 +96,7 @@ fn the_table_is_well_formed() {
     }
 }
 
-static INSTANCES: LazyLock<Vec<(&Rule, Vec<(Layer, Layer)>)>> =
+static INSTANCES: LazyLock<Vec<(&Rule, Vec<Instance>)>> =
     LazyLock::new(|| rules().iter().map(|rule| (rule, instances(rule))).collect());
 
 /// Numbers away from zero, so that divisions stay well-conditioned.
@@ -131,8 +137,9 @@ proptest! {
                     let data = numbers.iter().cycle().skip(index * 31).take(count).copied().collect();
                     bindings.insert(operand.name.clone(), Value::new(rank, shape, data).unwrap());
                 }
-                let before = evaluate_graph(from, from.root.unwrap(), &bindings).unwrap();
-                let after = evaluate_graph(to, to.root.unwrap(), &bindings).unwrap();
+                let value = |side: &Layer| evaluate_graph(side, &[side.root.unwrap()], &bindings).unwrap().remove(0);
+                let before = value(from);
+                let after = value(to);
                 prop_assert_eq!(before.extents(), after.extents());
                 for (before, after) in before.data().iter().zip(after.data()) {
                     // Both sides are f64 sums of at most a few hundred products below 2^7.
