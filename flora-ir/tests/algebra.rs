@@ -2,7 +2,9 @@
 
 mod support;
 
-use flora_ir::algebra::{Core, FoldError, FoldedAdapter, NormalizeError, Obstacle, RankOne, VirtualRow, normalize};
+use flora_ir::algebra::{
+    Core, FoldError, FoldedAdapter, NormalizeError, Obstacle, RankOne, VirtualRow, normalize, rules,
+};
 use flora_ir::{Activation, Bindings, Dimension, EvaluateError, Value, VerifiedLayer, builtin, evaluate_root};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
@@ -180,6 +182,35 @@ fn builtins_have_the_terms_of_their_names() {
 }
 
 #[test]
+fn every_rule_has_a_use() {
+    let operands = format!("{OPERANDS}, f: adapter[R, R]");
+    // Each line is there for the rules that only it needs.
+    let terms = [
+        "x @ (w0 + b @ a)",
+        "identity(x @ w0) + (x @ w0) / k + x @ (w0 / k) + x @ (w0 * (b @ a / s))",
+        "x @ (w0 * (b @ a + d @ c)) + x @ (w0 * (1 + b @ a)) + x @ (w0 * (s * (b @ a)))",
+        "(x + j * x) @ w0 + matmul_mean(x @ b + x @ d, a) + l * (k * (x @ w0 + x @ (w0 * matmul_mean(b, a))))",
+        "sum_rank(rows(a) * ((columns(b) * (x + i * x)) @ w0)) + mean_rank(rows(a) * ((columns(b) * (x + i * x)) @ w0))",
+        "sum_rank((columns(b) * x) @ (rows(a) * w0)) + (s * x) @ w0 + matmul_mean(s * (x @ b), a)",
+        "(e * (x @ b)) @ a + matmul_mean(e * (x @ b), a) + x @ matmul_mean(b, a) + ((x @ b) @ f) @ a",
+        "sum_rank(s * rows(a) * ((columns(b) * x) @ w0)) + mean_rank(l * (rows(a) * ((columns(b) * x) @ w0)))",
+        "sum_rank(rows(a) * (x @ w0)) + mean_rank(rows(a) * (x @ w0))",
+        "sum_rank((columns(b) * x) @ w0) + mean_rank((columns(b) * x) @ w0)",
+        "sum_rank(rows(a) * (l * (rows(c) * ((columns(b) * (columns(d) * x)) @ w0))))",
+    ];
+    let source = format!("layer f({operands}) {{ {} + bias }}", terms.join(" + "));
+    let layer = layer(&source);
+    check(&layer, [2, 5, 7, 3], 3).unwrap();
+    let derivation = normalize(&layer).unwrap().derivation;
+    let unused: Vec<_> = rules()
+        .iter()
+        .map(|rule| rule.name)
+        .filter(|name| derivation.steps.iter().all(|step| step.rule.name != *name))
+        .collect();
+    assert!(unused.is_empty(), "no step uses {unused:?}");
+}
+
+#[test]
 fn a_base_row_has_no_scales() {
     for source in [
         "layer f(x: input[tokens, D], w0: weight[D, K]) { x @ w0 }",
@@ -238,6 +269,14 @@ fn sums_that_multiply_out_without_bound_are_refused() {
         refusal(&format!("{operands}) {{ x @ ({product}) }}")).obstacle,
         Obstacle::TooLong | Obstacle::DenseFactor
     ));
+}
+
+#[test]
+fn a_long_sum_is_no_trouble() {
+    let sum = ["x @ (w0 + s * (b @ a))"; 60].join(" + ");
+    let operands = "x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K], s: adapter[]";
+    let linear = normalize(&layer(&format!("layer f({operands}) {{ {sum} }}"))).unwrap().linear;
+    assert_eq!(linear.rows_and_rank(2), (1, 120));
 }
 
 #[test]

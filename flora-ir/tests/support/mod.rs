@@ -10,10 +10,11 @@ use flora_ir::{
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, RngSeed};
 
-/// `cases` cases from a fixed seed, so that every run tests the same ones.
+/// `cases` cases from a fixed seed, so that every run tests the same ones; more where PROPTEST_CASES asks for more.
 pub(crate) fn config(cases: u32) -> ProptestConfig {
+    let asked = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(0);
     ProptestConfig {
-        cases,
+        cases: cases.max(asked),
         rng_algorithm: RngAlgorithm::ChaCha,
         rng_seed: RngSeed::Fixed(0xF10A),
         failure_persistence: None,
