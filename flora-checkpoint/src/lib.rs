@@ -1,1 +1,16 @@
-//! flora-checkpoint.
+//! Files on disk to host tensors: models (GGUF, safetensors), adapters (PEFT folders), and plain tensor files.
+//!
+//! Nothing here knows of devices or kernels. Every length, offset and product that a file claims is checked before it is
+//! used: a damaged or hostile file gives a typed error that names the file, the tensor and the mend.
+
+mod error;
+pub mod gguf;
+mod json;
+pub mod model;
+mod safetensors_file;
+pub mod tensor;
+
+pub use error::FileError;
+pub use model::{BaseWeight, Model, ModelError, Projection, StoredWeight};
+pub use safetensors_file::SafetensorsProblem;
+pub use tensor::{Encoding, SharedBytes, StoredTensor, TensorProblem};

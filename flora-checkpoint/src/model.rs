@@ -1,0 +1,279 @@
+//! A model's linear projections, whatever file they come from, under the module paths that Hugging Face and PEFT use, so that
+//! an adapter finds its base weight by name.
+
+mod folder;
+mod llama;
+
+use crate::error::FileError;
+use crate::gguf::Gguf;
+use crate::tensor::{Encoding, StoredTensor, TensorProblem, TensorTable, nearest, transpose};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use thiserror::Error;
+
+/// Why a model could not be opened or a weight not be read.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// One of the model's files is unusable.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Neither a GGUF file, nor a safetensors file, nor a folder with `config.json` and safetensors files.
+    #[error("{} is no model: {reason}; give a .gguf file, a .safetensors file, or a folder with config.json and *.safetensors", path.display())]
+    NotAModel {
+        /// What was opened.
+        path: PathBuf,
+        /// What is missing.
+        reason: String,
+    },
+    /// A GGUF architecture whose tensors have no known Hugging Face names.
+    #[error("{}: the GGUF architecture `{found}` is not supported; supported: {}", path.display(), llama::ARCHITECTURE)]
+    UnsupportedArchitecture {
+        /// The file.
+        path: PathBuf,
+        /// The architecture in the file.
+        found: String,
+    },
+    /// A metadata or config entry that is missing or of the wrong type.
+    #[error("{}: `{key}` {problem}", path.display())]
+    Configuration {
+        /// The file.
+        path: PathBuf,
+        /// The entry.
+        key: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A shard name that leads out of the model's folder.
+    #[error("{}: the shard `{shard}` is not a plain file name in the model's folder; edit the index", path.display())]
+    ShardEscapes {
+        /// The index file.
+        path: PathBuf,
+        /// The shard as written there.
+        shard: String,
+    },
+    /// One tensor in two files.
+    #[error("{}: tensor `{tensor}` is also in {}; remove one of the files", second.display(), first.display())]
+    RepeatedTensor {
+        /// The tensor.
+        tensor: String,
+        /// One file.
+        first: PathBuf,
+        /// The other file.
+        second: PathBuf,
+    },
+    /// No projection of that path.
+    #[error("the model {model} has no projection `{projection}`{}", near.as_ref().map(|near| format!("; did you mean `{near}`?")).unwrap_or_default())]
+    UnknownProjection {
+        /// The model's name.
+        model: String,
+        /// What was asked for.
+        projection: String,
+        /// The most similar path there is.
+        near: Option<String>,
+    },
+}
+
+/// An opened model. The weights stay on disk until they are asked for.
+#[derive(Clone, Debug)]
+pub struct Model {
+    name: String,
+    architecture: String,
+    projections: Vec<Projection>,
+}
+
+/// One linear layer of a model: y `[tokens, k]` = x `[tokens, d]` @ w0 `[d, k]` + bias `[k]`.
+#[derive(Clone, Debug)]
+pub struct Projection {
+    /// The module path in Hugging Face's model, such as `model.layers.0.self_attn.q_proj`.
+    pub path: String,
+    /// Inputs.
+    pub d: usize,
+    /// Outputs.
+    pub k: usize,
+    /// How the weight is stored.
+    pub encoding: Encoding,
+    /// Whether the layer has a bias.
+    pub has_bias: bool,
+    source: Source,
+}
+
+/// Where the weight of a projection lies.
+#[derive(Clone, Debug)]
+struct Source {
+    table: Arc<TensorTable>,
+    weight: String,
+    bias: Option<String>,
+    layout: Layout,
+}
+
+/// What the rows of a stored weight are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layout {
+    /// `[k, d]`, as `nn.Linear` stores it.
+    OutputsByInputs,
+    /// `[d, k]`, as GPT-2's `Conv1D` stores it.
+    InputsByOutputs,
+    /// `[k, d]` with the rows of every head interleaved for RoPE; see [`llama`].
+    RotaryInterleaved {
+        /// Heads that the k rows divide into.
+        heads: usize,
+    },
+}
+
+/// A base weight in the form the algebra writes it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BaseWeight {
+    /// Inputs.
+    pub d: usize,
+    /// Outputs.
+    pub k: usize,
+    /// W0, `[d, k]` row-major, all finite.
+    pub values: Vec<f32>,
+    /// `[k]`, all finite.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// A base weight as it is stored, quantised blocks untouched, its rows in Hugging Face's order.
+#[derive(Clone, Debug)]
+pub struct StoredWeight {
+    /// `[k, d]`, or `[d, k]` where `rows_are_inputs`.
+    pub tensor: StoredTensor,
+    /// Whether the tensor is `[d, k]` (`Conv1D`), never so for quantised encodings.
+    pub rows_are_inputs: bool,
+}
+
+impl Model {
+    /// Opens a GGUF file, a safetensors file, or a folder with `config.json` and safetensors files (sharded or not).
+    ///
+    /// A safetensors file uses a `config.json` beside it, if there is one. Files are mapped: they must not be truncated while
+    /// the model is in use.
+    pub fn open(path: &Path) -> Result<Model, ModelError> {
+        let not_a_model = |reason: &str| ModelError::NotAModel { path: path.to_owned(), reason: reason.to_string() };
+        let metadata = std::fs::metadata(path).map_err(|source| FileError::io(path, "open", source))?;
+        if metadata.is_dir() {
+            return folder::open(path);
+        }
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("gguf") => llama::open(Gguf::open(path)?),
+            Some("safetensors") => folder::open_file(path),
+            _ => Err(not_a_model("its name ends neither in .gguf nor in .safetensors")),
+        }
+    }
+
+    /// The model's own name, else the file's or folder's.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The architecture as the file names it, such as `llama` or `GPTBigCodeForCausalLM`.
+    pub fn architecture(&self) -> &str {
+        &self.architecture
+    }
+
+    /// The linear layers between the embeddings, in the order of the model: by layer number, then by path.
+    pub fn projections(&self) -> &[Projection] {
+        &self.projections
+    }
+
+    /// The projection at `path`.
+    pub fn projection(&self, path: &str) -> Result<&Projection, ModelError> {
+        self.projections.iter().find(|projection| projection.path == path).ok_or_else(|| {
+            ModelError::UnknownProjection {
+                model: self.name.clone(),
+                projection: path.to_string(),
+                near: nearest(path, self.projections.iter().map(|projection| &projection.path)),
+            }
+        })
+    }
+
+    /// W0 `[d, k]` and bias of the projection at `path`, dequantised; NaN and infinities are errors.
+    pub fn weight(&self, path: &str) -> Result<BaseWeight, ModelError> {
+        let projection = self.projection(path)?;
+        let (d, k, table) = (projection.d, projection.k, &projection.source.table);
+        let name = &projection.source.weight;
+        let stored = self.stored(path)?;
+        let values = stored.tensor.to_finite_f32().map_err(|problem| table.error(name, problem))?;
+        let values = if stored.rows_are_inputs { values } else { transpose(&values, k, d) };
+        let bias = match &projection.source.bias {
+            None => None,
+            Some(name) => {
+                let bias = projection.source.layout.in_order(table.get(name)?, k);
+                Some(bias.to_finite_f32().map_err(|problem| table.error(name, problem))?)
+            }
+        };
+        Ok(BaseWeight { d, k, values, bias })
+    }
+
+    /// The weight of the projection at `path` in its own encoding. Costs nothing, except that interleaved rows are copied.
+    pub fn stored(&self, path: &str) -> Result<StoredWeight, ModelError> {
+        let projection = self.projection(path)?;
+        let tensor = projection.source.table.get(&projection.source.weight)?;
+        Ok(StoredWeight {
+            tensor: projection.source.layout.in_order(tensor, projection.k),
+            rows_are_inputs: projection.source.layout == Layout::InputsByOutputs,
+        })
+    }
+}
+
+impl Layout {
+    /// `tensor`, whose outermost extent is k unless it is `[d, k]`, with the rows in Hugging Face's order.
+    fn in_order(self, tensor: &StoredTensor, k: usize) -> StoredTensor {
+        match self {
+            Layout::OutputsByInputs | Layout::InputsByOutputs => tensor.clone(),
+            Layout::RotaryInterleaved { heads } => tensor.with_rows_from(|row| llama::interleaved_row(row, k / heads)),
+        }
+    }
+}
+
+impl Projection {
+    /// Checks the shapes of a weight and its bias.
+    fn new(path: String, source: Source) -> Result<Projection, ModelError> {
+        let table = &source.table;
+        let weight = table.get(&source.weight)?;
+        let (rows, columns) = weight.matrix_shape().map_err(|problem| table.error(&source.weight, problem))?;
+        let (k, d) = if source.layout == Layout::InputsByOutputs { (columns, rows) } else { (rows, columns) };
+        if d == 0 || k == 0 {
+            let problem = weight.wrong_shape("a matrix with elements".to_string());
+            return Err(table.error(&source.weight, problem).into());
+        }
+        if let Layout::RotaryInterleaved { heads } = source.layout
+            && (heads == 0 || !k.is_multiple_of(heads * 2))
+        {
+            let problem = weight.wrong_shape(format!("{heads} heads of an even number of rows"));
+            return Err(table.error(&source.weight, problem).into());
+        }
+        if let Some(name) = &source.bias {
+            let bias = table.get(name)?;
+            if bias.shape() != [k] {
+                let problem: TensorProblem = bias.wrong_shape(format!("[{k}], the outputs of `{}`,", source.weight));
+                return Err(table.error(name, problem).into());
+            }
+        }
+        Ok(Projection { path, d, k, encoding: weight.encoding(), has_bias: source.bias.is_some(), source })
+    }
+}
+
+/// The model, its projections in the order of [`Model::projections`].
+fn assemble(
+    name: String,
+    architecture: String,
+    mut projections: Vec<Projection>,
+    path: &Path,
+) -> Result<Model, ModelError> {
+    if projections.is_empty() {
+        let reason = "it has no linear layer (a matrix named `*.weight` that is no embedding)".to_string();
+        return Err(ModelError::NotAModel { path: path.to_owned(), reason });
+    }
+    projections.sort_by(|left, right| by_number(&left.path).cmp(by_number(&right.path)));
+    Ok(Model { name, architecture, projections })
+}
+
+/// The components of a module path, numbers compared as numbers: layer 2 before layer 10.
+fn by_number(path: &str) -> impl Iterator<Item = (Option<u64>, &str)> {
+    path.split('.').map(|component| (component.parse().ok(), component))
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem().map_or_else(|| "model".to_string(), |stem| stem.to_string_lossy().into_owned())
+}
