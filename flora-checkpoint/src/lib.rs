@@ -3,14 +3,19 @@
 //! Nothing here knows of devices or kernels. Every length, offset and product that a file claims is checked before it is
 //! used: a damaged or hostile file gives a typed error that names the file, the tensor and the mend.
 
+mod atomic;
 mod error;
 pub mod gguf;
 mod json;
 pub mod model;
+pub mod peft;
 mod safetensors_file;
 pub mod tensor;
+pub mod tensors;
 
 pub use error::FileError;
 pub use model::{BaseWeight, Model, ModelError, Projection, StoredWeight};
+pub use peft::{AdapterError, AdapterFolder, AdapterKind, AdapterModule, Operand};
 pub use safetensors_file::SafetensorsProblem;
 pub use tensor::{Encoding, SharedBytes, StoredTensor, TensorProblem};
+pub use tensors::{Matrix, read_matrices, write_matrices};

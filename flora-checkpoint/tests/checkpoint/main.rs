@@ -2,7 +2,10 @@
 
 mod gguf;
 mod gguf_writer;
+mod golden;
 mod model;
+mod peft;
+mod tensors;
 
 use std::path::PathBuf;
 

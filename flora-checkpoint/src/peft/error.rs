@@ -1,0 +1,156 @@
+//! Why an adapter is refused.
+
+use crate::error::FileError;
+use crate::model::ModelError;
+use std::path::PathBuf;
+use thiserror::Error;
+
+/// Why an adapter folder could not be read, used or written.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum AdapterError {
+    /// One of the folder's files is unusable.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The model lacks an adapted module.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Not an adapter folder.
+    #[error("{} is no adapter folder: {reason}", path.display())]
+    NotAnAdapter {
+        /// What was opened.
+        path: PathBuf,
+        /// What is missing.
+        reason: String,
+    },
+    /// A link that leads out of the folder.
+    #[error("{} leads out of its folder, to {}; copy the file into the folder", path.display(), target.display())]
+    Escapes {
+        /// The link.
+        path: PathBuf,
+        /// Where it leads.
+        target: PathBuf,
+    },
+    /// A `peft_type` that flora has no layer for.
+    #[error("{}: `peft_type` {found} is not supported; supported: LORA, IA3, HIRA, FLORA", path.display())]
+    UnknownPeftType {
+        /// The config.
+        path: PathBuf,
+        /// The value there.
+        found: String,
+    },
+    /// An option that PEFT knows, would change the result, and has no counterpart here.
+    #[error("{}: the option `{key}` = {value} is not supported: {reason}", path.display())]
+    UnsupportedOption {
+        /// The config.
+        path: PathBuf,
+        /// The option.
+        key: String,
+        /// Its value, shortened.
+        value: String,
+        /// What it would do.
+        reason: &'static str,
+    },
+    /// An option that is not known to be harmless.
+    #[error("{}: the option `{key}` = {value} is unknown and might change the result; remove it if it does not", path.display())]
+    UnknownOption {
+        /// The config.
+        path: PathBuf,
+        /// The option.
+        key: String,
+        /// Its value, shortened.
+        value: String,
+    },
+    /// A supported option with an impossible value.
+    #[error("{}: `{key}` is {value}; {expected}", path.display())]
+    InvalidOption {
+        /// The config.
+        path: PathBuf,
+        /// The option.
+        key: String,
+        /// Its value, shortened, or "missing".
+        value: String,
+        /// What it must be.
+        expected: String,
+    },
+    /// A tensor that a module needs is not there.
+    #[error("{}: tensor `{tensor}` is missing, which {kind} needs for module `{module}`", path.display())]
+    MissingTensor {
+        /// The safetensors file.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// The module.
+        module: String,
+        /// The kind of adapter.
+        kind: &'static str,
+    },
+    /// A tensor that is no part of the adapter.
+    #[error("{}: tensor `{tensor}` {problem}", path.display())]
+    ExtraTensor {
+        /// The safetensors file.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// Why it can't be used.
+        problem: String,
+    },
+    /// The file holds tensors of a module that the config does not target; PEFT would ignore them.
+    #[error("{}: module `{module}` has tensors but is not targeted by {}", path.display(), config.display())]
+    UntargetedModule {
+        /// The safetensors file.
+        path: PathBuf,
+        /// The config.
+        config: PathBuf,
+        /// The module.
+        module: String,
+    },
+    /// An entry of `target_modules` without a single tensor.
+    #[error("{}: `target_modules` lists `{target}`, but {} has no tensor for it; remove the entry or restore the tensors", path.display(), tensors.display())]
+    TargetWithoutTensors {
+        /// The config.
+        path: PathBuf,
+        /// The safetensors file.
+        tensors: PathBuf,
+        /// The entry.
+        target: String,
+    },
+    /// A module of the model that the config targets has no tensors.
+    #[error("{}: the config targets module `{module}`, but its tensors are missing", path.display())]
+    ModuleWithoutTensors {
+        /// The safetensors file.
+        path: PathBuf,
+        /// The module.
+        module: String,
+    },
+    /// A tensor's rank is not the config's.
+    #[error("{}: tensor `{tensor}` has rank {found} where {expected} says {rank}", path.display())]
+    Rank {
+        /// The safetensors file.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// The rank of the tensor.
+        found: usize,
+        /// The rank it must have.
+        rank: usize,
+        /// Who says so.
+        expected: &'static str,
+    },
+    /// An adapter in memory that can't be written.
+    #[error("adapter `{name}`, module `{module}`: {problem}")]
+    Unwritable {
+        /// The adapter.
+        name: String,
+        /// The module.
+        module: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The place to write to is taken.
+    #[error("{} exists already; remove it or choose another folder", path.display())]
+    Exists {
+        /// The folder.
+        path: PathBuf,
+    },
+}
