@@ -1,5 +1,7 @@
 //! Files through the public interface: what is read is right, and what is wrong is refused.
 
+mod blocks;
+mod fuzz;
 mod gguf;
 mod gguf_writer;
 mod golden;

@@ -6,6 +6,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+/// A tensor's name after the prefix, and its shape.
+type Shaped<'a> = (&'a str, &'a [usize]);
+
 pub(crate) const Q: &str = "model.layers.0.self_attn.q_proj";
 
 /// Writes a folder `a` of the given config and F32 tensors (name after the prefix, shape), whose values count up.
@@ -170,7 +173,7 @@ fn harmless_options_are_accepted() {
 #[test]
 fn mistakes_in_the_tensors_are_named() {
     let (a, b) = (LORA[0], LORA[1]);
-    let cases: &[(&[(&str, &[usize])], &str)] = &[
+    let cases: &[(&[Shaped], &str)] = &[
         (&[a], "lora_B.weight` is missing"),
         (&[], "no lora tensors"),
         (&[a, b, ("x.lora_A.weight", &[2, 5])], "`base_model.model.x.lora_B.weight` is missing"),

@@ -1,0 +1,262 @@
+//! Arbitrary and mutated files: whatever they hold, an answer comes soon and is no panic.
+//!
+//! `FLORA_FUZZ_CASES` sets the cases per property (64 where it is not set); the seed is fixed.
+
+use crate::gguf_writer::File;
+use crate::peft::{LORA, folder};
+use flora_checkpoint::gguf::{Gguf, MetadataValue};
+use flora_checkpoint::{AdapterFolder, Matrix, Model, read_matrices, write_matrices};
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+fn settings() -> ProptestConfig {
+    let cases = std::env::var("FLORA_FUZZ_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(64);
+    ProptestConfig { cases, rng_seed: RngSeed::Fixed(7), failure_persistence: None, ..Default::default() }
+}
+
+/// One change of a file.
+#[derive(Clone, Debug)]
+enum Change {
+    Replace(prop::sample::Index, u8),
+    /// Eight bytes at once: a length or an offset.
+    ReplaceWord(prop::sample::Index, u64),
+    Insert(prop::sample::Index, Vec<u8>),
+    Remove(prop::sample::Index, usize),
+    Cut(prop::sample::Index),
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let index = any::<prop::sample::Index>;
+    let word = prop_oneof![any::<u64>(), 0u64..300, Just(u64::MAX), Just(1 << 63), Just(1 << 32)];
+    prop_oneof![
+        4 => (index(), any::<u8>()).prop_map(|(at, byte)| Change::Replace(at, byte)),
+        3 => (index(), word).prop_map(|(at, word)| Change::ReplaceWord(at, word)),
+        2 => (index(), prop::collection::vec(any::<u8>(), 1..20)).prop_map(|(at, bytes)| Change::Insert(at, bytes)),
+        2 => (index(), 1usize..20).prop_map(|(at, count)| Change::Remove(at, count)),
+        1 => index().prop_map(Change::Cut),
+    ]
+}
+
+fn changes() -> impl Strategy<Value = Vec<Change>> {
+    prop::collection::vec(change(), 1..5)
+}
+
+fn changed(bytes: &[u8], changes: &[Change]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    for change in changes {
+        let at = |index: &prop::sample::Index, bytes: &[u8]| index.index(bytes.len() + 1);
+        match change {
+            Change::Replace(index, byte) => {
+                let at = at(index, &bytes);
+                bytes.iter_mut().skip(at).take(1).for_each(|old| *old = *byte);
+            }
+            Change::ReplaceWord(index, word) => {
+                let at = at(index, &bytes);
+                bytes.iter_mut().skip(at).zip(word.to_le_bytes()).for_each(|(old, byte)| *old = byte);
+            }
+            Change::Insert(index, new) => {
+                let at = at(index, &bytes);
+                bytes.splice(at..at, new.iter().copied());
+            }
+            Change::Remove(index, count) => {
+                let at = at(index, &bytes);
+                let end = (at + count).min(bytes.len());
+                bytes.drain(at..end);
+            }
+            Change::Cut(index) => {
+                let at = at(index, &bytes);
+                bytes.truncate(at);
+            }
+        }
+    }
+    bytes
+}
+
+/// Text pieces that JSON configs are made of, in any order.
+fn config_text() -> impl Strategy<Value = String> {
+    let pieces = [
+        "{",
+        "}",
+        "[",
+        "]",
+        ":",
+        ",",
+        "\"",
+        "\\",
+        "null",
+        "true",
+        "NaN",
+        "1e999",
+        "-1",
+        "0.5",
+        "\"peft_type\"",
+        "\"LORA\"",
+        "\"IA3\"",
+        "\"HIRA\"",
+        "\"FLORA\"",
+        "\"r\"",
+        "\"lora_alpha\"",
+        "\"target_modules\"",
+        "\"rank_pattern\"",
+        "(a*)*b",
+        "(?=.*)*",
+        "\\\\1",
+        "q_proj",
+        "\u{fffd}",
+    ];
+    prop::collection::vec(prop::sample::select(pieces.to_vec()).prop_map(str::to_string), 0..60)
+        .prop_map(|pieces| pieces.concat())
+}
+
+/// Opens `path` as a model and reads everything of it.
+fn read_model(path: &Path) {
+    let Ok(model) = Model::open(path) else { return };
+    for projection in model.projections() {
+        if let Ok(weight) = model.weight(&projection.path) {
+            assert_eq!(weight.values.len(), weight.d * weight.k);
+            assert!(weight.values.iter().all(|value| value.is_finite()));
+        }
+    }
+}
+
+fn read_adapter(folder: &Path) {
+    let Ok(adapter) = AdapterFolder::open(folder) else { return };
+    assert!(!adapter.modules.is_empty());
+    for operand in adapter.modules.values().flat_map(|module| module.operands.values()) {
+        assert_eq!(operand.shape.iter().product::<usize>(), operand.values.len());
+        assert!(operand.values.iter().all(|value| value.is_finite()));
+    }
+}
+
+/// Runs `read` and fails when it takes long: every file here has a few kilobytes.
+fn soon(read: impl FnOnce()) {
+    let start = Instant::now();
+    read();
+    let taken = start.elapsed();
+    assert!(taken < Duration::from_secs(10), "{taken:?}");
+}
+
+fn read_file(name: &str, bytes: &[u8]) {
+    let (_folder, path) = crate::file(name, bytes);
+    soon(|| {
+        read_model(&path);
+        if name.ends_with("safetensors") {
+            let _ = read_matrices(&path);
+        } else if let Ok(gguf) = Gguf::open(&path) {
+            for value in gguf.metadata().values() {
+                if let MetadataValue::Array(array) = value {
+                    assert_eq!(array.iter().count() as u64, array.len());
+                }
+            }
+        }
+    });
+}
+
+fn safetensors() -> Vec<u8> {
+    let (_folder, path) = crate::file("x.safetensors", b"");
+    let matrix = |rows, columns| Matrix { rows, columns, values: vec![0.5; rows * columns] };
+    let matrices = [("l.0.q_proj.weight".to_string(), matrix(5, 3)), ("l.1.q_proj.weight".to_string(), matrix(2, 7))];
+    write_matrices(&path, &matrices.into()).expect("writable matrices");
+    std::fs::read(&path).expect("what was written")
+}
+
+const CONFIG: &str = r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "use_dora": false,
+ "rank_pattern": {"layers.0.*q_proj": 2}, "alpha_pattern": {"(?!k)q_proj": 5}, "layers_to_transform": [0], "bias": "none"}"#;
+
+proptest! {
+    #![proptest_config(settings())]
+
+    #[test]
+    fn arbitrary_bytes(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        read_file("x.gguf", &bytes);
+        read_file("x.gguf", &[b"GGUF\x03\0\0\0", &bytes[..]].concat());
+        read_file("x.safetensors", &bytes);
+        let length = (bytes.len() as u64).to_le_bytes();
+        read_file("x.safetensors", &[&length[..], &bytes].concat());
+    }
+
+    #[test]
+    fn mutated_gguf(changes in changes()) {
+        read_file("x.gguf", &changed(&File::llama(1, 2, 1, 2, 5, 3).bytes().0, &changes));
+    }
+
+    #[test]
+    fn mutated_safetensors(changes in changes()) {
+        read_file("x.safetensors", &changed(&safetensors(), &changes));
+    }
+
+    #[test]
+    fn mutated_adapters(config in changes(), tensors in changes(), which in 1u8..4) {
+        let folder = folder(CONFIG, LORA);
+        for (bit, name, changes) in [(1, "adapter_config.json", config), (2, "adapter_model.safetensors", tensors)] {
+            let path = folder.path().join(name);
+            if which & bit != 0 {
+                let bytes = std::fs::read(&path).expect("a file of the folder");
+                std::fs::write(&path, changed(&bytes, &changes)).expect("writing a mutation");
+            }
+        }
+        soon(|| read_adapter(folder.path()));
+    }
+
+    #[test]
+    fn arbitrary_configs(text in config_text()) {
+        let adapter = folder(&text, LORA);
+        soon(|| read_adapter(adapter.path()));
+        std::fs::write(adapter.path().join("config.json"), &text).expect("writing a config");
+        std::fs::write(adapter.path().join("model.safetensors.index.json"), &text).expect("writing an index");
+        soon(|| read_model(adapter.path()));
+    }
+
+    #[test]
+    fn arbitrary_patterns(pattern in "[a-z.*+?(){}|\\\\^$=!<0-9\\[\\]-]{0,30}") {
+        let pattern = serde_json::Value::from(pattern);
+        let config = format!(
+            r#"{{"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": {pattern}, "rank_pattern": {{{pattern}: 2}}}}"#
+        );
+        let adapter = folder(&config, LORA);
+        soon(|| read_adapter(adapter.path()));
+    }
+}
+
+#[test]
+fn the_files_that_are_mutated_are_whole() {
+    assert!(AdapterFolder::open(folder(CONFIG, LORA).path()).is_ok());
+    let (_folder, path) = crate::file("x.safetensors", &safetensors());
+    assert_eq!(Model::open(&path).expect("a model").projections().len(), 2);
+}
+
+#[test]
+fn adapters_cut_at_every_byte_are_errors() {
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        let folder = folder(CONFIG, LORA);
+        let path = folder.path().join(name);
+        let bytes = std::fs::read(&path).expect("a file of the folder");
+        for length in 0..bytes.len() {
+            std::fs::write(&path, &bytes[..length]).expect("writing a cut file");
+            assert!(AdapterFolder::open(folder.path()).is_err(), "{name} cut at byte {length}");
+        }
+    }
+}
+
+/// Patterns that take exponential time in a plain backtracking matcher, on a name of the longest length.
+#[test]
+fn patterns_can_t_stall() {
+    let name = "a".repeat(900);
+    let tensors: Vec<(String, [usize; 2])> =
+        vec![(format!("{name}.lora_A.weight"), [2, 5]), (format!("{name}.lora_B.weight"), [3, 2])];
+    let tensors: Vec<(&str, &[usize])> = tensors.iter().map(|(name, shape)| (&name[..], &shape[..])).collect();
+    for pattern in [
+        "(a+)+b",
+        r"(?:(a|aa)+)+\\1c",
+        "(?=(a+)+b)a",
+        "(a*)*(?!a)b",
+        "((a{1,50}){1,50}){1,50}",
+        r"(.*)(.*)(.*)(.*)\\3x",
+    ] {
+        let config = format!(r#"{{"peft_type": "LORA", "r": 2, "lora_alpha": 3, "rank_pattern": {{"{pattern}": 2}}}}"#);
+        let adapter = folder(&config, &tensors);
+        soon(|| read_adapter(adapter.path()));
+    }
+}
