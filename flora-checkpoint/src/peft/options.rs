@@ -43,7 +43,9 @@ const COMMON: Table = &[
 const LAYERS: Table =
     &[("r", Supported), ("layers_to_transform", Supported), ("layers_pattern", Supported), ("rank_pattern", Supported)];
 
-const PLAIN_INIT: &[Plain] = &[Plain::True, Plain::Text("gaussian"), Plain::Text("orthogonal"), Plain::Text("eva")];
+/// Initialisations that leave the base weights alone: what was trained from them is plain LoRA.
+const PLAIN_INIT: &[Plain] =
+    &[Plain::True, Plain::Text("gaussian"), Plain::Text("orthogonal"), Plain::Text("eva"), Plain::Text("mica")];
 
 const LORA: Table = &[
     ("lora_alpha", Supported),
@@ -74,7 +76,7 @@ const LORA: Table = &[
     ("target_parameters", RefusedUnless(&[], "it adapts parameters that are no linear layers")),
     ("use_bdlora", RefusedUnless(&[], "its factors are block-diagonal (BD-LoRA)")),
     ("arrow_config", RefusedUnless(&[], "it routes tokens between adapters (Arrow)")),
-    ("kasa_config", RefusedUnless(&[], "it changes the base weights (KaSA)")),
+    ("kasa_config", RefusedUnless(&[], "it truncates the base weights and scales the ranks (KaSA)")),
     ("ensure_weight_tying", RefusedUnless(&[], "it ties the adapters of embedding and output layer")),
 ];
 
@@ -160,7 +162,7 @@ mod tests {
 
     #[test]
     fn initialisations_that_change_the_base_are_refused() {
-        for name in ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "Gaussian?"] {
+        for name in ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "Gaussian?"] {
             assert!(checked("LORA", "init_lora_weights", &format!("\"{name}\"")).is_err(), "{name}");
         }
     }

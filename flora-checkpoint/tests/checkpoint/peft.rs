@@ -1,6 +1,6 @@
 //! Adapter folders: what PEFT's options mean, what is written is read back, and one error per mistake.
 
-use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, AdapterModule, Operand};
+use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, AdapterModule, Model, Operand};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::fs;
@@ -318,4 +318,67 @@ fn what_can_t_be_written_is_refused() {
     assert_eq!(fs::read_dir(parent.path()).expect("the parent").count(), 0);
     assert!(write("x", module(2, values(&[5, 2]), 1.0)).is_ok());
     assert!(matches!(write("x", module(2, values(&[5, 2]), 1.0)), Err(AdapterError::Exists { .. })));
+}
+
+#[test]
+fn options_that_would_change_the_result_are_refused_by_name() {
+    for (key, value) in [
+        ("modules_to_save", r#"["lm_head"]"#),
+        ("bias", r#""all""#),
+        ("bias", r#""lora_only""#),
+        ("layer_replication", "[[0, 4], [2, 5]]"),
+        ("alora_invocation_tokens", "[0]"),
+        ("use_qalora", "true"),
+        ("use_bdlora", r#"{"nblocks": 2}"#),
+        ("trainable_token_indices", "[0, 1]"),
+        ("target_parameters", r#"["experts.gate_up_proj"]"#),
+        ("lora_bias", "true"),
+        ("megatron_config", r#"{"hidden_size": 4}"#),
+        ("init_lora_weights", r#""pissa_niter_16""#),
+        ("init_lora_weights", r#""olora""#),
+        ("init_lora_weights", r#""corda""#),
+        ("init_lora_weights", r#""loftq""#),
+        ("init_lora_weights", r#""lora_ga""#),
+        ("loftq_config", r#"{"loftq_bits": 4}"#),
+        ("corda_config", r#"{"corda_method": "ipm"}"#),
+        ("lora_ga_config", r#"{"direction": "ArB2r"}"#),
+        ("velora_config", r#"{"num_groups": 64}"#),
+        ("monteclora_config", r#"{"num_samples": 8}"#),
+        ("arrow_config", r#"{"top_k": 3}"#),
+        ("kasa_config", r#"{"beta": 0.0001}"#),
+        ("ensure_weight_tying", "true"),
+    ] {
+        let error = open(&lora(&format!(r#""{key}": {value}"#)), LORA).expect_err(key);
+        let AdapterError::UnsupportedOption { key: named, .. } = &error else { panic!("{key}: {error}") };
+        assert_eq!(named, key);
+    }
+}
+
+#[test]
+fn an_adapter_is_held_against_its_model() {
+    let model = |tensors: &[(&str, &[usize])]| {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        write_tensors(folder.path(), tensors.iter().map(|(name, shape)| (name.to_string(), *shape)));
+        let path = folder.path().join("adapter_model.safetensors");
+        let renamed = folder.path().join("base.safetensors");
+        fs::rename(path, &renamed).expect("renaming");
+        Model::open(&renamed).expect("a model")
+    };
+    let adapter = open(&lora(""), LORA).expect("an adapter");
+    let other = ("model.layers.0.mlp.up_proj.weight", &[4usize, 5][..]);
+    let fits = model(&[("model.layers.0.self_attn.q_proj.weight", &[3, 5]), other]);
+    adapter.check_against(&fits).expect("an adapter of this model");
+
+    let message =
+        |tensors: &[(&str, &[usize])]| adapter.check_against(&model(tensors)).expect_err("a mismatch").to_string();
+    let transposed = message(&[("model.layers.0.self_attn.q_proj.weight", &[5, 3])]);
+    assert!(transposed.contains("has the shape [2, 3] where [2, 5]"), "{transposed}");
+    let absent = message(&[other]);
+    assert!(absent.contains("no projection `model.layers.0.self_attn.q_proj`"), "{absent}");
+    let deeper = [
+        ("model.layers.0.self_attn.q_proj.weight", &[3usize, 5][..]),
+        ("model.layers.1.self_attn.q_proj.weight", &[3, 5]),
+    ];
+    let missing = message(&deeper);
+    assert!(missing.contains("targets module `model.layers.1.self_attn.q_proj`"), "{missing}");
 }
