@@ -7,7 +7,7 @@ use cubecl::server::Handle;
 use cubek_matmul::definition::{MatmulElems, MatmulGlobalElems};
 use cubek_matmul::launch::launch_tiling::launch_ref;
 use cubek_matmul::routines::BlueprintStrategy;
-use cubek_matmul::routines::double_unit::DoubleUnitAlgorithm;
+use cubek_matmul::routines::simple_unit::SimpleUnitAlgorithm;
 use cubek_std::InputBinding;
 
 use crate::batch::LayerShape;
@@ -411,7 +411,7 @@ impl<R: Runtime> Run<'_, R> {
         // Register-tiled units: exact f32 on every device, where the tensor cores would round f32 to tf32. The routine is
         // named because the automatic choice panics on shapes that it can't serve, and because all of them take minutes to
         // build for every runtime.
-        let routine = BlueprintStrategy::<(), DoubleUnitAlgorithm>::default();
+        let routine = BlueprintStrategy::<(), SimpleUnitAlgorithm>::default();
         launch_ref(
             self.client,
             InputBinding::new(binding(left), element),

@@ -1,1 +1,13 @@
-//! flora-runtime.
+//! Runs what `flora-codegen` plans: devices, base weights with their adapters, batches, and measuring.
+
+pub mod batch;
+pub mod device;
+pub mod oracle;
+pub mod planner;
+pub mod projection;
+pub mod tune;
+
+pub use batch::{Batch, BatchError, BatchSegment};
+pub use device::{Buffer, Device, DeviceError, DeviceInfo};
+pub use planner::Planner;
+pub use projection::{Projection, ProjectionError};

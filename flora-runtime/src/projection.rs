@@ -1,0 +1,246 @@
+//! One base weight on a device with the adapters that were loaded for it: the place where a batch of mixed adapters becomes
+//! launches.
+
+use std::collections::HashMap;
+
+use flora_codegen::batch::{AdapterSlots, BatchShape, LayerShape, LowRankSlots, Segment, VirtualRowSlots};
+use flora_codegen::kernels::Epilogue;
+use flora_codegen::plan::Plan;
+use flora_codegen::schedule::{Schedule, ScheduleError, schedule};
+use flora_ir::Activation;
+use flora_ir::algebra::FoldedAdapter;
+
+use crate::batch::{Batch, BatchError};
+use crate::device::{Buffer, Device, DeviceError, LayerOperands, PoolBuffer};
+
+/// A frozen weight with its adapters, on a device.
+#[derive(Clone, Debug)]
+pub struct Projection {
+    device: Device,
+    operands: LayerOperands,
+    /// The base at 0.
+    adapters: Vec<AdapterSlots>,
+    names: HashMap<String, u32>,
+    in_vectors: Vec<f32>,
+    out_vectors: Vec<f32>,
+}
+
+/// Why a projection can't be made or run.
+#[derive(Debug, thiserror::Error)]
+pub enum ProjectionError {
+    /// A tensor of the wrong size.
+    #[error("{what} has {found} numbers where [{d}, {k}] wants {expected}")]
+    WrongSize {
+        /// Which tensor.
+        what: String,
+        /// Inputs.
+        d: u32,
+        /// Outputs.
+        k: u32,
+        /// What it should have.
+        expected: usize,
+        /// What it has.
+        found: usize,
+    },
+    /// A name that is taken.
+    #[error("an adapter `{0}` is loaded already; unload it or give this one another name")]
+    DuplicateAdapter(String),
+    /// The batch doesn't fit the adapters or the input.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// The batch can't be scheduled.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+impl Projection {
+    /// Puts a base weight `[d, k]`, row-major, on a device, with its bias `[k]` and the activation that follows.
+    ///
+    /// # Errors
+    /// A tensor whose size isn't the shape's.
+    pub fn new(
+        device: &Device,
+        shape: LayerShape,
+        base_weight: &[f32],
+        bias: Option<&[f32]>,
+        activation: Activation,
+    ) -> Result<Self, ProjectionError> {
+        let LayerShape { d, k } = shape;
+        let expect = |what: &str, expected: usize, found: usize| {
+            let wrong = || ProjectionError::WrongSize { what: what.to_owned(), d, k, expected, found };
+            if expected == found && expected > 0 { Ok(()) } else { Err(wrong()) }
+        };
+        expect("the base weight", d as usize * k as usize, base_weight.len())?;
+        if let Some(bias) = bias {
+            expect("the bias", k as usize, bias.len())?;
+        }
+        let operands = LayerOperands {
+            shape,
+            base_weight: device.upload(base_weight),
+            bias: bias.map(|bias| device.upload(bias)),
+            in_pool: PoolBuffer { buffer: device.upload(&vec![0.0; d as usize]), slots: 1 },
+            out_pool: PoolBuffer { buffer: device.upload(&vec![0.0; k as usize]), slots: 1 },
+            epilogue: Epilogue { bias: bias.is_some(), activation },
+        };
+        Ok(Self {
+            device: device.clone(),
+            operands,
+            adapters: vec![AdapterSlots::base()],
+            names: HashMap::new(),
+            in_vectors: Vec::new(),
+            out_vectors: Vec::new(),
+        })
+    }
+
+    /// Loads adapters, folded for this weight. An adapter that leaves this projection alone is loaded as `None`: its rows are
+    /// base rows here. Nothing changes when one of them can't be loaded.
+    ///
+    /// # Errors
+    /// A vector of the wrong length, a name that is taken.
+    pub fn load<'a>(
+        &mut self,
+        adapters: impl IntoIterator<Item = (&'a str, Option<&'a FoldedAdapter>)>,
+    ) -> Result<(), ProjectionError> {
+        let mut next = self.clone();
+        for (name, adapter) in adapters {
+            let position = match adapter {
+                Some(adapter) => next.place(name, adapter)?,
+                None => 0,
+            };
+            if next.names.insert(name.to_owned(), position).is_some() {
+                return Err(ProjectionError::DuplicateAdapter(name.to_owned()));
+            }
+        }
+        let LayerShape { d, k } = next.operands.shape;
+        next.operands.in_pool = upload_pool(&next.device, &next.in_vectors, d);
+        next.operands.out_pool = upload_pool(&next.device, &next.out_vectors, k);
+        *self = next;
+        Ok(())
+    }
+
+    /// Appends an adapter's vectors to the pools.
+    fn place(&mut self, name: &str, adapter: &FoldedAdapter) -> Result<u32, ProjectionError> {
+        let LayerShape { d, k } = self.operands.shape;
+        let append = |pool: &mut Vec<f32>, what: &str, vector: &[f32], width: u32| {
+            if vector.len() != width as usize {
+                let what = format!("the {what} of adapter `{name}`");
+                return Err(ProjectionError::WrongSize { what, d, k, expected: width as usize, found: vector.len() });
+            }
+            pool.extend_from_slice(vector);
+            Ok((pool.len() / width as usize - 1) as u32)
+        };
+        let mut virtual_rows = Vec::with_capacity(adapter.virtual_rows.len());
+        for row in &adapter.virtual_rows {
+            let in_scale = row.in_scale.as_ref().map(|scale| append(&mut self.in_vectors, "in-scale", scale, d));
+            let out_scale = row.out_scale.as_ref().map(|scale| append(&mut self.out_vectors, "out-scale", scale, k));
+            virtual_rows.push(VirtualRowSlots { in_scale: in_scale.transpose()?, out_scale: out_scale.transpose()? });
+        }
+        if virtual_rows.is_empty() {
+            // An additive part alone: the product with the base weight counts for nothing, but the rows have to be written.
+            let out_scale = append(&mut self.out_vectors, "out-scale", &vec![0.0; k as usize], k)?;
+            virtual_rows.push(VirtualRowSlots { in_scale: None, out_scale: Some(out_scale) });
+        }
+        let shrink = (self.in_vectors.len() / d as usize) as u32;
+        let expand = (self.out_vectors.len() / k as usize) as u32;
+        for pair in &adapter.low_rank {
+            append(&mut self.in_vectors, "shrink vector", &pair.shrink, d)?;
+            append(&mut self.out_vectors, "expand vector", &pair.expand, k)?;
+        }
+        let low_rank = LowRankSlots { shrink, expand, rank: adapter.low_rank.len() as u32 };
+        self.adapters.push(AdapterSlots { virtual_rows, low_rank });
+        Ok((self.adapters.len() - 1) as u32)
+    }
+
+    /// Extents.
+    pub fn shape(&self) -> LayerShape {
+        self.operands.shape
+    }
+
+    /// The operands on the device.
+    pub fn operands(&self) -> &LayerOperands {
+        &self.operands
+    }
+
+    /// Where the adapters lie; the base is at 0.
+    pub fn adapters(&self) -> &[AdapterSlots] {
+        &self.adapters
+    }
+
+    /// The batch's segments with their adapters looked up.
+    ///
+    /// # Errors
+    /// A name that isn't loaded.
+    pub fn segments(&self, batch: &Batch) -> Result<Vec<Segment>, BatchError> {
+        let segments = batch.segments().iter().enumerate();
+        segments
+            .map(|(position, segment)| {
+                let adapter = match &segment.adapter {
+                    None => 0,
+                    Some(name) => *self.names.get(name).ok_or_else(|| self.unknown(position, name))?,
+                };
+                Ok(Segment { rows: segment.rows, adapter })
+            })
+            .collect()
+    }
+
+    fn unknown(&self, segment: usize, name: &str) -> BatchError {
+        const SHOWN: usize = 8;
+        let mut names: Vec<_> = self.names.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        let more = if names.len() > SHOWN { format!(", and {} more", names.len() - SHOWN) } else { String::new() };
+        names.truncate(SHOWN);
+        let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") + &more };
+        BatchError::UnknownAdapter { segment, name: name.to_owned(), known }
+    }
+
+    /// What the planner has to know of a batch.
+    ///
+    /// # Errors
+    /// A name that isn't loaded.
+    pub fn batch_shape(&self, batch: &Batch) -> Result<BatchShape, BatchError> {
+        Ok(BatchShape::of(&self.segments(batch)?, &self.adapters))
+    }
+
+    /// Lays out a batch.
+    ///
+    /// # Errors
+    /// A name that isn't loaded, a batch too large to index.
+    pub fn schedule(&self, batch: &Batch, plan: &Plan) -> Result<Schedule, ProjectionError> {
+        let segments = self.segments(batch)?;
+        let finishes = !self.operands.epilogue.is_identity();
+        Ok(schedule(plan, self.operands.shape, &segments, &self.adapters, finishes)?)
+    }
+
+    /// Queues a batch whose input is on the device already; the result is `[rows, k]`.
+    ///
+    /// # Errors
+    /// An input of the wrong size, a launch that the device can't make.
+    pub fn execute(&self, schedule: &Schedule, x: &Buffer) -> Result<Buffer, ProjectionError> {
+        let (rows, d) = (schedule.tokens as usize, self.operands.shape.d as usize);
+        if x.len() != rows * d {
+            return Err(BatchError::WrongInput { rows, d, expected: rows * d, found: x.len() }.into());
+        }
+        Ok(self.device.execute(&self.operands, schedule, x)?)
+    }
+
+    /// Runs a batch: x `[rows, d]`, the result `[rows, k]`.
+    ///
+    /// # Errors
+    /// As [`Self::schedule`] and [`Self::execute`], and whatever fails on the device.
+    pub fn forward(&self, batch: &Batch, plan: &Plan, x: &[f32]) -> Result<Vec<f32>, ProjectionError> {
+        let schedule = self.schedule(batch, plan)?;
+        let y = self.execute(&schedule, &self.device.upload(x))?;
+        Ok(self.device.read(&y)?)
+    }
+}
+
+fn upload_pool(device: &Device, vectors: &[f32], width: u32) -> PoolBuffer {
+    let slots = vectors.len() / width as usize;
+    if slots == 0 {
+        return PoolBuffer { buffer: device.upload(&vec![0.0; width as usize]), slots: 1 };
+    }
+    PoolBuffer { buffer: device.upload(vectors), slots: slots as u32 }
+}

@@ -1,0 +1,2 @@
+//! The `flora` command.
+fn main() {}
