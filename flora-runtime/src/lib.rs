@@ -1,5 +1,6 @@
 //! Runs what `flora-codegen` plans: devices, base weights with their adapters, batches, and measuring.
 
+pub mod adapters;
 pub mod batch;
 pub mod device;
 pub mod oracle;
@@ -7,6 +8,7 @@ pub mod planner;
 pub mod projection;
 pub mod tune;
 
+pub use adapters::{AdapterStore, LoadedAdapter, StoreError};
 pub use batch::{Batch, BatchError, BatchSegment};
 pub use device::{Buffer, Device, DeviceError, DeviceInfo};
 pub use planner::Planner;

@@ -1,0 +1,400 @@
+//! Adapters from disk, ready for the projections that they adapt: each module's tensors meet the compiled layer of their kind,
+//! and are folded for one base weight at a time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, AdapterModule, BaseWeight, Model, Operand};
+use flora_codegen::pipeline::{CompiledLayer, compile_verified};
+use flora_ir::algebra::{AdaptedLinear, Core, FoldError, FoldedAdapter, NormalizeError};
+use flora_ir::{EvaluateError, Node, Value, builtin};
+use rayon::prelude::*;
+
+pub use flora_ir::Bindings;
+
+/// The adapters that batches may name, each whole in host memory (f32).
+#[derive(Clone, Debug)]
+pub struct AdapterStore {
+    adapters: BTreeMap<String, AdapterFolder>,
+    layers: BTreeMap<&'static str, CompiledLayer>,
+}
+
+/// An adapter of one projection, folded for its base weight.
+#[derive(Clone, Debug)]
+pub struct LoadedAdapter<'a> {
+    /// The layer of its kind, whose `written` equation the oracle evaluates.
+    pub layer: &'a CompiledLayer,
+    /// The adapter's own tensors by the names of the layer's operands.
+    pub operands: Bindings,
+    /// What [`Projection::load`](crate::Projection::load) takes.
+    pub folded: FoldedAdapter,
+}
+
+/// Why adapters can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The folder of folders can't be listed.
+    #[error("cannot list {}: {source}", path.display())]
+    List {
+        /// The folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// No sub-folder is an adapter.
+    #[error("{} has no sub-folder with an adapter_config.json; give the folder that holds one folder per adapter", path.display())]
+    Empty {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// One adapter can't be read, or doesn't fit the model.
+    #[error("the adapter `{name}` can't be used: {source}")]
+    Adapter {
+        /// The adapter.
+        name: String,
+        /// Why.
+        source: AdapterError,
+    },
+    /// Two adapters of one name.
+    #[error("two adapters are called `{0}`; rename the folder of one")]
+    Duplicate(String),
+    /// A name that no adapter has.
+    #[error("no adapter is called `{name}`; there are: {known}")]
+    Unknown {
+        /// What was asked for.
+        name: String,
+        /// What there is, shortened.
+        known: String,
+    },
+    /// An equation without a normal form.
+    #[error("the layer `{layer}` doesn't compile: {source}")]
+    Layer {
+        /// The built-in layer.
+        layer: String,
+        /// Why.
+        source: NormalizeError,
+    },
+    /// A layer that isn't built in.
+    #[error("the adapter `{adapter}` wants the layer `{layer}` for `{module}`, which isn't built in")]
+    UnknownLayer {
+        /// The adapter.
+        adapter: String,
+        /// The module.
+        module: String,
+        /// The layer.
+        layer: &'static str,
+    },
+    /// IA3 on the output of a biased layer, which scales the bias with it: l ∘ (x @ w0 + bias). A bias is one vector for all
+    /// rows of a batch here.
+    #[error(
+        "the adapter `{adapter}` (IA3) scales the output of `{module}`, which has a bias, and would scale the bias too; that \
+         isn't supported: train it with `{module}` among the feedforward_modules, or leave the module out"
+    )]
+    ScaledBias {
+        /// The adapter.
+        adapter: String,
+        /// The module.
+        module: String,
+    },
+    /// Tensors that don't fold.
+    #[error("the adapter `{adapter}` can't be folded for `{module}`: {source}")]
+    Fold {
+        /// The adapter.
+        adapter: String,
+        /// The module.
+        module: String,
+        /// Why.
+        source: FoldError,
+    },
+}
+
+impl AdapterStore {
+    /// Reads every sub-folder of `folder` that has an `adapter_config.json`.
+    ///
+    /// # Errors
+    /// No such sub-folder; the first one, by name, that can't be read.
+    pub fn open(folder: &Path) -> Result<Self, StoreError> {
+        let failed = |source| StoreError::List { path: folder.to_owned(), source };
+        let mut paths = Vec::new();
+        for entry in std::fs::read_dir(folder).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            if path.join("adapter_config.json").symlink_metadata().is_ok() {
+                paths.push(path);
+            }
+        }
+        if paths.is_empty() {
+            return Err(StoreError::Empty { path: folder.to_owned() });
+        }
+        paths.sort();
+        let open = |path: &PathBuf| {
+            let name = || path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+            AdapterFolder::open(path).map_err(|source| StoreError::Adapter { name: name(), source })
+        };
+        Self::from_folders(paths.par_iter().map(open).collect::<Result<Vec<_>, _>>()?)
+    }
+
+    /// A store of adapters that are in memory.
+    ///
+    /// # Errors
+    /// Two of one name.
+    pub fn from_folders(folders: Vec<AdapterFolder>) -> Result<Self, StoreError> {
+        let mut adapters = BTreeMap::new();
+        for folder in folders {
+            if let Some(first) = adapters.insert(folder.name.clone(), folder) {
+                return Err(StoreError::Duplicate(first.name));
+            }
+        }
+        let mut layers = BTreeMap::new();
+        for name in builtin::names() {
+            let Some(written) = builtin::builtin(name) else { continue };
+            let failed = |source| StoreError::Layer { layer: name.to_owned(), source };
+            layers.insert(name, compile_verified(written.clone()).map_err(failed)?);
+        }
+        Ok(Self { adapters, layers })
+    }
+
+    /// The adapters' names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.adapters.keys().map(String::as_str)
+    }
+
+    /// How many adapters of each kind there are.
+    pub fn kinds(&self) -> BTreeMap<AdapterKind, usize> {
+        let mut kinds = BTreeMap::new();
+        for adapter in self.adapters.values() {
+            *kinds.entry(adapter.kind).or_insert(0) += 1;
+        }
+        kinds
+    }
+
+    /// The module paths that some adapter adapts.
+    pub fn modules(&self) -> BTreeSet<&str> {
+        self.adapters.values().flat_map(|adapter| adapter.modules.keys()).map(String::as_str).collect()
+    }
+
+    /// The store without the adapters that `names` doesn't list.
+    ///
+    /// # Errors
+    /// A name that no adapter has.
+    pub fn restricted_to<'n>(mut self, names: impl IntoIterator<Item = &'n str>) -> Result<Self, StoreError> {
+        let mut kept = BTreeMap::new();
+        for name in names {
+            if kept.contains_key(name) {
+                continue;
+            }
+            let Some((name, adapter)) = self.adapters.remove_entry(name) else {
+                self.adapters.append(&mut kept);
+                return Err(StoreError::Unknown { name: name.to_owned(), known: shortened(self.names()) });
+            };
+            kept.insert(name, adapter);
+        }
+        Ok(Self { adapters: kept, layers: self.layers })
+    }
+
+    /// Checks that every adapter fits `model`: modules, shapes, and that what its config targets is there.
+    ///
+    /// # Errors
+    /// The first adapter, by name, that doesn't.
+    pub fn check_against(&self, model: &Model) -> Result<(), StoreError> {
+        for (name, adapter) in &self.adapters {
+            let failed = |source| StoreError::Adapter { name: name.clone(), source };
+            adapter.check_against(model).map_err(failed)?;
+            for (path, module) in &adapter.modules {
+                let has_bias = model.projection(path).map_err(|error| failed(error.into()))?.has_bias;
+                refuse_scaled_bias(name, path, module, has_bias)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The layer of base rows: x @ w0.
+    pub fn base_layer(&self) -> Option<&CompiledLayer> {
+        self.layers.get("linear")
+    }
+
+    /// Every adapter for the projection at `module`, folded in parallel; `None` for one that leaves it alone.
+    ///
+    /// # Errors
+    /// The first adapter, by name, that doesn't fit `base`.
+    pub fn fold(
+        &self,
+        module: &str,
+        base: &BaseWeight,
+    ) -> Result<BTreeMap<&str, Option<LoadedAdapter<'_>>>, StoreError> {
+        // In f64 it takes twice the weight's memory, so that it is made only where some adapter reads it.
+        let reads_base = |adapter: &AdapterFolder| {
+            let layer = adapter.modules.get(module).and_then(|module| self.layers.get(module.layer));
+            layer.is_some_and(|layer| reads_base_weight(&layer.linear))
+        };
+        let base_weight = self.adapters.values().any(reads_base).then(|| {
+            let values = base.values.iter().map(|value| f64::from(*value)).collect();
+            Value::matrix(base.d, base.k, values)
+        });
+        let outcomes: Vec<_> = self
+            .adapters
+            .par_iter()
+            .map(|(name, adapter)| {
+                let Some(adapted) = adapter.modules.get(module) else { return Ok((name.as_str(), None)) };
+                let loaded = self.fold_one(name, module, adapted, base, base_weight.as_ref())?;
+                Ok((name.as_str(), Some(loaded)))
+            })
+            .collect();
+        outcomes.into_iter().collect()
+    }
+
+    fn fold_one(
+        &self,
+        name: &str,
+        path: &str,
+        module: &AdapterModule,
+        base: &BaseWeight,
+        base_weight: Option<&Result<Value, EvaluateError>>,
+    ) -> Result<LoadedAdapter<'_>, StoreError> {
+        refuse_scaled_bias(name, path, module, base.bias.is_some())?;
+        let failed = |source| StoreError::Fold { adapter: name.to_owned(), module: path.to_owned(), source };
+        let Some(layer) = self.layers.get(module.layer) else {
+            let (adapter, module, layer) = (name.to_owned(), path.to_owned(), module.layer);
+            return Err(StoreError::UnknownLayer { adapter, module, layer });
+        };
+        let operands = bindings(&module.operands).map_err(|error| failed(error.into()))?;
+        let folded = match base_weight {
+            Some(base_weight) if reads_base_weight(&layer.linear) => {
+                let base_weight = base_weight.clone().map_err(|error| failed(error.into()))?;
+                let mut all = operands.clone();
+                all.insert(base_weight_name(&layer.linear), base_weight);
+                layer.linear.fold(&all)
+            }
+            _ => layer.linear.fold(&operands),
+        };
+        let folded = folded.map_err(failed)?;
+        folded.check(base.d, base.k).map_err(failed)?;
+        Ok(LoadedAdapter { layer, operands, folded })
+    }
+}
+
+fn refuse_scaled_bias(adapter: &str, path: &str, module: &AdapterModule, has_bias: bool) -> Result<(), StoreError> {
+    match module.layer {
+        "ia3" if has_bias => Err(StoreError::ScaledBias { adapter: adapter.to_owned(), module: path.to_owned() }),
+        _ => Ok(()),
+    }
+}
+
+/// The operands as values of the IR.
+fn bindings(operands: &BTreeMap<&'static str, Operand>) -> Result<Bindings, EvaluateError> {
+    let mut bindings = Bindings::new();
+    for (name, operand) in operands {
+        let mut values = operand.values.iter().map(|value| f64::from(*value));
+        let value = match operand.shape[..] {
+            [] => Value::scalar(values.next().unwrap_or(f64::NAN)),
+            [rows, columns] => Value::matrix(rows, columns, values.collect())?,
+            _ => Value::vector(values.collect()),
+        };
+        bindings.insert(*name, value);
+    }
+    Ok(bindings)
+}
+
+fn base_weight_name(linear: &AdaptedLinear) -> String {
+    linear.layer.layer().operands[linear.base_weight].name.clone()
+}
+
+/// Whether a value that is computed when an adapter is loaded depends on w0 (DoRA's norm).
+fn reads_base_weight(linear: &AdaptedLinear) -> bool {
+    let layer = linear.layer.layer();
+    let load_time_values = linear.terms.iter().flat_map(|term| {
+        let pair = match term.core {
+            Core::Base => None,
+            Core::Multiplicative { b, a, .. } | Core::Additive { b, a, .. } => Some([b, a]),
+        };
+        term.inner.into_iter().chain(term.outer).chain(pair.into_iter().flatten())
+    });
+    load_time_values.into_iter().any(|value| {
+        let reachable = layer.reachable_from(value);
+        let mut nodes = layer.nodes.iter();
+        nodes.any(|(node, operation)| reachable[node.index()] && *operation == Node::Operand(linear.base_weight))
+    })
+}
+
+/// The first few of `names`.
+fn shortened<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    const SHOWN: usize = 8;
+    let names: Vec<_> = names.collect();
+    let more = names.len().saturating_sub(SHOWN);
+    let shown = names.get(..SHOWN).unwrap_or(&names).join(", ");
+    match (names.len(), more) {
+        (0, _) => "none".to_owned(),
+        (_, 0) => shown,
+        _ => format!("{shown}, and {more} more"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn module(layer: &'static str, rank: usize, operands: &[(&'static str, &[usize], &[f32])]) -> AdapterModule {
+        let operand = |shape: &[usize], values: &[f32]| Operand { shape: shape.to_vec(), values: values.to_vec() };
+        let operands = operands.iter().map(|(name, shape, values)| (*name, operand(shape, values))).collect();
+        AdapterModule { layer, rank, operands }
+    }
+
+    fn folder(name: &str, kind: AdapterKind, path: &str, module: AdapterModule) -> AdapterFolder {
+        AdapterFolder::new(name, kind, BTreeMap::from([(path.to_owned(), module)]))
+    }
+
+    fn dora(magnitudes: &[f32]) -> AdapterModule {
+        let zeros: (&[usize], &[f32]) = (&[2, 1], &[0.0, 0.0]);
+        module(
+            "dora",
+            1,
+            &[("b", zeros.0, zeros.1), ("a", &[1, 2], &[1.0, 1.0]), ("s", &[], &[1.0]), ("m", &[2], magnitudes)],
+        )
+    }
+
+    fn base(bias: Option<Vec<f32>>) -> BaseWeight {
+        BaseWeight { d: 2, k: 2, values: vec![3.0, 0.0, 4.0, 2.0], bias }
+    }
+
+    #[test]
+    fn dora_is_folded_with_the_norm_of_the_base_weight() {
+        let store = AdapterStore::from_folders(vec![folder("a", AdapterKind::Dora, "q", dora(&[10.0, 6.0]))])
+            .expect("one adapter");
+        let loaded = store.fold("q", &base(None)).expect("it fits");
+        let folded = &loaded["a"].as_ref().expect("it adapts q").folded;
+        // The columns (3, 4) and (0, 2) have the norms 5 and 2.
+        assert_eq!(folded.virtual_rows[0].out_scale, Some(vec![2.0, 3.0]));
+        assert!(store.fold("v", &base(None)).expect("nothing to fit")["a"].is_none());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let wide = dora(&[1.0, 1.0, 1.0]);
+        let store =
+            AdapterStore::from_folders(vec![folder("wide", AdapterKind::Dora, "q", wide)]).expect("one adapter");
+        let message = store.fold("q", &base(None)).expect_err("3 magnitudes for 2 outputs").to_string();
+        assert!(message.contains("`wide`") && message.contains("`q`"), "{message}");
+
+        let scale = || module("ia3", 0, &[("l", &[2], &[1.0, 2.0])]);
+        let store = AdapterStore::from_folders(vec![folder("i", AdapterKind::Ia3, "q", scale())]).expect("one adapter");
+        assert!(store.fold("q", &base(None)).is_ok());
+        let biased = store.fold("q", &base(Some(vec![1.0, 1.0])));
+        assert!(matches!(biased, Err(StoreError::ScaledBias { .. })));
+
+        let twice = [scale(), scale()].map(|module| folder("i", AdapterKind::Ia3, "q", module));
+        assert!(matches!(AdapterStore::from_folders(twice.into()), Err(StoreError::Duplicate(_))));
+        assert!(matches!(store.restricted_to(["i", "j"]), Err(StoreError::Unknown { .. })));
+    }
+
+    #[test]
+    fn a_folder_that_fails_is_named() {
+        let parent = tempfile::tempdir().expect("a temporary folder");
+        assert!(matches!(AdapterStore::open(parent.path()), Err(StoreError::Empty { .. })));
+        let scale = module("ia3", 0, &[("l", &[2], &[1.0, 2.0])]);
+        folder("good", AdapterKind::Ia3, "q", scale).write(parent.path()).expect("a writable folder");
+        assert_eq!(AdapterStore::open(parent.path()).expect("one adapter").kinds()[&AdapterKind::Ia3], 1);
+        std::fs::create_dir(parent.path().join("broken")).expect("a new folder");
+        std::fs::write(parent.path().join("broken/adapter_config.json"), "{").expect("a new file");
+        let message = AdapterStore::open(parent.path()).expect_err("a broken config").to_string();
+        assert!(message.contains("`broken`"), "{message}");
+    }
+}
