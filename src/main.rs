@@ -1,2 +1,8 @@
 //! The `flora` command.
-fn main() {}
+
+mod commands;
+mod models;
+
+fn main() -> std::process::ExitCode {
+    commands::main()
+}

@@ -7,10 +7,8 @@ use std::path::{Path, PathBuf};
 use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, AdapterModule, BaseWeight, Model, Operand};
 use flora_codegen::pipeline::{CompiledLayer, compile_verified};
 use flora_ir::algebra::{AdaptedLinear, Core, FoldError, FoldedAdapter, NormalizeError};
-use flora_ir::{EvaluateError, Node, Value, builtin};
+use flora_ir::{Bindings, EvaluateError, Node, Value, builtin};
 use rayon::prelude::*;
-
-pub use flora_ir::Bindings;
 
 /// The adapters that batches may name, each whole in host memory (f32).
 #[derive(Clone, Debug)]

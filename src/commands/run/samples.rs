@@ -1,0 +1,139 @@
+//! What a run makes up where nothing is given: adapters of every kind, a mixed batch, inputs. All from one seed.
+
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::Path;
+
+use flora::checkpoint::{AdapterFolder, AdapterKind, AdapterModule, Operand};
+use flora::prelude::*;
+use rayon::prelude::*;
+
+use super::weights::Module;
+use crate::commands::error::CommandError;
+
+/// A stream of numbers that depends on the seed and on what it is for, not on what was drawn before.
+pub(super) struct Random(fastrand::Rng);
+
+impl Random {
+    pub(super) fn new(seed: u64, purpose: &[&str]) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (seed, purpose).hash(&mut hasher);
+        Self(fastrand::Rng::with_seed(hasher.finish()))
+    }
+
+    /// `count` numbers, uniform in centre ± half_width.
+    pub(super) fn around(&mut self, centre: f32, half_width: f32, count: usize) -> Vec<f32> {
+        (0..count).map(|_| centre + half_width * (2.0 * self.0.f32() - 1.0)).collect()
+    }
+}
+
+/// Elements of a matrix; the extents are those of a file that holds it, or of a table here.
+pub(super) fn product(rows: usize, columns: usize) -> usize {
+    rows.saturating_mul(columns)
+}
+
+/// One row of `x` is as large as what a norm before the projection leaves: mean 0, variance 1.
+pub(super) fn input(seed: u64, path: &str, rows: usize, d: usize) -> Vec<f32> {
+    Random::new(seed, &["input", path]).around(0.0, 3.0f32.sqrt(), product(rows, d))
+}
+
+/// A made-up adapter.
+struct Sample {
+    name: &'static str,
+    kind: AdapterKind,
+    layer: &'static str,
+    rank: usize,
+    /// LoRA's s.
+    scale: f32,
+}
+
+const fn sample(name: &'static str, kind: AdapterKind, layer: &'static str, rank: usize, scale: f32) -> Sample {
+    Sample { name, kind, layer, rank, scale }
+}
+
+/// Every kind, ranks 1 to 16. LoRA's scale is α/r with α = 2r, and α/√r for the rank-stabilised ones.
+const SAMPLES: [Sample; 20] = [
+    sample("lora-1", AdapterKind::Lora, "lora", 1, 2.0),
+    sample("lora-2", AdapterKind::Lora, "lora", 2, 2.0),
+    sample("lora-5", AdapterKind::Lora, "lora", 5, 2.0),
+    sample("lora-8", AdapterKind::Lora, "lora", 8, 2.0),
+    sample("rslora-4", AdapterKind::Lora, "lora", 4, 4.0),
+    sample("rslora-16", AdapterKind::Lora, "lora", 16, 4.0),
+    sample("dora-2", AdapterKind::Dora, "dora", 2, 2.0),
+    sample("dora-8", AdapterKind::Dora, "dora", 8, 2.0),
+    sample("ia3", AdapterKind::Ia3, "ia3", 0, 1.0),
+    sample("ia3-feedforward", AdapterKind::Ia3, "ia3_feedforward", 0, 1.0),
+    sample("hira-1", AdapterKind::Hira, "hira", 1, 1.0),
+    sample("hira-3", AdapterKind::Hira, "hira", 3, 1.0),
+    sample("hira-8", AdapterKind::Hira, "hira", 8, 1.0),
+    sample("flora-1", AdapterKind::Flora, "flora", 1, 1.0),
+    sample("flora-2", AdapterKind::Flora, "flora", 2, 1.0),
+    sample("flora-4", AdapterKind::Flora, "flora", 4, 1.0),
+    sample("flora-7", AdapterKind::Flora, "flora", 7, 1.0),
+    sample("flora-16", AdapterKind::Flora, "flora", 16, 1.0),
+    sample("flora-mean-2", AdapterKind::Flora, "flora_mean", 2, 1.0),
+    sample("flora-mean-6", AdapterKind::Flora, "flora_mean", 6, 1.0),
+];
+
+/// Writes an adapter folder of every row of the table into `folder`.
+pub(super) fn write_adapters(folder: &Path, modules: &[Module], seed: u64) -> Result<(), CommandError> {
+    SAMPLES.par_iter().try_for_each(|sample| {
+        let adapted = modules.iter().map(|module| (module.path.clone(), adapter_module(sample, module, seed)));
+        let adapter = AdapterFolder::new(sample.name, sample.kind, adapted.collect());
+        adapter.write(folder)?;
+        Ok(())
+    })
+}
+
+fn adapter_module(sample: &Sample, module: &Module, seed: u64) -> AdapterModule {
+    let &Sample { name, kind, rank, scale, .. } = sample;
+    let &Module { d, k, has_bias, .. } = module;
+    // PEFT's output form would scale a bias too, which isn't supported.
+    let layer = if sample.layer == "ia3" && has_bias { "ia3_feedforward" } else { sample.layer };
+    let mut random = Random::new(seed, &["adapter", name, &module.path]);
+    let mut operand = |shape: Vec<usize>, centre: f32, half_width: f32| {
+        let count = shape.iter().fold(1, |count, extent| product(count, *extent));
+        Operand { shape, values: random.around(centre, half_width, count) }
+    };
+    let narrow = 1.0 / (d as f32).sqrt();
+    // What an adapter is like after a little training: near the base layer, and for fLoRA b @ a near ones (§4).
+    let operands = match (kind, layer) {
+        (AdapterKind::Lora | AdapterKind::Dora, _) => {
+            let mut operands = BTreeMap::from([
+                ("b", operand(vec![d, rank], 0.0, narrow)),
+                ("a", operand(vec![rank, k], 0.0, 0.05)),
+                ("s", Operand { shape: Vec::new(), values: vec![scale] }),
+            ]);
+            if kind == AdapterKind::Dora {
+                operands.insert("m", operand(vec![k], 1.0, 0.5));
+            }
+            operands
+        }
+        (AdapterKind::Hira, _) => {
+            BTreeMap::from([("b", operand(vec![d, rank], 0.0, 0.3)), ("a", operand(vec![rank, k], 0.0, 0.3))])
+        }
+        (AdapterKind::Flora, layer) => {
+            let share = if layer == "flora_mean" { 1.0 } else { 1.0 / rank as f32 };
+            BTreeMap::from([("b", operand(vec![d, rank], 1.0, 0.1)), ("a", operand(vec![rank, k], share, 0.1 * share))])
+        }
+        (AdapterKind::Ia3, "ia3_feedforward") => BTreeMap::from([("l", operand(vec![d], 1.0, 0.1))]),
+        (AdapterKind::Ia3, _) => BTreeMap::from([("l", operand(vec![k], 1.0, 0.1))]),
+    };
+    AdapterModule { layer, rank, operands }
+}
+
+/// Rows of the 32 requests: most decode one token, ten bring a prompt.
+const ROWS: [u32; 32] =
+    [1, 1, 1, 33, 1, 1, 7, 1, 1, 1, 24, 1, 1, 48, 1, 1, 5, 1, 1, 12, 1, 1, 1, 17, 1, 1, 20, 1, 1, 9, 1, 64];
+
+/// A batch of 32 requests: every adapter and the base in turn, in a shuffled order.
+pub(super) fn batch<'a>(names: impl Iterator<Item = &'a str>, seed: u64) -> Batch {
+    let mut choices: Vec<Option<&str>> = names.map(Some).chain([None]).collect();
+    let Random(mut order) = Random::new(seed, &["batch"]);
+    let mut adapters = Vec::new();
+    while adapters.len() < ROWS.len() {
+        order.shuffle(&mut choices);
+        adapters.extend_from_slice(&choices);
+    }
+    Batch::new(adapters.into_iter().zip(ROWS))
+}

@@ -1,0 +1,126 @@
+//! The base weights of a run: a model's, or random ones of its shapes where it can't be had.
+
+use std::path::Path;
+
+use flora::checkpoint::{BaseWeight, Model, ModelError};
+
+use super::samples::{self, Random};
+use crate::commands::error::CommandError;
+use crate::commands::output;
+use crate::models;
+
+/// One projection to run.
+#[derive(Clone, Debug)]
+pub(super) struct Module {
+    /// The module path.
+    pub(super) path: String,
+    /// Inputs.
+    pub(super) d: usize,
+    /// Outputs.
+    pub(super) k: usize,
+    /// Whether the layer has a bias.
+    pub(super) has_bias: bool,
+}
+
+/// Where base weights come from.
+pub(super) enum Weights {
+    /// A model's files.
+    Stored(Model),
+    /// A seed and SmolLM2's shapes.
+    Seeded {
+        /// The projections.
+        modules: Vec<Module>,
+        /// The seed.
+        seed: u64,
+    },
+}
+
+impl Weights {
+    /// The model at `path`, else SmolLM2, else random weights of its shapes.
+    pub(super) fn open(path: Option<&Path>, seeded: bool, seed: u64) -> Result<Self, CommandError> {
+        let fetched;
+        let path = match path {
+            Some(path) => path,
+            None if seeded => return Ok(Self::seeded(seed)),
+            None => match flora_toolchain::smollm2() {
+                Ok(path) => {
+                    fetched = path;
+                    &fetched
+                }
+                Err(error) => {
+                    output::note(&format!(
+                        "warning: {error}\nwarning: no model is here, so this run uses random weights of SmolLM2-135M's shapes"
+                    ));
+                    return Ok(Self::seeded(seed));
+                }
+            },
+        };
+        Ok(Self::Stored(Model::open(path)?))
+    }
+
+    fn seeded(seed: u64) -> Self {
+        let shapes = models::builtin(models::SMOLLM2).into_iter();
+        let modules = shapes.flat_map(|shapes| {
+            (0..shapes.layers).flat_map(move |layer| {
+                let module = move |shape: models::ProjectionShape| Module {
+                    path: format!("{}.{layer}.{}", shapes.prefix, shape.name),
+                    d: shape.d,
+                    k: shape.k,
+                    has_bias: false,
+                };
+                shapes.projections.clone().into_iter().map(module)
+            })
+        });
+        Self::Seeded { modules: modules.collect(), seed }
+    }
+
+    /// The model's name.
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Self::Stored(model) => model.name(),
+            Self::Seeded { .. } => models::SMOLLM2,
+        }
+    }
+
+    /// `stored` or `seeded`.
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::Stored(_) => "stored",
+            Self::Seeded { .. } => "seeded",
+        }
+    }
+
+    /// All projections, in the model's order.
+    pub(super) fn modules(&self) -> Vec<Module> {
+        match self {
+            Self::Seeded { modules, .. } => modules.clone(),
+            Self::Stored(model) => {
+                let module = |projection: &flora::checkpoint::Projection| Module {
+                    path: projection.path.clone(),
+                    d: projection.d,
+                    k: projection.k,
+                    has_bias: projection.has_bias,
+                };
+                model.projections().iter().map(module).collect()
+            }
+        }
+    }
+
+    /// The weight of one projection.
+    pub(super) fn weight(&self, path: &str) -> Result<BaseWeight, ModelError> {
+        match self {
+            Self::Stored(model) => model.weight(path),
+            Self::Seeded { modules, seed } => {
+                let module = modules.iter().find(|module| module.path == path).ok_or_else(|| {
+                    let (model, projection) = (models::SMOLLM2.to_owned(), path.to_owned());
+                    ModelError::UnknownProjection { model, projection, near: None }
+                })?;
+                let (d, k) = (module.d, module.k);
+                // A product of d such weights with inputs of variance 1 has variance 1.
+                let half_width = (3.0 / d as f32).sqrt();
+                let values = Random::new(*seed, &["weight", path]).around(0.0, half_width, samples::product(d, k));
+                Ok(BaseWeight { d, k, values, bias: None })
+            }
+        }
+    }
+}
