@@ -410,7 +410,8 @@ impl<R: Runtime> Run<'_, R> {
         let result = Matrices { handle: out, batch, rows, columns, transposed: false };
         // Register-tiled units: exact f32 on every device, where the tensor cores would round f32 to tf32. The routine is
         // named because the automatic choice panics on shapes that it can't serve, and because all of them take minutes to
-        // build for every runtime.
+        // build for every runtime. Not the double-buffered one, which is wrong where the depth is a single stage
+        // (cubek-matmul 0.2.0, two matrices of [3, 8] by [8, 96]).
         let routine = BlueprintStrategy::<(), SimpleUnitAlgorithm>::default();
         launch_ref(
             self.client,

@@ -3,5 +3,6 @@
 //! `FLORA_TEST_DEVICE` names the device (default: the host); on one that isn't there the suite fails, it is not skipped.
 
 mod case;
+mod golden;
 mod isolation;
 mod oracle;

@@ -8,7 +8,7 @@ use super::case::{Adapter, Case, cases, device, kinds, plans};
 
 /// Few cases on a device that compiles a kernel for every blueprint it meets.
 fn config() -> ProptestConfig {
-    let cases = if device().info().id == "host" { 150 } else { 40 };
+    let cases = if device().info().id == "host" { 600 } else { 80 };
     ProptestConfig { cases, rng_seed: RngSeed::Fixed(20), failure_persistence: None, ..ProptestConfig::default() }
 }
 

@@ -115,4 +115,8 @@ impl Dialect for Cuda {
             },
         }
     }
+
+    fn stable_source(source: &str) -> String {
+        super::stable::stable_source(source)
+    }
 }

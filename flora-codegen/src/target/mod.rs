@@ -5,6 +5,7 @@ mod cuda;
 mod recorder;
 mod shader;
 mod stable;
+mod stable_spirv;
 
 use std::str::FromStr;
 
@@ -82,7 +83,7 @@ pub struct EmittedKernel {
     pub cube_dim: [u32; 3],
     /// Cubes of the launch; `None` when the device decides.
     pub cube_count: Option<[u32; 3]>,
-    /// The source, the same at every run and on every machine.
+    /// The source, the same at every run and on every machine (see `stable.rs` and `stable_spirv.rs`).
     pub source: String,
 }
 

@@ -27,7 +27,6 @@ use cubecl_runtime::logging::ServerLogger;
 use cubecl_runtime::memory_management::{ManagedMemoryHandle, MemoryAllocationMode, MemoryUsage};
 use cubecl_runtime::storage::{BytesStorage, ComputeStorage, ManagedResource};
 
-use super::stable::stable_source;
 use super::{EmitError, EmittedKernel};
 
 /// What stands in for a device: its compiler and its properties.
@@ -39,6 +38,8 @@ pub(super) trait Dialect: Debug + Clone + Send + Sync + 'static {
     fn options(variant: u16) -> <Self::Compiler as Compiler>::CompilationOptions;
     fn properties(variant: u16) -> DeviceProperties;
     fn target_properties() -> TargetProperties;
+    /// The source without the accidents of this dialect's compiler.
+    fn stable_source(source: &str) -> String;
 }
 
 /// One variant of a dialect; for CUDA the compute capability.
@@ -160,6 +161,9 @@ impl<D: Dialect> ComputeServer for OfflineServer<D> {
         mode: ExecutionMode,
         _stream: StreamId,
     ) {
+        // cubecl numbers CUDA temporaries by one counter that every compilation resets.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _turn = lock(&ONE_AT_A_TIME);
         let name = kernel.name().to_owned();
         let mut compiler = D::compiler();
         // The compilers of some dialects panic on operations that they lack.
@@ -174,7 +178,7 @@ impl<D: Dialect> ComputeServer for OfflineServer<D> {
                     CubeCount::Static(x, y, z) => Some([x, y, z]),
                     CubeCount::Dynamic(_) => None,
                 },
-                source: stable_source(&compiled.source),
+                source: D::stable_source(&compiled.source),
             }),
             Ok(Err(error)) => Err(EmitError::Compile { kernel: name, reason: first_line(&error.to_string()) }),
             Err(panic) => {

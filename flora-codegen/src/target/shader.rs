@@ -69,6 +69,10 @@ impl Dialect for Wgsl {
     fn target_properties() -> TargetProperties {
         TargetProperties { mma: Default::default() }
     }
+
+    fn stable_source(source: &str) -> String {
+        super::stable::stable_source(source)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -102,5 +106,9 @@ impl Dialect for Spirv {
 
     fn target_properties() -> TargetProperties {
         TargetProperties { mma: Default::default() }
+    }
+
+    fn stable_source(source: &str) -> String {
+        super::stable_spirv::stable_spirv(source)
     }
 }

@@ -1,60 +1,155 @@
-//! The same text for the same kernel: cubecl numbers CUDA temporaries by a counter that all compilations share, and lists
-//! vector types in the order of a hash set.
+//! The same text for the same kernel, in CUDA C++ and WGSL. cubecl's text has four accidents: CUDA's temporaries are numbered
+//! by a counter that all compilations share; vector types, variables and the places of shared arrays come in the order of hash
+//! tables. For SPIR-V see [`super::stable_spirv`].
+//!
+//! What is changed changes no instruction: names, the order of declarations, and which shared array lies where.
 
 use std::collections::HashMap;
 
-/// Renumbers temporaries in order of appearance and sorts the leading type definitions.
+/// CUDA text with its accidents in a fixed order; other text without any comes out as it went in.
 pub(super) fn stable_source(source: &str) -> String {
-    renumber(&sort_definitions(source))
+    let lines: Vec<&str> = source.lines().collect();
+    let lines = sort_blocks(lines, type_definition, |block| block.join("\n"));
+    let lines = sort_blocks(lines, variable, |block| number_after(block[0], "_"));
+    renumber_temporaries(&place_shared_arrays(lines))
+}
+
+/// Sorts runs of blocks by `key`. `block` gives the number of lines of the block that starts a slice, or `None`; blank lines
+/// inside a run are dropped.
+fn sort_blocks<'a, K: Ord>(
+    lines: Vec<&'a str>,
+    block: impl Fn(&[&'a str]) -> Option<usize>,
+    key: impl Fn(&[&'a str]) -> K,
+) -> Vec<&'a str> {
+    let mut sorted = Vec::with_capacity(lines.len());
+    let mut run: Vec<&[&str]> = Vec::new();
+    let mut rest = &lines[..];
+    while let Some(first) = rest.first() {
+        if let Some(length) = block(rest) {
+            let (own, after) = rest.split_at(length);
+            run.push(own);
+            rest = after;
+            continue;
+        }
+        if run.is_empty() || !first.trim().is_empty() {
+            run.sort_by_key(|block| key(block));
+            sorted.extend(run.drain(..).flatten().copied());
+            sorted.push(first);
+        }
+        rest = &rest[1..];
+    }
+    run.sort_by_key(|block| key(block));
+    sorted.extend(run.into_iter().flatten().copied());
+    sorted
+}
+
+/// `struct __align__(16) name {` … `};`
+fn type_definition(lines: &[&str]) -> Option<usize> {
+    lines.first()?.starts_with("struct __align__").then_some(())?;
+    Some(lines.iter().position(|line| line.contains("};"))? + 1)
+}
+
+/// `type l_mut_1;`, `type l_arr_1[4];`, `var l_mut_1: type;`, `var a_1: array<…>;`, `var<workgroup> shared_memory_1: array<…>;`
+fn variable(lines: &[&str]) -> Option<usize> {
+    let line = lines.first()?;
+    let (_, name) = line.split_once(' ')?;
+    let named = ["l_mut_", "l_arr_", "a_", "shared_memory_"].iter().any(|prefix| name.starts_with(prefix));
+    (named && name.ends_with(';') && !name.contains('=')).then_some(1)
+}
+
+/// The first number that directly follows `prefix`.
+fn number_after(line: &str, prefix: &str) -> u64 {
+    let mut places = line.match_indices(prefix).map(|(at, _)| &line[at + prefix.len()..]);
+    let number = places.find(|rest| rest.starts_with(|letter: char| letter.is_ascii_digit())).unwrap_or_default();
+    let end = number.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(number.len());
+    number[..end].parse().unwrap_or(0)
+}
+
+/// A shared array is a comment with its size and a pointer into the block's memory.
+const SHARED_SIZE: &str = "// Shared array size: ";
+const SHARED_PLACE: &str = "&dynamic_shared_mem[";
+
+/// Puts shared arrays in the order of their numbers, one after the other. Arrays that overlap, because they are never alive
+/// together, stay where they are.
+fn place_shared_arrays(lines: Vec<&str>) -> Vec<String> {
+    let block = |lines: &[&str]| {
+        let sized = lines.first()?.starts_with(SHARED_SIZE) && lines.get(1)?.contains(SHARED_PLACE);
+        sized.then_some(2)
+    };
+    let lines = sort_blocks(lines, block, |block| number_after(block[1], "shared_memory_"));
+    let arrays: Vec<(usize, u64, u64)> = (1..lines.len())
+        .filter(|at| lines[at - 1].starts_with(SHARED_SIZE) && lines[*at].contains(SHARED_PLACE))
+        .map(|at| (at, number_after(lines[at - 1], ", "), number_after(lines[at], SHARED_PLACE)))
+        .collect();
+    let end = arrays.iter().map(|(_, size, place)| place + size).max().unwrap_or(0);
+    let disjoint = arrays.iter().map(|(_, size, _)| size).sum::<u64>() == end;
+    let mut placed: Vec<String> = lines.into_iter().map(str::to_owned).collect();
+    if disjoint {
+        let mut next = 0;
+        for (at, size, place) in arrays {
+            placed[at] = placed[at].replace(&format!("{SHARED_PLACE}{place}]"), &format!("{SHARED_PLACE}{next}]"));
+            next += size;
+        }
+    }
+    placed
 }
 
 const TEMPORARY: &str = "_tmp_";
 
-fn renumber(source: &str) -> String {
+/// Numbers temporaries in order of appearance.
+fn renumber_temporaries(lines: &[String]) -> String {
     let mut numbers = HashMap::new();
-    let mut stable = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find(TEMPORARY) {
-        let (before, after) = rest.split_at(at + TEMPORARY.len());
-        stable.push_str(before);
-        let digits = after.len() - after.trim_start_matches(|digit: char| digit.is_ascii_digit()).len();
-        let (number, after) = after.split_at(digits);
-        if !number.is_empty() {
-            let next = numbers.len();
-            stable.push_str(&numbers.entry(number).or_insert(next).to_string());
+    let mut stable = String::new();
+    for line in lines {
+        let mut rest = line.as_str();
+        while let Some(at) = rest.find(TEMPORARY) {
+            let (before, after) = rest.split_at(at + TEMPORARY.len());
+            stable.push_str(before);
+            let digits = after.len() - after.trim_start_matches(|digit: char| digit.is_ascii_digit()).len();
+            let (number, after) = after.split_at(digits);
+            if !number.is_empty() {
+                let next = numbers.len();
+                stable.push_str(&numbers.entry(number).or_insert(next).to_string());
+            }
+            rest = after;
         }
-        rest = after;
+        stable.push_str(rest);
+        stable.push('\n');
     }
-    stable.push_str(rest);
     stable
 }
 
-/// A definition is `struct __align__(…) name { … };` before the kernel; definitions that stand together are sorted.
-fn sort_definitions(source: &str) -> String {
-    let mut lines = Vec::new();
-    let mut definitions: Vec<Vec<&str>> = Vec::new();
-    let mut open = false;
-    for line in source.lines() {
-        if line.starts_with("struct __align__") {
-            definitions.push(Vec::new());
-            open = true;
-        }
-        match definitions.last_mut() {
-            Some(definition) if open => {
-                definition.push(line);
-                open = !line.contains("};");
-            }
-            Some(_) if line.trim().is_empty() => {}
-            _ => {
-                definitions.sort();
-                lines.extend(definitions.drain(..).flatten());
-                lines.push(line);
-            }
-        }
+#[cfg(test)]
+mod tests {
+    use super::stable_source;
+
+    #[test]
+    fn accidents_are_put_in_order() {
+        let one = "struct __align__(8) b {\n  x;\n};\nstruct __align__(8) a {\n  x;\n};\nint l_mut_10;\n\nint l_mut_9;\n\
+                   // Shared array size: 4, 16 bytes\nfloat *shared_memory_1 = cast(&dynamic_shared_mem[0]);\n\
+                   // Shared array size: 8, 32 bytes\nfloat *shared_memory_0 = cast(&dynamic_shared_mem[16]);\n\
+                   a _tmp_7 = _tmp_9 + _tmp_7;\n";
+        let expected = "struct __align__(8) a {\n  x;\n};\nstruct __align__(8) b {\n  x;\n};\nint l_mut_9;\nint l_mut_10;\n\
+                        // Shared array size: 8, 32 bytes\nfloat *shared_memory_0 = cast(&dynamic_shared_mem[0]);\n\
+                        // Shared array size: 4, 16 bytes\nfloat *shared_memory_1 = cast(&dynamic_shared_mem[32]);\n\
+                        a _tmp_0 = _tmp_1 + _tmp_0;\n";
+        assert_eq!(stable_source(one), expected);
+        assert_eq!(stable_source(expected), expected);
     }
-    definitions.sort();
-    lines.extend(definitions.into_iter().flatten());
-    let mut text = lines.join("\n");
-    text.push('\n');
-    text
+
+    #[test]
+    fn wgsl_variables_are_sorted() {
+        let one = "var<workgroup> shared_memory_1: array<f32, 4>;\n\nvar<workgroup> shared_memory_0: array<f32, 4>;\n\n\
+                   fn f() {\nvar a_19: array<f32, 16>;\n\nvar l_mut_20: u32;\nvar l_mut_5: vec4<f32>;\n";
+        let expected = "var<workgroup> shared_memory_0: array<f32, 4>;\nvar<workgroup> shared_memory_1: array<f32, 4>;\n\
+                        fn f() {\nvar l_mut_5: vec4<f32>;\nvar a_19: array<f32, 16>;\nvar l_mut_20: u32;\n";
+        assert_eq!(stable_source(one), expected);
+    }
+
+    #[test]
+    fn arrays_that_share_a_place_stay() {
+        let source = "// Shared array size: 4, 16 bytes\nfloat *shared_memory_0 = cast(&dynamic_shared_mem[0]);\n\
+                      // Shared array size: 4, 16 bytes\nfloat *shared_memory_1 = cast(&dynamic_shared_mem[0]);\n";
+        assert_eq!(stable_source(source), source);
+    }
 }

@@ -1,0 +1,85 @@
+//! What flora generates, held in files that are reviewed like code: `cargo insta review` shows what a change to a lowering or a
+//! kernel does to every target's source.
+
+mod cuda;
+mod kernels;
+
+use flora::codegen::lowering::{Part, lowerings_of};
+use flora::codegen::pipeline::CompiledLayer;
+use flora::codegen::target::{EmittedKernel, Target};
+use flora::ir::builtin;
+use flora::prelude::*;
+
+/// fLoRA with everything that an epilogue does.
+#[flora::layer]
+fn flora_finished(
+    x: Tokens<D>,
+    w0: Weight<D, K>,
+    b: Adapter<D, R>,
+    a: Adapter<R, K>,
+    bias: Bias<K>,
+) -> Tokens<K> {
+    (x.matmul(w0 * b.matmul(a)) + bias).gelu()
+}
+
+/// LoRA with an epilogue, which runs by itself after the last addition.
+#[flora::layer]
+fn lora_finished(
+    x: Tokens<D>,
+    w0: Weight<D, K>,
+    b: Adapter<D, R>,
+    a: Adapter<R, K>,
+    s: Scale,
+    bias: Bias<K>,
+) -> Tokens<K> {
+    (x.matmul(w0 + s * b.matmul(a)) + bias).silu()
+}
+
+/// A layer with one of its lowerings.
+struct Lowered {
+    name: &'static str,
+    layer: CompiledLayer,
+    lowering: &'static str,
+    plan: Plan,
+}
+
+/// Every built-in layer, and two with an epilogue, with every lowering that it has.
+fn lowered() -> Vec<Lowered> {
+    let mut all = Vec::new();
+    let builtin = |name| builtin::builtin(name).expect("a built-in layer").clone();
+    let layers = builtin::names().map(|name| (name, builtin(name)));
+    for (name, layer) in layers.chain([("flora finished", flora_finished::layer()), ("lora finished", lora_finished::layer())]) {
+        let layer = compile_verified(layer).expect("it compiles");
+        let default = Plan::new(Lowering::Stacked, Lowering::Segmented).expect("rows of the table");
+        if layer.parts.is_empty() {
+            all.push(Lowered { name, layer: layer.clone(), lowering: "gemm", plan: default });
+        }
+        for part in &layer.parts {
+            for row in lowerings_of(*part) {
+                let plan = match part {
+                    Part::Multiplicative => Plan { multiplicative: row.lowering, ..default },
+                    Part::Additive => Plan { additive: row.lowering, ..default },
+                };
+                all.push(Lowered { name, layer: layer.clone(), lowering: row.lowering.name(), plan });
+            }
+        }
+    }
+    all
+}
+
+impl Lowered {
+    /// The launches for three segments of five rows, rank 4.
+    fn emit(&self, target: Target, d: u32, k: u32) -> Vec<EmittedKernel> {
+        let emitted = self.layer.emit(target, self.plan, LayerShape { d, k }, 4, 3, 5);
+        emitted.unwrap_or_else(|error| panic!("{} {} for {target}: {error}", self.name, self.lowering))
+    }
+
+    fn title(&self) -> String {
+        format!("{} {}", self.name, self.lowering)
+    }
+}
+
+/// flora's own kernels; the matmul library's are its own business.
+fn is_ours(kernel: &EmittedKernel) -> bool {
+    !kernel.name.starts_with("matmul_entry")
+}
