@@ -53,7 +53,7 @@ pub(crate) fn seconds(seconds: f64) -> String {
         s if s >= 1.0 => format!("{s:.2} s"),
         s if s >= 1e-3 => format!("{:.2} ms", s * 1e3),
         s if s >= 1e-6 => format!("{:.1} µs", s * 1e6),
-        s => format!("{:.3} ns", s * 1e9),
+        s => format!("{:.1} ns", s * 1e9),
     }
 }
 
