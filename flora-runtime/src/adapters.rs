@@ -51,7 +51,7 @@ pub enum StoreError {
         /// The adapter.
         name: String,
         /// Why.
-        source: AdapterError,
+        source: Box<AdapterError>,
     },
     /// Two adapters of one name.
     #[error("two adapters are called `{0}`; rename the folder of one")]
@@ -102,7 +102,7 @@ pub enum StoreError {
         /// The module.
         module: String,
         /// Why.
-        source: FoldError,
+        source: Box<FoldError>,
     },
 }
 
@@ -126,7 +126,7 @@ impl AdapterStore {
         paths.sort();
         let open = |path: &PathBuf| {
             let name = || path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-            AdapterFolder::open(path).map_err(|source| StoreError::Adapter { name: name(), source })
+            AdapterFolder::open(path).map_err(|source| StoreError::Adapter { name: name(), source: source.into() })
         };
         Self::from_folders(paths.par_iter().map(open).collect::<Result<Vec<_>, _>>()?)
     }
@@ -195,7 +195,7 @@ impl AdapterStore {
     /// The first adapter, by name, that doesn't.
     pub fn check_against(&self, model: &Model) -> Result<(), StoreError> {
         for (name, adapter) in &self.adapters {
-            let failed = |source| StoreError::Adapter { name: name.clone(), source };
+            let failed = |source: AdapterError| StoreError::Adapter { name: name.clone(), source: source.into() };
             adapter.check_against(model).map_err(failed)?;
             for (path, module) in &adapter.modules {
                 let has_bias = model.projection(path).map_err(|error| failed(error.into()))?.has_bias;
@@ -249,7 +249,10 @@ impl AdapterStore {
         base_weight: Option<&Result<Value, EvaluateError>>,
     ) -> Result<LoadedAdapter<'_>, StoreError> {
         refuse_scaled_bias(name, path, module, base.bias.is_some())?;
-        let failed = |source| StoreError::Fold { adapter: name.to_owned(), module: path.to_owned(), source };
+        let failed = |source: FoldError| {
+            let (adapter, module) = (name.to_owned(), path.to_owned());
+            StoreError::Fold { adapter, module, source: source.into() }
+        };
         let Some(layer) = self.layers.get(module.layer) else {
             let (adapter, module, layer) = (name.to_owned(), path.to_owned(), module.layer);
             return Err(StoreError::UnknownLayer { adapter, module, layer });

@@ -12,32 +12,9 @@ use miette::Diagnostic;
 /// An error with its mend, where the message doesn't say it already.
 #[derive(Debug, thiserror::Error, Diagnostic)]
 pub(crate) enum CommandError {
+    /// What a crate below found; its message has the mend.
     #[error(transparent)]
-    Adapter(#[from] AdapterError),
-    #[error(transparent)]
-    Batch(#[from] BatchError),
-    #[error(transparent)]
-    Coefficients(#[from] CoefficientsError),
-    #[error(transparent)]
-    Cuda(#[from] flora_toolchain::CompileError),
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    #[error(transparent)]
-    Emit(#[from] EmitError),
-    #[error(transparent)]
-    Fetch(#[from] flora_toolchain::FetchError),
-    #[error(transparent)]
-    File(#[from] FileError),
-    #[error(transparent)]
-    Model(#[from] ModelError),
-    #[error(transparent)]
-    Oracle(#[from] OracleError),
-    #[error(transparent)]
-    Projection(#[from] ProjectionError),
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    #[error(transparent)]
-    Target(#[from] UnknownTarget),
+    Below(Box<dyn std::error::Error + Send + Sync>),
 
     /// Mistakes in a layer's source, already shown in it.
     #[error("{path} is not a layer flora can compile\n{rendered}", path = path.display())]
@@ -103,3 +80,30 @@ impl CommandError {
         }
     }
 }
+
+/// `?` on the errors of the crates below.
+macro_rules! below {
+    ($($error:ty),* $(,)?) => {
+        $(impl From<$error> for CommandError {
+            fn from(error: $error) -> Self {
+                Self::Below(error.into())
+            }
+        })*
+    };
+}
+
+below!(
+    AdapterError,
+    BatchError,
+    CoefficientsError,
+    DeviceError,
+    EmitError,
+    FileError,
+    ModelError,
+    OracleError,
+    ProjectionError,
+    StoreError,
+    UnknownTarget,
+    flora_toolchain::CompileError,
+    flora_toolchain::FetchError,
+);
