@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use flora::checkpoint::{AdapterError, FileError, ModelError};
 use flora::codegen::cost::CoefficientsError;
+use flora::codegen::plan::PlanError;
+use flora::codegen::schedule::ScheduleError;
 use flora::codegen::target::{EmitError, UnknownTarget};
 use flora::runtime::oracle::OracleError;
 use flora::runtime::{BatchError, DeviceError, ProjectionError, StoreError};
@@ -101,7 +103,9 @@ below!(
     FileError,
     ModelError,
     OracleError,
+    PlanError,
     ProjectionError,
+    ScheduleError,
     StoreError,
     UnknownTarget,
     flora_toolchain::CompileError,

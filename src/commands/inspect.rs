@@ -126,10 +126,8 @@ fn plan_of(layer: &str, parts: &[Part], lowering: Option<&str>) -> Result<Plan, 
         let first = legal(part).next().unwrap_or(fallback);
         wanted.filter(|wanted| legal(part).any(|lowering| lowering == *wanted)).unwrap_or(first)
     };
-    Ok(Plan {
-        multiplicative: choose(Part::Multiplicative, Lowering::Stacked),
-        additive: choose(Part::Additive, Lowering::Segmented),
-    })
+    let multiplicative = choose(Part::Multiplicative, Lowering::Stacked);
+    Ok(Plan::new(multiplicative, choose(Part::Additive, Lowering::Segmented))?)
 }
 
 /// The compilers for --check.

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use flora::checkpoint::BaseWeight;
+use flora::codegen::lowering::Part;
 use flora::codegen::schedule::{Schedule, Step};
 use flora::ir::algebra::FoldedAdapter;
 use flora::prelude::*;
@@ -70,8 +71,8 @@ pub(super) fn measure(
         d: base.d,
         k: base.k,
         lowerings: Lowerings {
-            multiplicative: used(batch_shape.multiplicative.tokens, plan.multiplicative),
-            additive: used(batch_shape.additive.tokens, plan.additive),
+            multiplicative: used(batch_shape.multiplicative.tokens, plan.of(Part::Multiplicative)),
+            additive: used(batch_shape.additive.tokens, plan.of(Part::Additive)),
         },
         seconds,
         base_seconds,
