@@ -176,7 +176,7 @@ fn human(number: usize, Report { kernel, compiled }: &Report) -> String {
     text += "\n";
     if let Some(compiled) = compiled {
         text += &format!(
-            "// {}: {} registers, {} bytes spilled, {} bytes of shared memory\n",
+            "// {}: {} registers, {} bytes spilled, {} bytes of static shared memory\n",
             compiled.architecture, compiled.registers, compiled.spill_bytes, compiled.shared_bytes
         );
         let counts = |counts: &BTreeMap<String, u32>| {
