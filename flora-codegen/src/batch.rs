@@ -87,8 +87,10 @@ pub struct BatchShape {
     pub plain_rows: u64,
     /// Rows with scales or several virtual rows.
     pub multiplicative: GroupShape,
-    /// Rows with an additive part (counted above too).
+    /// Rows with an additive part beside x @ w0 (LoRA); counted above too.
     pub additive: GroupShape,
+    /// Rows with an additive part beside a scaled one (DoRA); counted above too.
+    pub scaled_additive: GroupShape,
 }
 
 /// One kind of rows in a batch. "Width" is the number of virtual rows, or the rank of the additive part.
@@ -109,6 +111,18 @@ pub struct GroupShape {
 }
 
 impl GroupShape {
+    /// Both groups as one.
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            tokens: self.tokens + other.tokens,
+            tokens_times_width: self.tokens_times_width + other.tokens_times_width,
+            adapters: self.adapters + other.adapters,
+            widths: self.widths + other.widths,
+            largest_width: self.largest_width.max(other.largest_width),
+            longest: self.longest.max(other.longest),
+        }
+    }
+
     fn add(&mut self, rows: u64, width: u64) {
         self.tokens += rows;
         self.tokens_times_width += rows * width;
@@ -138,8 +152,11 @@ impl BatchShape {
             } else {
                 shape.multiplicative.add(rows, adapter.virtual_rows.len() as u64);
             }
-            if adapter.low_rank.rank > 0 {
-                shape.additive.add(rows, u64::from(adapter.low_rank.rank));
+            let rank = u64::from(adapter.low_rank.rank);
+            match (rank > 0, adapter.is_plain()) {
+                (false, _) => {}
+                (true, true) => shape.additive.add(rows, rank),
+                (true, false) => shape.scaled_additive.add(rows, rank),
             }
         }
         shape

@@ -67,6 +67,22 @@ pub enum LaunchError {
         /// Slots that there are.
         slots: u32,
     },
+    /// The schedule was made for another layer.
+    #[error("the batch was laid out for a weight of {schedule:?} and this one is {layer:?}; lay it out for each")]
+    OtherLayer {
+        /// What it was made for.
+        schedule: LayerShape,
+        /// What it was launched with.
+        layer: LayerShape,
+    },
+    /// More adapters than kernels can index.
+    #[error("the {pool} pool has {elements} elements and kernels index 2^31; load fewer adapters")]
+    PoolTooLarge {
+        /// "in" or "out".
+        pool: &'static str,
+        /// Its size.
+        elements: u64,
+    },
     /// The matmul library refuses the shape or the device.
     #[error("the matmul of [{batch}, {rows}, {depth}] by [{depth}, {columns}] can't run on this device: {reason}")]
     Matmul {
@@ -87,25 +103,27 @@ pub enum LaunchError {
 /// surface when y is read.
 ///
 /// # Errors
-/// A launch that the device can't hold, a matmul that the library refuses.
-pub fn launch<R: Runtime>(
+/// A schedule of another layer or of slots that the pools lack, a launch that the device can't hold, a matmul that the library
+/// refuses.
+///
+/// # Safety
+/// The buffers belong to `client` and hold, in f32, what [`LayerBuffers`] says and `x` holds `[tokens, d]`: kernels read and
+/// write them without looking at their lengths.
+pub unsafe fn launch<R: Runtime>(
     client: &ComputeClient<R>,
     layer: &LayerBuffers,
     schedule: &Schedule,
     x: &Handle,
 ) -> Result<Handle, LaunchError> {
-    let pools = [("in", schedule.in_slots, &layer.in_pool), ("out", schedule.out_slots, &layer.out_pool)];
-    if let Some((pool, needed, Pool { slots, .. })) = pools.into_iter().find(|(_, needed, pool)| *needed > pool.slots) {
-        return Err(LaunchError::Slots { pool, needed, slots: *slots });
-    }
+    check(layer, schedule)?;
     let LayerShape { d, k } = layer.shape;
-    let y = client.empty(schedule.tokens.max(1) as usize * k as usize * size_of::<f32>());
-    let run = Run { client, layer, tokens: schedule.tokens, x, y: &y, d, k };
-    for step in &schedule.steps {
+    let y = client.empty(schedule.tokens().max(1) as usize * k as usize * size_of::<f32>());
+    let run = Run { client, layer, tokens: schedule.tokens(), x, y: &y, d, k };
+    for step in schedule.steps() {
         match step {
             Step::BaseGemm => run.base_gemm()?,
             Step::Stacked(rows) => {
-                let finishes = schedule.steps.len() == 1;
+                let finishes = schedule.steps().len() == 1;
                 run.stacked(rows, if finishes { layer.epilogue } else { Epilogue::default() })?;
             }
             Step::Materialised(step) => run.materialised(step)?,
@@ -115,6 +133,24 @@ pub fn launch<R: Runtime>(
         }
     }
     Ok(y)
+}
+
+fn check(layer: &LayerBuffers, schedule: &Schedule) -> Result<(), LaunchError> {
+    if layer.shape != schedule.shape() {
+        return Err(LaunchError::OtherLayer { schedule: schedule.shape(), layer: layer.shape });
+    }
+    let LayerShape { d, k } = layer.shape;
+    let pools = [("in", schedule.in_slots(), &layer.in_pool, d), ("out", schedule.out_slots(), &layer.out_pool, k)];
+    for (pool, needed, Pool { slots, .. }, width) in pools {
+        if needed > *slots {
+            return Err(LaunchError::Slots { pool, needed, slots: *slots });
+        }
+        let elements = u64::from(*slots) * u64::from(width);
+        if elements > i32::MAX as u64 {
+            return Err(LaunchError::PoolTooLarge { pool, elements });
+        }
+    }
+    Ok(())
 }
 
 /// What every step of one batch sees.
@@ -205,7 +241,13 @@ impl<R: Runtime> Run<'_, R> {
     }
 
     fn stacked(&self, rows: &[VirtualRow], epilogue: Epilogue) -> Result<(), LaunchError> {
-        let (items, tile_rows) = stacked_items(rows);
+        let hardware = &self.client.properties().hardware;
+        let fits = |blueprint: &StackedBlueprint| {
+            blueprint.shared_bytes() <= hardware.max_shared_memory_size && blueprint.units() <= hardware.max_units_per_cube
+        };
+        let (items, tile_rows) = stacked_items(rows, |tile_rows| {
+            fits(&StackedBlueprint { tile_rows, scaled: true, epilogue })
+        });
         let blueprint = StackedBlueprint {
             tile_rows,
             scaled: rows.iter().any(|row| row.in_slot > 0 || row.out_slot > 0),
@@ -214,7 +256,8 @@ impl<R: Runtime> Run<'_, R> {
         let (width_d, width_k) = (self.vector_size(self.d), self.vector_size(self.k));
         let cubes = CubeCount::Static(self.k.div_ceil(TILE_COLUMNS), self.axis("the stacked kernel", items.len())?, 1);
         let (rows, items) = (self.table(rows), self.table(&items));
-        // SAFETY: the kernel guards its indices by d, k and the counts; slots are within the pools, see `launch`.
+        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
+        // slots within the pools by `check`.
         unsafe {
             stacked::launch_unchecked::<R>(
                 self.client,
@@ -250,7 +293,8 @@ impl<R: Runtime> Run<'_, R> {
             self.axis("materialised weights", count)?,
         );
         let (entries, scales) = (self.table(&step.adapters), self.table(&step.scales));
-        // SAFETY: the kernel guards its indices by d, k and the counts; slots are within the pools, see `launch`.
+        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
+        // slots within the pools by `check`.
         unsafe {
             materialise::launch_unchecked::<R>(
                 self.client,
@@ -284,7 +328,8 @@ impl<R: Runtime> Run<'_, R> {
         let count = self.axis("the segmented kernels", items.len())?;
         let items = self.table(items);
         let units = CubeDim::new_1d(SEGMENT_TILE_ROWS * SEGMENT_TILE_RANKS);
-        // SAFETY: the kernel guards its indices by d, k and the counts; slots are within the pools, see `launch`.
+        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
+        // slots within the pools by `check`.
         unsafe {
             shrink::launch_unchecked::<R>(
                 self.client,
@@ -299,7 +344,8 @@ impl<R: Runtime> Run<'_, R> {
         };
         let width_k = self.vector_size(self.k);
         let vectors = self.k / width_k as u32;
-        // SAFETY: the kernel guards its indices by d, k and the counts; slots are within the pools, see `launch`.
+        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
+        // slots within the pools by `check`.
         unsafe {
             expand::launch_unchecked::<R>(
                 self.client,
@@ -341,7 +387,8 @@ impl<R: Runtime> Run<'_, R> {
 
     fn finish(&self) {
         let count = self.tokens as usize * self.k as usize;
-        // SAFETY: the kernel guards its indices by d, k and the counts; slots are within the pools, see `launch`.
+        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
+        // slots within the pools by `check`.
         unsafe {
             finish_rows::launch_unchecked::<R>(
                 self.client,
@@ -362,7 +409,8 @@ impl<R: Runtime> Run<'_, R> {
         let lanes = self.vector_size(width);
         let vectors = width as usize / lanes;
         let index = self.table(&packing.index);
-        // SAFETY: the kernel guards its indices by d, k and the counts; slots are within the pools, see `launch`.
+        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
+        // slots within the pools by `check`.
         unsafe {
             gather_rows::launch_unchecked::<R>(
                 self.client,
@@ -384,7 +432,8 @@ impl<R: Runtime> Run<'_, R> {
         let lanes = self.vector_size(self.k);
         let vectors = self.k as usize / lanes;
         let index = self.table(&packing.index);
-        // SAFETY: the kernel guards its indices by d, k and the counts; slots are within the pools, see `launch`.
+        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
+        // slots within the pools by `check`.
         unsafe {
             scatter_rows::launch_unchecked::<R>(
                 self.client,
@@ -426,7 +475,7 @@ impl<R: Runtime> Run<'_, R> {
 }
 
 fn array<R: Runtime>(handle: &Handle, elements: usize) -> ArrayArg<R> {
-    // SAFETY: every caller passes the number of elements that it allocated or checked; kernels guard their reads by it.
+    // SAFETY: the number of elements is what this module allocated, or what the caller of `launch` vouches for.
     unsafe { ArrayArg::from_raw_parts(handle.clone(), elements) }
 }
 
@@ -441,30 +490,67 @@ fn binding<R: Runtime>(matrices: Matrices) -> TensorBinding<R> {
     }
 }
 
-/// Work items, each a range of virtual rows made of whole output rows, and the tile height that wastes fewest rows. A cube
-/// walks its range tile by tile, so only the last tile of an item is partly empty.
-fn stacked_items(rows: &[VirtualRow]) -> (Vec<[u32; 2]>, u32) {
-    let tile_rows = match rows.len() {
-        0..=16 => 16,
-        17..=32 => 32,
-        _ => 64,
-    };
-    // Long enough that ends of output rows waste little, short enough to fill the device.
-    let target = if rows.iter().filter(|row| row.last == 1).count() == rows.len() { tile_rows } else { 2 * tile_rows };
+/// Work items, each a range of virtual rows made of whole output rows, and the tile height. A cube walks its range tile by tile,
+/// so only the last tile of an item is partly empty. `fits` says which tiles the device can hold; the smallest fits all.
+fn stacked_items(rows: &[VirtualRow], fits: impl Fn(u32) -> bool) -> (Vec<[u32; 2]>, u32) {
+    const TILES: [u32; 3] = [16, 32, 64];
+    let needed = TILES.into_iter().find(|tile| rows.len() <= *tile as usize).unwrap_or(64);
+    let tile_rows = TILES.into_iter().rev().find(|tile| *tile <= needed && fits(*tile)).unwrap_or(TILES[0]);
+    let ends = rows.iter().enumerate().filter(|(_, row)| row.last == 1).map(|(position, _)| position as u32 + 1);
+    let widest = ends.clone().scan(0, |start, end| Some(end - std::mem::replace(start, end))).max().unwrap_or(1);
+    // Short items fill the device, long ones waste fewer rows at their ends: the shortest that is three quarters full.
+    let target = [1, 2, 4, 8]
+        .map(|tiles| tiles * tile_rows)
+        .into_iter()
+        .find(|target| target / widest * widest * 4 >= target * 3)
+        .unwrap_or(8 * tile_rows);
     let mut items = Vec::new();
     let (mut start, mut row_start) = (0u32, 0u32);
-    for (position, row) in rows.iter().enumerate() {
-        if row.last == 1 {
-            let end = position as u32 + 1;
-            if end - start > target && row_start > start {
-                items.push([start, row_start]);
-                start = row_start;
-            }
-            row_start = end;
+    for end in ends {
+        if end - start > target && row_start > start {
+            items.push([start, row_start]);
+            start = row_start;
         }
+        row_start = end;
     }
     if start < row_start {
         items.push([start, row_start]);
     }
     (items, tile_rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(widths: &[u32]) -> Vec<VirtualRow> {
+        let of = |(row, width): (usize, &u32)| {
+            let width = *width;
+            (0..width).map(move |at| VirtualRow { row: row as u32, in_slot: 0, out_slot: 0, last: u32::from(at + 1 == width) })
+        };
+        widths.iter().enumerate().flat_map(of).collect()
+    }
+
+    #[test]
+    fn items_are_whole_rows_and_cover_all() {
+        for widths in [vec![], vec![1], vec![65; 40], vec![1; 300], vec![3, 64, 1, 200, 7], vec![17; 33]] {
+            let rows = rows(&widths);
+            let (items, tile_rows) = stacked_items(&rows, |_| true);
+            let mut next = 0;
+            for [start, end] in items {
+                assert_eq!(start, next);
+                assert_eq!(rows[end as usize - 1].last, 1, "{widths:?}");
+                next = end;
+            }
+            assert_eq!(next as usize, rows.len());
+            assert!([16, 32, 64].contains(&tile_rows));
+        }
+    }
+
+    #[test]
+    fn the_tile_is_one_that_the_device_holds() {
+        assert_eq!(stacked_items(&rows(&[1; 100]), |tile| tile <= 32).1, 32);
+        assert_eq!(stacked_items(&rows(&[1; 100]), |_| false).1, 16);
+        assert_eq!(stacked_items(&rows(&[1; 20]), |_| true).1, 32);
+    }
 }

@@ -1,10 +1,7 @@
-//! The legal ways to compute an adapted linear, as one table, and the work that each costs.
+//! The legal ways to compute the parts of an adapted linear, as one table.
 
 use flora_ir::algebra::{AdaptedLinear, Core};
 use serde::{Deserialize, Serialize};
-
-use crate::batch::{BatchShape, LayerShape};
-use crate::cost::{Kernel, Work};
 
 /// How one part of an adapter is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -36,35 +33,29 @@ pub struct Row {
     pub part: Part,
     /// One line for people.
     pub summary: &'static str,
-    /// The work of this part of a batch.
-    pub work: fn(LayerShape, &BatchShape) -> Work,
 }
 
-/// Every lowering of every part. A new lowering is a row here, a step of the schedule, and its kernels.
+/// Every lowering of every part. A new lowering is a row here, its work in `cost/work.rs`, a step of the schedule, and kernels.
 pub const TABLE: [Row; 4] = [
     Row {
         lowering: Lowering::Stacked,
         part: Part::Multiplicative,
         summary: "one GEMM over r virtual rows a token, scaled on load and reduced in the epilogue (Eq. 6)",
-        work: stacked_work,
     },
     Row {
         lowering: Lowering::Bmm,
         part: Part::Multiplicative,
         summary: "W_i = w0 ∘ (b_i a_i) in global memory, then a batched matmul",
-        work: materialised_work,
     },
     Row {
         lowering: Lowering::Segmented,
         part: Part::Additive,
         summary: "base GEMM, then shrink and expand grouped by segment, ranks not padded",
-        work: segmented_work,
     },
     Row {
         lowering: Lowering::Bmm,
         part: Part::Additive,
         summary: "base GEMM, then two batched matmuls padded to the largest rank (A.2)",
-        work: low_rank_bmm_work,
     },
 ];
 
@@ -111,68 +102,4 @@ pub fn parts_of(linear: &AdaptedLinear) -> Vec<Part> {
         parts.push(Part::Additive);
     }
     parts
-}
-
-const F32: u64 = 4;
-
-/// The GEMM over the rows that need no scale: base rows, and the base part of LoRA rows.
-pub(crate) fn plain_work(shape: LayerShape, batch: &BatchShape) -> Work {
-    gemm(Kernel::Matmul, shape, batch.plain_rows, batch.plain_rows)
-}
-
-fn gemm(kernel: Kernel, shape: LayerShape, rows: u64, regime: u64) -> Work {
-    if rows == 0 {
-        return Work::default();
-    }
-    let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-    Work::launches(1).and(kernel, regime, rows * d * k, F32 * (d * k + rows * (d + k)))
-}
-
-fn stacked_work(shape: LayerShape, batch: &BatchShape) -> Work {
-    let group = &batch.multiplicative;
-    let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-    let mut work = gemm(Kernel::Stacked, shape, group.tokens_times_width, group.tokens_times_width);
-    work.add_bytes(F32 * group.widths * (d + k));
-    work
-}
-
-fn materialised_work(shape: LayerShape, batch: &BatchShape) -> Work {
-    let group = &batch.multiplicative;
-    let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-    let padded = group.adapters * group.longest;
-    Work::launches(4)
-        .and(
-            Kernel::Materialise,
-            group.widths / group.adapters.max(1),
-            (group.widths + group.adapters) * d * k,
-            F32 * (group.adapters + 1) * d * k,
-        )
-        .and(Kernel::Bmm, group.longest, padded * d * k, F32 * (group.adapters * d * k + padded * (d + k)))
-        .and(Kernel::Move, 0, 0, F32 * 2 * (padded * d + padded * k))
-}
-
-fn segmented_work(shape: LayerShape, batch: &BatchShape) -> Work {
-    let group = &batch.additive;
-    let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-    Work::launches(2).and(
-        Kernel::Segmented,
-        group.longest,
-        group.tokens_times_width * (d + k),
-        F32 * (group.tokens * (d + 2 * k) + group.widths * (d + k) + 2 * group.tokens_times_width),
-    )
-}
-
-fn low_rank_bmm_work(shape: LayerShape, batch: &BatchShape) -> Work {
-    let group = &batch.additive;
-    let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-    let padded = group.adapters * group.longest;
-    let ranks = group.adapters * group.largest_width;
-    Work::launches(6)
-        .and(
-            Kernel::LowRankBmm,
-            group.longest,
-            padded * group.largest_width * (d + k),
-            F32 * (padded * (d + k) + ranks * (d + k) + 2 * padded * group.largest_width),
-        )
-        .and(Kernel::Move, 0, 0, F32 * 2 * (padded * d + ranks * (d + k)) + F32 * 3 * padded * k)
 }

@@ -5,15 +5,13 @@
 //! segments ──shape──▶ BatchShape ──plan──▶ Plan ──schedule──▶ Schedule ──launch | emit    once a batch
 //! ```
 
-use flora_ir::algebra::{AdaptedLinear, Core, Derivation, NormalizeError, Normalized, normalize};
+use flora_ir::algebra::{AdaptedLinear, Core, Derivation, NormalizeError, Normalized, Term, normalize};
 use flora_ir::{Activation, Layer, Shape, VerifiedLayer, verify};
 
-use crate::batch::{AdapterSlots, BatchShape, LayerShape, LowRankSlots, Segment, VirtualRowSlots};
-use crate::cost::Coefficients;
+use crate::batch::{AdapterSlots, LayerShape, LowRankSlots, Segment, VirtualRowSlots};
 use crate::kernels::Epilogue;
 use crate::lowering::{Part, parts_of};
-use crate::plan::{Plan, plan};
-use crate::schedule::{Schedule, ScheduleError, schedule};
+use crate::plan::Plan;
 use crate::target::{EmitError, EmittedKernel, Emission, Target, emit};
 
 /// A layer that is ready to be planned.
@@ -58,23 +56,6 @@ pub fn compile_verified(written: VerifiedLayer) -> Result<CompiledLayer, Normali
     Ok(CompiledLayer { written, linear, derivation, parts })
 }
 
-/// Plans and lays out one batch.
-///
-/// # Errors
-/// A segment of an unknown adapter; a buffer too large to index.
-pub fn prepare(
-    shape: LayerShape,
-    segments: &[Segment],
-    adapters: &[AdapterSlots],
-    epilogue: Epilogue,
-    coefficients: &Coefficients,
-) -> Result<(Plan, Schedule), ScheduleError> {
-    let batch = BatchShape::of(segments, adapters);
-    let plan = plan(shape, &batch, coefficients);
-    let schedule = schedule(&plan, shape, segments, adapters, !epilogue.is_identity())?;
-    Ok((plan, schedule))
-}
-
 impl CompiledLayer {
     /// What the layer applies to the sum of its terms.
     pub fn epilogue(&self) -> Epilogue {
@@ -86,34 +67,46 @@ impl CompiledLayer {
         self.linear.activation
     }
 
-    /// Slots as an adapter of this form and rank takes them, counted from `first` in both pools.
+    /// Slots as an adapter of this form and rank takes them, counted from `first` in both pools: what
+    /// [`AdaptedLinear::fold`] makes of it.
     pub fn slots(&self, rank: u32, first: u32) -> AdapterSlots {
         let mut next = first;
         let mut take = |count: u32| {
-            next += count;
-            next - count
+            let slot = next;
+            next = next.saturating_add(count);
+            slot
         };
         let is_vector = |node| !matches!(self.linear.layer.type_of(node).shape, Shape::Scalar);
+        let base = |term: &&Term| matches!(term.core, Core::Base);
+        let plain = |term: &Term| !term.inner.is_some_and(is_vector);
+        let scaled = |term: &Term| term.inner.is_some() || term.outer.is_some();
         let mut virtual_rows = Vec::new();
-        let mut low_rank = LowRankSlots::default();
+        // Base terms whose input isn't scaled by a vector are one row.
+        let merged: Vec<_> = self.linear.terms.iter().filter(base).filter(|term| plain(term)).collect();
+        if !merged.is_empty() {
+            let out_scale = (merged.len() > 1 || merged.iter().any(|term| scaled(term))).then(|| take(1));
+            virtual_rows.push(VirtualRowSlots { in_scale: None, out_scale });
+        }
+        let mut additive = 0u32;
         for term in &self.linear.terms {
             match term.core {
+                Core::Base if plain(term) => {}
                 Core::Base => {
-                    let in_scale = term.inner.is_some_and(is_vector).then(|| take(1));
-                    let out_scale = (term.outer.is_some() || term.inner.is_some() && in_scale.is_none()).then(|| take(1));
-                    virtual_rows.push(VirtualRowSlots { in_scale, out_scale });
+                    let slot = take(1);
+                    virtual_rows.push(VirtualRowSlots { in_scale: Some(slot), out_scale: term.outer.map(|_| slot) });
                 }
                 Core::Multiplicative { .. } => virtual_rows.extend((0..rank).map(|_| {
                     let slot = take(1);
                     VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) }
                 })),
-                Core::Additive { .. } => {
-                    let slot = take(rank);
-                    low_rank = LowRankSlots { shrink: slot, expand: slot, rank };
-                }
+                Core::Additive { .. } => additive = additive.saturating_add(rank),
             }
         }
-        AdapterSlots { virtual_rows, low_rank }
+        if virtual_rows.is_empty() {
+            virtual_rows.push(VirtualRowSlots { in_scale: None, out_scale: Some(take(1)) });
+        }
+        let slot = take(additive);
+        AdapterSlots { virtual_rows, low_rank: LowRankSlots { shrink: slot, expand: slot, rank: additive } }
     }
 
     /// The launches that `plan` makes on `target` for a batch of `segments` segments of `rows` rows, every one with an adapter
@@ -132,7 +125,7 @@ impl CompiledLayer {
     ) -> Result<Vec<EmittedKernel>, EmitError> {
         let stride = self.slots(rank, 0);
         let stride = stride.in_slots().max(stride.out_slots());
-        let adapters: Vec<_> = (0..segments).map(|adapter| self.slots(rank, adapter * stride)).collect();
+        let adapters: Vec<_> = (0..segments).map(|adapter| self.slots(rank, adapter.saturating_mul(stride))).collect();
         let segments: Vec<_> = (0..segments).map(|adapter| Segment { rows, adapter }).collect();
         let emission =
             Emission { shape, epilogue: self.epilogue(), plan, segments: &segments, adapters: &adapters };

@@ -1,26 +1,25 @@
-//! Per batch: prices the handful of candidates and picks the cheapest for each part.
+//! Per batch: prices the handful of plans and picks the cheapest that can run.
 
 use serde::Serialize;
 
 use crate::batch::{BatchShape, LayerShape};
-use crate::cost::Coefficients;
-use crate::lowering::{Lowering, Part, lowerings_of, plain_work};
+use crate::cost::{Coefficients, work};
+use crate::lowering::{Lowering, Part, lowerings_of};
+use crate::schedule::can_index;
 
 /// How the two parts of a batch's adapters are computed. Base rows need no choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Plan {
-    /// Stacked or bmm.
-    pub multiplicative: Lowering,
-    /// Segmented or bmm.
-    pub additive: Lowering,
+    multiplicative: Lowering,
+    additive: Lowering,
 }
 
-/// One candidate with its predicted time, the plain GEMM of the same rows included.
+/// One candidate with its predicted time for the whole batch.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Candidate {
     /// The lowering.
     pub lowering: Lowering,
-    /// Predicted seconds.
+    /// Predicted seconds of the cheapest plan with it.
     pub predicted_seconds: f64,
 }
 
@@ -52,6 +51,24 @@ impl Plan {
         Ok(Self { multiplicative, additive })
     }
 
+    /// Every plan that there is.
+    pub fn all() -> impl Iterator<Item = Self> {
+        lowerings_of(Part::Multiplicative).flat_map(|one| {
+            lowerings_of(Part::Additive)
+                .map(|other| Self { multiplicative: one.lowering, additive: other.lowering })
+        })
+    }
+
+    /// Stacked or bmm.
+    pub fn multiplicative(&self) -> Lowering {
+        self.multiplicative
+    }
+
+    /// Segmented or bmm.
+    pub fn additive(&self) -> Lowering {
+        self.additive
+    }
+
     /// The lowering of a part.
     pub fn of(&self, part: Part) -> Lowering {
         match part {
@@ -61,29 +78,35 @@ impl Plan {
     }
 }
 
+impl Default for Plan {
+    /// What needs no memory beyond the batch's own, and so always runs.
+    fn default() -> Self {
+        Self { multiplicative: Lowering::Stacked, additive: Lowering::Segmented }
+    }
+}
+
 /// The candidates for one part of a batch, cheapest first.
 pub fn candidates(part: Part, shape: LayerShape, batch: &BatchShape, coefficients: &Coefficients) -> Vec<Candidate> {
-    let plain = plain_work(shape, batch).price(coefficients);
+    let price = |plan: Plan| work(&plan, shape, batch, false).price(coefficients);
     let mut candidates: Vec<_> = lowerings_of(part)
         .map(|row| Candidate {
             lowering: row.lowering,
-            predicted_seconds: plain + (row.work)(shape, batch).price(coefficients),
+            predicted_seconds: Plan::all()
+                .filter(|plan| plan.of(part) == row.lowering)
+                .map(price)
+                .fold(f64::INFINITY, f64::min),
         })
         .collect();
     candidates.sort_by(|one, other| one.predicted_seconds.total_cmp(&other.predicted_seconds));
     candidates
 }
 
-/// Picks the cheapest lowering of each part for this batch.
-pub fn plan(shape: LayerShape, batch: &BatchShape, coefficients: &Coefficients) -> Plan {
-    let cheapest = |part, fallback| {
-        lowerings_of(part)
-            .map(|row| (row.lowering, (row.work)(shape, batch).price(coefficients)))
-            .min_by(|one, other| one.1.total_cmp(&other.1))
-            .map_or(fallback, |(lowering, _)| lowering)
-    };
-    Plan {
-        multiplicative: cheapest(Part::Multiplicative, Lowering::Stacked),
-        additive: cheapest(Part::Additive, Lowering::Segmented),
-    }
+/// Picks the cheapest plan for this batch whose buffers kernels can index; `finishes` where the layer has a bias or an
+/// activation.
+pub fn plan(shape: LayerShape, batch: &BatchShape, finishes: bool, coefficients: &Coefficients) -> Plan {
+    Plan::all()
+        .filter(|plan| can_index(plan, shape, batch))
+        .map(|plan| (plan, work(&plan, shape, batch, finishes).price(coefficients)))
+        .min_by(|one, other| one.1.total_cmp(&other.1))
+        .map_or_else(Plan::default, |(plan, _)| plan)
 }

@@ -3,7 +3,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::batch::{AdapterSlots, LayerShape, Segment, VirtualRowSlots};
+use crate::batch::{AdapterSlots, BatchShape, LayerShape, Segment, VirtualRowSlots};
 use crate::kernels::rows::NO_ROW;
 use crate::kernels::segmented::SEGMENT_TILE_ROWS;
 use crate::lowering::Lowering;
@@ -120,17 +120,69 @@ pub enum Step {
     Finish,
 }
 
-/// The steps of one batch.
+/// The steps of one batch. Only this module makes one: its indices are within the batch and the slots that it names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schedule {
+    shape: LayerShape,
+    tokens: u32,
+    in_slots: u32,
+    out_slots: u32,
+    steps: Vec<Step>,
+}
+
+impl Schedule {
+    /// y = x @ w0 for `tokens` rows, whatever the adapters: what others are measured against.
+    ///
+    /// # Errors
+    /// Buffers too large to index.
+    pub fn base_gemm(shape: LayerShape, tokens: u32) -> Result<Self, ScheduleError> {
+        Self::of_base(shape, tokens, if tokens == 0 { Vec::new() } else { vec![Step::BaseGemm] })
+    }
+
+    /// The epilogue of `tokens` rows, `times` times: what a launch costs.
+    ///
+    /// # Errors
+    /// Buffers too large to index.
+    pub fn finish(shape: LayerShape, tokens: u32, times: usize) -> Result<Self, ScheduleError> {
+        Self::of_base(shape, tokens, if tokens == 0 { Vec::new() } else { vec![Step::Finish; times] })
+    }
+
+    fn of_base(shape: LayerShape, tokens: u32, steps: Vec<Step>) -> Result<Self, ScheduleError> {
+        batch_fits(shape, u64::from(tokens))?;
+        Ok(Self { shape, tokens, in_slots: 0, out_slots: 0, steps })
+    }
+
+    /// The schedule without the GEMM of its base rows: its adapters' part alone, for measuring.
+    #[must_use]
+    pub fn without_base_gemm(mut self) -> Self {
+        self.steps.retain(|step| !matches!(step, Step::BaseGemm));
+        self
+    }
+
+    /// Extents of the layer that it was made for.
+    pub fn shape(&self) -> LayerShape {
+        self.shape
+    }
+
     /// Rows of the batch.
-    pub tokens: u32,
+    pub fn tokens(&self) -> u32 {
+        self.tokens
+    }
+
     /// One past the largest in-vector slot in use.
-    pub in_slots: u32,
+    pub fn in_slots(&self) -> u32 {
+        self.in_slots
+    }
+
     /// One past the largest out-vector slot in use.
-    pub out_slots: u32,
+    pub fn out_slots(&self) -> u32 {
+        self.out_slots
+    }
+
     /// In order.
-    pub steps: Vec<Step>,
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
 }
 
 /// Why a batch can't be scheduled.
@@ -146,8 +198,14 @@ pub enum ScheduleError {
         /// Length of the table.
         adapters: usize,
     },
-    /// An index would not fit in 32 bits.
-    #[error("{what} has {elements} elements, and kernels index 2^32; split the batch")]
+    /// An adapter that leaves its rows unwritten.
+    #[error("adapter {adapter} has no virtual row, so that nothing would write its rows; give it one with a zero out-scale")]
+    NoVirtualRow {
+        /// Position in the table.
+        adapter: usize,
+    },
+    /// An index would not fit.
+    #[error("{what} would have {elements} elements, and kernels index 2^31; split the batch")]
     TooLarge {
         /// Which buffer.
         what: &'static str,
@@ -167,45 +225,36 @@ pub fn schedule(
     adapters: &[AdapterSlots],
     finishes: bool,
 ) -> Result<Schedule, ScheduleError> {
-    let rows_of = rows_by_adapter(segments, adapters.len())?;
     let tokens = segments.iter().map(|segment| u64::from(segment.rows)).sum::<u64>();
-    let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-    for (what, elements) in [("x", tokens * d), ("y", tokens * k), ("the base weight", d * k)] {
+    batch_fits(shape, tokens)?;
+    let rows_of = rows_by_adapter(segments, adapters)?;
+    let batch = BatchShape::of(segments, adapters);
+    for (what, elements) in buffers(plan, shape, &batch) {
         fits(what, elements)?;
     }
-    let tokens = tokens as u32;
+    let (tokens, mut steps) = (tokens as u32, Vec::new());
     if tokens == 0 {
-        return Ok(Schedule { tokens, in_slots: 0, out_slots: 0, steps: Vec::new() });
+        return Ok(Schedule { shape, tokens, in_slots: 0, out_slots: 0, steps });
     }
 
-    let materialises =
-        |adapter: &AdapterSlots| plan.multiplicative == Lowering::Bmm && !adapter.is_plain() && !adapter.virtual_rows.is_empty();
-    let mut steps = Vec::new();
+    let materialises = |adapter: &AdapterSlots| plan.multiplicative() == Lowering::Bmm && !adapter.is_plain();
     if adapters.iter().zip(&rows_of).all(|(adapter, rows)| rows.is_empty() || adapter.is_plain()) {
         steps.push(Step::BaseGemm);
     } else {
         let virtual_rows = virtual_rows(segments, adapters, materialises);
-        fits("the table of virtual rows", 4 * virtual_rows.len() as u64)?;
         if !virtual_rows.is_empty() {
             steps.push(Step::Stacked(virtual_rows));
         }
         if let Some(step) = materialised(adapters, &rows_of, materialises) {
-            fits("the table of materialised weights", step.adapters.len() as u64 * d * k)?;
-            fits("the packed rows", step.rows.index.len() as u64 * d.max(k))?;
             steps.push(Step::Materialised(step));
         }
     }
     // A materialised weight holds the additive part of its adapter already.
     let adds = |adapter: &AdapterSlots| adapter.low_rank.rank > 0 && !materialises(adapter);
     if adapters.iter().zip(&rows_of).any(|(adapter, rows)| !rows.is_empty() && adds(adapter)) {
-        steps.push(match plan.additive {
-            Lowering::Bmm => {
-                let step = low_rank_bmm(adapters, &rows_of, adds);
-                fits("the packed rows", step.rows.index.len() as u64 * d.max(k))?;
-                fits("the packed adapters", step.shrink.index.len() as u64 * d.max(k))?;
-                Step::LowRankBmm(step)
-            }
-            Lowering::Segmented | Lowering::Stacked => segmented(segments, adapters, adds)?,
+        steps.push(match plan.additive() {
+            Lowering::Bmm => Step::LowRankBmm(low_rank_bmm(adapters, &rows_of, adds)),
+            Lowering::Segmented | Lowering::Stacked => segmented(segments, adapters, adds),
         });
     }
     if finishes && !matches!(steps[..], [Step::Stacked(_)]) {
@@ -213,6 +262,7 @@ pub fn schedule(
     }
     let used = || adapters.iter().zip(&rows_of).filter(|(_, rows)| !rows.is_empty()).map(|(adapter, _)| adapter);
     Ok(Schedule {
+        shape,
         tokens,
         in_slots: used().map(AdapterSlots::in_slots).max().unwrap_or(0),
         out_slots: used().map(AdapterSlots::out_slots).max().unwrap_or(0),
@@ -220,34 +270,71 @@ pub fn schedule(
     })
 }
 
+/// Kernels index with 32 bits; half of them leave room for the last cube's units past the end, and for "no row".
+const INDEX_LIMIT: u64 = i32::MAX as u64;
+
 fn fits(what: &'static str, elements: u64) -> Result<(), ScheduleError> {
-    // One element short, because the largest index stands for "no row".
-    if elements < u64::from(u32::MAX) { Ok(()) } else { Err(ScheduleError::TooLarge { what, elements }) }
+    if elements <= INDEX_LIMIT { Ok(()) } else { Err(ScheduleError::TooLarge { what, elements }) }
 }
 
-fn rows_by_adapter(segments: &[Segment], adapters: usize) -> Result<Vec<Vec<u32>>, ScheduleError> {
-    let mut rows_of = vec![Vec::new(); adapters];
+fn batch_fits(shape: LayerShape, tokens: u64) -> Result<(), ScheduleError> {
+    let (d, k) = (u64::from(shape.d), u64::from(shape.k));
+    fits("the batch", tokens)?;
+    fits("x", tokens * d)?;
+    fits("y", tokens * k)?;
+    fits("the base weight", d * k)
+}
+
+/// What a plan puts in memory beside x, y and the layer's operands, in elements.
+fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str, u64); 6] {
+    let (d, k) = (u64::from(shape.d), u64::from(shape.k));
+    let group = batch.multiplicative;
+    let materialises = plan.multiplicative() == Lowering::Bmm;
+    let scaled = if materialises { 0 } else { group.tokens_times_width };
+    let additive = if materialises { batch.additive } else { batch.additive.and(batch.scaled_additive) };
+    let packs = plan.additive() == Lowering::Bmm;
+    let of = |used: bool, elements: u64| if used { elements } else { 0 };
+    [
+        ("the table of virtual rows", 4 * (batch.plain_rows + scaled)),
+        ("the table of materialised weights", of(materialises, group.adapters * d * k)),
+        ("the packed rows of materialised weights", of(materialises, group.adapters * group.longest * d.max(k))),
+        ("the packed rows of additive adapters", of(packs, additive.adapters * additive.longest * d.max(k))),
+        ("the packed vectors of additive adapters", of(packs, additive.adapters * additive.largest_width * d.max(k))),
+        ("the shrunk rows", additive.adapters * additive.longest * additive.largest_width),
+    ]
+}
+
+/// Whether a plan's buffers can be indexed.
+pub(crate) fn can_index(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> bool {
+    buffers(plan, shape, batch).into_iter().all(|(_, elements)| elements <= INDEX_LIMIT)
+}
+
+/// The rows of every adapter that isn't plain; of a plain one without an additive part, whether it has any.
+fn rows_by_adapter(segments: &[Segment], adapters: &[AdapterSlots]) -> Result<Vec<Vec<u32>>, ScheduleError> {
+    let mut rows_of = vec![Vec::new(); adapters.len()];
     let mut row = 0u32;
     for (position, segment) in segments.iter().enumerate() {
-        let rows = rows_of.get_mut(segment.adapter as usize).ok_or(ScheduleError::UnknownAdapter {
+        let unknown = ScheduleError::UnknownAdapter {
             segment: position,
             adapter: segment.adapter,
-            adapters,
-        })?;
-        let end = row.checked_add(segment.rows).filter(|end| *end < NO_ROW);
-        let end = end.ok_or(ScheduleError::TooLarge { what: "the batch", elements: u64::from(row) + u64::from(segment.rows) })?;
-        rows.extend(row..end);
+            adapters: adapters.len(),
+        };
+        let adapter = adapters.get(segment.adapter as usize).ok_or(unknown)?;
+        if adapter.virtual_rows.is_empty() {
+            return Err(ScheduleError::NoVirtualRow { adapter: segment.adapter as usize });
+        }
+        let end = row + segment.rows;
+        let packed = !adapter.is_plain() || adapter.low_rank.rank > 0;
+        rows_of[segment.adapter as usize].extend((row..end).take(if packed { usize::MAX } else { 1 }));
         row = end;
     }
     Ok(rows_of)
 }
 
 fn slot(slot: Option<u32>) -> u32 {
-    slot.map_or(0, |slot| slot + 1)
+    slot.map_or(0, |slot| slot.saturating_add(1))
 }
 
-/// A row whose adapter has no virtual rows (an additive part alone) still gets one, scaled to nothing, so that y is written:
-/// such adapters are given a zero out-vector when they are loaded.
 fn virtual_rows(
     segments: &[Segment],
     adapters: &[AdapterSlots],
@@ -309,9 +396,9 @@ fn segmented(
     segments: &[Segment],
     adapters: &[AdapterSlots],
     adds: impl Fn(&AdapterSlots) -> bool,
-) -> Result<Step, ScheduleError> {
+) -> Step {
     let mut items = Vec::new();
-    let (mut row, mut offset) = (0, 0u64);
+    let (mut row, mut offset) = (0, 0);
     for segment in segments {
         let adapter = &adapters[segment.adapter as usize];
         if adds(adapter) {
@@ -324,15 +411,14 @@ fn segmented(
                     shrink: low_rank.shrink,
                     expand: low_rank.expand,
                     rank: low_rank.rank,
-                    offset: offset as u32,
+                    offset,
                 });
-                offset += u64::from(rows) * u64::from(low_rank.rank);
-                fits("the shrunk rows", offset)?;
+                offset += rows * low_rank.rank;
             }
         }
         row += segment.rows;
     }
-    Ok(Step::Segmented { items, h_len: offset as u32 })
+    Step::Segmented { items, h_len: offset }
 }
 
 fn low_rank_bmm(
@@ -344,8 +430,8 @@ fn low_rank_bmm(
     for (adapter, own) in adapters.iter().zip(rows_of).filter(|(adapter, own)| !own.is_empty() && adds(adapter)) {
         let low_rank = adapter.low_rank;
         rows.push(own.clone());
-        shrink.push((low_rank.shrink..low_rank.shrink + low_rank.rank).collect());
-        expand.push((low_rank.expand..low_rank.expand + low_rank.rank).collect());
+        shrink.push((low_rank.shrink..).take(low_rank.rank as usize).collect());
+        expand.push((low_rank.expand..).take(low_rank.rank as usize).collect());
     }
     LowRankBmm { rows: pack(&rows), shrink: pack(&shrink), expand: pack(&expand) }
 }

@@ -20,18 +20,22 @@ impl Deviation {
 
     /// Whether the outputs are right but for rounding. NaN is not.
     pub fn is_rounding(&self) -> bool {
-        self.rounding_units <= Self::LIMIT
+        self.rounding_units <= Self::LIMIT && self.relative_error.is_finite()
     }
 
     /// The worse of two.
     #[must_use]
     pub fn max(self, other: Self) -> Self {
-        let worse = |one: f64, other: f64| if one >= other || one.is_nan() { one } else { other };
         Self {
             relative_error: worse(self.relative_error, other.relative_error),
             rounding_units: worse(self.rounding_units, other.rounding_units),
         }
     }
+}
+
+/// The larger, or NaN when either is.
+fn worse(one: f64, other: f64) -> f64 {
+    if one >= other || one.is_nan() { one } else { other }
 }
 
 /// u·√n: the half-ulp of f32, relative, times the square root of the number of roundings on the way to one output: d products
@@ -63,6 +67,14 @@ pub struct Sample<'a> {
 /// Why a sample can't be checked.
 #[derive(Debug, thiserror::Error)]
 pub enum OracleError {
+    /// Tensors of another size.
+    #[error("the sample's tensors or columns don't fit a weight of [{d}, {k}]")]
+    Sample {
+        /// Inputs.
+        d: u32,
+        /// Outputs.
+        k: u32,
+    },
     /// The equation can't be evaluated.
     #[error(transparent)]
     Evaluate(#[from] EvaluateError),
@@ -83,6 +95,12 @@ pub fn check(
     sample: &Sample,
 ) -> Result<Deviation, OracleError> {
     let LayerShape { d, k } = sample.shape;
+    let (rows, width) = (d as usize, k as usize);
+    let bias_fits = sample.bias.is_none_or(|bias| bias.len() == width);
+    let columns_fit = sample.columns.iter().all(|column| *column < width);
+    if sample.x.len() != rows || sample.y.len() != width || sample.base_weight.len() != rows * width || !bias_fits || !columns_fit {
+        return Err(OracleError::Sample { d, k });
+    }
     let base_weight = columns_of(sample.base_weight.iter().map(|value| f64::from(*value)), k as usize, sample.columns);
     let base_weight = Value::matrix(d as usize, sample.columns.len(), base_weight)?;
     let x = Value::matrix(1, d as usize, sample.x.iter().map(|value| f64::from(*value)).collect())?;
@@ -118,7 +136,7 @@ pub fn check(
         difference += error * error;
         norm += expected * expected;
         let own = error / (unit * magnitude).max(f64::MIN_POSITIVE);
-        units = if own.is_nan() { own } else { units.max(own) };
+        units = worse(units, own);
     }
     let relative_error = if difference == 0.0 { 0.0 } else { (difference / norm.max(f64::MIN_POSITIVE)).sqrt() };
     Ok(Deviation { relative_error, rounding_units: units })
@@ -171,4 +189,37 @@ fn magnitudes(
     let (x, base_weight) = (Value::matrix(rows, d, all(x))?, Value::matrix(d, k, all(base_weight))?);
     let bias = bias.map(|bias| Value::vector(bias.iter().map(|number| number.abs()).collect()));
     Ok(sizes.apply(&x, &base_weight, bias.as_ref(), Activation::Identity)?.into_data())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flora_ir::algebra::VirtualRow;
+    use flora_ir::builtin::builtin;
+
+    fn deviation(y: &[f32]) -> Deviation {
+        let base_weight = [1.0, 2.0, 3.0, 4.0];
+        let sample = Sample {
+            shape: LayerShape { d: 2, k: 2 },
+            base_weight: &base_weight,
+            bias: None,
+            activation: Activation::Identity,
+            x: &[1.0, 10.0],
+            y,
+            columns: &[0, 1],
+        };
+        let folded = FoldedAdapter { virtual_rows: vec![VirtualRow::default()], low_rank: Vec::new() };
+        let layer = builtin("linear").expect("a built-in layer");
+        check(layer, &Bindings::new(), &folded, &sample).expect("a sample that fits")
+    }
+
+    #[test]
+    fn right_outputs_are_rounding_and_others_are_not() {
+        assert!(deviation(&[31.0, 42.0]).is_rounding());
+        assert!(!deviation(&[31.1, 42.0]).is_rounding());
+        assert!(!deviation(&[f32::NAN, 42.0]).is_rounding());
+        assert!(!deviation(&[31.0, f32::NAN]).is_rounding());
+        assert!(!deviation(&[31.0, f32::INFINITY]).is_rounding());
+        assert!(!deviation(&[f32::NAN, 42.0]).max(deviation(&[31.0, 42.0])).is_rounding());
+    }
 }

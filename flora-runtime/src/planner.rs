@@ -1,8 +1,6 @@
-//! Chooses plans with the coefficients of one device, and remembers its choices by shape.
+//! Chooses plans with the coefficients of one device.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use flora_codegen::batch::{BatchShape, LayerShape};
 use flora_codegen::cost::{Coefficients, CoefficientsError};
@@ -15,7 +13,6 @@ use crate::tune::{Effort, tune};
 #[derive(Debug)]
 pub struct Planner {
     coefficients: Coefficients,
-    chosen: Mutex<HashMap<(LayerShape, BatchShape), Plan>>,
 }
 
 /// Where a planner's coefficients came from.
@@ -32,13 +29,13 @@ pub enum Source {
 impl Planner {
     /// A planner with these coefficients.
     pub fn new(coefficients: Coefficients) -> Self {
-        Self { coefficients, chosen: Mutex::default() }
+        Self { coefficients }
     }
 
     /// The file of `device` under `folder`.
     pub fn file(folder: &Path, device: &Device) -> PathBuf {
         let readable = |letter: char| if letter.is_ascii_alphanumeric() { letter.to_ascii_lowercase() } else { '-' };
-        let name: String = device.info().fingerprint().chars().map(readable).collect();
+        let name: String = device.info().fingerprint().chars().map(readable).take(200).collect();
         folder.join(format!("{name}.json"))
     }
 
@@ -79,9 +76,8 @@ impl Planner {
         &self.coefficients
     }
 
-    /// The plan of a batch of this shape.
-    pub fn plan(&self, shape: LayerShape, batch: BatchShape) -> Plan {
-        let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
-        *chosen.entry((shape, batch)).or_insert_with(|| plan(shape, &batch, &self.coefficients))
+    /// The plan of a batch of this shape; `finishes` where the layer has a bias or an activation.
+    pub fn plan(&self, shape: LayerShape, batch: &BatchShape, finishes: bool) -> Plan {
+        plan(shape, batch, finishes, &self.coefficients)
     }
 }

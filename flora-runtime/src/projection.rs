@@ -43,7 +43,7 @@ pub enum ProjectionError {
         found: usize,
     },
     /// A name that is taken.
-    #[error("an adapter `{0}` is loaded already; unload it or give this one another name")]
+    #[error("an adapter `{0}` is loaded already; give this one another name")]
     DuplicateAdapter(String),
     /// The batch doesn't fit the adapters or the input.
     #[error(transparent)]
@@ -79,10 +79,10 @@ impl Projection {
         }
         let operands = LayerOperands {
             shape,
-            base_weight: device.upload(base_weight),
-            bias: bias.map(|bias| device.upload(bias)),
-            in_pool: PoolBuffer { buffer: device.upload(&vec![0.0; d as usize]), slots: 1 },
-            out_pool: PoolBuffer { buffer: device.upload(&vec![0.0; k as usize]), slots: 1 },
+            base_weight: device.upload(base_weight)?,
+            bias: bias.map(|bias| device.upload(bias)).transpose()?,
+            in_pool: upload_pool(device, &[], d)?,
+            out_pool: upload_pool(device, &[], k)?,
             epilogue: Epilogue { bias: bias.is_some(), activation },
         };
         Ok(Self {
@@ -115,8 +115,8 @@ impl Projection {
             }
         }
         let LayerShape { d, k } = next.operands.shape;
-        next.operands.in_pool = upload_pool(&next.device, &next.in_vectors, d);
-        next.operands.out_pool = upload_pool(&next.device, &next.out_vectors, k);
+        next.operands.in_pool = upload_pool(&next.device, &next.in_vectors, d)?;
+        next.operands.out_pool = upload_pool(&next.device, &next.out_vectors, k)?;
         *self = next;
         Ok(())
     }
@@ -219,7 +219,7 @@ impl Projection {
     /// # Errors
     /// An input of the wrong size, a launch that the device can't make.
     pub fn execute(&self, schedule: &Schedule, x: &Buffer) -> Result<Buffer, ProjectionError> {
-        let (rows, d) = (schedule.tokens as usize, self.operands.shape.d as usize);
+        let (rows, d) = (schedule.tokens() as usize, self.operands.shape.d as usize);
         if x.len() != rows * d {
             return Err(BatchError::WrongInput { rows, d, expected: rows * d, found: x.len() }.into());
         }
@@ -232,15 +232,14 @@ impl Projection {
     /// As [`Self::schedule`] and [`Self::execute`], and whatever fails on the device.
     pub fn forward(&self, batch: &Batch, plan: &Plan, x: &[f32]) -> Result<Vec<f32>, ProjectionError> {
         let schedule = self.schedule(batch, plan)?;
-        let y = self.execute(&schedule, &self.device.upload(x))?;
+        let y = self.execute(&schedule, &self.device.upload(x)?)?;
         Ok(self.device.read(&y)?)
     }
 }
 
-fn upload_pool(device: &Device, vectors: &[f32], width: u32) -> PoolBuffer {
-    let slots = vectors.len() / width as usize;
-    if slots == 0 {
-        return PoolBuffer { buffer: device.upload(&vec![0.0; width as usize]), slots: 1 };
-    }
-    PoolBuffer { buffer: device.upload(vectors), slots: slots as u32 }
+/// A pool has at least one vector, because no device has buffers of no bytes.
+fn upload_pool(device: &Device, vectors: &[f32], width: u32) -> Result<PoolBuffer, DeviceError> {
+    let slots = (vectors.len() / width as usize).max(1) as u32;
+    let buffer = if vectors.is_empty() { device.upload(&vec![0.0; width as usize]) } else { device.upload(vectors) };
+    Ok(PoolBuffer { buffer: buffer?, slots })
 }

@@ -5,25 +5,25 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use flora_codegen::batch::{AdapterSlots, BatchShape, LayerShape, LowRankSlots, Segment, VirtualRowSlots};
-use flora_codegen::cost::{Coefficients, Curve, Kernel, SCHEMA, Term, Work};
+use flora_codegen::cost::{Coefficients, Kernel, SCHEMA, Term, Work, work};
 use flora_codegen::kernels::Epilogue;
-use flora_codegen::lowering::{Lowering, Part, lowerings_of};
+use flora_codegen::lowering::Lowering;
 use flora_codegen::plan::Plan;
-use flora_codegen::schedule::{Schedule, Step, schedule};
+use flora_codegen::schedule::{Schedule, ScheduleError, schedule};
 use flora_ir::Activation;
 use serde::Serialize;
 
-use crate::device::{Buffer, Device, DeviceError, LayerOperands, PoolBuffer};
+use crate::device::{Device, DeviceError, LayerOperands, PoolBuffer};
 
 /// How long to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Effort {
     /// d and k of the layers that are timed.
-    pub width: u32,
+    width: u32,
     /// Rows, and rows an adapter, that every kernel is timed at; rising.
-    pub regimes: &'static [u64],
+    regimes: &'static [u64],
     /// Timed runs of each point, after one to warm up.
-    pub runs: usize,
+    runs: usize,
 }
 
 impl Effort {
@@ -44,8 +44,9 @@ pub struct Measurement {
     pub seconds: f64,
     /// (third quartile − first quartile) / median.
     pub spread: f64,
-    /// What the step gave for the coefficient.
-    pub seconds_per_mac: f64,
+    /// What the step gave for the coefficient; `None` where the model's other terms explain all of its time, so that the point
+    /// is left out of the curve.
+    pub seconds_per_mac: Option<f64>,
 }
 
 /// Coefficients and the measurements behind them.
@@ -53,8 +54,10 @@ pub struct Measurement {
 pub struct Tuning {
     /// The coefficients.
     pub coefficients: Coefficients,
-    /// Median seconds of an empty launch's schedule, and its spread.
+    /// The spread of the launch measurement.
     pub launch_spread: f64,
+    /// Seconds from a schedule's last launch until the device says that it is done; once a batch, so in no lowering's price.
+    pub seconds_to_synchronize: f64,
     /// The spread of the bandwidth measurement.
     pub bandwidth_spread: f64,
     /// Every point.
@@ -73,8 +76,8 @@ const MANY_VIRTUAL_ROWS: usize = 17;
 /// # Errors
 /// The device fails at a timed step.
 pub fn tune(device: &Device, effort: Effort, mut progress: impl FnMut(usize, usize)) -> Result<Tuning, DeviceError> {
-    let bench = Bench::new(device, effort);
-    let total = 3 + 5 * effort.regimes.len();
+    let bench = Bench::new(device, effort)?;
+    let total = 3 + TIMED.len() * effort.regimes.len();
     let mut done = 0;
     let mut advance = || {
         done += 1;
@@ -89,38 +92,55 @@ pub fn tune(device: &Device, effort: Effort, mut progress: impl FnMut(usize, usi
         seconds_per_mac: BTreeMap::new(),
     };
 
-    let launch = bench.launch()?;
-    coefficients.seconds_per_launch = launch.seconds;
+    // A batch waits for the device once, however many launches it makes: the slope is a launch, the rest is the wait.
+    let (one, many) = (bench.finish(1, 1)?, bench.finish(1, MANY_LAUNCHES)?);
+    coefficients.seconds_per_launch = ((many.seconds - one.seconds) / (MANY_LAUNCHES - 1) as f64).max(0.0);
+    let wait = (one.seconds - coefficients.seconds_per_launch).max(0.0);
     advance();
-    let (bandwidth, bytes) = bench.bandwidth()?;
-    coefficients.seconds_per_byte = (bandwidth.seconds - launch.seconds).max(0.0) / bytes;
+    let bandwidth = bench.bandwidth(one.seconds)?;
+    coefficients.seconds_per_byte = bandwidth.seconds;
     advance();
 
     let mut measurements = Vec::new();
     let mut point = |coefficients: &mut Coefficients, kernel, regime, sample: Sample, macs: f64, rest: f64| {
-        // A step that is no slower than the model's other terms costs next to nothing; it may not cost less than that.
-        let seconds_per_mac = ((sample.seconds - rest) / macs).max(1e-16);
+        let own = (sample.seconds - rest) / macs;
+        let seconds_per_mac = (own > 0.0).then_some(own);
         measurements.push(Measurement { kernel, regime, seconds: sample.seconds, spread: sample.spread, seconds_per_mac });
-        coefficients.seconds_per_mac.entry(kernel).or_insert_with(Curve::default).points.push((regime, seconds_per_mac));
+        let curve = coefficients.seconds_per_mac.entry(kernel).or_default();
+        curve.points.extend(seconds_per_mac.map(|seconds| (regime, seconds)));
     };
 
-    let few = bench.multiplicative(1, 16)?;
-    let many = bench.multiplicative(MANY_VIRTUAL_ROWS, 16)?;
+    let (few, many) = (bench.materialised(1)?, bench.materialised(MANY_VIRTUAL_ROWS)?);
     let added = Sample { seconds: (many.seconds - few.seconds).max(0.0), spread: many.spread };
     let macs = bench.square() * ADAPTERS as f64 * (MANY_VIRTUAL_ROWS - 1) as f64;
     point(&mut coefficients, Kernel::Materialise, 1, added, macs, 0.0);
     advance();
 
     for &regime in effort.regimes {
-        for kernel in [Kernel::Matmul, Kernel::Stacked, Kernel::Bmm, Kernel::LowRankBmm, Kernel::Segmented] {
+        for kernel in TIMED {
             let (sample, work) = bench.kernel(kernel, regime)?;
             let (macs, rest) = unexplained(&work, kernel, &coefficients);
-            point(&mut coefficients, kernel, regime, sample, macs, rest);
+            point(&mut coefficients, kernel, regime, sample, macs, rest + wait);
             advance();
         }
     }
-    Ok(Tuning { coefficients, launch_spread: launch.spread, bandwidth_spread: bandwidth.spread, measurements })
+    // A kernel that is never slower than its bytes costs nothing beside them; the curve still has to have a point.
+    for kernel in Coefficients::KERNELS {
+        let curve = coefficients.seconds_per_mac.entry(kernel).or_default();
+        if curve.points.is_empty() {
+            curve.points.push((1, f64::MIN_POSITIVE));
+        }
+    }
+    let (launch_spread, bandwidth_spread) = (one.spread, bandwidth.spread);
+    Ok(Tuning { coefficients, launch_spread, seconds_to_synchronize: wait, bandwidth_spread, measurements })
 }
+
+/// The kernels with a curve over regimes, in the order in which one's time explains another's.
+const TIMED: [Kernel; 5] = [Kernel::Matmul, Kernel::Stacked, Kernel::Bmm, Kernel::LowRankBmm, Kernel::Segmented];
+/// Launches of the schedule whose time less one launch's gives c0.
+const MANY_LAUNCHES: usize = 9;
+/// More than the last-level caches of most devices.
+const BANDWIDTH_BYTES: u32 = 64 << 20;
 
 /// The MACs of `kernel` in `work`, and the seconds of everything else in it.
 fn unexplained(work: &Work, kernel: Kernel, coefficients: &Coefficients) -> (f64, f64) {
@@ -145,19 +165,21 @@ struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    fn new(device: &'a Device, effort: Effort) -> Self {
+    fn new(device: &'a Device, effort: Effort) -> Result<Self, DeviceError> {
         let width = effort.width as usize;
         let slots = ADAPTERS as usize * MANY_VIRTUAL_ROWS.max(RANK as usize);
-        let pool = || PoolBuffer { buffer: device.upload(&numbers(slots * width)), slots: slots as u32 };
+        let pool = || -> Result<_, DeviceError> {
+            Ok(PoolBuffer { buffer: device.upload(&numbers(slots * width))?, slots: slots as u32 })
+        };
         let operands = LayerOperands {
             shape: LayerShape { d: effort.width, k: effort.width },
-            base_weight: device.upload(&numbers(width * width)),
-            bias: Some(device.upload(&numbers(width))),
-            in_pool: pool(),
-            out_pool: pool(),
+            base_weight: device.upload(&numbers(width * width))?,
+            bias: Some(device.upload(&numbers(width))?),
+            in_pool: pool()?,
+            out_pool: pool()?,
             epilogue: Epilogue { bias: true, activation: Activation::Identity },
         };
-        Self { device, effort, operands }
+        Ok(Self { device, effort, operands })
     }
 
     fn square(&self) -> f64 {
@@ -165,15 +187,19 @@ impl<'a> Bench<'a> {
     }
 
     /// Median and spread of a schedule's time.
-    fn time(&self, schedule: &Schedule, x: &Buffer) -> Result<Sample, DeviceError> {
+    fn time(&self, schedule: Result<Schedule, ScheduleError>) -> Result<Sample, DeviceError> {
+        let schedule = schedule.map_err(|error| DeviceError::Execution(error.to_string()))?;
+        let x = self.device.upload(&numbers(schedule.tokens() as usize * self.effort.width as usize))?;
         let mut seconds = Vec::with_capacity(self.effort.runs);
         for run in 0..=self.effort.runs {
             let start = Instant::now();
-            let y = self.device.execute(&self.operands, schedule, x)?;
+            let y = self.device.execute(&self.operands, &schedule, &x)?;
             self.device.synchronize()?;
+            let elapsed = start.elapsed().as_secs_f64();
             drop(y);
+            // The first one warms up.
             if run > 0 {
-                seconds.push(start.elapsed().as_secs_f64());
+                seconds.push(elapsed);
             }
         }
         seconds.sort_by(f64::total_cmp);
@@ -182,29 +208,28 @@ impl<'a> Bench<'a> {
         Ok(Sample { seconds: median, spread: (at(0.75) - at(0.25)) / median.max(f64::MIN_POSITIVE) })
     }
 
-    fn input(&self, tokens: u32) -> Buffer {
-        self.device.upload(&numbers(tokens as usize * self.effort.width as usize))
+    /// The epilogue of `rows` rows, `times` times: every number is read and written.
+    fn finish(&self, rows: u32, times: usize) -> Result<Sample, DeviceError> {
+        self.time(Schedule::finish(self.operands.shape, rows, times))
     }
 
-    /// A launch of one row's epilogue.
-    fn launch(&self) -> Result<Sample, DeviceError> {
-        let schedule = Schedule { tokens: 1, in_slots: 0, out_slots: 0, steps: vec![Step::Finish] };
-        self.time(&schedule, &self.input(1))
-    }
-
-    /// The epilogue over 16 MiB: every number is read and written.
-    fn bandwidth(&self) -> Result<(Sample, f64), DeviceError> {
-        let tokens = (4 << 20) / self.effort.width;
-        let schedule = Schedule { tokens, in_slots: 0, out_slots: 0, steps: vec![Step::Finish] };
-        let bytes = 2.0 * 4.0 * f64::from(tokens) * f64::from(self.effort.width);
-        Ok((self.time(&schedule, &self.input(1))?, bytes))
+    /// Seconds a byte, the lesser of two: the epilogue over rows that fill no cache, and one row by a weight that fills none.
+    /// Devices differ in which of them something else slows down (fresh pages on a host, a lone row's GEMM on a GPU).
+    fn bandwidth(&self, one_launch: f64) -> Result<Sample, DeviceError> {
+        let rows = BANDWIDTH_BYTES / 4 / self.effort.width;
+        let epilogue = self.finish(rows, 1)?;
+        let weight = Bench::new(self.device, Effort { width: (f64::from(BANDWIDTH_BYTES) / 4.0).sqrt() as u32, ..self.effort })?;
+        let gemm = weight.time(Schedule::base_gemm(weight.operands.shape, 1))?;
+        let each = |sample: Sample, bytes: f64| Sample { seconds: (sample.seconds - one_launch).max(0.0) / bytes, ..sample };
+        let epilogue = each(epilogue, 2.0 * f64::from(BANDWIDTH_BYTES));
+        let gemm = each(gemm, f64::from(BANDWIDTH_BYTES));
+        Ok(if gemm.seconds < epilogue.seconds { gemm } else { epilogue })
     }
 
     /// `bmm` of multiplicative adapters with `virtual_rows` each.
-    fn multiplicative(&self, virtual_rows: usize, rows: u32) -> Result<Sample, DeviceError> {
-        let (segments, adapters) = distinct(rows, |first| multiplicative(first, virtual_rows));
-        let (sample, _) = self.step(Lowering::Bmm, Part::Multiplicative, &segments, &adapters)?;
-        Ok(sample)
+    fn materialised(&self, virtual_rows: usize) -> Result<Sample, DeviceError> {
+        let (segments, adapters) = distinct(16, |first| multiplicative(first, virtual_rows));
+        Ok(self.lowered(Lowering::Bmm, Lowering::Segmented, &segments, &adapters)?.0)
     }
 
     fn kernel(&self, kernel: Kernel, regime: u64) -> Result<(Sample, Work), DeviceError> {
@@ -213,55 +238,48 @@ impl<'a> Bench<'a> {
             low_rank: LowRankSlots { shrink: first, expand: first, rank: RANK },
             ..AdapterSlots::base()
         };
-        let one_segment = [Segment { rows, adapter: 0 }];
+        let (stacked, bmm, segmented) = (Lowering::Stacked, Lowering::Bmm, Lowering::Segmented);
         match kernel {
-            Kernel::Matmul => {
-                let schedule = Schedule { tokens: rows, in_slots: 0, out_slots: 0, steps: vec![Step::BaseGemm] };
-                let work = Work {
-                    launches: 1,
-                    terms: vec![Term { kernel, regime, macs: regime * self.square() as u64, bytes: 0 }],
-                };
-                Ok((self.time(&schedule, &self.input(rows))?, work))
-            }
             Kernel::Stacked => {
-                self.step(Lowering::Stacked, Part::Multiplicative, &one_segment, &[multiplicative(0, 1)])
+                self.lowered(stacked, segmented, &[Segment { rows, adapter: 0 }], &[multiplicative(0, 1)])
+            }
+            Kernel::Bmm => {
+                let (segments, adapters) = distinct(rows, |first| multiplicative(first, 1));
+                self.lowered(bmm, segmented, &segments, &adapters)
             }
             Kernel::LowRankBmm => {
                 let (segments, adapters) = distinct(rows, additive);
-                self.step(Lowering::Bmm, Part::Additive, &segments, &adapters)
+                self.lowered(stacked, bmm, &segments, &adapters)
             }
             Kernel::Segmented => {
                 let (segments, adapters) = distinct(rows, additive);
-                self.step(Lowering::Segmented, Part::Additive, &segments, &adapters)
+                self.lowered(stacked, segmented, &segments, &adapters)
             }
-            Kernel::Bmm | Kernel::Materialise | Kernel::Move => {
-                let (segments, adapters) = distinct(rows, |first| multiplicative(first, 1));
-                self.step(Lowering::Bmm, Part::Multiplicative, &segments, &adapters)
+            Kernel::Matmul | Kernel::Materialise | Kernel::Move => {
+                self.lowered(stacked, segmented, &[Segment { rows, adapter: 0 }], &[AdapterSlots::base()])
             }
         }
     }
 
-    /// Times the step of one lowering alone, without the base GEMM that goes before it.
-    fn step(
+    /// Times a batch, the GEMM of additive adapters' base rows left out, and says what the rest is.
+    fn lowered(
         &self,
-        lowering: Lowering,
-        part: Part,
+        multiplicative: Lowering,
+        additive: Lowering,
         segments: &[Segment],
         adapters: &[AdapterSlots],
     ) -> Result<(Sample, Work), DeviceError> {
-        let plan = match part {
-            Part::Multiplicative => Plan { multiplicative: lowering, additive: Lowering::Segmented },
-            Part::Additive => Plan { multiplicative: Lowering::Stacked, additive: lowering },
-        };
-        let mut whole = schedule(&plan, self.operands.shape, segments, adapters, false)
-            .map_err(|error| DeviceError::Execution(error.to_string()))?;
-        if part == Part::Additive {
-            whole.steps.retain(|step| !matches!(step, Step::BaseGemm));
-        }
+        let shape = self.operands.shape;
+        let plan = Plan::new(multiplicative, additive).map_err(|error| DeviceError::Execution(error.to_string()))?;
         let batch = BatchShape::of(segments, adapters);
-        let row = lowerings_of(part).find(|row| row.lowering == lowering);
-        let work = row.map(|row| (row.work)(self.operands.shape, &batch)).unwrap_or_default();
-        Ok((self.time(&whole, &self.input(whole.tokens))?, work))
+        let mut whole = schedule(&plan, shape, segments, adapters, false);
+        let mut whole_work = work(&plan, shape, &batch, false);
+        if batch.additive.tokens > 0 {
+            whole = whole.map(Schedule::without_base_gemm);
+            whole_work.launches -= 1;
+            whole_work.terms.retain(|term| term.kernel != Kernel::Matmul);
+        }
+        Ok((self.time(whole)?, whole_work))
     }
 }
 

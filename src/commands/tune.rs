@@ -70,8 +70,8 @@ fn human(device: &Device, Report { path, tuning }: &Report) -> String {
             kernel_name(point.kernel),
             point.regime.to_string(),
             output::seconds(point.seconds),
-            format!("{:.3}", point.seconds_per_mac * 1e12),
-            format!("{:.1}", 1e-9 / point.seconds_per_mac),
+            point.seconds_per_mac.map_or_else(|| "-".to_owned(), |seconds| format!("{:.3}", seconds * 1e12)),
+            point.seconds_per_mac.map_or_else(|| "-".to_owned(), |seconds| format!("{:.1}", 1e-9 / seconds)),
             percent(point.spread),
         ]);
     }

@@ -19,10 +19,7 @@ pub(crate) fn device() -> &'static Device {
 
 /// Every plan there is.
 pub(crate) fn plans() -> Vec<Plan> {
-    [Lowering::Stacked, Lowering::Bmm]
-        .into_iter()
-        .flat_map(|one| [Lowering::Segmented, Lowering::Bmm].map(|other| Plan::new(one, other).expect("a row of the table")))
-        .collect()
+    Plan::all().collect()
 }
 
 /// Numbers between −1 and 1 from a seed.

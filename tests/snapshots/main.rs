@@ -50,16 +50,17 @@ fn lowered() -> Vec<Lowered> {
     let layers = builtin::names().map(|name| (name, builtin(name)));
     for (name, layer) in layers.chain([("flora finished", flora_finished::layer()), ("lora finished", lora_finished::layer())]) {
         let layer = compile_verified(layer).expect("it compiles");
-        let default = Plan::new(Lowering::Stacked, Lowering::Segmented).expect("rows of the table");
+        let default = Plan::default();
         if layer.parts.is_empty() {
             all.push(Lowered { name, layer: layer.clone(), lowering: "gemm", plan: default });
         }
         for part in &layer.parts {
             for row in lowerings_of(*part) {
                 let plan = match part {
-                    Part::Multiplicative => Plan { multiplicative: row.lowering, ..default },
-                    Part::Additive => Plan { additive: row.lowering, ..default },
+                    Part::Multiplicative => Plan::new(row.lowering, default.additive()),
+                    Part::Additive => Plan::new(default.multiplicative(), row.lowering),
                 };
+                let plan = plan.expect("rows of the table");
                 all.push(Lowered { name, layer: layer.clone(), lowering: row.lowering.name(), plan });
             }
         }

@@ -1,6 +1,7 @@
 //! Measured coefficients of one device, and the file that keeps them.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -9,6 +10,9 @@ use super::Kernel;
 
 /// The version of the file's meaning; a file of another version is measured again, never trusted.
 pub const SCHEMA: u32 = 1;
+
+/// Far more than a file of coefficients has; what is longer is cut, and so is no JSON.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// Seconds per MAC at measured points, interpolated on logarithmic axes and constant beyond the ends.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -112,7 +116,7 @@ impl Coefficients {
         self.seconds_per_mac.get(&kernel).and_then(|curve| curve.at(regime)).unwrap_or(0.0)
     }
 
-    /// What makes a set unusable: a missing curve, a value that is no time. Every constructor path ends here.
+    /// What makes a set unusable: a missing curve, a value that is no time.
     pub fn check(&self) -> Result<(), String> {
         for (name, value) in [("seconds_per_launch", self.seconds_per_launch), ("seconds_per_byte", self.seconds_per_byte)] {
             if !(value.is_finite() && value >= 0.0) {
@@ -130,7 +134,10 @@ impl Coefficients {
 
     /// Reads a file of whatever device.
     pub fn read(path: &Path) -> Result<Self, CoefficientsError> {
-        let bytes = std::fs::read(path).map_err(|source| CoefficientsError::Io { path: path.to_owned(), source })?;
+        let mut bytes = Vec::new();
+        std::fs::File::open(path)
+            .and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes))
+            .map_err(|source| CoefficientsError::Io { path: path.to_owned(), source })?;
         let damaged = |reason: String| CoefficientsError::Damaged { path: path.to_owned(), reason };
         let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
         match value.get("schema").and_then(serde_json::Value::as_u64) {

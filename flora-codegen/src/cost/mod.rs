@@ -2,9 +2,11 @@
 
 mod coefficients;
 mod eq7;
+mod work;
 
 pub use coefficients::{Coefficients, CoefficientsError, Curve, SCHEMA};
 pub use eq7::{Eq7, eq7};
+pub use work::work;
 
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +24,7 @@ pub enum Kernel {
     LowRankBmm,
     /// Shrink and expand by segment. Regime: rows an adapter.
     Segmented,
-    /// Making W_i. Regime: virtual rows an adapter.
+    /// Making W_i. One regime.
     Materialise,
     /// Copies: bytes alone.
     Move,
@@ -51,15 +53,9 @@ pub struct Work {
 }
 
 impl Work {
-    /// No terms yet.
-    pub(crate) fn launches(launches: u64) -> Self {
-        Self { launches, terms: Vec::new() }
-    }
-
     /// Adds a term.
-    pub(crate) fn and(mut self, kernel: Kernel, regime: u64, macs: u64, bytes: u64) -> Self {
+    pub(crate) fn term(&mut self, kernel: Kernel, regime: u64, macs: u64, bytes: u64) {
         self.terms.push(Term { kernel, regime, macs, bytes });
-        self
     }
 
     /// Adds bytes to the last term, if there is one.

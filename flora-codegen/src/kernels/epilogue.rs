@@ -33,7 +33,8 @@ pub(crate) fn finish(value: f32, bias: &Array<f32>, column: u32, #[comptime] epi
 fn activate(value: f32, #[comptime] activation: Activation) -> f32 {
     let mut result = value;
     if comptime!(activation == Activation::Relu) {
-        result = max(value, 0.0);
+        // Not the maximum, which loses a NaN.
+        result = select(value < 0.0, 0.0, value);
     }
     if comptime!(activation == Activation::GeluErf) {
         // 1/√2

@@ -37,6 +37,12 @@ impl StackedBlueprint {
     pub fn units(&self) -> u32 {
         (self.tile_rows / ROWS_PER_UNIT) * (TILE_COLUMNS / COLUMNS_PER_UNIT)
     }
+
+    /// Bytes of shared memory: the tiles of x, of w0, and of the products.
+    pub fn shared_bytes(&self) -> usize {
+        let elements = TILE_DEPTH * (self.tile_rows + TILE_COLUMNS) + self.tile_rows * TILE_COLUMNS;
+        elements as usize * size_of::<f32>()
+    }
 }
 
 /// Words of one virtual row in the `rows` table: input row, in-slot + 1 or 0, out-slot + 1 or 0, 1 if it is the last of its

@@ -143,7 +143,7 @@ where
     let client = R::client(&OfflineDevice { variant });
     let LayerShape { d, k } = emission.shape;
     let buffer = |elements: u64| client.empty((elements * 4) as usize);
-    let (in_slots, out_slots) = (schedule.in_slots.max(1), schedule.out_slots.max(1));
+    let (in_slots, out_slots) = (schedule.in_slots().max(1), schedule.out_slots().max(1));
     let layer = LayerBuffers {
         shape: emission.shape,
         base_weight: buffer(u64::from(d) * u64::from(k)),
@@ -152,9 +152,10 @@ where
         out_pool: Pool { handle: buffer(u64::from(out_slots) * u64::from(k)), slots: out_slots },
         epilogue: emission.epilogue,
     };
-    let x = buffer(u64::from(schedule.tokens.max(1)) * u64::from(d));
+    let x = buffer(u64::from(schedule.tokens().max(1)) * u64::from(d));
     client.info().record(|| {
-        let launched = launch(&client, &layer, &schedule, &x);
+        // SAFETY: a recorder has no memory that a kernel could miss.
+        let launched = unsafe { launch(&client, &layer, &schedule, &x) };
         // Launches are handed to the recorder's own thread; a read waits for it.
         let _ = client.read_one(x.clone());
         launched.map(|_| ()).map_err(EmitError::from)

@@ -8,9 +8,13 @@ use cubecl::Runtime;
 use cubecl::cuda::{CudaDevice, CudaRuntime};
 use cubecl::prelude::ComputeClient;
 use cubecl::wgpu::{AutoGraphicsApi, GraphicsApi, WgpuDevice, WgpuRuntime};
+use flora_codegen::batch::{AdapterSlots, LayerShape, LowRankSlots, Segment, VirtualRowSlots};
+use flora_codegen::kernels::Epilogue;
+use flora_codegen::plan::Plan;
+use flora_codegen::schedule::schedule;
 
 use super::cube::CubeBackend;
-use super::{BackendKind, Device, DeviceError, DeviceInfo};
+use super::{BackendKind, Device, DeviceError, DeviceInfo, LayerOperands, PoolBuffer};
 
 enum Kind {
     Cuda(CudaDevice),
@@ -50,7 +54,37 @@ fn start<R: Runtime>(info: DeviceInfo, device: &R::Device) -> Result<Device, Dev
         DeviceError::Start { id: info.id.clone(), reason }
     })?;
     let info = with_features(info, &client);
-    Ok(Device { info: Arc::new(info), backend: Arc::new(CubeBackend { client }) })
+    let device = Device { info: Arc::new(info), backend: Arc::new(CubeBackend { client }) };
+    try_out(&device).map_err(|reason| DeviceError::Start { id: device.info.id.clone(), reason })?;
+    Ok(device)
+}
+
+/// Runs one small batch. A kernel that can't be compiled is no error of cubecl's: its result is whatever the memory held.
+fn try_out(device: &Device) -> Result<(), String> {
+    let adapters = [AdapterSlots {
+        virtual_rows: vec![VirtualRowSlots { in_scale: None, out_scale: Some(0) }],
+        low_rank: LowRankSlots::default(),
+    }];
+    let shape = LayerShape { d: 2, k: 1 };
+    let schedule = schedule(&Plan::default(), shape, &[Segment { rows: 1, adapter: 0 }], &adapters, false);
+    let schedule = schedule.map_err(|error| error.to_string())?;
+    let run = || {
+        let operands = LayerOperands {
+            shape,
+            base_weight: device.upload(&[3.0, 5.0])?,
+            bias: None,
+            in_pool: PoolBuffer { buffer: device.upload(&[0.0, 0.0])?, slots: 1 },
+            out_pool: PoolBuffer { buffer: device.upload(&[7.0])?, slots: 1 },
+            epilogue: Epilogue::default(),
+        };
+        device.read(&device.execute(&operands, &schedule, &device.upload(&[11.0, 13.0])?)?)
+    };
+    let y = run().map_err(|error: DeviceError| error.to_string())?;
+    let expected = (11.0 * 3.0 + 13.0 * 5.0) * 7.0;
+    match y[..] {
+        [found] if found == expected => Ok(()),
+        _ => Err(format!("a first kernel gave {y:?} instead of [{expected}]; is its compiler installed?")),
+    }
 }
 
 fn with_features<R: Runtime>(mut info: DeviceInfo, client: &ComputeClient<R>) -> DeviceInfo {
@@ -94,28 +128,32 @@ fn unstarted(id: String, name: String, backend: BackendKind, driver: String, sof
     }
 }
 
-/// The driver's own list. Needs the driver, NVRTC and the CUDA headers, all of which cubecl loads when it compiles.
+/// The driver's own list. Needs the driver, NVRTC and the CUDA headers, all of which cubecl takes for granted once asked.
 fn cuda() -> Vec<Found> {
-    let libraries = if cfg!(windows) { ["nvcuda.dll"] } else { ["libcuda.so.1"] };
-    // SAFETY: the driver's library has no initialisers that depend on this process.
-    let present = libraries.iter().any(|library| unsafe { libloading::Library::new(library) }.is_ok());
-    if !present || cubecl::cuda::install::cuda_path().is_none() {
+    // SAFETY: both only try to load the vendor's libraries.
+    let present = unsafe { cudarc::driver::sys::is_culib_present() && cudarc::nvrtc::sys::is_culib_present() };
+    if !present || !cubecl::cuda::install::cuda_path().is_some_and(|path| path.join("include").is_dir()) {
         return Vec::new();
     }
-    let listed = catch_unwind(|| CudaRuntime::enumerate_devices(0, &()));
-    let devices = listed.unwrap_or_default();
-    (0..devices.len())
-        .map(|index| Found {
-            info: unstarted(
-                format!("cuda:{index}"),
-                format!("CUDA device {index}"),
-                BackendKind::Cuda,
-                "cuda".to_owned(),
-                false,
-            ),
-            kind: Kind::Cuda(CudaDevice::new(index)),
+    let count = catch_unwind(|| CudaRuntime::enumerate_devices(0, &()).len()).unwrap_or(0);
+    (0..count)
+        .filter_map(|index| {
+            let (name, driver) = catch_unwind(|| describe_cuda(index)).ok()?.ok()?;
+            let info = unstarted(format!("cuda:{index}"), name, BackendKind::Cuda, driver, false);
+            Some(Found { info, kind: Kind::Cuda(CudaDevice::new(index)) })
         })
         .collect()
+}
+
+/// The card's name and the driver's version, which a tuning file is bound to.
+fn describe_cuda(index: usize) -> Result<(String, String), cudarc::driver::DriverError> {
+    use cudarc::driver::{result, sys};
+    result::init()?;
+    let name = result::device::get_name(result::device::get(index as i32)?)?;
+    let mut version = 0;
+    // SAFETY: the driver writes one integer.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
+    Ok((name, format!("CUDA driver {}.{}", version / 1000, version % 1000 / 10)))
 }
 
 /// Adapters of the graphics interface that cubecl uses here, GPUs before software.
@@ -125,7 +163,7 @@ fn wgpu() -> Vec<Found> {
         let adapters = cubecl::future::block_on(instance.enumerate_adapters(AutoGraphicsApi::backend().into()));
         adapters.into_iter().map(|adapter| adapter.get_info()).collect::<Vec<_>>()
     });
-    let mut counts = [0usize; 3];
+    let mut counts = [0usize; 4];
     let mut found: Vec<_> = adapters
         .unwrap_or_default()
         .into_iter()
@@ -138,7 +176,9 @@ fn wgpu() -> Vec<Found> {
                 wgpu::DeviceType::DiscreteGpu => WgpuDevice::DiscreteGpu(next(0)),
                 wgpu::DeviceType::IntegratedGpu => WgpuDevice::IntegratedGpu(next(1)),
                 wgpu::DeviceType::VirtualGpu => WgpuDevice::VirtualGpu(next(2)),
-                wgpu::DeviceType::Cpu => WgpuDevice::Cpu,
+                // cubecl reaches the first software adapter alone.
+                wgpu::DeviceType::Cpu if next(3) == 0 => WgpuDevice::Cpu,
+                wgpu::DeviceType::Cpu => return None,
                 wgpu::DeviceType::Other => return None,
             };
             Some((info, device))

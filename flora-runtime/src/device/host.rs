@@ -2,12 +2,13 @@
 //! GPU, and a device of its own for the cost model.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use flora_codegen::schedule::{LowRankBmm, Materialised, Packing, Schedule, SegmentItem, Step, VirtualRow};
 use flora_ir::Activation;
 use rayon::prelude::*;
 
-use super::{Backend, BackendKind, Buffer, DeviceError, DeviceInfo, LayerOperands, PoolBuffer, Storage};
+use super::{Backend, BackendKind, DeviceError, DeviceInfo, LayerOperands, Storage};
 
 pub(super) struct HostBackend;
 
@@ -15,7 +16,7 @@ pub(super) fn open() -> (DeviceInfo, HostBackend) {
     let threads = rayon::current_num_threads();
     let info = DeviceInfo {
         id: "host".to_owned(),
-        name: format!("{} processor, {threads} threads", std::env::consts::ARCH),
+        name: format!("{}, {threads} threads", processor()),
         backend: BackendKind::Host,
         driver: "gemm 0.19".to_owned(),
         software: false,
@@ -28,40 +29,45 @@ pub(super) fn open() -> (DeviceInfo, HostBackend) {
     (info, HostBackend)
 }
 
-fn buffer(values: Vec<f32>) -> Buffer {
-    let elements = values.len();
-    Buffer { storage: Storage::Host(values.into()), elements }
+/// The processor's own name, where it has one.
+fn processor() -> String {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(brand) = raw_cpuid::CpuId::new().get_processor_brand_string() {
+        return brand.as_str().trim().to_owned();
+    }
+    format!("{} processor", std::env::consts::ARCH)
 }
 
-fn values(buffer: &Buffer) -> Result<&[f32], DeviceError> {
-    match &buffer.storage {
+/// [`super::Device`] lets no other backend's storage through.
+fn values(storage: &Storage) -> Result<&[f32], DeviceError> {
+    match storage {
         Storage::Host(values) => Ok(values),
-        Storage::Device(_) => Err(DeviceError::ForeignBuffer),
+        Storage::Device(_) => Err(DeviceError::Execution("a device's memory was passed to the host".to_owned())),
     }
 }
 
 impl Backend for HostBackend {
-    fn upload(&self, values: &[f32]) -> Buffer {
-        buffer(values.to_vec())
+    fn upload(&self, values: &[f32]) -> Storage {
+        Storage::Host(Arc::new(values.to_vec()))
     }
 
-    fn read(&self, buffer: &Buffer) -> Result<Vec<f32>, DeviceError> {
-        Ok(values(buffer)?.to_vec())
+    fn read(&self, storage: &Storage, _elements: usize) -> Result<Vec<f32>, DeviceError> {
+        Ok(values(storage)?.to_vec())
     }
 
-    fn execute(&self, layer: &LayerOperands, schedule: &Schedule, x: &Buffer) -> Result<Buffer, DeviceError> {
+    fn execute(&self, layer: &LayerOperands, schedule: &Schedule, x: &Storage) -> Result<Storage, DeviceError> {
         let run = Run {
             x: values(x)?,
-            base_weight: values(&layer.base_weight)?,
-            bias: layer.bias.as_ref().map(values).transpose()?,
-            in_pool: pool(&layer.in_pool)?,
-            out_pool: pool(&layer.out_pool)?,
+            base_weight: values(&layer.base_weight.storage)?,
+            bias: layer.bias.as_ref().filter(|_| layer.epilogue.bias).map(|bias| values(&bias.storage)).transpose()?,
+            in_pool: values(&layer.in_pool.buffer.storage)?,
+            out_pool: values(&layer.out_pool.buffer.storage)?,
             d: layer.shape.d as usize,
             k: layer.shape.k as usize,
             activation: layer.epilogue.activation,
         };
-        let mut y = vec![0.0; schedule.tokens as usize * run.k];
-        for step in &schedule.steps {
+        let mut y = vec![0.0; schedule.tokens() as usize * run.k];
+        for step in schedule.steps() {
             match step {
                 Step::BaseGemm => gemm(run.x, run.base_weight, &mut y, run.d, run.k),
                 Step::Stacked(rows) => run.stacked(rows, &mut y),
@@ -72,19 +78,15 @@ impl Backend for HostBackend {
             }
         }
         // A lone stacked step finishes its rows itself.
-        if !layer.epilogue.is_identity() && matches!(schedule.steps[..], [Step::Stacked(_)]) {
+        if !layer.epilogue.is_identity() && matches!(schedule.steps(), [Step::Stacked(_)]) {
             run.finish(&mut y);
         }
-        Ok(buffer(y))
+        Ok(Storage::Host(Arc::new(y)))
     }
 
     fn synchronize(&self) -> Result<(), DeviceError> {
         Ok(())
     }
-}
-
-fn pool(pool: &PoolBuffer) -> Result<&[f32], DeviceError> {
-    values(&pool.buffer)
 }
 
 struct Run<'a> {
@@ -265,6 +267,9 @@ const SLICE: usize = 256;
 /// out `[rows, columns]` = left `[rows, depth]` @ right `[depth, columns]`, all row-major. Every row has the same bits as it
 /// would have alone.
 fn gemm(left: &[f32], right: &[f32], out: &mut [f32], depth: usize, columns: usize) {
+    if out.is_empty() {
+        return;
+    }
     if columns == 1 {
         let rows = left.chunks_exact(depth);
         return out.iter_mut().zip(rows).for_each(|(out, row)| *out = dot_product(row, right));
@@ -331,8 +336,7 @@ fn dot_product(left: &[f32], right: &[f32]) -> f32 {
 fn activate(value: f32, activation: Activation) -> f32 {
     match activation {
         Activation::Identity => value,
-        Activation::Relu => value.max(0.0),
-        Activation::GeluErf | Activation::GeluTanh | Activation::Silu => {
+        Activation::Relu | Activation::GeluErf | Activation::GeluTanh | Activation::Silu => {
             flora_ir::evaluate::apply_activation(activation, f64::from(value)) as f32
         }
     }

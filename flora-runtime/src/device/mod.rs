@@ -16,13 +16,15 @@ use serde::Serialize;
 /// Numbers on a device, f32. Cloning shares them.
 #[derive(Clone, Debug)]
 pub struct Buffer {
-    pub(crate) storage: Storage,
-    pub(crate) elements: usize,
+    storage: Storage,
+    elements: usize,
+    owner: Arc<DeviceInfo>,
 }
 
+/// Where the numbers are; which of the two is the backend's own affair.
 #[derive(Clone, Debug)]
-pub(crate) enum Storage {
-    Host(Arc<[f32]>),
+enum Storage {
+    Host(Arc<Vec<f32>>),
     Device(Handle),
 }
 
@@ -134,15 +136,41 @@ pub enum DeviceError {
     #[error("the device failed while it ran a batch: {0}")]
     Execution(String),
     /// A buffer of another device.
-    #[error("a buffer of another device was passed; upload it to this one")]
-    ForeignBuffer,
+    #[error("a buffer of the device `{owner}` was passed to `{device}`; upload it there")]
+    ForeignBuffer {
+        /// Whose it is.
+        owner: String,
+        /// Who got it.
+        device: String,
+    },
+    /// A buffer of another size than the layer and the batch ask for.
+    #[error("{what} has {found} numbers where the layer and the batch want {expected}")]
+    WrongSize {
+        /// Which one.
+        what: &'static str,
+        /// What it should have.
+        expected: usize,
+        /// What it has.
+        found: usize,
+    },
+    /// More numbers than the device takes in one buffer.
+    #[error("{bytes} bytes were to go into one buffer, and the device `{device}` takes {limit}; load fewer adapters or split the layer")]
+    BufferTooLarge {
+        /// How many.
+        bytes: u64,
+        /// The device's limit.
+        limit: u64,
+        /// Which device.
+        device: String,
+    },
 }
 
 /// How a device does what [`Device`] offers. Implemented by the host and by every cubecl runtime.
-pub(crate) trait Backend: Send + Sync {
-    fn upload(&self, values: &[f32]) -> Buffer;
-    fn read(&self, buffer: &Buffer) -> Result<Vec<f32>, DeviceError>;
-    fn execute(&self, layer: &LayerOperands, schedule: &Schedule, x: &Buffer) -> Result<Buffer, DeviceError>;
+/// [`Device`] has checked that all storage is the backend's own and as long as the layer and the schedule say.
+trait Backend: Send + Sync {
+    fn upload(&self, values: &[f32]) -> Storage;
+    fn read(&self, storage: &Storage, elements: usize) -> Result<Vec<f32>, DeviceError>;
+    fn execute(&self, layer: &LayerOperands, schedule: &Schedule, x: &Storage) -> Result<Storage, DeviceError>;
     fn synchronize(&self) -> Result<(), DeviceError>;
 }
 
@@ -182,15 +210,15 @@ impl Device {
             "host" => return Ok(Self::host()),
             _ => {}
         }
-        let found = find::all();
-        let available = || {
-            let ids = found.iter().map(|found| found.info.id.as_str());
-            std::iter::once("host").chain(ids).collect::<Vec<_>>().join(", ")
-        };
-        let position = found.iter().position(|found| found.info.id == id || found.info.id.split(':').next() == Some(id));
-        match position {
-            None => Err(DeviceError::Unknown { wanted: id.to_owned(), available: available() }),
-            Some(position) => found.into_iter().nth(position).map_or_else(|| Ok(Self::host()), find::Found::start),
+        let mut found = find::all();
+        let matches = |found: &find::Found| found.info.id == id || found.info.id.split(':').next() == Some(id);
+        match found.iter().position(matches) {
+            Some(position) => found.swap_remove(position).start(),
+            None => {
+                let ids = found.iter().map(|found| found.info.id.as_str());
+                let available = std::iter::once("host").chain(ids).collect::<Vec<_>>().join(", ");
+                Err(DeviceError::Unknown { wanted: id.to_owned(), available })
+            }
         }
     }
 
@@ -206,24 +234,73 @@ impl Device {
     }
 
     /// Copies numbers to the device.
-    pub fn upload(&self, values: &[f32]) -> Buffer {
-        self.backend.upload(values)
+    ///
+    /// # Errors
+    /// More than it takes in one buffer.
+    pub fn upload(&self, values: &[f32]) -> Result<Buffer, DeviceError> {
+        let bytes = size_of_val(values) as u64;
+        match self.info.largest_buffer_bytes {
+            Some(limit) if bytes > limit => {
+                Err(DeviceError::BufferTooLarge { bytes, limit, device: self.info.id.clone() })
+            }
+            _ => Ok(self.own(self.backend.upload(values), values.len())),
+        }
+    }
+
+    fn own(&self, storage: Storage, elements: usize) -> Buffer {
+        Buffer { storage, elements, owner: self.info.clone() }
     }
 
     /// Copies numbers back, after everything that was queued before.
     ///
     /// # Errors
-    /// A launch before it failed.
+    /// A buffer of another device; a launch before it failed.
     pub fn read(&self, buffer: &Buffer) -> Result<Vec<f32>, DeviceError> {
-        self.backend.read(buffer)
+        self.check("the buffer", buffer, buffer.elements)?;
+        self.backend.read(&buffer.storage, buffer.elements)
     }
 
     /// Queues a schedule; x `[tokens, d]`, the result `[tokens, k]`.
     ///
     /// # Errors
-    /// A launch that the device can't make. Failures of the kernels themselves show when the result is read.
+    /// Buffers of another device or of the wrong size, a launch that the device can't make. Failures of the kernels themselves
+    /// show when the result is read.
     pub fn execute(&self, layer: &LayerOperands, schedule: &Schedule, x: &Buffer) -> Result<Buffer, DeviceError> {
-        self.backend.execute(layer, schedule, x)
+        let (d, k, tokens) = (layer.shape.d as usize, layer.shape.k as usize, schedule.tokens() as usize);
+        self.check("x", x, tokens * d)?;
+        self.check("the base weight", &layer.base_weight, d * k)?;
+        self.check("the in-vectors", &layer.in_pool.buffer, layer.in_pool.slots as usize * d)?;
+        self.check("the out-vectors", &layer.out_pool.buffer, layer.out_pool.slots as usize * k)?;
+        match &layer.bias {
+            Some(bias) => self.check("the bias", bias, k)?,
+            None if layer.epilogue.bias => {
+                return Err(DeviceError::WrongSize { what: "the bias", expected: k, found: 0 });
+            }
+            None => {}
+        }
+        if schedule.shape() != layer.shape {
+            let (schedule, layer) = (schedule.shape(), layer.shape);
+            return Err(LaunchError::OtherLayer { schedule, layer }.into());
+        }
+        let pools = [("in", schedule.in_slots(), &layer.in_pool), ("out", schedule.out_slots(), &layer.out_pool)];
+        for (pool, needed, PoolBuffer { slots, .. }) in pools {
+            if needed > *slots {
+                return Err(LaunchError::Slots { pool, needed, slots: *slots }.into());
+            }
+        }
+        let y = self.backend.execute(layer, schedule, &x.storage)?;
+        Ok(self.own(y, tokens * k))
+    }
+
+    fn check(&self, what: &'static str, buffer: &Buffer, expected: usize) -> Result<(), DeviceError> {
+        if !Arc::ptr_eq(&buffer.owner, &self.info) {
+            let (owner, device) = (buffer.owner.id.clone(), self.info.id.clone());
+            return Err(DeviceError::ForeignBuffer { owner, device });
+        }
+        if buffer.elements != expected {
+            return Err(DeviceError::WrongSize { what, expected, found: buffer.elements });
+        }
+        Ok(())
     }
 
     /// Waits until everything queued is done.

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use flora::checkpoint::BaseWeight;
 use flora::codegen::lowering::Part;
-use flora::codegen::schedule::{Schedule, Step};
+use flora::codegen::schedule::Schedule;
 use flora::ir::algebra::FoldedAdapter;
 use flora::prelude::*;
 use flora::runtime::oracle::{Deviation, Sample, check};
@@ -56,11 +56,11 @@ pub(super) fn measure(
     let mut projection = Projection::new(device, shape, &base.values, base.bias.as_deref(), Activation::Identity)?;
     projection.load(adapters.iter().map(|(name, loaded)| (*name, loaded.as_ref().map(|loaded| &loaded.folded))))?;
     let batch_shape = projection.batch_shape(batch)?;
-    let plan = planner.plan(shape, batch_shape);
+    let plan = planner.plan(shape, &batch_shape, base.bias.is_some());
     let schedule = projection.schedule(batch, &plan)?;
-    let base_gemm = Schedule { tokens: schedule.tokens, in_slots: 0, out_slots: 0, steps: vec![Step::BaseGemm] };
+    let base_gemm = Schedule::base_gemm(shape, schedule.tokens()).map_err(ProjectionError::from)?;
 
-    let x_on_device = device.upload(x);
+    let x_on_device = device.upload(x)?;
     let y = device.read(&projection.execute(&schedule, &x_on_device)?)?;
     let [seconds, base_seconds] = time(device, &projection, [&schedule, &base_gemm], &x_on_device, repetitions)?;
 
@@ -72,7 +72,7 @@ pub(super) fn measure(
         k: base.k,
         lowerings: Lowerings {
             multiplicative: used(batch_shape.multiplicative.tokens, plan.of(Part::Multiplicative)),
-            additive: used(batch_shape.additive.tokens, plan.of(Part::Additive)),
+            additive: used(batch_shape.additive.tokens + batch_shape.scaled_additive.tokens, plan.of(Part::Additive)),
         },
         seconds,
         base_seconds,
