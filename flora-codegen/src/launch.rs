@@ -243,11 +243,11 @@ impl<R: Runtime> Run<'_, R> {
     fn stacked(&self, rows: &[VirtualRow], epilogue: Epilogue) -> Result<(), LaunchError> {
         let hardware = &self.client.properties().hardware;
         let fits = |blueprint: &StackedBlueprint| {
-            blueprint.shared_bytes() <= hardware.max_shared_memory_size && blueprint.units() <= hardware.max_units_per_cube
+            blueprint.shared_bytes() <= hardware.max_shared_memory_size
+                && blueprint.units() <= hardware.max_units_per_cube
         };
-        let (items, tile_rows) = stacked_items(rows, |tile_rows| {
-            fits(&StackedBlueprint { tile_rows, scaled: true, epilogue })
-        });
+        let (items, tile_rows) =
+            stacked_items(rows, |tile_rows| fits(&StackedBlueprint { tile_rows, scaled: true, epilogue }));
         let blueprint = StackedBlueprint {
             tile_rows,
             scaled: rows.iter().any(|row| row.in_slot > 0 || row.out_slot > 0),
@@ -526,7 +526,12 @@ mod tests {
     fn rows(widths: &[u32]) -> Vec<VirtualRow> {
         let of = |(row, width): (usize, &u32)| {
             let width = *width;
-            (0..width).map(move |at| VirtualRow { row: row as u32, in_slot: 0, out_slot: 0, last: u32::from(at + 1 == width) })
+            (0..width).map(move |at| VirtualRow {
+                row: row as u32,
+                in_slot: 0,
+                out_slot: 0,
+                last: u32::from(at + 1 == width),
+            })
         };
         widths.iter().enumerate().flat_map(of).collect()
     }

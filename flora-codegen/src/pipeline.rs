@@ -12,7 +12,7 @@ use crate::batch::{AdapterSlots, LayerShape, LowRankSlots, Segment, VirtualRowSl
 use crate::kernels::Epilogue;
 use crate::lowering::{Part, parts_of};
 use crate::plan::Plan;
-use crate::target::{EmitError, EmittedKernel, Emission, Target, emit};
+use crate::target::{Emission, EmitError, EmittedKernel, Target, emit};
 
 /// A layer that is ready to be planned.
 #[derive(Clone, Debug)]
@@ -127,8 +127,7 @@ impl CompiledLayer {
         let stride = stride.in_slots().max(stride.out_slots());
         let adapters: Vec<_> = (0..segments).map(|adapter| self.slots(rank, adapter.saturating_mul(stride))).collect();
         let segments: Vec<_> = (0..segments).map(|adapter| Segment { rows, adapter }).collect();
-        let emission =
-            Emission { shape, epilogue: self.epilogue(), plan, segments: &segments, adapters: &adapters };
+        let emission = Emission { shape, epilogue: self.epilogue(), plan, segments: &segments, adapters: &adapters };
         emit(target, &emission)
     }
 }

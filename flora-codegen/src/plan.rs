@@ -54,8 +54,7 @@ impl Plan {
     /// Every plan that there is.
     pub fn all() -> impl Iterator<Item = Self> {
         lowerings_of(Part::Multiplicative).flat_map(|one| {
-            lowerings_of(Part::Additive)
-                .map(|other| Self { multiplicative: one.lowering, additive: other.lowering })
+            lowerings_of(Part::Additive).map(|other| Self { multiplicative: one.lowering, additive: other.lowering })
         })
     }
 

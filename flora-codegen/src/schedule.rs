@@ -189,7 +189,9 @@ impl Schedule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ScheduleError {
     /// A segment names an adapter that the table lacks.
-    #[error("segment {segment} names adapter {adapter}, but the batch has {adapters}; load it or send the segment to the base")]
+    #[error(
+        "segment {segment} names adapter {adapter}, but the batch has {adapters}; load it or send the segment to the base"
+    )]
     UnknownAdapter {
         /// Position of the segment.
         segment: usize,
@@ -199,7 +201,9 @@ pub enum ScheduleError {
         adapters: usize,
     },
     /// An adapter that leaves its rows unwritten.
-    #[error("adapter {adapter} has no virtual row, so that nothing would write its rows; give it one with a zero out-scale")]
+    #[error(
+        "adapter {adapter} has no virtual row, so that nothing would write its rows; give it one with a zero out-scale"
+    )]
     NoVirtualRow {
         /// Position in the table.
         adapter: usize,
@@ -314,11 +318,8 @@ fn rows_by_adapter(segments: &[Segment], adapters: &[AdapterSlots]) -> Result<Ve
     let mut rows_of = vec![Vec::new(); adapters.len()];
     let mut row = 0u32;
     for (position, segment) in segments.iter().enumerate() {
-        let unknown = ScheduleError::UnknownAdapter {
-            segment: position,
-            adapter: segment.adapter,
-            adapters: adapters.len(),
-        };
+        let unknown =
+            ScheduleError::UnknownAdapter { segment: position, adapter: segment.adapter, adapters: adapters.len() };
         let adapter = adapters.get(segment.adapter as usize).ok_or(unknown)?;
         if adapter.virtual_rows.is_empty() {
             return Err(ScheduleError::NoVirtualRow { adapter: segment.adapter as usize });
@@ -364,7 +365,8 @@ fn virtual_rows(
 /// One block an adapter, every block as long as the longest.
 fn pack(blocks: &[Vec<u32>]) -> Packing {
     let block = blocks.iter().map(Vec::len).max().unwrap_or(0);
-    let padded = |rows: &Vec<u32>| rows.iter().copied().chain(std::iter::repeat(NO_ROW)).take(block).collect::<Vec<_>>();
+    let padded =
+        |rows: &Vec<u32>| rows.iter().copied().chain(std::iter::repeat(NO_ROW)).take(block).collect::<Vec<_>>();
     Packing { block: block as u32, index: blocks.iter().flat_map(padded).collect() }
 }
 
@@ -375,9 +377,12 @@ fn materialised(
 ) -> Option<Materialised> {
     let mut step = Materialised { adapters: Vec::new(), scales: Vec::new(), rows: Packing::default() };
     let mut blocks = Vec::new();
-    for (adapter, rows) in adapters.iter().zip(rows_of).filter(|(adapter, rows)| !rows.is_empty() && materialises(adapter)) {
+    for (adapter, rows) in
+        adapters.iter().zip(rows_of).filter(|(adapter, rows)| !rows.is_empty() && materialises(adapter))
+    {
         let first_scale = step.scales.len() as u32;
-        let scale = |scales: &VirtualRowSlots| Scale { in_slot: slot(scales.in_scale), out_slot: slot(scales.out_scale) };
+        let scale =
+            |scales: &VirtualRowSlots| Scale { in_slot: slot(scales.in_scale), out_slot: slot(scales.out_scale) };
         step.scales.extend(adapter.virtual_rows.iter().map(scale));
         step.adapters.push(MaterialisedAdapter {
             first_scale,
@@ -392,11 +397,7 @@ fn materialised(
     (!blocks.is_empty()).then_some(step)
 }
 
-fn segmented(
-    segments: &[Segment],
-    adapters: &[AdapterSlots],
-    adds: impl Fn(&AdapterSlots) -> bool,
-) -> Step {
+fn segmented(segments: &[Segment], adapters: &[AdapterSlots], adds: impl Fn(&AdapterSlots) -> bool) -> Step {
     let mut items = Vec::new();
     let (mut row, mut offset) = (0, 0);
     for segment in segments {
@@ -421,11 +422,7 @@ fn segmented(
     Step::Segmented { items, h_len: offset }
 }
 
-fn low_rank_bmm(
-    adapters: &[AdapterSlots],
-    rows_of: &[Vec<u32>],
-    adds: impl Fn(&AdapterSlots) -> bool,
-) -> LowRankBmm {
+fn low_rank_bmm(adapters: &[AdapterSlots], rows_of: &[Vec<u32>], adds: impl Fn(&AdapterSlots) -> bool) -> LowRankBmm {
     let (mut rows, mut shrink, mut expand) = (Vec::new(), Vec::new(), Vec::new());
     for (adapter, own) in adapters.iter().zip(rows_of).filter(|(adapter, own)| !own.is_empty() && adds(adapter)) {
         let low_rank = adapter.low_rank;

@@ -98,10 +98,15 @@ pub fn check(
     let (rows, width) = (d as usize, k as usize);
     let bias_fits = sample.bias.is_none_or(|bias| bias.len() == width);
     let columns_fit = sample.columns.iter().all(|column| *column < width);
-    if sample.x.len() != rows || sample.y.len() != width || sample.base_weight.len() != rows * width || !bias_fits || !columns_fit {
+    if sample.x.len() != rows
+        || sample.y.len() != width
+        || sample.base_weight.len() != rows * width
+        || !bias_fits
+        || !columns_fit
+    {
         return Err(OracleError::Sample { d, k });
     }
-    let base_weight = columns_of(sample.base_weight.iter().map(|value| f64::from(*value)), k as usize, sample.columns);
+    let base_weight = columns_of(sample.base_weight, k as usize, sample.columns);
     let base_weight = Value::matrix(d as usize, sample.columns.len(), base_weight)?;
     let x = Value::matrix(1, d as usize, sample.x.iter().map(|value| f64::from(*value)).collect())?;
     let bias = sample.bias.map(|bias| sample.columns.iter().map(|column| f64::from(bias[*column])).collect::<Vec<_>>());
@@ -149,18 +154,17 @@ fn sampled(layer: &VerifiedLayer, shape: &Shape, value: &Value, sample: &Sample)
     let k = sample.shape.k as usize;
     match (shape, value.shape()) {
         (Shape::Vector(extent), [width]) if extent == outputs && *width == k => {
-            Ok(Value::vector(columns_of(value.data().iter().copied(), k, sample.columns)))
+            Ok(Value::vector(columns_of(value.data(), k, sample.columns)))
         }
         (Shape::Matrix(_, extent), [rows, width]) if extent == outputs && *width == k => {
-            Value::matrix(*rows, sample.columns.len(), columns_of(value.data().iter().copied(), k, sample.columns))
+            Value::matrix(*rows, sample.columns.len(), columns_of(value.data(), k, sample.columns))
         }
         _ => Ok(value.clone()),
     }
 }
 
-fn columns_of(values: impl Iterator<Item = f64>, width: usize, columns: &[usize]) -> Vec<f64> {
-    let values: Vec<f64> = values.collect();
-    values.chunks_exact(width.max(1)).flat_map(|row| columns.iter().map(|column| row[*column])).collect()
+fn columns_of<T: Copy + Into<f64>>(values: &[T], width: usize, columns: &[usize]) -> Vec<f64> {
+    values.chunks_exact(width.max(1)).flat_map(|row| columns.iter().map(|column| row[*column].into())).collect()
 }
 
 /// Σ|products| of each sampled output: the folded adapter on absolute values.

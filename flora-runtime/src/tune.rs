@@ -105,7 +105,13 @@ pub fn tune(device: &Device, effort: Effort, mut progress: impl FnMut(usize, usi
     let mut point = |coefficients: &mut Coefficients, kernel, regime, sample: Sample, macs: f64, rest: f64| {
         let own = (sample.seconds - rest) / macs;
         let seconds_per_mac = (own > 0.0).then_some(own);
-        measurements.push(Measurement { kernel, regime, seconds: sample.seconds, spread: sample.spread, seconds_per_mac });
+        measurements.push(Measurement {
+            kernel,
+            regime,
+            seconds: sample.seconds,
+            spread: sample.spread,
+            seconds_per_mac,
+        });
         let curve = coefficients.seconds_per_mac.entry(kernel).or_default();
         curve.points.extend(seconds_per_mac.map(|seconds| (regime, seconds)));
     };
@@ -218,9 +224,11 @@ impl<'a> Bench<'a> {
     fn bandwidth(&self, one_launch: f64) -> Result<Sample, DeviceError> {
         let rows = BANDWIDTH_BYTES / 4 / self.effort.width;
         let epilogue = self.finish(rows, 1)?;
-        let weight = Bench::new(self.device, Effort { width: (f64::from(BANDWIDTH_BYTES) / 4.0).sqrt() as u32, ..self.effort })?;
+        let weight =
+            Bench::new(self.device, Effort { width: (f64::from(BANDWIDTH_BYTES) / 4.0).sqrt() as u32, ..self.effort })?;
         let gemm = weight.time(Schedule::base_gemm(weight.operands.shape, 1))?;
-        let each = |sample: Sample, bytes: f64| Sample { seconds: (sample.seconds - one_launch).max(0.0) / bytes, ..sample };
+        let each =
+            |sample: Sample, bytes: f64| Sample { seconds: (sample.seconds - one_launch).max(0.0) / bytes, ..sample };
         let epilogue = each(epilogue, 2.0 * f64::from(BANDWIDTH_BYTES));
         let gemm = each(gemm, f64::from(BANDWIDTH_BYTES));
         Ok(if gemm.seconds < epilogue.seconds { gemm } else { epilogue })

@@ -78,8 +78,8 @@ fn extent() -> impl Strategy<Value = usize> {
 pub(crate) fn cases() -> impl Strategy<Value = Case> {
     let adapter = (0..kinds().len(), prop_oneof![4 => 1usize..9, 2 => 9usize..33, 1 => 33usize..65]);
     let segment = |adapters: usize| (0..adapters + 1, prop_oneof![4 => 0u32..4, 3 => 4u32..30, 1 => 30u32..201]);
-    (extent(), extent(), any::<bool>(), prop::sample::select(Activation::ALL.to_vec()), any::<u64>())
-        .prop_flat_map(move |(d, k, bias, activation, seed)| {
+    (extent(), extent(), any::<bool>(), prop::sample::select(Activation::ALL.to_vec()), any::<u64>()).prop_flat_map(
+        move |(d, k, bias, activation, seed)| {
             let adapters = prop::collection::vec(adapter.clone(), 0..6);
             adapters.prop_flat_map(move |adapters| {
                 let named = adapters.iter().enumerate().map(|(position, (kind, rank))| Adapter {
@@ -98,7 +98,8 @@ pub(crate) fn cases() -> impl Strategy<Value = Case> {
                     seed,
                 })
             })
-        })
+        },
+    )
 }
 
 /// The tensors of a case.
@@ -176,9 +177,11 @@ impl Case {
     }
 
     pub(crate) fn batch(&self) -> Batch {
-        Batch::new(self.segments.iter().map(|(adapter, rows)| {
-            (self.adapters.get(*adapter).map(|adapter| adapter.name.as_str()), *rows)
-        }))
+        Batch::new(
+            self.segments
+                .iter()
+                .map(|(adapter, rows)| (self.adapters.get(*adapter).map(|adapter| adapter.name.as_str()), *rows)),
+        )
     }
 }
 

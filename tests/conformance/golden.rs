@@ -38,7 +38,8 @@ fn kernels_give_peft_s_outputs() {
             let folded = store.fold(module, &base).expect("the adapter folds");
             let shape = LayerShape { d: base.d as u32, k: base.k as u32 };
             let bias = base.bias.as_deref();
-            let mut projection = Projection::new(device(), shape, &base.values, bias, Activation::Identity).expect("it fits");
+            let mut projection =
+                Projection::new(device(), shape, &base.values, bias, Activation::Identity).expect("it fits");
             projection
                 .load(folded.iter().map(|(name, loaded)| (*name, loaded.as_ref().map(|loaded| &loaded.folded))))
                 .expect("it fits");
@@ -54,7 +55,11 @@ fn kernels_give_peft_s_outputs() {
                 let largest = expected.values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
                 let tolerance = 16.0 * (base.d as f32).sqrt() * f32::EPSILON / 2.0 * largest;
                 for (found, expected) in own.iter().zip(&expected.values) {
-                    assert!((found - expected).abs() <= tolerance, "{} {module} {plan:?}: {found} {expected}", case.display());
+                    assert!(
+                        (found - expected).abs() <= tolerance,
+                        "{} {module} {plan:?}: {found} {expected}",
+                        case.display()
+                    );
                 }
             }
         }

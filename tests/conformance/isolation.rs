@@ -84,9 +84,10 @@ fn the_rest_of_the_batch_changes_no_bit() {
         let own = || Adapter { name: "own".to_owned(), kind: kinds()[kind], rank: 6 };
         // One of each part, so that both batches run the same kernels.
         let with_both = |mut others: Vec<(usize, u32)>| {
-            others.extend(["flora", "lora"].map(|kind| {
-                (1 + kinds().iter().position(|known| *known == kind).expect("a built-in kind"), 2)
-            }));
+            others.extend(
+                ["flora", "lora"]
+                    .map(|kind| (1 + kinds().iter().position(|known| *known == kind).expect("a built-in kind"), 2)),
+            );
             others
         };
         let (one, other) = (crowd(seed, own(), with_both(one)), crowd(seed, own(), with_both(other)));

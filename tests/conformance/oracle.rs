@@ -44,7 +44,10 @@ fn every_kind_at_awkward_sizes() {
                 let loaded = case.load(device());
                 for plan in plans() {
                     let deviation = loaded.deviation(&loaded.run(&plan));
-                    assert!(deviation.is_rounding(), "{kind} rank {rank} [{d}, {k}] {rows} rows {plan:?}: {deviation:?}");
+                    assert!(
+                        deviation.is_rounding(),
+                        "{kind} rank {rank} [{d}, {k}] {rows} rows {plan:?}: {deviation:?}"
+                    );
                 }
             }
         }

@@ -16,11 +16,8 @@ fn every_cuda_kernel_compiles() {
         println!("NOT RUN: the CUDA compilers aren't here; `cargo xtask test` fetches them");
         return;
     };
-    let targets = [
-        ("cuda:sm_80", Architecture::Sm80),
-        ("cuda:sm_90", Architecture::Sm90a),
-        ("cuda:sm_100", Architecture::Sm100),
-    ];
+    let targets =
+        [("cuda:sm_80", Architecture::Sm80), ("cuda:sm_90", Architecture::Sm90a), ("cuda:sm_100", Architecture::Sm100)];
     let mut rows = BTreeMap::new();
     for (name, architecture) in targets {
         let target: Target = name.parse().expect("a target");

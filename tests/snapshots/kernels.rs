@@ -58,7 +58,8 @@ fn sources_are_stable() {
         };
         let forwards: Vec<_> = (0..all.len()).map(emit).collect();
         let mut backwards: Vec<_> =
-            std::thread::scope(|scope| scope.spawn(|| (0..all.len()).rev().map(emit).collect()).join()).expect("no panic");
+            std::thread::scope(|scope| scope.spawn(|| (0..all.len()).rev().map(emit).collect()).join())
+                .expect("no panic");
         backwards.reverse();
         for (one, other) in forwards.iter().flatten().zip(backwards.iter().flatten()) {
             let mut lines = one.source.lines().zip(other.source.lines());

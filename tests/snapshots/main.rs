@@ -3,6 +3,7 @@
 
 mod cuda;
 mod kernels;
+mod plan;
 
 use flora::codegen::lowering::{Part, lowerings_of};
 use flora::codegen::pipeline::CompiledLayer;
@@ -12,13 +13,7 @@ use flora::prelude::*;
 
 /// fLoRA with everything that an epilogue does.
 #[flora::layer]
-fn flora_finished(
-    x: Tokens<D>,
-    w0: Weight<D, K>,
-    b: Adapter<D, R>,
-    a: Adapter<R, K>,
-    bias: Bias<K>,
-) -> Tokens<K> {
+fn flora_finished(x: Tokens<D>, w0: Weight<D, K>, b: Adapter<D, R>, a: Adapter<R, K>, bias: Bias<K>) -> Tokens<K> {
     (x.matmul(w0 * b.matmul(a)) + bias).gelu()
 }
 
@@ -48,7 +43,9 @@ fn lowered() -> Vec<Lowered> {
     let mut all = Vec::new();
     let builtin = |name| builtin::builtin(name).expect("a built-in layer").clone();
     let layers = builtin::names().map(|name| (name, builtin(name)));
-    for (name, layer) in layers.chain([("flora finished", flora_finished::layer()), ("lora finished", lora_finished::layer())]) {
+    for (name, layer) in
+        layers.chain([("flora finished", flora_finished::layer()), ("lora finished", lora_finished::layer())])
+    {
         let layer = compile_verified(layer).expect("it compiles");
         let default = Plan::default();
         if layer.parts.is_empty() {

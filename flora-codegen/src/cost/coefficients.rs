@@ -102,14 +102,8 @@ pub enum CoefficientsError {
 
 impl Coefficients {
     /// The kernels that a complete set has a curve for.
-    pub const KERNELS: [Kernel; 6] = [
-        Kernel::Matmul,
-        Kernel::Stacked,
-        Kernel::Bmm,
-        Kernel::LowRankBmm,
-        Kernel::Segmented,
-        Kernel::Materialise,
-    ];
+    pub const KERNELS: [Kernel; 6] =
+        [Kernel::Matmul, Kernel::Stacked, Kernel::Bmm, Kernel::LowRankBmm, Kernel::Segmented, Kernel::Materialise];
 
     /// Seconds per MAC; 0 for [`Kernel::Move`], whose cost is its bytes.
     pub fn seconds_per_mac(&self, kernel: Kernel, regime: u64) -> f64 {
@@ -118,7 +112,9 @@ impl Coefficients {
 
     /// What makes a set unusable: a missing curve, a value that is no time.
     pub fn check(&self) -> Result<(), String> {
-        for (name, value) in [("seconds_per_launch", self.seconds_per_launch), ("seconds_per_byte", self.seconds_per_byte)] {
+        for (name, value) in
+            [("seconds_per_launch", self.seconds_per_launch), ("seconds_per_byte", self.seconds_per_byte)]
+        {
             if !(value.is_finite() && value >= 0.0) {
                 return Err(format!("{name} is {value}, which is no time"));
             }

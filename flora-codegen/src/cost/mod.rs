@@ -18,15 +18,15 @@ pub enum Kernel {
     Matmul,
     /// The GEMM over virtual rows. Regime: virtual rows.
     Stacked,
-    /// Batched matmul with a dense `[d, k]` an adapter. Regime: rows an adapter.
+    /// Batched matmul with a dense `[d, k]` an adapter, rows packed and unpacked. Regime: rows an adapter.
     Bmm,
-    /// Batched matmul with low-rank factors: the paper's c1. Regime: rows an adapter.
+    /// Batched matmuls with low-rank factors, packed and unpacked: the paper's c1. Regime: rows an adapter.
     LowRankBmm,
     /// Shrink and expand by segment. Regime: rows an adapter.
     Segmented,
     /// Making W_i. One regime.
     Materialise,
-    /// Copies: bytes alone.
+    /// What only moves numbers, such as an epilogue by itself: bytes alone.
     Move,
 }
 

@@ -52,7 +52,7 @@ impl Work {
         }
     }
 
-    /// Make W_i, gather the rows, multiply, scatter.
+    /// Make W_i, gather the rows, multiply, scatter. The matmul's coefficient is measured with the packing, which grows with it.
     fn materialised(&mut self, shape: LayerShape, group: &GroupShape, additive: &GroupShape) {
         let (d, k) = (u64::from(shape.d), u64::from(shape.k));
         let padded = group.adapters * group.longest;
@@ -60,7 +60,6 @@ impl Work {
         self.launches += 4;
         self.term(Kernel::Materialise, 1, products * d * k, F32 * (group.adapters + 1) * d * k);
         self.term(Kernel::Bmm, group.longest, padded * d * k, F32 * (group.adapters * d * k + padded * (d + k)));
-        self.term(Kernel::Move, 0, 0, F32 * 2 * padded * (d + k));
     }
 
     fn segmented(&mut self, shape: LayerShape, group: &GroupShape) {
@@ -70,7 +69,7 @@ impl Work {
         self.term(Kernel::Segmented, group.longest, group.tokens_times_width * (d + k), bytes);
     }
 
-    /// Gather rows, shrink and expand vectors, multiply twice, scatter.
+    /// Gather rows, shrink and expand vectors, multiply twice, scatter: the paper's c1 is what all of that costs a MAC.
     fn low_rank_bmm(&mut self, shape: LayerShape, group: &GroupShape) {
         let (d, k) = (u64::from(shape.d), u64::from(shape.k));
         let padded = group.adapters * group.longest;
@@ -78,7 +77,6 @@ impl Work {
         let bytes = F32 * (padded * (d + k) + ranks * (d + k) + 2 * padded * group.largest_width);
         self.launches += 6;
         self.term(Kernel::LowRankBmm, group.longest, padded * group.largest_width * (d + k), bytes);
-        self.term(Kernel::Move, 0, 0, F32 * 2 * (padded * d + ranks * (d + k)) + F32 * 3 * padded * k);
     }
 }
 

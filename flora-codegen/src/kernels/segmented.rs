@@ -58,11 +58,7 @@ pub(crate) fn shrink(x: &Array<f32>, in_pool: &Array<f32>, items: &Array<u32>, h
             }
             sync_cube();
             for step in 0..TILE_DEPTH {
-                sum = fma(
-                    x_tile[(unit_row * pitch + step) as usize],
-                    b_tile[(unit_rank * pitch + step) as usize],
-                    sum,
-                );
+                sum = fma(x_tile[(unit_row * pitch + step) as usize], b_tile[(unit_rank * pitch + step) as usize], sum);
             }
             depth0 += TILE_DEPTH;
         }

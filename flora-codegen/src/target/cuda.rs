@@ -2,8 +2,8 @@
 
 use cubecl::ir::features::{Plane, Tma, TypeUsage};
 use cubecl::ir::{
-    ContiguousElements, DeviceProperties, ElemType, FloatKind, HardwareProperties, MatrixLayout, MemoryDeviceProperties,
-    MmaProperties, SemanticType, StorageType, TargetProperties, VectorSize,
+    ContiguousElements, DeviceProperties, ElemType, FloatKind, HardwareProperties, MatrixLayout,
+    MemoryDeviceProperties, MmaProperties, SemanticType, StorageType, TargetProperties, VectorSize,
 };
 use cubecl_common::profile::TimingMethod;
 use cubecl_cpp::cuda::CudaDialect;

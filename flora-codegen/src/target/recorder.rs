@@ -129,11 +129,7 @@ impl<D: Dialect> ComputeServer for OfflineServer<D> {
         self.utilities.clone()
     }
 
-    fn read(
-        &mut self,
-        descriptors: Vec<CopyDescriptor>,
-        _stream: StreamId,
-    ) -> DynFut<Result<Vec<Bytes>, ServerError>> {
+    fn read(&mut self, descriptors: Vec<CopyDescriptor>, _stream: StreamId) -> DynFut<Result<Vec<Bytes>, ServerError>> {
         // There is no memory behind a recorder, so there is nothing to read but the fact that all launches came before.
         let empty = descriptors.iter().map(|_| Bytes::from_bytes_vec(Vec::new())).collect();
         Box::pin(async move { Ok(empty) })

@@ -34,12 +34,8 @@ fn properties(shared_memory: usize, units: u32, planes: (u32, u32)) -> DevicePro
     let memory = MemoryDeviceProperties { max_page_size: 1 << 27, alignment: 256 };
     let mut properties = DeviceProperties::new(Default::default(), memory, hardware, TimingMethod::System);
     properties.register_address_type(AddressType::U32);
-    let types = [
-        ElemType::UInt(UIntKind::U32),
-        ElemType::Int(IntKind::I32),
-        ElemType::Float(FloatKind::F32),
-        ElemType::Bool,
-    ];
+    let types =
+        [ElemType::UInt(UIntKind::U32), ElemType::Int(IntKind::I32), ElemType::Float(FloatKind::F32), ElemType::Bool];
     for element in types {
         properties.register_type_usage(element, TypeUsage::all());
     }

@@ -36,8 +36,7 @@ pub(super) fn stable_spirv(source: &str) -> String {
     for line in declared.iter_mut().filter(|line| line.starts_with("OpEntryPoint")) {
         sort_interface(line);
     }
-    let mut decorations: Vec<usize> =
-        (0..declared.len()).filter(|at| declared[*at].contains("Decorate ")).collect();
+    let mut decorations: Vec<usize> = (0..declared.len()).filter(|at| declared[*at].contains("Decorate ")).collect();
     let places = decorations.clone();
     decorations.sort_by(|one, other| {
         let key = |at: usize| (number(declared[at].split('%').nth(1).unwrap_or("")), &declared[at]);

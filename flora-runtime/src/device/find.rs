@@ -50,7 +50,8 @@ impl Found {
 fn start<R: Runtime>(info: DeviceInfo, device: &R::Device) -> Result<Device, DeviceError> {
     let client = catch_unwind(AssertUnwindSafe(|| R::client(device))).map_err(|panic| {
         let words = panic.downcast_ref::<String>().map(String::as_str);
-        let reason = words.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("its driver panicked").to_owned();
+        let reason =
+            words.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("its driver panicked").to_owned();
         DeviceError::Start { id: info.id.clone(), reason }
     })?;
     let info = with_features(info, &client);
@@ -97,9 +98,7 @@ fn with_features<R: Runtime>(mut info: DeviceInfo, client: &ComputeClient<R>) ->
     let floats = [("f32", FloatKind::F32), ("f16", FloatKind::F16), ("bf16", FloatKind::BF16)];
     info.element_types = floats
         .into_iter()
-        .filter(|(_, kind)| {
-            properties.type_usage(ElemType::Float(*kind).into()).contains(TypeUsage::Buffer)
-        })
+        .filter(|(_, kind)| properties.type_usage(ElemType::Float(*kind).into()).contains(TypeUsage::Buffer))
         .map(|(name, _)| name.to_owned())
         .collect();
     let fragments = properties.features.matmul.cmma.iter();

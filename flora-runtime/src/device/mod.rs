@@ -154,7 +154,9 @@ pub enum DeviceError {
         found: usize,
     },
     /// More numbers than the device takes in one buffer.
-    #[error("{bytes} bytes were to go into one buffer, and the device `{device}` takes {limit}; load fewer adapters or split the layer")]
+    #[error(
+        "{bytes} bytes were to go into one buffer, and the device `{device}` takes {limit}; load fewer adapters or split the layer"
+    )]
     BufferTooLarge {
         /// How many.
         bytes: u64,
