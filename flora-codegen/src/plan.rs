@@ -86,7 +86,7 @@ impl Default for Plan {
 
 /// The candidates for one part of a batch, cheapest first.
 pub fn candidates(part: Part, shape: LayerShape, batch: &BatchShape, coefficients: &Coefficients) -> Vec<Candidate> {
-    let price = |plan: Plan| work(&plan, shape, batch, false).price(coefficients);
+    let price = |plan: Plan| work(&plan, shape, batch, false, coefficients.pads_blocks).price(coefficients);
     let mut candidates: Vec<_> = lowerings_of(part)
         .map(|row| Candidate {
             lowering: row.lowering,
@@ -105,7 +105,7 @@ pub fn candidates(part: Part, shape: LayerShape, batch: &BatchShape, coefficient
 pub fn plan(shape: LayerShape, batch: &BatchShape, finishes: bool, coefficients: &Coefficients) -> Plan {
     Plan::all()
         .filter(|plan| can_index(plan, shape, batch))
-        .map(|plan| (plan, work(&plan, shape, batch, finishes).price(coefficients)))
+        .map(|plan| (plan, work(&plan, shape, batch, finishes, coefficients.pads_blocks).price(coefficients)))
         .min_by(|one, other| one.1.total_cmp(&other.1))
         .map_or_else(Plan::default, |(plan, _)| plan)
 }

@@ -13,7 +13,7 @@ use flora_codegen::schedule::{Schedule, ScheduleError, schedule};
 use flora_ir::Activation;
 use serde::Serialize;
 
-use crate::device::{Device, DeviceError, LayerOperands, PoolBuffer};
+use crate::device::{BackendKind, Device, DeviceError, LayerOperands, PoolBuffer};
 
 /// How long to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +87,7 @@ pub fn tune(device: &Device, effort: Effort, mut progress: impl FnMut(usize, usi
         schema: SCHEMA,
         flora: env!("CARGO_PKG_VERSION").to_owned(),
         device: device.info().fingerprint(),
+        pads_blocks: bench.pads(),
         seconds_per_launch: 0.0,
         seconds_per_byte: 0.0,
         seconds_per_mac: BTreeMap::new(),
@@ -188,6 +189,11 @@ impl<'a> Bench<'a> {
         Ok(Self { device, effort, operands })
     }
 
+    /// The host multiplies one adapter after the other, and so no padding.
+    fn pads(&self) -> bool {
+        self.device.info().backend != BackendKind::Host
+    }
+
     fn square(&self) -> f64 {
         f64::from(self.effort.width) * f64::from(self.effort.width)
     }
@@ -281,7 +287,7 @@ impl<'a> Bench<'a> {
         let plan = Plan::new(multiplicative, additive).map_err(|error| DeviceError::Execution(error.to_string()))?;
         let batch = BatchShape::of(segments, adapters);
         let mut whole = schedule(&plan, shape, segments, adapters, false);
-        let mut whole_work = work(&plan, shape, &batch, false);
+        let mut whole_work = work(&plan, shape, &batch, false, self.pads());
         if batch.additive.tokens > 0 {
             whole = whole.map(Schedule::without_base_gemm);
             whole_work.launches -= 1;

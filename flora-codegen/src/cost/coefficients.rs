@@ -61,6 +61,8 @@ pub struct Coefficients {
     pub flora: String,
     /// What identifies the device: name, backend, driver.
     pub device: String,
+    /// Whether its batched matmul multiplies padding: true where blocks have to be of one size, false on the host.
+    pub pads_blocks: bool,
     /// c0
     pub seconds_per_launch: f64,
     /// The reciprocal of the effective bandwidth.

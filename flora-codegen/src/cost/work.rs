@@ -7,8 +7,9 @@ use crate::plan::Plan;
 
 const F32: u64 = 4;
 
-/// The work of `plan` on a batch; `finishes` where the layer has a bias or an activation.
-pub fn work(plan: &Plan, shape: LayerShape, batch: &BatchShape, finishes: bool) -> Work {
+/// The work of `plan` on a batch; `finishes` where the layer has a bias or an activation, `pads` where the device's batched matmul
+/// multiplies padding.
+pub fn work(plan: &Plan, shape: LayerShape, batch: &BatchShape, finishes: bool, pads: bool) -> Work {
     let (d, k) = (u64::from(shape.d), u64::from(shape.k));
     let mut work = Work::default();
     if batch.tokens == 0 {
@@ -23,7 +24,7 @@ pub fn work(plan: &Plan, shape: LayerShape, batch: &BatchShape, finishes: bool) 
         let scaled = if materialises { 0 } else { multiplicative.tokens_times_width };
         work.gemm(Kernel::Stacked, shape, batch.plain_rows + scaled);
         if materialises {
-            work.materialised(shape, multiplicative, &batch.scaled_additive);
+            work.materialised(shape, multiplicative, &batch.scaled_additive, pads);
         } else {
             work.add_bytes(F32 * multiplicative.widths * (d + k));
         }
@@ -31,7 +32,7 @@ pub fn work(plan: &Plan, shape: LayerShape, batch: &BatchShape, finishes: bool) 
     let additive = if materialises { batch.additive } else { batch.additive.and(batch.scaled_additive) };
     if additive.tokens > 0 {
         match plan.additive() {
-            Lowering::Bmm => work.low_rank_bmm(shape, &additive),
+            Lowering::Bmm => work.low_rank_bmm(shape, &additive, pads),
             Lowering::Segmented | Lowering::Stacked => work.segmented(shape, &additive),
         }
     }
@@ -53,9 +54,9 @@ impl Work {
     }
 
     /// Make W_i, gather the rows, multiply, scatter. The matmul's coefficient is measured with the packing, which grows with it.
-    fn materialised(&mut self, shape: LayerShape, group: &GroupShape, additive: &GroupShape) {
+    fn materialised(&mut self, shape: LayerShape, group: &GroupShape, additive: &GroupShape, pads: bool) {
         let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-        let padded = group.adapters * group.longest;
+        let padded = if pads { group.adapters * group.longest } else { group.tokens };
         let products = group.widths + additive.widths + group.adapters;
         self.launches += 4;
         self.term(Kernel::Materialise, 1, products * d * k, F32 * (group.adapters + 1) * d * k);
@@ -70,13 +71,16 @@ impl Work {
     }
 
     /// Gather rows, shrink and expand vectors, multiply twice, scatter: the paper's c1 is what all of that costs a MAC.
-    fn low_rank_bmm(&mut self, shape: LayerShape, group: &GroupShape) {
+    fn low_rank_bmm(&mut self, shape: LayerShape, group: &GroupShape, pads: bool) {
         let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-        let padded = group.adapters * group.longest;
-        let ranks = group.adapters * group.largest_width;
-        let bytes = F32 * (padded * (d + k) + ranks * (d + k) + 2 * padded * group.largest_width);
+        let (rows, ranks, products) = if pads {
+            let padded = group.adapters * group.longest;
+            (padded, group.adapters * group.largest_width, padded * group.largest_width)
+        } else {
+            (group.tokens, group.widths, group.tokens_times_width)
+        };
         self.launches += 6;
-        self.term(Kernel::LowRankBmm, group.longest, padded * group.largest_width * (d + k), bytes);
+        self.term(Kernel::LowRankBmm, group.longest, products * (d + k), F32 * ((rows + ranks) * (d + k) + 2 * products));
     }
 }
 
@@ -105,7 +109,7 @@ mod tests {
                 for finishes in [false, true] {
                     let steps = schedule(&plan, shape, &segments, &adapters, finishes).expect("a small batch");
                     let launches: u64 = steps.steps().iter().map(launches).sum();
-                    let work = work(&plan, shape, &BatchShape::of(&segments, &adapters), finishes);
+                    let work = work(&plan, shape, &BatchShape::of(&segments, &adapters), finishes, true);
                     assert_eq!(work.launches, launches, "{mixture:04b} {plan:?} finishes {finishes}");
                 }
             }

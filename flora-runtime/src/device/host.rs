@@ -141,15 +141,11 @@ impl Run<'_> {
     }
 
     fn gather(&self, source: &[f32], index: &[u32], width: usize) -> Vec<f32> {
-        let mut packed = vec![0.0; index.len() * width];
-        for (out, row) in packed.chunks_exact_mut(width).zip(index).filter(|(_, row)| **row != u32::MAX) {
-            out.copy_from_slice(&source[*row as usize * width..(*row as usize + 1) * width]);
-        }
-        packed
+        index.iter().flat_map(|row| &source[*row as usize * width..(*row as usize + 1) * width]).copied().collect()
     }
 
     fn scatter(&self, source: &[f32], index: &[u32], y: &mut [f32], add: bool) {
-        for (values, row) in source.chunks_exact(self.k).zip(index).filter(|(_, row)| **row != u32::MAX) {
+        for (values, row) in source.chunks_exact(self.k).zip(index) {
             let out = &mut y[*row as usize * self.k..(*row as usize + 1) * self.k];
             if add {
                 out.iter_mut().zip(values).for_each(|(out, value)| *out += value);
@@ -256,8 +252,10 @@ fn blocks(rows: &[VirtualRow]) -> Vec<Range<usize>> {
     blocks
 }
 
+/// The blocks without their padding, which stands at their ends: one adapter is multiplied after the other here.
 fn block_indices(packing: &Packing) -> impl Iterator<Item = &[u32]> {
-    packing.index.chunks_exact(packing.block.max(1) as usize)
+    let blocks = packing.index.chunks_exact(packing.block.max(1) as usize);
+    blocks.map(|block| &block[..block.iter().position(|row| *row == u32::MAX).unwrap_or(block.len())])
 }
 
 /// The depth that one call of the library sums over. It would choose by the whole problem's size, and a row's bits would
