@@ -75,6 +75,16 @@ pub enum LaunchError {
         /// What it was launched with.
         layer: LayerShape,
     },
+    /// A result or an intermediate that the device can't hold in one buffer.
+    #[error(
+        "the batch needs a buffer of {bytes} bytes and the device takes {limit}; split the batch, or use another lowering"
+    )]
+    BufferTooLarge {
+        /// What it needs.
+        bytes: u64,
+        /// The device's limit.
+        limit: u64,
+    },
     /// More adapters than kernels can index.
     #[error("the {pool} pool has {elements} elements and kernels index 2^31; load fewer adapters")]
     PoolTooLarge {
@@ -117,7 +127,7 @@ pub unsafe fn launch<R: Runtime>(
 ) -> Result<Handle, LaunchError> {
     check(layer, schedule)?;
     let LayerShape { d, k } = layer.shape;
-    let y = client.empty(schedule.tokens().max(1) as usize * k as usize * size_of::<f32>());
+    let y = allocate(client, schedule.tokens() as usize * k as usize)?;
     let run = Run { client, layer, tokens: schedule.tokens(), x, y: &y, d, k };
     for step in schedule.steps() {
         match step {
@@ -133,6 +143,16 @@ pub unsafe fn launch<R: Runtime>(
         }
     }
     Ok(y)
+}
+
+/// A buffer of f32. cubecl answers one that the device can't hold by a result that is never written.
+fn allocate<R: Runtime>(client: &ComputeClient<R>, elements: usize) -> Result<Handle, LaunchError> {
+    let bytes = elements.max(1) as u64 * size_of::<f32>() as u64;
+    let limit = client.properties().memory.max_page_size;
+    if bytes > limit {
+        return Err(LaunchError::BufferTooLarge { bytes, limit });
+    }
+    Ok(client.empty(bytes as usize))
 }
 
 fn check(layer: &LayerBuffers, schedule: &Schedule) -> Result<(), LaunchError> {
@@ -198,8 +218,8 @@ impl<R: Runtime> Run<'_, R> {
         Table { handle, words: size_of_val(entries) / size_of::<u32>() }
     }
 
-    fn scratch(&self, elements: usize) -> Handle {
-        self.client.empty(elements.max(1) * size_of::<f32>())
+    fn scratch(&self, elements: usize) -> Result<Handle, LaunchError> {
+        allocate(self.client, elements)
     }
 
     /// 16-byte loads where every row starts on one.
@@ -284,7 +304,7 @@ impl<R: Runtime> Run<'_, R> {
     fn materialised(&self, step: &Materialised) -> Result<(), LaunchError> {
         let (d, k) = (self.d as usize, self.k as usize);
         let (count, block) = (step.adapters.len(), step.rows.block as usize);
-        let weights = self.scratch(count * d * k);
+        let weights = self.scratch(count * d * k)?;
         let width_k = self.vector_size(self.k);
         let columns = (self.k as usize / width_k).div_ceil(ELEMENTWISE_UNITS as usize) as u32;
         let cubes = CubeCount::Static(
@@ -311,8 +331,8 @@ impl<R: Runtime> Run<'_, R> {
                 self.k,
             )
         };
-        let packed = self.gather(self.x, self.tokens as usize, &step.rows, self.d);
-        let outputs = self.scratch(count * block * k);
+        let packed = self.gather(self.x, self.tokens as usize, &step.rows, self.d)?;
+        let outputs = self.scratch(count * block * k)?;
         self.matmul(
             Matrices { handle: &packed, batch: count, rows: block, columns: d, transposed: false },
             Matrices { handle: &weights, batch: count, rows: d, columns: k, transposed: false },
@@ -323,7 +343,7 @@ impl<R: Runtime> Run<'_, R> {
     }
 
     fn segmented(&self, items: &[SegmentItem], h_len: u32) -> Result<(), LaunchError> {
-        let h = self.scratch(h_len as usize);
+        let h = self.scratch(h_len as usize)?;
         let largest_rank = items.iter().map(|item| item.rank).max().unwrap_or(0);
         let count = self.axis("the segmented kernels", items.len())?;
         let items = self.table(items);
@@ -366,16 +386,18 @@ impl<R: Runtime> Run<'_, R> {
         let (d, k) = (self.d as usize, self.k as usize);
         let (block, rank) = (step.rows.block as usize, step.shrink.block as usize);
         let count = step.rows.index.len() / block.max(1);
-        let rows = self.gather(self.x, self.tokens as usize, &step.rows, self.d);
-        let shrink = self.gather(&self.layer.in_pool.handle, self.layer.in_pool.slots as usize, &step.shrink, self.d);
-        let expand = self.gather(&self.layer.out_pool.handle, self.layer.out_pool.slots as usize, &step.expand, self.k);
-        let hidden = self.scratch(count * block * rank);
+        let rows = self.gather(self.x, self.tokens as usize, &step.rows, self.d)?;
+        let shrink =
+            self.gather(&self.layer.in_pool.handle, self.layer.in_pool.slots as usize, &step.shrink, self.d)?;
+        let expand =
+            self.gather(&self.layer.out_pool.handle, self.layer.out_pool.slots as usize, &step.expand, self.k)?;
+        let hidden = self.scratch(count * block * rank)?;
         self.matmul(
             Matrices { handle: &rows, batch: count, rows: block, columns: d, transposed: false },
             Matrices { handle: &shrink, batch: count, rows: d, columns: rank, transposed: true },
             &hidden,
         )?;
-        let outputs = self.scratch(count * block * k);
+        let outputs = self.scratch(count * block * k)?;
         self.matmul(
             Matrices { handle: &hidden, batch: count, rows: block, columns: rank, transposed: false },
             Matrices { handle: &expand, batch: count, rows: rank, columns: k, transposed: false },
@@ -403,9 +425,15 @@ impl<R: Runtime> Run<'_, R> {
         };
     }
 
-    fn gather(&self, source: &Handle, source_rows: usize, packing: &Packing, width: u32) -> Handle {
+    fn gather(
+        &self,
+        source: &Handle,
+        source_rows: usize,
+        packing: &Packing,
+        width: u32,
+    ) -> Result<Handle, LaunchError> {
         let count = packing.index.len();
-        let destination = self.scratch(count * width as usize);
+        let destination = self.scratch(count * width as usize)?;
         let lanes = self.vector_size(width);
         let vectors = width as usize / lanes;
         let index = self.table(&packing.index);
@@ -424,7 +452,7 @@ impl<R: Runtime> Run<'_, R> {
                 count as u32,
             )
         };
-        destination
+        Ok(destination)
     }
 
     fn scatter(&self, source: &Handle, packing: &Packing, add: bool) {

@@ -5,7 +5,7 @@ use serde::Serialize;
 use crate::batch::{BatchShape, LayerShape};
 use crate::cost::{Coefficients, work};
 use crate::lowering::{Lowering, Part, lowerings_of};
-use crate::schedule::can_index;
+use crate::schedule::can_hold;
 
 /// How the two parts of a batch's adapters are computed. Base rows need no choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -100,11 +100,11 @@ pub fn candidates(part: Part, shape: LayerShape, batch: &BatchShape, coefficient
     candidates
 }
 
-/// Picks the cheapest plan for this batch whose buffers kernels can index; `finishes` where the layer has a bias or an
+/// Picks the cheapest plan for this batch whose buffers the device can hold and kernels can index; `finishes` where the layer has a bias or an
 /// activation.
 pub fn plan(shape: LayerShape, batch: &BatchShape, finishes: bool, coefficients: &Coefficients) -> Plan {
     Plan::all()
-        .filter(|plan| can_index(plan, shape, batch))
+        .filter(|plan| can_hold(plan, shape, batch, coefficients.largest_buffer_bytes))
         .map(|plan| (plan, work(&plan, shape, batch, finishes, coefficients.pads_blocks).price(coefficients)))
         .min_by(|one, other| one.1.total_cmp(&other.1))
         .map_or_else(Plan::default, |(plan, _)| plan)

@@ -308,9 +308,10 @@ fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str
     ]
 }
 
-/// Whether a plan's buffers can be indexed.
-pub(crate) fn can_index(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> bool {
-    buffers(plan, shape, batch).into_iter().all(|(_, elements)| elements <= INDEX_LIMIT)
+/// Whether a plan's buffers can be indexed and are no longer than the device's longest.
+pub(crate) fn can_hold(plan: &Plan, shape: LayerShape, batch: &BatchShape, largest_buffer_bytes: Option<u64>) -> bool {
+    let longest = largest_buffer_bytes.map_or(u64::MAX, |bytes| bytes / size_of::<f32>() as u64).min(INDEX_LIMIT);
+    buffers(plan, shape, batch).into_iter().all(|(_, elements)| elements <= longest)
 }
 
 /// The rows of every adapter that isn't plain; of a plain one without an additive part, whether it has any.

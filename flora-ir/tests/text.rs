@@ -4,7 +4,7 @@ mod support;
 
 use flora_ir::{Layer, Node, builtin, parse, print};
 use proptest::prelude::*;
-use support::{config, layer_from_choices, same_graph};
+use support::{config, fuzz_cases, layer_from_choices, same_graph};
 
 #[test]
 fn builtins_round_trip() {
@@ -148,36 +148,45 @@ proptest! {
         prop_assert!(same_graph(&layer, &again), "{text}\n{}", print(&again));
         prop_assert_eq!(print(&again), text);
     }
+}
 
-    #[test]
-    fn any_string_is_parsed_or_refused(source in ".{0,200}") {
-        let _ = parse(&source).map(flora_ir::verify);
-    }
+/// Whatever the text, it is parsed or refused; `cargo xtask test` runs these for longer.
+mod fuzz {
+    use super::*;
 
-    #[test]
-    fn any_words_are_parsed_or_refused(words in prop::collection::vec(prop::sample::select(PIECES), 0..60)) {
-        let source = words.join(" ");
-        if let Err(error) = parse(&source) {
-            prop_assert!(!error.diagnostic.render("text", &source).is_empty());
+    proptest! {
+        #![proptest_config(config(fuzz_cases()))]
+
+        #[test]
+        fn any_string_is_parsed_or_refused(source in ".{0,200}") {
+            let _ = parse(&source).map(flora_ir::verify);
         }
-    }
 
-    #[test]
-    fn mutated_layers_are_parsed_or_refused(
-        name in prop::sample::select(builtin::names().collect::<Vec<_>>()),
-        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), prop::sample::select(PIECES)), 1..6),
-    ) {
-        let mut text: Vec<char> = builtin::source(name).unwrap_or_default().chars().collect();
-        for (from, to, piece) in edits {
-            let from = from.index(text.len() + 1);
-            let to = (from + to.index(8)).min(text.len());
-            text.splice(from..to, piece.chars());
+        #[test]
+        fn any_words_are_parsed_or_refused(words in prop::collection::vec(prop::sample::select(PIECES), 0..60)) {
+            let source = words.join(" ");
+            if let Err(error) = parse(&source) {
+                prop_assert!(!error.diagnostic.render("text", &source).is_empty());
+            }
         }
-        let source: String = text.into_iter().collect();
-        match parse(&source).map(flora_ir::verify) {
-            Err(error) => prop_assert!(!error.diagnostic.render("text", &source).is_empty()),
-            Ok(Err(mistakes)) => prop_assert!(mistakes.iter().all(|mistake| !mistake.render("text", &source).is_empty())),
-            Ok(Ok(_)) => {}
+
+        #[test]
+        fn mutated_layers_are_parsed_or_refused(
+            name in prop::sample::select(builtin::names().collect::<Vec<_>>()),
+            edits in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), prop::sample::select(PIECES)), 1..6),
+        ) {
+            let mut text: Vec<char> = builtin::source(name).unwrap_or_default().chars().collect();
+            for (from, to, piece) in edits {
+                let from = from.index(text.len() + 1);
+                let to = (from + to.index(8)).min(text.len());
+                text.splice(from..to, piece.chars());
+            }
+            let source: String = text.into_iter().collect();
+            match parse(&source).map(flora_ir::verify) {
+                Err(error) => prop_assert!(!error.diagnostic.render("text", &source).is_empty()),
+                Ok(Err(mistakes)) => prop_assert!(mistakes.iter().all(|mistake| !mistake.render("text", &source).is_empty())),
+                Ok(Ok(layer)) => drop(flora_ir::algebra::normalize(&layer)),
+            }
         }
     }
 }

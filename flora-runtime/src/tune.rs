@@ -88,6 +88,7 @@ pub fn tune(device: &Device, effort: Effort, mut progress: impl FnMut(usize, usi
         flora: env!("CARGO_PKG_VERSION").to_owned(),
         device: device.info().fingerprint(),
         pads_blocks: bench.pads(),
+        largest_buffer_bytes: device.info().largest_buffer_bytes,
         seconds_per_launch: 0.0,
         seconds_per_byte: 0.0,
         seconds_per_mac: BTreeMap::new(),

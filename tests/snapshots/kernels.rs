@@ -68,3 +68,19 @@ fn sources_are_stable() {
         assert_eq!(forwards, backwards);
     }
 }
+
+/// WebGPU's default longest buffer is 128 MiB: three weights of 64 MiB are refused, not cut.
+#[test]
+fn a_batch_that_the_target_cannot_hold_is_refused() {
+    let flora = lowered().into_iter().find(|lowered| lowered.title() == "flora bmm").expect("a row of the table");
+    let emit = |name: &str| {
+        let target: Target = name.parse().expect("a target");
+        flora.layer.emit(target, flora.plan, LayerShape { d: 4096, k: 4096 }, 1, 3, 1)
+    };
+    let refused = emit("wgsl").expect_err("too large").to_string();
+    assert_eq!(
+        refused,
+        "the batch needs a buffer of 201326592 bytes and the device takes 134217728; split the batch, or use another lowering"
+    );
+    assert!(emit("cuda:sm_90").is_ok());
+}

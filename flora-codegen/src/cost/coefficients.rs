@@ -63,6 +63,8 @@ pub struct Coefficients {
     pub device: String,
     /// Whether its batched matmul multiplies padding: true where blocks have to be of one size, false on the host.
     pub pads_blocks: bool,
+    /// The most bytes that the device takes in one buffer, which some plans would exceed; `None` where memory is the limit.
+    pub largest_buffer_bytes: Option<u64>,
     /// c0
     pub seconds_per_launch: f64,
     /// The reciprocal of the effective bandwidth.

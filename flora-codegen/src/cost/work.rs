@@ -80,7 +80,12 @@ impl Work {
             (group.tokens, group.widths, group.tokens_times_width)
         };
         self.launches += 6;
-        self.term(Kernel::LowRankBmm, group.longest, products * (d + k), F32 * ((rows + ranks) * (d + k) + 2 * products));
+        self.term(
+            Kernel::LowRankBmm,
+            group.longest,
+            products * (d + k),
+            F32 * ((rows + ranks) * (d + k) + 2 * products),
+        );
     }
 }
 

@@ -93,6 +93,8 @@ impl Dialect for Spirv {
 
     fn properties(_variant: u16) -> DeviceProperties {
         let mut properties = properties(32 << 10, 1024, (32, 32));
+        // What desktop drivers report for a storage buffer's range.
+        properties.memory.max_page_size = u64::from(u32::MAX);
         properties.register_type_usage(ElemType::Float(FloatKind::F16), TypeUsage::all());
         for plane in [Plane::Ops, Plane::Sync, Plane::NonUniformControlFlow] {
             properties.features.plane.insert(plane);

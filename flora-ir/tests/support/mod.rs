@@ -22,6 +22,12 @@ pub(crate) fn config(cases: u32) -> ProptestConfig {
     }
 }
 
+/// Cases of a fuzz test: 20 for each of `FLORA_FUZZ_CASES`, because a text takes a twentieth of a file's time; or 256.
+pub(crate) fn fuzz_cases() -> u32 {
+    let asked = std::env::var("FLORA_FUZZ_CASES").ok().and_then(|cases| cases.parse().ok());
+    asked.map_or(256, |cases: u32| cases.saturating_mul(20))
+}
+
 /// A graph over square matrices, so that it often type-checks, to whose output what `choices` build is added.
 pub(crate) fn square_layer_from_choices(choices: &[[u8; 3]]) -> Layer {
     let mut layer = Layer::new("square");
