@@ -125,7 +125,7 @@ pub unsafe fn launch<R: Runtime>(
     schedule: &Schedule,
     x: &Handle,
 ) -> Result<Handle, LaunchError> {
-    check(layer, schedule)?;
+    check(schedule, layer.shape, layer.in_pool.slots, layer.out_pool.slots)?;
     let LayerShape { d, k } = layer.shape;
     let y = allocate(client, schedule.tokens() as usize * k as usize)?;
     let run = Run { client, layer, tokens: schedule.tokens(), x, y: &y, d, k };
@@ -155,17 +155,20 @@ fn allocate<R: Runtime>(client: &ComputeClient<R>, elements: usize) -> Result<Ha
     Ok(client.empty(bytes as usize))
 }
 
-fn check(layer: &LayerBuffers, schedule: &Schedule) -> Result<(), LaunchError> {
-    if layer.shape != schedule.shape() {
-        return Err(LaunchError::OtherLayer { schedule: schedule.shape(), layer: layer.shape });
+/// Whether a schedule is one of a layer of this shape whose pools have so many slots.
+///
+/// # Errors
+/// A schedule of another layer or of slots that the pools lack; pools that kernels can't index.
+pub fn check(schedule: &Schedule, shape: LayerShape, in_slots: u32, out_slots: u32) -> Result<(), LaunchError> {
+    if shape != schedule.shape() {
+        return Err(LaunchError::OtherLayer { schedule: schedule.shape(), layer: shape });
     }
-    let LayerShape { d, k } = layer.shape;
-    let pools = [("in", schedule.in_slots(), &layer.in_pool, d), ("out", schedule.out_slots(), &layer.out_pool, k)];
-    for (pool, needed, Pool { slots, .. }, width) in pools {
-        if needed > *slots {
-            return Err(LaunchError::Slots { pool, needed, slots: *slots });
+    let pools = [("in", schedule.in_slots(), in_slots, shape.d), ("out", schedule.out_slots(), out_slots, shape.k)];
+    for (pool, needed, slots, width) in pools {
+        if needed > slots {
+            return Err(LaunchError::Slots { pool, needed, slots });
         }
-        let elements = u64::from(*slots) * u64::from(width);
+        let elements = u64::from(slots) * u64::from(width);
         if elements > i32::MAX as u64 {
             return Err(LaunchError::PoolTooLarge { pool, elements });
         }

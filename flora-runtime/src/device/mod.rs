@@ -9,7 +9,7 @@ use std::sync::Arc;
 use cubecl::server::Handle;
 use flora_codegen::batch::LayerShape;
 use flora_codegen::kernels::Epilogue;
-use flora_codegen::launch::LaunchError;
+use flora_codegen::launch::{self, LaunchError};
 use flora_codegen::schedule::Schedule;
 use serde::Serialize;
 
@@ -280,16 +280,7 @@ impl Device {
             }
             None => {}
         }
-        if schedule.shape() != layer.shape {
-            let (schedule, layer) = (schedule.shape(), layer.shape);
-            return Err(LaunchError::OtherLayer { schedule, layer }.into());
-        }
-        let pools = [("in", schedule.in_slots(), &layer.in_pool), ("out", schedule.out_slots(), &layer.out_pool)];
-        for (pool, needed, PoolBuffer { slots, .. }) in pools {
-            if needed > *slots {
-                return Err(LaunchError::Slots { pool, needed, slots: *slots }.into());
-            }
-        }
+        launch::check(schedule, layer.shape, layer.in_pool.slots, layer.out_pool.slots)?;
         let y = self.backend.execute(layer, schedule, &x.storage)?;
         Ok(self.own(y, tokens * k))
     }
