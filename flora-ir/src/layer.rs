@@ -249,4 +249,10 @@ impl Layer {
         }
         reachable
     }
+
+    /// Whether the value of `node` depends on `operand`.
+    pub fn depends_on(&self, node: Handle<Node>, operand: Handle<Operand>) -> bool {
+        let reachable = self.reachable_from(node);
+        self.nodes.iter().any(|(handle, node)| reachable[handle.index()] && *node == Node::Operand(operand))
+    }
 }

@@ -5,7 +5,7 @@ mod support;
 use flora_ir::algebra::{
     Core, FoldError, FoldedAdapter, NormalizeError, Obstacle, RankOne, VirtualRow, normalize, rules,
 };
-use flora_ir::{Activation, Bindings, Dimension, EvaluateError, Value, VerifiedLayer, builtin, evaluate_root};
+use flora_ir::{Activation, Bindings, Dimension, EvaluateError, Role, Value, VerifiedLayer, builtin, evaluate_root};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use support::{bindings, config, is_close, layer};
@@ -178,6 +178,27 @@ fn builtins_have_the_terms_of_their_names() {
     assert!(expected.iter().map(|(name, _)| *name).eq(builtin::names()));
     for (name, count) in expected {
         assert_eq!(counts(name), count, "{name}");
+    }
+}
+
+#[test]
+fn the_base_weight_is_read_by_norms_alone() {
+    let linear = |name: &str| normalize(builtin::builtin(name).expect(name)).expect(name).linear;
+    let readers: Vec<_> = builtin::names().filter(|name| linear(name).reads_base_weight()).collect();
+    assert_eq!(readers, ["dora"]);
+    // b and a, and DoRA's scale of both terms; LoRA's s.
+    let counts = ["linear", "ia3", "flora", "lora", "dora"].map(|name| linear(name).load_time_values().len());
+    assert_eq!(counts, [0, 1, 2, 3, 4]);
+    // What `fold` asks for.
+    for name in builtin::names() {
+        let layer = builtin::builtin(name).expect(name);
+        let all = bindings(layer, [2, 5, 7, 3], 1);
+        let operands = layer.layer().operands.iter().filter(|(_, operand)| operand.role == Role::Adapter);
+        let mut own: Bindings =
+            operands.map(|(_, operand)| (&*operand.name, all.get(&operand.name).expect("bound").clone())).collect();
+        own.insert_extent(Dimension::Symbol("K".to_owned()), 7);
+        let folded = linear(name).fold(&own);
+        assert_eq!(folded.is_err(), linear(name).reads_base_weight(), "{name}: {folded:?}");
     }
 }
 

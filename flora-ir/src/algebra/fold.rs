@@ -1,7 +1,7 @@
 //! What is done once, when an adapter is loaded: its scales, means and norms are computed in f64 and folded into the vectors
 //! that the kernels read, each rounded to f32 once.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use super::{AdaptedLinear, Core, FoldedAdapter, RankOne, Term, VirtualRow};
 use crate::arena::Handle;
@@ -114,8 +114,7 @@ impl AdaptedLinear {
     /// A missing tensor, extents that disagree or aren't known, a mean over rank 0, a value beyond f32.
     pub fn fold(&self, bindings: &Bindings) -> Result<FoldedAdapter, FoldError> {
         let extents = bindings.extents(self.layer.layer().operands.iter().map(|(_, operand)| operand))?;
-        let nodes: BTreeSet<_> = self.terms.iter().flat_map(Term::load_time_values).collect();
-        let nodes = Vec::from_iter(nodes);
+        let nodes = self.load_time_values();
         let values = evaluate_graph(self.layer.layer(), &nodes, bindings)?;
         let values = nodes.into_iter().zip(values).collect();
         let mut fold = Fold { linear: self, bindings, extents, values, folded: FoldedAdapter::default() };
@@ -124,17 +123,6 @@ impl AdaptedLinear {
             fold.term(term)?;
         }
         Ok(fold.folded)
-    }
-}
-
-impl Term {
-    /// The nodes that are evaluated when an adapter is loaded.
-    fn load_time_values(&self) -> impl Iterator<Item = Handle<Node>> + use<> {
-        let pair = match self.core {
-            Core::Base => None,
-            Core::Multiplicative { b, a, .. } | Core::Additive { b, a, .. } => Some([b, a]),
-        };
-        self.inner.into_iter().chain(self.outer).chain(pair.into_iter().flatten())
     }
 }
 

@@ -15,6 +15,8 @@ pub use obstacle::{NormalizeError, Obstacle};
 pub use read::MAX_TERMS;
 pub use rules::{Rule, rules};
 
+use std::collections::BTreeSet;
+
 use crate::arena::Handle;
 use crate::layer::{Activation, Node, Operand, Reduce};
 use crate::verify::VerifiedLayer;
@@ -71,6 +73,27 @@ pub enum Core {
         /// Sum or mean over the rank.
         reduce: Reduce,
     },
+}
+
+impl AdaptedLinear {
+    /// The scales and factors of all terms, each node once, in the order of the arena: what [`fold`](Self::fold) evaluates
+    /// when an adapter is loaded.
+    pub fn load_time_values(&self) -> Vec<Handle<Node>> {
+        let values = self.terms.iter().flat_map(|term| {
+            let pair = match term.core {
+                Core::Base => None,
+                Core::Multiplicative { b, a, .. } | Core::Additive { b, a, .. } => Some([b, a]),
+            };
+            term.inner.into_iter().chain(term.outer).chain(pair.into_iter().flatten())
+        });
+        Vec::from_iter(BTreeSet::from_iter(values))
+    }
+
+    /// Whether a load-time value depends on w0, as DoRA's norm does: only then does [`fold`](Self::fold) need it bound.
+    pub fn reads_base_weight(&self) -> bool {
+        let layer = self.layer.layer();
+        self.load_time_values().into_iter().any(|value| layer.depends_on(value, self.base_weight))
+    }
 }
 
 /// An adapter in the form the kernels read, every scale, mean and norm folded in, for one base weight `[d, k]`:

@@ -3,7 +3,7 @@
 use super::pattern::Subject;
 use crate::arena::Handle;
 use crate::diagnostic::Diagnostic;
-use crate::layer::{Node, Operator, Reduce, Role, Span};
+use crate::layer::{Node, Operator, Reduce, Span};
 use crate::text::print_node;
 use crate::verify::VerifiedLayer;
 
@@ -143,7 +143,8 @@ fn search(
             Some((node, Obstacle::MatMulChain))
         }
         Node::MatMul { lhs, rhs, .. } if !in_matmul && !subject.is_projected(lhs) && !subject.is_base_weight(rhs) => {
-            Some((rhs, if reads_base_weight(subject, rhs) { Obstacle::DenseFactor } else { Obstacle::DenseWeight }))
+            let reads_base_weight = subject.layer.layer().depends_on(rhs, subject.layer.base_weight());
+            Some((rhs, if reads_base_weight { Obstacle::DenseFactor } else { Obstacle::DenseWeight }))
         }
         _ => None,
     })
@@ -154,13 +155,4 @@ fn is_low_rank_pair(subject: &Subject<'_>, node: Handle<Node>) -> bool {
     let Node::MatMul { lhs, rhs: a, .. } = *subject.node(node) else { return false };
     let Node::MatMul { lhs: x, rhs: b, .. } = *subject.node(lhs) else { return false };
     !subject.is_projected(x) && !subject.is_base_weight(a) && !subject.is_base_weight(b)
-}
-
-fn reads_base_weight(subject: &Subject<'_>, node: Handle<Node>) -> bool {
-    let layer = subject.layer.layer();
-    let reachable = layer.reachable_from(node);
-    layer.nodes.iter().any(|(handle, node)| match node {
-        Node::Operand(operand) => reachable[handle.index()] && layer.operands[*operand].role == Role::BaseWeight,
-        _ => false,
-    })
 }
