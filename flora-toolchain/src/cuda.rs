@@ -6,20 +6,39 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
-use std::fmt;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output};
-use std::str::FromStr;
 use std::sync::OnceLock;
 
+use rayon::prelude::*;
+use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::{Cache, from_environment};
 use crate::error::FetchError;
-use crate::nvrtc::{Failure, Nvrtc};
 use crate::pypi::Wheel;
-use crate::sass;
+
+mod architecture;
+mod check;
+mod launch;
+mod listing;
+mod loops;
+mod mix;
+mod nvrtc;
+mod occupancy;
+mod ptxas;
+mod results;
+
+pub use architecture::{Architecture, UnknownArchitecture};
+pub use check::{Defect, Expectations};
+pub use loops::MainLoop;
+pub use mix::{Class, Mix};
+pub use occupancy::{Block, Limiter, MAX_WARPS, Occupancy, OccupancyError};
+
+use listing::Listing;
+use nvrtc::{Failure, Nvrtc};
+use results::Results;
 
 /// The run-time compiler.
 const NVRTC: Wheel = Wheel {
@@ -54,79 +73,64 @@ const NVDISASM: Wheel = Wheel {
     members: &["nvidia/cu13/bin/nvdisasm"],
 };
 
-/// A generation of NVIDIA GPUs that kernels are compiled for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Architecture {
-    /// Ampere (A100): compute capability 8.0.
-    #[serde(rename = "sm_80")]
-    Sm80,
-    /// Hopper (H100, H200): compute capability 9.0 with the features of that generation alone, as a launch there uses.
-    #[serde(rename = "sm_90a")]
-    Sm90a,
-    /// Blackwell (B100, B200): compute capability 10.0.
-    #[serde(rename = "sm_100")]
-    Sm100,
-}
-
-/// A name that is none of [`Architecture`]'s.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown architecture `{0}`: use sm_80, sm_90 (or sm_90a) or sm_100")]
-pub struct UnknownArchitecture(
-    /// The name.
-    pub String,
-);
-
-impl Architecture {
-    /// Every architecture, oldest first.
-    pub const ALL: [Self; 3] = [Self::Sm80, Self::Sm90a, Self::Sm100];
-
-    /// The number and features after `sm_` and `compute_`.
-    fn number(self) -> &'static str {
-        match self {
-            Self::Sm80 => "80",
-            Self::Sm90a => "90a",
-            Self::Sm100 => "100",
-        }
-    }
-}
-
-impl fmt::Display for Architecture {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "sm_{}", self.number())
-    }
-}
-
-impl FromStr for Architecture {
-    type Err = UnknownArchitecture;
-
-    fn from_str(name: &str) -> Result<Self, Self::Err> {
-        match name {
-            "sm_80" => Ok(Self::Sm80),
-            "sm_90" | "sm_90a" => Ok(Self::Sm90a),
-            "sm_100" => Ok(Self::Sm100),
-            _ => Err(UnknownArchitecture(name.to_owned())),
-        }
-    }
-}
-
-/// What a source becomes. Numbers are those of all its kernels together: the largest registers and shared memory, the
-/// sum of the rest.
+/// A kernel's machine code, as far as its cost goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Compiled {
-    /// The PTX that NVRTC made.
-    pub ptx: String,
+    /// The kernel's name.
+    pub kernel: String,
+    /// What it is compiled for.
+    pub architecture: Architecture,
     /// Registers a thread.
     pub registers: u32,
     /// Bytes a thread stores to and loads from local memory because registers ran out; 0 in a good kernel.
     pub spill_bytes: u32,
-    /// Bytes of statically allocated shared memory a block.
+    /// Those of them that are stores.
+    pub spill_store_bytes: u32,
+    /// Bytes of local memory a thread: spilled values, and arrays that are indexed by a variable.
+    pub stack_bytes: u32,
+    /// Bytes of static shared memory a block.
     pub shared_bytes: u32,
+    /// Bytes of dynamic shared memory that a launch must give a block, as the source says it; `None` when there is some
+    /// and the source doesn't say how much.
+    pub dynamic_shared_bytes: Option<u32>,
+    /// Threads of a block, where the source binds them (`__launch_bounds__`).
+    pub threads: Option<u32>,
     /// How often each machine instruction occurs, by opcode without modifiers: `HMMA`, `FFMA`, `LDG`. The `NOP`s that fill
     /// up the end of a kernel are left out.
     pub instructions: BTreeMap<String, u32>,
-    /// How often a load from global memory (`LDG`) occurs, by its width: `32`, `64` or `128` bits, `U8`, `S8`, `U16` or
-    /// `S16` for those that extend to a register.
+    /// How often a load from global memory occurs, by its width: the forms of [`Class::GlobalLoad`] in `mix`.
     pub global_loads: BTreeMap<String, u32>,
+    /// The same instructions by class.
+    pub mix: Mix,
+    /// The loop that does the multiplications; `None` when no loop multiplies.
+    pub main_loop: Option<MainLoop>,
+}
+
+impl Compiled {
+    /// Bytes that a thread loads from local memory because registers ran out.
+    #[must_use]
+    pub fn spill_load_bytes(&self) -> u32 {
+        self.spill_bytes.saturating_sub(self.spill_store_bytes)
+    }
+
+    /// The theoretical occupancy of a launch as the source describes it.
+    ///
+    /// # Errors
+    /// [`OccupancyError::UnknownThreads`] or [`OccupancyError::UnknownSharedBytes`] when the source leaves that open, and
+    /// as [`Compiled::occupancy_of`].
+    pub fn occupancy(&self) -> Result<Occupancy, OccupancyError> {
+        let threads = self.threads.ok_or(OccupancyError::UnknownThreads)?;
+        self.occupancy_of(threads, self.dynamic_shared_bytes.ok_or(OccupancyError::UnknownSharedBytes)?)
+    }
+
+    /// The theoretical occupancy of a launch with blocks of so many threads and bytes of dynamic shared memory.
+    ///
+    /// # Errors
+    /// As [`Occupancy::of`].
+    pub fn occupancy_of(&self, threads: u32, dynamic_shared_bytes: u32) -> Result<Occupancy, OccupancyError> {
+        let shared_bytes = self.shared_bytes.saturating_add(dynamic_shared_bytes);
+        Occupancy::of(self.architecture, Block { threads, registers: self.registers, shared_bytes })
+    }
 }
 
 /// Why a source was not compiled.
@@ -176,6 +180,12 @@ pub enum CompileError {
     /// The source holds no kernel.
     #[error("the CUDA source holds no kernel: it must have a `__global__` function that is no uninstantiated template")]
     NoKernel,
+    /// The source holds several kernels, whose figures would be mixed up.
+    #[error("the CUDA source holds several kernels ({}): compile each by itself", .0.join(", "))]
+    SeveralKernels(
+        /// Their names.
+        Vec<String>,
+    ),
     /// A temporary file could not be written.
     #[error("can't write a temporary file: {0}; set TMPDIR to a folder with space")]
     Temporary(#[from] std::io::Error),
@@ -189,6 +199,7 @@ pub struct CudaCompiler {
     nvdisasm: PathBuf,
     includes: [PathBuf; 2],
     loaded: OnceLock<Result<Nvrtc, String>>,
+    results: Results,
 }
 
 impl CudaCompiler {
@@ -209,7 +220,8 @@ impl CudaCompiler {
         if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
             return Err(FetchError::Unsupported { what: "the CUDA compilers", needs: "Linux on x86-64" });
         }
-        Ok(Self::of([NVRTC.ensure(cache)?, RUNTIME.ensure(cache)?, NVCC.ensure(cache)?, NVDISASM.ensure(cache)?]))
+        let wheels = [NVRTC.ensure(cache)?, RUNTIME.ensure(cache)?, NVCC.ensure(cache)?, NVDISASM.ensure(cache)?];
+        Ok(Self::of(cache, wheels))
     }
 
     /// The compilers if they were fetched before; downloads nothing.
@@ -222,7 +234,7 @@ impl CudaCompiler {
     #[must_use]
     pub fn installed_in(cache: &Cache) -> Option<Self> {
         let [nvrtc, runtime, nvcc, nvdisasm] = [&NVRTC, &RUNTIME, &NVCC, &NVDISASM].map(|wheel| wheel.installed(cache));
-        Some(Self::of([nvrtc?, runtime?, nvcc?, nvdisasm?]))
+        Some(Self::of(cache, [nvrtc?, runtime?, nvcc?, nvdisasm?]))
     }
 
     /// The compilers as the environment variable `FLORA_CUDA` has it, for tests: `required` fetches them and fails where
@@ -235,22 +247,76 @@ impl CudaCompiler {
     }
 
     /// The compilers in the folders of the unpacked wheels.
-    fn of([nvrtc, runtime, nvcc, nvdisasm]: [PathBuf; 4]) -> Self {
+    fn of(cache: &Cache, [nvrtc, runtime, nvcc, nvdisasm]: [PathBuf; 4]) -> Self {
+        let versions = [&NVRTC, &RUNTIME, &NVCC, &NVDISASM].map(Wheel::title).join(", ");
         Self {
             nvrtc: nvrtc.join(NVRTC.members[0]),
             ptxas: nvcc.join(NVCC.members[0]),
             nvdisasm: nvdisasm.join(NVDISASM.members[0]),
             includes: [runtime.join(RUNTIME.members[0]), nvcc.join(NVCC.members[1])],
             loaded: OnceLock::new(),
+            results: Results::new(cache.root().join("compiled"), versions),
         }
     }
 
-    /// Compiles CUDA C++ for `architecture` and reads what the machine code costs. The CUDA headers can be included.
+    /// Compiles the one kernel of a CUDA C++ source for `architecture` and reads what the machine code costs. The CUDA
+    /// headers can be included. What was compiled before is read from the cache folder.
     ///
     /// # Errors
-    /// [`CompileError::Source`] with the compiler's log when the source is wrong; [`CompileError::NoKernel`] when there is
-    /// nothing in it to launch.
+    /// [`CompileError::Source`] with the compiler's log when the source is wrong; [`CompileError::NoKernel`] and
+    /// [`CompileError::SeveralKernels`] when there is not one kernel in it.
     pub fn compile(&self, source: &str, architecture: Architecture) -> Result<Compiled, CompileError> {
+        self.results.get_or(source, architecture, || self.compile_anew(source, architecture))
+    }
+
+    /// Compiles many sources on all cores; the results are in the sources' order.
+    #[must_use]
+    pub fn compile_all(&self, sources: &[(&str, Architecture)]) -> Vec<Result<Compiled, CompileError>> {
+        sources.par_iter().map(|(source, architecture)| self.compile(source, *architecture)).collect()
+    }
+
+    fn compile_anew(&self, source: &str, architecture: Architecture) -> Result<Compiled, CompileError> {
+        let ptx = self.ptx(source, architecture)?;
+        let work = tempfile::tempdir()?;
+        let (assembly, binary) = (work.path().join("kernel.ptx"), work.path().join("kernel.cubin"));
+        fs::write(&assembly, &ptx)?;
+        let mut assemble = Command::new(&self.ptxas);
+        assemble.arg("-v").arg(format!("-arch={architecture}")).arg(&assembly).arg("-o").arg(&binary);
+        let report = run("ptxas", architecture, assemble)?;
+        let usage = ptxas::Usage::parse(&String::from_utf8_lossy(&report.stderr)).ok_or(CompileError::NoKernel)?;
+        let kernel = match usage.kernels.as_slice() {
+            [kernel] => kernel.clone(),
+            [] => return Err(CompileError::NoKernel),
+            several => return Err(CompileError::SeveralKernels(several.to_vec())),
+        };
+        let mut disassemble = Command::new(&self.nvdisasm);
+        disassemble.arg("-c").arg(&binary);
+        let listing = run("nvdisasm", architecture, disassemble)?;
+        let listing = Listing::parse(&String::from_utf8_lossy(&listing.stdout));
+        let mut instructions = BTreeMap::new();
+        for instruction in &listing.instructions {
+            *instructions.entry(instruction.opcode.clone()).or_default() += 1;
+        }
+        let mix = Mix::of(&listing.instructions);
+        Ok(Compiled {
+            registers: usage.registers,
+            spill_bytes: usage.spill_store_bytes.saturating_add(usage.spill_load_bytes),
+            spill_store_bytes: usage.spill_store_bytes,
+            stack_bytes: usage.stack_bytes,
+            shared_bytes: usage.shared_bytes,
+            dynamic_shared_bytes: launch::dynamic_shared_bytes(source),
+            threads: launch::threads(&ptx),
+            instructions,
+            global_loads: check::loads(&mix),
+            mix,
+            main_loop: MainLoop::find(&listing, &kernel),
+            kernel,
+            architecture,
+        })
+    }
+
+    /// The PTX that NVRTC makes of a source.
+    fn ptx(&self, source: &str, architecture: Architecture) -> Result<String, CompileError> {
         let nvrtc = match self.loaded.get_or_init(|| Nvrtc::load(&self.nvrtc)) {
             Ok(nvrtc) => nvrtc,
             Err(reason) => return Err(CompileError::Load { library: self.nvrtc.clone(), reason: reason.clone() }),
@@ -258,31 +324,16 @@ impl CudaCompiler {
         let source = CString::new(source).map_err(|error| CompileError::ZeroByte { offset: error.nul_position() })?;
         let mut options = vec![format!("--gpu-architecture=compute_{}", architecture.number())];
         options.extend(self.includes.iter().map(|folder| format!("--include-path={}", folder.display())));
-        let ptx = nvrtc.ptx(&source, &options).map_err(|failure| match failure {
+        nvrtc.ptx(&source, &options).map_err(|failure| match failure {
             Failure::Log(log) => CompileError::Source { architecture, log },
             Failure::Call { call, status } => CompileError::Nvrtc { call, status },
-        })?;
-
-        let work = tempfile::tempdir()?;
-        let (assembly, binary) = (work.path().join("kernel.ptx"), work.path().join("kernel.cubin"));
-        fs::write(&assembly, &ptx)?;
-        let mut assemble = Command::new(&self.ptxas);
-        assemble.arg("-v").arg(format!("-arch={architecture}")).arg(&assembly).arg("-o").arg(&binary);
-        let report = run("ptxas", architecture, assemble)?;
-        let usage = sass::Usage::parse(&String::from_utf8_lossy(&report.stderr)).ok_or(CompileError::NoKernel)?;
-        let mut disassemble = Command::new(&self.nvdisasm);
-        disassemble.arg("-c").arg(&binary);
-        let listing = run("nvdisasm", architecture, disassemble)?;
-        let mix = sass::Mix::parse(&String::from_utf8_lossy(&listing.stdout));
-        Ok(Compiled {
-            ptx,
-            registers: usage.registers,
-            spill_bytes: usage.spill_bytes,
-            shared_bytes: usage.shared_bytes,
-            instructions: mix.instructions,
-            global_loads: mix.global_loads,
         })
     }
+}
+
+/// A pattern of the readers below.
+fn pattern(text: &str) -> Regex {
+    Regex::new(text).expect("the readers' patterns are constants that their tests compile")
 }
 
 /// Runs one of the tools to its end.
@@ -296,16 +347,23 @@ fn run(program: &'static str, architecture: Architecture, mut command: Command) 
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn architectures_parse_back_and_serialise_as_printed() {
-        for architecture in Architecture::ALL {
-            assert_eq!(architecture.to_string().parse(), Ok(architecture));
-            assert_eq!(serde_json::to_string(&architecture).unwrap(), format!("\"{architecture}\""));
+impl Compiled {
+    /// A kernel that costs nothing, for tests to refine.
+    fn example() -> Self {
+        Self {
+            kernel: "k".to_owned(),
+            architecture: Architecture::Sm80,
+            registers: 32,
+            spill_bytes: 0,
+            spill_store_bytes: 0,
+            stack_bytes: 0,
+            shared_bytes: 0,
+            dynamic_shared_bytes: Some(0),
+            threads: Some(128),
+            instructions: BTreeMap::new(),
+            global_loads: BTreeMap::new(),
+            mix: Mix::default(),
+            main_loop: None,
         }
-        assert_eq!("sm_90".parse(), Ok(Architecture::Sm90a));
-        assert!("sm_75".parse::<Architecture>().unwrap_err().to_string().contains("sm_80"));
     }
 }

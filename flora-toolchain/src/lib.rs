@@ -9,14 +9,15 @@ mod cache;
 mod cuda;
 mod error;
 mod lavapipe;
-mod nvrtc;
 mod program;
 mod pypi;
-mod sass;
 mod wheel;
 
 pub use cache::Cache;
-pub use cuda::{Architecture, CompileError, Compiled, CudaCompiler, UnknownArchitecture};
+pub use cuda::{
+    Architecture, Block, Class, CompileError, Compiled, CudaCompiler, Defect, Expectations, Limiter, MAX_WARPS,
+    MainLoop, Mix, Occupancy, OccupancyError, UnknownArchitecture,
+};
 pub use error::FetchError;
 pub use lavapipe::Lavapipe;
 pub use pypi::{smollm2, smollm2_from_environment, smollm2_in};

@@ -127,7 +127,7 @@ fn belongs(name: &str, member: &str) -> bool {
     if member.ends_with('/') { name.starts_with(member) } else { name == member }
 }
 
-fn hexadecimal(bytes: &[u8]) -> String {
+pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
