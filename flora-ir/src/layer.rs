@@ -23,6 +23,8 @@ pub enum Role {
     Bias,
     /// A matrix, vector or scalar that each segment's adapter brings.
     Adapter,
+    /// A row for each token, `[tokens, k]`, added to the finished output, after the activation.
+    Residual,
 }
 
 /// A named argument of the layer.

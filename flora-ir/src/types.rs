@@ -74,7 +74,8 @@ impl ElementType {
 /// Whether a value is the same for the whole batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Scope {
-    /// One value for all rows: base weight, bias, constants.
+    /// The same whatever the adapters: base weight, bias and constants, one value for all rows, and the input and the
+    /// residual, which have a row for each token.
     Shared,
     /// Every segment brings its own: adapters, and everything computed from them.
     PerSegment,

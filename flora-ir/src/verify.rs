@@ -5,8 +5,9 @@
 //! - there is a root, at most [`MAX_NODES`] nodes and [`MAX_OPERANDS`] operands; every handle exists, and every node reads
 //!   only nodes before it;
 //! - operand names are identifiers, no two are equal, and the root reads every operand;
-//! - there is exactly one input, `[tokens, d]`, and exactly one base weight, `[m, n]`; a bias is a vector; only the input has the
-//!   dimension `tokens`; no operand has a rank axis; adapters are per segment, everything else is shared;
+//! - there is exactly one input, `[tokens, d]`, exactly one base weight, `[m, n]`, and at most one residual, `[tokens, k]`; a
+//!   bias is a vector; only the input and the residual have the dimension `tokens`; no operand has a rank axis; adapters are
+//!   per segment, everything else is shared;
 //! - every extent is positive, every constant finite;
 //! - the sides of a matmul are matrices that meet; elementwise operands broadcast; one value has at most one rank axis;
 //!   `columns` and `rows` take apart a matrix without rank axis, `sum_rank` and `mean_rank` reduce one that is there,
@@ -36,6 +37,7 @@ pub struct VerifiedLayer {
     root: Handle<Node>,
     input: Handle<Operand>,
     base_weight: Handle<Operand>,
+    residual: Option<Handle<Operand>>,
 }
 
 impl VerifiedLayer {
@@ -72,6 +74,11 @@ impl VerifiedLayer {
         self.base_weight
     }
 
+    /// What is added to the output row by row, `[tokens, k]`.
+    pub fn residual(&self) -> Option<Handle<Operand>> {
+        self.residual
+    }
+
     /// The operand called `name`.
     pub fn operand_named(&self, name: &str) -> Option<Handle<Operand>> {
         self.layer.operands.iter().find(|(_, operand)| operand.name == name).map(|(handle, _)| handle)
@@ -92,8 +99,9 @@ pub fn verify(layer: Layer) -> Result<VerifiedLayer, Vec<Diagnostic>> {
     }
     let mut diagnostics = Vec::new();
     let sound = check_operands(&layer, &mut diagnostics);
-    let input = the_only(&layer, Role::Input, &mut diagnostics);
-    let base_weight = the_only(&layer, Role::BaseWeight, &mut diagnostics);
+    let input = exactly_one(&layer, &INPUT, "x: input[tokens, D]", &mut diagnostics);
+    let base_weight = exactly_one(&layer, &BASE_WEIGHT, "w0: weight[D, K]", &mut diagnostics);
+    let residual = at_most_one(&layer, &RESIDUAL, &mut diagnostics);
     let types = infer_types(&layer, &sound, &mut diagnostics);
     let root = check_root(&layer, &types, input.is_some(), &mut diagnostics);
     if let Some(root) = root {
@@ -101,7 +109,7 @@ pub fn verify(layer: Layer) -> Result<VerifiedLayer, Vec<Diagnostic>> {
     }
     match (root, input, base_weight, types.into_iter().collect::<Option<Vec<_>>>()) {
         (Some(root), Some(input), Some(base_weight), Some(types)) if diagnostics.is_empty() => {
-            Ok(VerifiedLayer { layer, types, root, input, base_weight })
+            Ok(VerifiedLayer { layer, types, root, input, base_weight, residual })
         }
         _ => {
             diagnostics.sort_by_key(|diagnostic| diagnostic.span.start);
@@ -191,9 +199,14 @@ fn operand_mistakes(operand: &Operand) -> Vec<(String, String)> {
         (Role::Input, _) => {
             wrong(format!("the input must be [tokens, d], this is {shape}"), "declare it input[tokens, D]")
         }
-        (_, _) if dimensions.contains(&&Dimension::Tokens) => {
-            wrong(format!("only the input has the dimension tokens, this is {shape}"), "name the dimension otherwise")
+        (Role::Residual, Shape::Matrix(Dimension::Tokens, k)) if *k != Dimension::Tokens => {}
+        (Role::Residual, _) => {
+            wrong(format!("a residual must be [tokens, k], this is {shape}"), "declare it residual[tokens, K]")
         }
+        (_, _) if dimensions.contains(&&Dimension::Tokens) => wrong(
+            format!("only the input and the residual have the dimension tokens, this is {shape}"),
+            "name the dimension otherwise",
+        ),
         (Role::BaseWeight, Shape::Matrix(..)) | (Role::Bias, Shape::Vector(_)) | (Role::Adapter, _) => {}
         (Role::BaseWeight, _) => {
             wrong(format!("the base weight must be a matrix, this is {shape}"), "declare it weight[D, K]")
@@ -232,24 +245,48 @@ pub(crate) fn is_identifier(name: &str) -> bool {
         && name != "layer"
 }
 
-fn the_only(layer: &Layer, role: Role, diagnostics: &mut Vec<Diagnostic>) -> Option<Handle<Operand>> {
-    let what = if role == Role::Input { "input" } else { "base weight" };
-    let declaration = if role == Role::Input { "x: input[tokens, D]" } else { "w0: weight[D, K]" };
-    let mut found = layer.operands.iter().filter(|(_, operand)| operand.role == role).map(|(handle, _)| handle);
-    let Some(first) = found.next() else {
+/// A role that one operand of a layer has.
+struct Single {
+    role: Role,
+    name: &'static str,
+    /// How to mend that there are several.
+    merge: &'static str,
+}
+
+const INPUT: Single =
+    Single { role: Role::Input, name: "input", merge: "declare it as an adapter, or split the layer in two" };
+
+const BASE_WEIGHT: Single = Single { role: Role::BaseWeight, name: "base weight", ..INPUT };
+
+const RESIDUAL: Single =
+    Single { role: Role::Residual, name: "residual", merge: "add the two beforehand and declare one" };
+
+fn exactly_one(
+    layer: &Layer,
+    single: &Single,
+    declaration: &str,
+    diagnostics: &mut Vec<Diagnostic>,
+) -> Option<Handle<Operand>> {
+    let found = at_most_one(layer, single, diagnostics);
+    if found.is_none() {
         diagnostics.push(Diagnostic::new(
             Span::default(),
-            format!("the layer has no {what}"),
+            format!("the layer has no {}", single.name),
             format!("declare one, such as {declaration}"),
         ));
-        return None;
-    };
+    }
+    found
+}
+
+fn at_most_one(layer: &Layer, single: &Single, diagnostics: &mut Vec<Diagnostic>) -> Option<Handle<Operand>> {
+    let mut found = layer.operands.iter().filter(|(_, operand)| operand.role == single.role).map(|(handle, _)| handle);
+    let first = found.next()?;
     for further in found {
         diagnostics.push(
             Diagnostic::new(
                 layer.operand_span(further),
-                format!("a layer has one {what}, this is another"),
-                "declare it as an adapter, or split the layer in two",
+                format!("a layer has one {}, this is another", single.name),
+                single.merge,
             )
             .label(layer.operand_span(first), "the first is here"),
         );

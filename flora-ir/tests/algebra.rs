@@ -50,8 +50,10 @@ fn check(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> Result<(), Test
     let get = |operand| bindings.get(&name(operand)).expect("bound");
     let folded = linear.fold(&bindings).map_err(|error| TestCaseError::fail(format!("{error}\n{text}")))?;
     let (x, w0, bias) = (get(linear.input), get(linear.base_weight), linear.bias.map(get));
-    let applied =
-        folded.apply(x, w0, bias, linear.activation).map_err(|error| TestCaseError::fail(error.to_string()))?;
+    let residual = linear.residual.map(get);
+    let applied = folded
+        .apply_with_residual(x, w0, bias, linear.activation, residual)
+        .map_err(|error| TestCaseError::fail(error.to_string()))?;
     let sizes_of_products = sizes_of_products(&folded, x, w0).expect("apply accepted the same shapes");
     for ((expected, applied), size) in expected.data().iter().zip(applied.data()).zip(sizes_of_products.data()) {
         let is_close = (expected - applied).abs() <= ROUNDED * size + EXACT * expected.abs();
@@ -62,7 +64,8 @@ fn check(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> Result<(), Test
     Ok(())
 }
 
-/// An equation over the operands below that has a normal form: random products, sums, scales and groupings.
+/// An equation over the operands below that has a normal form: random products, sums, scales and groupings, with a residual or
+/// without.
 fn equation() -> impl Strategy<Value = String> {
     let scalar = prop::sample::select(vec!["s", "2.5", "(s * s)", "(s / 3)", "(1 + s * s)"]);
     let inner = prop::sample::select(vec!["i", "(i * j)", "(s * i)", "(1 + i)"]);
@@ -121,10 +124,27 @@ fn equation() -> impl Strategy<Value = String> {
             (term.clone(), term).prop_map(|(one, other)| format!("({one} + {other})")),
         ]
     });
-    let activation = prop::sample::select(vec!["", "relu", "gelu_erf", "gelu_tanh", "silu"]);
+    // Where no activation stands around the sum, the residual may stand anywhere in it. `$` is the sum of the terms.
+    let epilogue = prop::sample::select(vec![
+        "($ + bias)",
+        "relu($ + bias)",
+        "gelu_erf(bias + $)",
+        "silu($ + bias)",
+        "gelu_tanh($ + bias) + residual",
+        "residual + relu($ + bias)",
+        "$ + bias + residual",
+        "$ + (residual + bias)",
+        "(bias + identity(residual + $))",
+    ]);
     // The last summand reads every operand once, so that none is left over.
     let rest = "((i * j * x) @ (b * e) + x @ d) @ (a + c) + l * k * s * (x @ w0)";
-    (scaled_term, activation).prop_map(move |(term, activation)| format!("{activation}({term} + {rest} + bias)"))
+    (scaled_term, epilogue).prop_map(move |(term, epilogue)| epilogue.replace('$', &format!("({term} + {rest})")))
+}
+
+/// The operands of `equation` and itself.
+fn source(equation: &str) -> String {
+    let residual = if equation.contains("residual") { ", residual: residual[tokens, K]" } else { "" };
+    format!("layer f({OPERANDS}{residual}) {{ {equation} }}")
 }
 
 const OPERANDS: &str = "x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], d: adapter[D, R], a: adapter[R, K], \
@@ -147,7 +167,7 @@ proptest! {
 
     #[test]
     fn random_equations_fold_to_what_they_compute(equation in equation(), sizes in sizes(), seed in any::<u64>()) {
-        check(&layer(&format!("layer f({OPERANDS}) {{ {equation} }}")), sizes, seed)?;
+        check(&layer(&source(&equation)), sizes, seed)?;
     }
 
     #[test]
@@ -219,8 +239,8 @@ fn every_rule_has_a_use() {
         "sum_rank((columns(b) * x) @ w0) + mean_rank((columns(b) * x) @ w0)",
         "sum_rank(rows(a) * (l * (rows(c) * ((columns(b) * (columns(d) * x)) @ w0))))",
     ];
-    let source = format!("layer f({operands}) {{ {} + bias }}", terms.join(" + "));
-    let layer = layer(&source);
+    let operands = format!("{operands}, residual: residual[tokens, K]");
+    let layer = layer(&format!("layer f({operands}) {{ {} + residual + bias }}", terms.join(" + ")));
     check(&layer, [2, 5, 7, 3], 3).unwrap();
     let derivation = normalize(&layer).unwrap().derivation;
     let unused: Vec<_> = rules()
@@ -270,12 +290,65 @@ fn the_term_in_the_way_is_named() {
     refuses("c: adapter[D, K]) { x @ (w0 * c) }", Obstacle::DenseFactor, "w0 * c");
     refuses("c: adapter[K, K]) { x @ w0 @ c }", Obstacle::MatMulChain, "(x @ w0) @ c");
     refuses("l: adapter[K]) { l * matmul_mean(x, w0) }", Obstacle::MeanOverInput, "matmul_mean(x, w0)");
-    let residual = refusal("x: input[tokens, D], w0: weight[D, D]) { x @ w0 + x }");
-    assert_eq!((residual.obstacle, residual.term.as_str()), (Obstacle::Unprojected, "x"));
+    let unprojected = refusal("x: input[tokens, D], w0: weight[D, D]) { x @ w0 + x }");
+    assert_eq!((unprojected.obstacle, unprojected.term.as_str()), (Obstacle::Unprojected, "x"));
     let transposed = refusal(
         "x: input[tokens, D], w0: weight[D, K], c: adapter[R, D], a: adapter[R, K]) { sum_rank(rows(a) * ((rows(c) * x) @ w0)) }",
     );
     assert_eq!(transposed.obstacle, Obstacle::RankReduction);
+}
+
+#[test]
+fn a_residual_is_added_to_the_finished_output_or_refused() {
+    let residual = |rest: &str, obstacle, term: &str| refuses(&format!("e: residual[tokens, K]{rest}"), obstacle, term);
+    let inner = Obstacle::InnerResidual;
+    residual(") { relu(x @ w0 + e) }", inner, "x @ w0 + e");
+    residual(") { x @ w0 + relu(e) }", inner, "relu(e)");
+    residual(") { x @ w0 + 2 * e }", inner, "2.0 * e");
+    residual(") { x @ w0 + -1 * (e / 2) }", inner, "e / 2.0");
+    residual(") { e * (x @ w0) }", inner, "e * (x @ w0)");
+    residual(") { x @ w0 / e }", inner, "(x @ w0) / e");
+    residual(", l: adapter[K]) { l * (x @ w0 + e) }", inner, "x @ w0 + e");
+    residual(", c: bias[K]) { x @ w0 + (c + e) * 2 }", inner, "c + e");
+    residual(", a: adapter[K, K]) { x @ w0 + e @ a }", inner, "e @ a");
+    let ranked = "(columns(b) * x) @ w0 + e";
+    residual(&format!(", b: adapter[D, R]) {{ x @ w0 + sum_rank({ranked}) }}"), inner, ranked);
+    // As a part of the output and once more inside of it.
+    residual(", l: adapter[K]) { let y = x @ w0 + e; y + l * y }", inner, "x @ w0 + e");
+    residual(") { relu(x @ w0 + e) + e }", inner, "x @ w0 + e");
+    residual(") { x @ w0 + e + e }", Obstacle::SecondResidual, "e");
+    residual(") { let twice = e + e; twice + x @ w0 }", Obstacle::SecondResidual, "e");
+    let square = refusal("x: input[tokens, D], w0: weight[D, D], e: residual[tokens, D]) { (x + e) @ w0 }");
+    assert_eq!((square.obstacle, square.term.as_str()), (inner, "x + e"));
+    // With the residual in its place, the other obstacles are still found.
+    residual(", l: adapter[K]) { l * relu(x @ w0) + e }", Obstacle::InnerActivation, "relu(x @ w0)");
+    residual(") { relu(x @ w0) + silu(x @ w0) + e }", Obstacle::InnerActivation, "relu(x @ w0)");
+    residual(", c: adapter[K]) { relu(x @ w0 + c) + e }", Obstacle::AddedConstant, "c");
+    residual(", c: bias[K]) { relu(x @ w0) + c + e }", Obstacle::InnerActivation, "relu(x @ w0)");
+
+    let doubling: String = (1..40).map(|i| format!("let e{i} = e{} + e{};", i - 1, i - 1)).collect();
+    let operands = "x: input[tokens, D], w0: weight[D, K], e0: residual[tokens, K]";
+    assert_eq!(refusal(&format!("{operands}) {{ {doubling} x @ w0 + e39 }}")).obstacle, Obstacle::TooLong);
+}
+
+#[test]
+fn the_epilogue_is_that_of_the_equation() {
+    use flora_ir::algebra::Epilogue;
+    let operands = "x: input[tokens, D], w0: weight[D, K]";
+    let epilogue = |rest: &str| normalize(&layer(&format!("layer f({operands}{rest}"))).unwrap().linear.epilogue();
+    let (bias, residual) = (", c: bias[K]", ", e: residual[tokens, K]");
+    let (identity, silu) = (Activation::Identity, Activation::Silu);
+    assert!(epilogue(") { x @ w0 }").is_identity());
+    for (rest, bias, activation, residual) in [
+        (format!("{bias}) {{ x @ w0 + c }}"), true, identity, false),
+        (") { silu(identity(x @ w0)) }".to_owned(), false, silu, false),
+        (format!("{residual}) {{ e + silu(x @ w0) }}"), false, silu, true),
+        (format!("{bias}{residual}) {{ silu(x @ w0 + c) + e }}"), true, silu, true),
+        (format!("{bias}{residual}) {{ c + identity(x @ w0 + e) }}"), true, identity, true),
+    ] {
+        assert_eq!(epilogue(&rest), Epilogue { bias, activation, residual }, "{rest}");
+        assert!(!epilogue(&rest).is_identity());
+    }
 }
 
 #[test]
@@ -296,8 +369,12 @@ fn sums_that_multiply_out_without_bound_are_refused() {
 fn a_long_sum_is_no_trouble() {
     let sum = ["x @ (w0 + s * (b @ a))"; 60].join(" + ");
     let operands = "x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K], s: adapter[]";
-    let linear = normalize(&layer(&format!("layer f({operands}) {{ {sum} }}"))).unwrap().linear;
-    assert_eq!(linear.rows_and_rank(2), (1, 120));
+    for (operands, sum) in
+        [(operands.to_owned(), sum.clone()), (format!("{operands}, e: residual[tokens, K]"), format!("e + {sum}"))]
+    {
+        let linear = normalize(&layer(&format!("layer f({operands}) {{ {sum} }}"))).unwrap().linear;
+        assert_eq!(linear.rows_and_rank(2), (1, 120));
+    }
 }
 
 #[test]
@@ -370,4 +447,12 @@ fn applying_checks_every_shape() {
     ));
     let narrow = Value::matrix(5, 6, vec![1.0; 30]).unwrap();
     assert!(matches!(apply(x, &narrow, None), Err(FoldError::WrongShape { what: "an expand vector", .. })));
+    let add = |residual: Option<&Value>| folded.apply_with_residual(x, w0, None, Default::default(), residual);
+    let y = apply(x, w0, None).unwrap();
+    assert_eq!(add(None).as_ref(), Ok(&y));
+    let twice: Vec<f64> = y.data().iter().map(|y| y + y).collect();
+    assert_eq!(add(Some(&y)).unwrap().data(), twice);
+    for residual in [&Value::vector(vec![1.0; 7]), &Value::scalar(1.0), x] {
+        assert!(matches!(add(Some(residual)), Err(FoldError::WrongShape { what: "the residual", .. })));
+    }
 }

@@ -51,6 +51,25 @@ fn the_adapters_on_paper() {
 }
 
 #[test]
+fn a_residual_is_added_after_the_activation() {
+    let layer = layer(
+        "layer f(x: input[tokens, D], w0: weight[D, K], l: bias[K], e: residual[tokens, K]) { relu(x @ w0 + l) + e }",
+    );
+    let mut bindings = small();
+    bindings.insert("x", matrix(2, 2, &[1.0, 2.0, 0.0, 1.0])).insert("l", Value::vector(vec![0.0, -20.0, 1.0]));
+    bindings.insert("e", matrix(2, 3, &[-1.0, 2.0, 3.0, 4.0, 5.0, -6.0]));
+    // x @ w0 + l = [9 -8 16; 4 -15 7]
+    assert_eq!(evaluate_root(&layer, &bindings).unwrap().data(), [8.0, 2.0, 19.0, 8.0, 5.0, 1.0]);
+
+    bindings.insert("e", matrix(1, 3, &[0.0; 3]));
+    let error = evaluate_root(&layer, &bindings).unwrap_err();
+    assert!(
+        matches!(&error, EvaluateError::ExtentMismatch { dimension: Dimension::Tokens, source_name, .. } if source_name == "`e`"),
+        "{error}"
+    );
+}
+
+#[test]
 fn the_rank_axis_is_a_stack() {
     let layer = layer(
         "layer f(x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K]) {

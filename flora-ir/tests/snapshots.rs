@@ -22,6 +22,23 @@ fn an_equation_in_the_form_of_eq5_with_scales_everywhere() {
 }
 
 #[test]
+fn a_residual_in_the_middle_of_a_sum() {
+    let source = "layer residual(x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K], c: bias[K], e: residual[tokens, K]) {
+        x @ w0 + (e + c) + (x @ b) @ a
+    }";
+    let layer = verify(parse(source).unwrap()).unwrap();
+    insta::assert_snapshot!("residual.text", print(layer.layer()));
+    insta::assert_snapshot!("residual.derivation", normalize(&layer).unwrap().derivation.to_string());
+}
+
+#[test]
+fn a_rendered_residual_in_the_way() {
+    let source = "layer f(x: input[tokens, D], w0: weight[D, K], e: residual[tokens, K]) {\n    relu(x @ w0 + e)\n}\n";
+    let layer = verify(parse(source).unwrap()).unwrap();
+    insta::assert_snapshot!("residual.obstacle", normalize(&layer).unwrap_err().diagnostic().render("f.flora", source));
+}
+
+#[test]
 fn a_rendered_mistake() {
     let source = "layer f(x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K]) {\n    x @ (w0 * (a @ b))\n}\n";
     let mistakes = verify(parse(source).unwrap()).unwrap_err();

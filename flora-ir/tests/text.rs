@@ -47,6 +47,15 @@ fn element_types_dimensions_and_numbers_survive() {
     );
 }
 
+#[test]
+fn a_residual_survives() {
+    let source = "layer f(x: input[tokens, D], w0: weight[D, K], residual: residual[tokens, K]: bf16) {\n    relu(x @ w0) + residual\n}\n";
+    let layer = parse(source).unwrap();
+    assert_eq!(print(&layer), source);
+    let (_, residual) = layer.operands.iter().next_back().unwrap();
+    assert_eq!((residual.role, residual.name.as_str()), (flora_ir::Role::Residual, "residual"));
+}
+
 #[track_caller]
 fn refuses(source: &str, place: &str, message: &str) {
     let error = parse(source).expect_err("the parser must refuse it");
@@ -60,6 +69,7 @@ fn refuses(source: &str, place: &str, message: &str) {
 fn mistakes_point_at_their_place() {
     refuses("", "", "expected `layer`");
     refuses("layer f(x: output[tokens, D]) { x }", "output", "is not a role");
+    refuses("layer f(x: residuals[tokens, D]) { x }", "residuals", "is not a role");
     refuses("layer f(x: input[tokens, D, E]) { x }", "[", "at most two dimensions");
     refuses("layer f(x: input[0]) { x }", "0", "is not an extent");
     refuses("layer f(x: input[99999999999999999999]) { x }", "99999999999999999999", "is not an extent");
@@ -110,6 +120,7 @@ const PIECES: &[&str] = &[
     "w0",
     "input",
     "adapter",
+    "residual",
     "tokens",
     "columns",
     "sum_rank",

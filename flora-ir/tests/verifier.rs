@@ -121,6 +121,32 @@ fn the_number_of_inputs_and_base_weights() {
         "w1",
         "one base weight",
     );
+    refuses(
+        "layer f(x: input[tokens, D], w0: weight[D, K], e: residual[tokens, K], f: residual[tokens, K]) { x @ w0 + e + f }",
+        "f",
+        "one residual",
+    );
+}
+
+#[test]
+fn residuals() {
+    let residual = |shape: &str, equation: &str, place: &str, message: &str| {
+        let operands = format!("x: input[tokens, D], w0: weight[D, K], e: residual[{shape}]");
+        refuses(&format!("layer f({operands}) {{ {equation} }}"), place, message);
+    };
+    let source = "layer f(x: input[tokens, D], w0: weight[D, K], e: residual[tokens, K]) { relu(x @ w0) + e }";
+    let layer = verify(parse(source).unwrap()).unwrap();
+    assert_eq!(layer.residual(), layer.operand_named("e"));
+    let without = verify(parse("layer f(x: input[tokens, D], w0: weight[D, K]) { x @ w0 }").unwrap()).unwrap();
+    assert_eq!(without.residual(), None);
+    for shape in ["", "K", "D, K", "K, tokens", "tokens, tokens"] {
+        residual(shape, "x @ w0 + e", "e", "must be [tokens, k]");
+    }
+    residual("tokens, D", "x @ w0 + e", "x @ w0 + e", "don't broadcast");
+    residual("tokens, R", "x @ w0 + e", "x @ w0 + e", "don't broadcast");
+    residual("tokens, K", "x @ w0", "e", "does not depend on operand `e`");
+    residual("tokens, D", "(x + e) @ w0 + column_norm(e) * (x @ w0)", "column_norm(e)", "mix the rows");
+    residual("tokens, D", "e @ w0", "x", "does not depend on operand `x`");
 }
 
 #[test]
@@ -134,7 +160,7 @@ fn declarations() {
     refuses(
         "layer f(x: input[tokens, D], w0: weight[D, K], c: adapter[tokens, K]) { x @ w0 + c }",
         "c",
-        "only the input",
+        "only the input and the residual",
     );
 }
 
@@ -227,6 +253,15 @@ fn graphs_that_no_text_can_write() {
     let product = Node::Elementwise { operator: Operator::Multiply, lhs: shared.root.unwrap(), rhs };
     shared.root = Some(shared.push(product, Span::default()));
     refuses_graph(shared, "role and its scope");
+
+    let mut segmented = linear("x", "w0");
+    let mut extra = operand("e", Role::Residual, Shape::Matrix(Dimension::Tokens, symbol("K")));
+    extra.ty.scope = Scope::PerSegment;
+    let e = segmented.declare(extra, Span::default());
+    let rhs = segmented.push(Node::Operand(e), Span::default());
+    let sum = Node::Elementwise { operator: Operator::Add, lhs: segmented.root.unwrap(), rhs };
+    segmented.root = Some(segmented.push(sum, Span::default()));
+    refuses_graph(segmented, "role and its scope");
 }
 
 #[test]

@@ -41,6 +41,7 @@ use quote::quote;
 /// | `Tokens<D>` | the input, `[tokens, D]`; also the return type |
 /// | `Weight<D, K>` | the base weight shared by the batch |
 /// | `Bias<K>` | a shared vector |
+/// | `Residual<K>` | a row for each token, `[tokens, K]`, added last: `x.matmul(w0).relu() + residual` |
 /// | `Adapter<D, R>`, `Adapter<D>`, `Adapter` | a matrix, vector or scalar that each segment's adapter brings |
 /// | `Scale` | the same as `Adapter` without extents |
 ///

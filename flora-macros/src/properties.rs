@@ -59,6 +59,7 @@ fn soup() -> impl Strategy<Value = String> {
         "Tokens",
         "Weight",
         "Adapter",
+        "Residual<K>",
         "D",
         "f16",
         "r#type",
@@ -72,7 +73,7 @@ fn soup() -> impl Strategy<Value = String> {
 
 /// One expression, written for Rust and in the text form.
 fn expression() -> impl Strategy<Value = (String, String)> {
-    let leaf = prop::sample::select(&["x", "w0", "b", "a", "l", "s", "bias", "0.5", "3"][..])
+    let leaf = prop::sample::select(&["x", "w0", "b", "a", "l", "s", "bias", "residual", "0.5", "3"][..])
         .prop_map(|name| (name.to_owned(), name.to_owned()));
     leaf.prop_recursive(5, 24, 2, |inner| {
         let operator = prop::sample::select(&["+", "*", "/", "@"][..]);
@@ -133,8 +134,8 @@ fn equation() -> impl Strategy<Value = (String, String)> {
     const ACTIVATIONS: &[(&str, &str)] = &[("", ""), (".relu()", "relu"), (".gelu_tanh()", "gelu_tanh")];
     let part = prop_oneof![expression(), output()];
     (part, prop::sample::select(ACTIVATIONS)).prop_map(|((rust, text), (method, function))| {
-        let rust = format!("((x.matmul(w0 + b.matmul(a)) * s + ({rust})) * l + bias){method}");
-        (rust, format!("{function}(((x @ (w0 + (b @ a))) * s + ({text})) * l + bias)"))
+        let rust = format!("((x.matmul(w0 + b.matmul(a)) * s + ({rust})) * l + bias){method} + residual");
+        (rust, format!("{function}(((x @ (w0 + (b @ a))) * s + ({text})) * l + bias) + residual"))
     })
 }
 
@@ -158,12 +159,12 @@ proptest! {
     #[test]
     fn an_equation_means_what_its_text_form_means((rust, text) in equation()) {
         let function = format!(
-            "fn f(x: Tokens<D>, w0: Weight<D, K>, b: Adapter<D, R>, a: Adapter<R, K>, l: Adapter<K>, s: Scale, bias: Bias<K>) \
-             -> Tokens<K> {{ {rust} }}"
+            "fn f(x: Tokens<D>, w0: Weight<D, K>, b: Adapter<D, R>, a: Adapter<R, K>, l: Adapter<K>, s: Scale, bias: Bias<K>, \
+             residual: Residual<K>) -> Tokens<K> {{ {rust} }}"
         );
         let text = format!(
             "layer f(x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K], l: adapter[K], s: adapter[], \
-             bias: bias[K]) {{ {text} }}"
+             bias: bias[K], residual: residual[tokens, K]) {{ {text} }}"
         );
         let function: syn::ItemFn = syn::parse_str(&function).expect("the generator writes Rust");
         let written = ast::read(&function).and_then(|equation| check::check(&equation));

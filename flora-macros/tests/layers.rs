@@ -131,6 +131,28 @@ fn bias_and_activation_can_be_written() {
     }
 }
 
+/// What a transformer's output projection is followed by.
+#[flora_macros::layer]
+fn added(x: Tokens<D>, w0: Weight<D, K>, residual: Residual<K>) -> Tokens<K> {
+    x.matmul(w0) + residual
+}
+
+/// The whole epilogue, the residual written first and of its own element type.
+#[flora_macros::layer]
+fn activated(x: Tokens<D>, w0: Weight<D, 64>, bias: Bias<64>, residual: Residual<64, bf16>) -> Tokens<64> {
+    residual + (x.matmul(w0) + bias).silu()
+}
+
+#[test]
+fn a_residual_can_be_written() {
+    let operands = "x: input[tokens, D], w0: weight[D, K], residual: residual[tokens, K]";
+    assert_is(&added::layer(), &format!("layer added({operands}) {{ x @ w0 + residual }}"));
+    let operands = "x: input[tokens, D], w0: weight[D, 64], bias: bias[64], residual: residual[tokens, 64]: bf16";
+    assert_is(&activated::layer(), &format!("layer activated({operands}) {{ residual + silu(x @ w0 + bias) }}"));
+    let residual = activated::layer().residual();
+    assert!(residual.is_some() && residual == activated::layer().operand_named("residual"));
+}
+
 /// Extents that are known and element types that differ.
 #[flora_macros::layer]
 fn typed(x: Tokens<576, f16>, w0: Weight<576, 1_536, f16>, l: Adapter<1536, bf16>, s: Scale<f16>) -> Tokens<1536, f32> {

@@ -303,6 +303,28 @@ impl FoldedAdapter {
         Ok(Value::matrix(tokens, k, y)?)
     }
 
+    /// [`apply`](Self::apply), and then the residual `[t, k]` added: what a kernel with the whole epilogue must give.
+    ///
+    /// # Errors
+    /// [`FoldError::WrongShape`] when a tensor or a vector of the adapter doesn't fit the others.
+    pub fn apply_with_residual(
+        &self,
+        x: &Value,
+        w0: &Value,
+        bias: Option<&Value>,
+        activation: Activation,
+        residual: Option<&Value>,
+    ) -> Result<Value, FoldError> {
+        let y = self.apply(x, w0, bias, activation)?;
+        let Some(residual) = residual else { return Ok(y) };
+        let &[tokens, k] = y.shape() else { return Ok(y) };
+        if residual.shape() != [tokens, k] {
+            return Err(wrong("the residual", residual.shape(), &[tokens, k]));
+        }
+        let sums = y.data().iter().zip(residual.data()).map(|(y, residual)| y + residual);
+        Ok(Value::matrix(tokens, k, sums.collect())?)
+    }
+
     /// Whether every vector has the length that a weight `[d, k]` asks for.
     ///
     /// # Errors

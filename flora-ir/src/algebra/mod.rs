@@ -21,8 +21,8 @@ use crate::arena::Handle;
 use crate::layer::{Activation, Node, Operand, Reduce};
 use crate::verify::VerifiedLayer;
 
-/// The adapted linear: y = φ(Σ terms + bias). Every `Handle<Node>` points into `layer` and depends on adapters, base weight
-/// and constants alone, never on the input, so it is computed once, when an adapter is loaded.
+/// The adapted linear: y = φ(Σ terms + bias) + residual. Every `Handle<Node>` points into `layer` and depends on adapters, base
+/// weight and constants alone, never on the input or the residual, so it is computed once, when an adapter is loaded.
 #[derive(Clone, Debug)]
 pub struct AdaptedLinear {
     /// The rewritten layer that the handles point into.
@@ -37,6 +37,26 @@ pub struct AdaptedLinear {
     pub bias: Option<Handle<Operand>>,
     /// φ
     pub activation: Activation,
+    /// A row for each token, `[tokens, k]`.
+    pub residual: Option<Handle<Operand>>,
+}
+
+/// What becomes of the sum of the terms before it is written, once: φ(sum + bias) + residual.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Epilogue {
+    /// Whether a shared vector `[k]` is added.
+    pub bias: bool,
+    /// φ
+    pub activation: Activation,
+    /// Whether a matrix `[tokens, k]` is added after φ.
+    pub residual: bool,
+}
+
+impl Epilogue {
+    /// Whether the sum is written as it is.
+    pub fn is_identity(self) -> bool {
+        self == Self::default()
+    }
 }
 
 /// One summand: `outer ∘ core(inner ∘ x)`.
@@ -76,6 +96,11 @@ pub enum Core {
 }
 
 impl AdaptedLinear {
+    /// What becomes of the sum of the terms.
+    pub fn epilogue(&self) -> Epilogue {
+        Epilogue { bias: self.bias.is_some(), activation: self.activation, residual: self.residual.is_some() }
+    }
+
     /// The scales and factors of all terms, each node once, in the order of the arena: what [`fold`](Self::fold) evaluates
     /// when an adapter is loaded.
     pub fn load_time_values(&self) -> Vec<Handle<Node>> {
@@ -99,7 +124,7 @@ impl AdaptedLinear {
 /// An adapter in the form the kernels read, every scale, mean and norm folded in, for one base weight `[d, k]`:
 ///
 /// ```text
-/// y = φ( Σ_v out_v ∘ ((in_v ∘ x) @ w0)  +  Σ_q (x · shrink_q) expand_q  +  bias )
+/// y = φ( Σ_v out_v ∘ ((in_v ∘ x) @ w0)  +  Σ_q (x · shrink_q) expand_q  +  bias )  +  residual
 /// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct FoldedAdapter {

@@ -50,6 +50,12 @@ pub enum Obstacle {
     /// More than one bias is added.
     #[error("a bias is already added")]
     SecondBias,
+    /// More than one residual is added.
+    #[error("a residual is already added")]
+    SecondResidual,
+    /// A residual anywhere but in the outermost sum.
+    #[error("the residual is not added to the finished output")]
+    InnerResidual,
     /// A bias that is scaled, or added before the base weight.
     #[error("a bias or adapter is added inside a scale, a matmul or a sum over the rank")]
     InnerAddition,
@@ -85,8 +91,14 @@ impl Obstacle {
             Obstacle::InnerActivation => "apply one activation, around the whole equation",
             Obstacle::AddedConstant => "add a shared vector, declared bias[K]",
             Obstacle::SecondBias => "add the vectors beforehand and declare one bias",
+            Obstacle::SecondResidual => "add the residual once",
+            Obstacle::InnerResidual => {
+                "add it last, outside of scales, matmuls and the activation, as in relu(x @ w0) + residual"
+            }
             Obstacle::InnerAddition => "add the bias last, outside of scales and matmuls",
-            Obstacle::Unprojected => "multiply it with w0 or with b @ a; add a residual outside of the layer",
+            Obstacle::Unprojected => {
+                "multiply it with w0 or with b @ a; to add a residual, declare it residual[tokens, K]"
+            }
             Obstacle::DenseWeight => "write the matrix as a product b @ a",
             Obstacle::DenseFactor => "write the factor as one product b @ a, or as a sum of such",
             Obstacle::MatMulChain => "make it two layers",
@@ -109,6 +121,26 @@ pub(super) fn blame(subject: &Subject<'_>, term: Handle<Node>) -> NormalizeError
         (term, Obstacle::AddedConstant)
     };
     NormalizeError::at(subject.layer, node, obstacle)
+}
+
+/// The first node that reads the residual inside of a summand of the outermost sum.
+pub(super) fn misplaced_residual(subject: &Subject<'_>) -> Option<NormalizeError> {
+    let layer = subject.layer.layer();
+    let mut seen = vec![false; layer.nodes.len()];
+    let mut is_inside = vec![false; layer.nodes.len()];
+    let mut places = vec![subject.layer.root()];
+    while let Some(place) = places.pop() {
+        if std::mem::replace(&mut seen[place.index()], true) {
+            continue;
+        }
+        match *subject.node(place) {
+            Node::Elementwise { operator: Operator::Add, lhs, rhs } => places.extend([lhs, rhs]),
+            _ => is_inside.iter_mut().zip(layer.reachable_from(place)).for_each(|(inside, reads)| *inside |= reads),
+        }
+    }
+    let reads_residual = |node: &Node| node.operands().any(|operand| subject.is_residual(operand));
+    let (node, _) = layer.nodes.iter().find(|(handle, node)| is_inside[handle.index()] && reads_residual(node))?;
+    Some(NormalizeError::at(subject.layer, node, Obstacle::InnerResidual))
 }
 
 /// Looks at the parts first. `in_matmul`: whether `node` is the left side of a matmul.

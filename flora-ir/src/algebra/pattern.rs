@@ -26,6 +26,8 @@ pub(super) enum Letter {
     Scalar,
     Scale,
     RankScale,
+    Residual,
+    Other,
 }
 
 impl Letter {
@@ -40,6 +42,8 @@ impl Letter {
             "s" => Letter::Scalar,
             "l" | "m" => Letter::Scale,
             "p" | "q" => Letter::RankScale,
+            "e" => Letter::Residual,
+            "n" | "o" => Letter::Other,
             _ => return None,
         })
     }
@@ -49,19 +53,23 @@ impl Letter {
 pub(super) struct Subject<'l> {
     pub(super) layer: &'l VerifiedLayer,
     reads_input: Vec<bool>,
+    reads_residual: Vec<bool>,
     projected: Vec<bool>,
 }
 
 impl<'l> Subject<'l> {
     pub(super) fn new(layer: &'l VerifiedLayer) -> Self {
-        let (mut reads_input, mut projected) = (Vec::new(), Vec::new());
+        let (mut reads_input, mut reads_residual, mut projected) = (Vec::new(), Vec::new(), Vec::new());
+        let residual = layer.residual().map(Node::Operand);
         for (_, node) in layer.layer().nodes.iter() {
             let reads = node.operands().any(|operand| reads_input[operand.index()]);
             let is_projection = reads && matches!(node, Node::MatMul { .. });
             projected.push(is_projection || node.operands().any(|operand| projected[operand.index()]));
             reads_input.push(reads || *node == Node::Operand(layer.input()));
+            let reads = node.operands().any(|operand| reads_residual[operand.index()]);
+            reads_residual.push(reads || Some(node) == residual.as_ref());
         }
-        Self { layer, reads_input, projected }
+        Self { layer, reads_input, reads_residual, projected }
     }
 
     pub(super) fn node(&self, node: Handle<Node>) -> &'l Node {
@@ -82,6 +90,10 @@ impl<'l> Subject<'l> {
         *self.node(node) == Node::Operand(self.layer.base_weight())
     }
 
+    pub(super) fn is_residual(&self, node: Handle<Node>) -> bool {
+        matches!(self.node(node), Node::Operand(operand) if Some(*operand) == self.layer.residual())
+    }
+
     /// Whether `node` is a scalar or vector known at load time, without rank axis.
     pub(super) fn is_scale(&self, node: Handle<Node>) -> bool {
         self.accepts(Letter::Scale, node)
@@ -92,20 +104,26 @@ impl<'l> Subject<'l> {
         let ranked = rank_axis.is_some();
         let is_matrix = matches!(shape, Shape::Matrix(..));
         let base_weight = &self.layer.layer().operands[self.layer.base_weight()].ty.shape;
-        if matches!(letter, Letter::Unprojected | Letter::Stream) != self.reads_input(node) {
-            return false;
-        }
-        match letter {
-            Letter::Unprojected => !self.is_projected(node),
-            Letter::Stream => true,
-            Letter::BaseWeight => self.is_base_weight(node),
-            Letter::WeightShaped => !ranked && shape == base_weight,
-            Letter::Matrix => !ranked && is_matrix,
-            Letter::NarrowMatrix => !ranked && is_matrix && shape != base_weight,
-            Letter::Scalar => !ranked && *shape == Shape::Scalar,
-            Letter::Scale => !ranked && !is_matrix,
-            Letter::RankScale => ranked && !is_matrix,
-        }
+        let reads = (self.reads_input(node), self.reads_residual[node.index()]);
+        let may_read = match letter {
+            Letter::Unprojected | Letter::Stream => reads.0,
+            Letter::Residual => self.is_residual(node),
+            Letter::Other => !reads.1,
+            _ => reads == (false, false),
+        };
+        may_read
+            && match letter {
+                Letter::Unprojected => !self.is_projected(node),
+                Letter::Stream => true,
+                Letter::BaseWeight => self.is_base_weight(node),
+                Letter::WeightShaped => !ranked && shape == base_weight,
+                Letter::Matrix => !ranked && is_matrix,
+                Letter::NarrowMatrix => !ranked && is_matrix && shape != base_weight,
+                Letter::Scalar => !ranked && *shape == Shape::Scalar,
+                Letter::Scale => !ranked && !is_matrix,
+                Letter::RankScale => ranked && !is_matrix,
+                Letter::Residual | Letter::Other => true,
+            }
     }
 }
 

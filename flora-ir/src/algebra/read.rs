@@ -1,30 +1,37 @@
 //! Reads the adapted linear off an equation that the rules are done with.
 
-use super::obstacle::{NormalizeError, Obstacle, blame};
+use super::obstacle::{NormalizeError, Obstacle, blame, misplaced_residual};
 use super::pattern::Subject;
 use super::{AdaptedLinear, Core, Term};
 use crate::arena::Handle;
 use crate::layer::{Activation, Node, Operator, Reduce, Role};
 use crate::verify::VerifiedLayer;
 
-/// The most terms of a normal form.
+/// The most summands of a normal form.
 pub const MAX_TERMS: usize = 256;
 
-/// φ(Σ terms + bias)
+/// φ(Σ terms + bias) + residual
 pub(super) fn read(layer: &VerifiedLayer) -> Result<AdaptedLinear, NormalizeError> {
     let subject = Subject::new(layer);
-    let (activation, sum) = match *subject.node(layer.root()) {
-        Node::Activation { function, value } => (function, value),
-        _ => (Activation::Identity, layer.root()),
+    if let Some(error) = misplaced_residual(&subject) {
+        return Err(error);
+    }
+    let (residuals, outermost): (Vec<_>, Vec<_>) =
+        summands(&subject, layer.root())?.into_iter().partition(|summand| subject.is_residual(*summand));
+    if let Some(second) = residuals.get(1) {
+        return Err(NormalizeError::at(layer, *second, Obstacle::SecondResidual));
+    }
+    let activated = match outermost[..] {
+        [only] => Some(subject.node(only)),
+        _ => None,
+    };
+    let (activation, sum) = match activated {
+        Some(Node::Activation { function, value }) => (*function, summands(&subject, *value)?),
+        _ => (Activation::Identity, outermost),
     };
     let (mut terms, mut bias) = (Vec::new(), None);
-    let mut summands = vec![sum];
-    while let Some(summand) = summands.pop() {
-        if terms.len() == MAX_TERMS {
-            return Err(NormalizeError::at(layer, sum, Obstacle::TooLong));
-        }
+    for summand in sum {
         match *subject.node(summand) {
-            Node::Elementwise { operator: Operator::Add, lhs, rhs } => summands.extend([rhs, lhs]),
             Node::Operand(operand) if layer.layer().operands[operand].role == Role::Bias => {
                 if bias.replace(operand).is_some() {
                     return Err(NormalizeError::at(layer, summand, Obstacle::SecondBias));
@@ -34,7 +41,22 @@ pub(super) fn read(layer: &VerifiedLayer) -> Result<AdaptedLinear, NormalizeErro
         }
     }
     let (input, base_weight) = (layer.input(), layer.base_weight());
-    Ok(AdaptedLinear { layer: layer.clone(), input, base_weight, terms, bias, activation })
+    Ok(AdaptedLinear { layer: layer.clone(), input, base_weight, terms, bias, activation, residual: layer.residual() })
+}
+
+/// What the additions at `node` add, from the left.
+fn summands(subject: &Subject<'_>, node: Handle<Node>) -> Result<Vec<Handle<Node>>, NormalizeError> {
+    let (mut summands, mut places) = (Vec::new(), vec![node]);
+    while let Some(place) = places.pop() {
+        match *subject.node(place) {
+            _ if summands.len() == MAX_TERMS => {
+                return Err(NormalizeError::at(subject.layer, node, Obstacle::TooLong));
+            }
+            Node::Elementwise { operator: Operator::Add, lhs, rhs } => places.extend([rhs, lhs]),
+            _ => summands.push(place),
+        }
+    }
+    Ok(summands)
 }
 
 /// `outer * core(inner * x)`

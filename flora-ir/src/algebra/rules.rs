@@ -13,6 +13,8 @@
 //! | `s` | a scalar known when the adapter is loaded, without rank axis |
 //! | `l`, `m` | a scalar or vector known when the adapter is loaded, without rank axis |
 //! | `p`, `q` | a scalar or vector known when the adapter is loaded, over the rank axis |
+//! | `e` | the residual itself |
+//! | `n`, `o` | anything that the residual is no part of |
 //!
 //! `+` and `*` match either way round. A rule applies only where it keeps the type of what it rewrites, and a rewritten
 //! equation is verified anew. No rule undoes another: sums move to the root, scales outwards, matmuls inwards to the input.
@@ -82,6 +84,10 @@ const TABLE: &[[&str; 4]] = &[
      "the sum over the rank of a sum is the sum of both"],
     ["distribute-rank-mean", "mean_rank(y + z)", "mean_rank(y) + mean_rank(z)",
      "the mean over the rank of a sum is the sum of both means"],
+
+    // The residual leaves sums.
+    ["residual-last", "(n + e) + o", "(n + o) + e",
+     "the residual is added to everything else"],
 
     // Scales leave matmuls: those of a weight's columns to the output, scalars of the input as well.
     ["scale-columns", "x @ (l * u)", "l * (x @ u)",

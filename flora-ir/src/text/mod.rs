@@ -9,7 +9,7 @@
 //! ```
 //!
 //! - An operand is `name: role[dimensions]`, with `: f32` (the default), `: f16` or `: bf16` behind it. Roles are `input`,
-//!   `weight`, `bias` and `adapter`; no dimension is a scalar, one a vector, two a matrix. A dimension is `tokens`, a name, or
+//!   `weight`, `bias`, `adapter` and `residual`; no dimension is a scalar, one a vector, two a matrix. A dimension is `tokens`, a name, or
 //!   a number.
 //! - `@`, `*` and `/` bind alike and from the left, as in Python; `+` binds weaker.
 //! - Functions: `columns`, `rows`, `sum_rank`, `mean_rank`, `column_norm`, `matmul_mean` (of two), and the activations
@@ -28,8 +28,13 @@ pub use print::{print, print_equation};
 use crate::layer::{Activation, Node, Reduce, Role};
 use crate::types::ElementType;
 
-const ROLES: [(&str, Role); 4] =
-    [("input", Role::Input), ("weight", Role::BaseWeight), ("bias", Role::Bias), ("adapter", Role::Adapter)];
+const ROLES: [(&str, Role); 5] = [
+    ("input", Role::Input),
+    ("weight", Role::BaseWeight),
+    ("bias", Role::Bias),
+    ("adapter", Role::Adapter),
+    ("residual", Role::Residual),
+];
 
 const ELEMENTS: [ElementType; 3] = [ElementType::F32, ElementType::F16, ElementType::BF16];
 

@@ -182,10 +182,11 @@ impl<'s> Parser<'s> {
     fn operand(&mut self) -> Result<(), ParseError> {
         let name = self.expect(Token::Name, "an operand's name")?;
         self.expect(Token::Colon, "`:`")?;
-        let role_span = self.expect(Token::Name, "a role (input, weight, bias or adapter)")?;
+        let role_span = self.expect(Token::Name, "a role (input, weight, bias, adapter or residual)")?;
         let role_text = self.text(role_span);
         let Some((_, role)) = ROLES.iter().find(|(name, _)| *name == role_text) else {
-            return error(role_span, format!("`{role_text}` is not a role"), "write input, weight, bias or adapter");
+            let help = "write input, weight, bias, adapter or residual";
+            return error(role_span, format!("`{role_text}` is not a role"), help);
         };
         let shape = self.shape()?;
         let element = if self.accept(Token::Colon) { self.element()? } else { ElementType::F32 };

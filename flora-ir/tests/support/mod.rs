@@ -28,7 +28,8 @@ pub(crate) fn fuzz_cases() -> u32 {
     asked.map_or(256, |cases: u32| cases.saturating_mul(20))
 }
 
-/// A graph over square matrices, so that it often type-checks, to whose output what `choices` build is added.
+/// A graph over square matrices, so that it often type-checks, to whose output what `choices` build is added. The first
+/// choice says whether it has a residual, and whether that is kept out of the other operations.
 pub(crate) fn square_layer_from_choices(choices: &[[u8; 3]]) -> Layer {
     let mut layer = Layer::new("square");
     let d = || Dimension::Symbol("D".to_owned());
@@ -40,20 +41,26 @@ pub(crate) fn square_layer_from_choices(choices: &[[u8; 3]]) -> Layer {
         ("a", Role::Adapter, matrix),
         ("l", Role::Adapter, Shape::Vector(d())),
     ];
+    let residual = ("e", Role::Residual, Shape::Matrix(Dimension::Tokens, d()));
+    let [has_residual, is_last] =
+        choices.first().map_or([false; 2], |[_, first, second]| [first, second].map(|bits| bits & 8 != 0));
     let mut nodes = Vec::new();
-    for (name, role, shape) in shapes {
+    for (name, role, shape) in shapes.into_iter().chain(has_residual.then_some(residual)) {
         let scope = if role == Role::Adapter { Scope::PerSegment } else { Scope::Shared };
         let ty = TensorType { shape, rank_axis: None, element: ElementType::F32, scope };
         let operand = layer.declare(Operand { name: name.to_owned(), role, ty }, Default::default());
         nodes.push(layer.push(Node::Operand(operand), Default::default()));
     }
     // A summand that reads everything.
-    let [x, w0, b, a, l] = nodes[..] else { return layer };
+    let [x, w0, b, a, l, ref residual @ ..] = nodes[..] else { return layer };
+    let residual = residual.first().copied();
     let product = layer.push(Node::MatMul { lhs: b, rhs: a, reduce: Reduce::Sum }, Default::default());
     let product = layer.push(multiply(product, w0), Default::default());
     let product = layer.push(Node::MatMul { lhs: x, rhs: product, reduce: Reduce::Sum }, Default::default());
-    layer.root = Some(layer.push(multiply(product, l), Default::default()));
-    nodes.extend(layer.root);
+    let scaled = layer.push(multiply(product, l), Default::default());
+    layer.root = residual.map(|rhs| layer.push(add(scaled, rhs), Default::default())).or(Some(scaled));
+    nodes.retain(|node| !is_last || Some(*node) != residual);
+    nodes.push(scaled);
     for [operation, first, second] in choices {
         // Later nodes are likelier, so that the graph grows deep.
         let pick = |choice: u8| nodes[nodes.len() - 1 - usize::from(choice).min(nodes.len() - 1)];
@@ -63,7 +70,7 @@ pub(crate) fn square_layer_from_choices(choices: &[[u8; 3]]) -> Layer {
             2 => Node::MatMul { lhs, rhs, reduce: Reduce::Mean },
             3 | 4 => multiply(lhs, rhs),
             5 => Node::Elementwise { operator: Operator::Divide, lhs, rhs },
-            _ => Node::Elementwise { operator: Operator::Add, lhs, rhs },
+            _ => add(lhs, rhs),
         };
         // What doesn't type-check is left out; what can't be a summand of the output is a part of later nodes.
         let mut attempt = layer.clone();
@@ -73,8 +80,7 @@ pub(crate) fn square_layer_from_choices(choices: &[[u8; 3]]) -> Layer {
         }
         nodes.push(node);
         layer = attempt.clone();
-        let sum = Node::Elementwise { operator: Operator::Add, lhs: layer.root.unwrap_or(node), rhs: node };
-        attempt.root = Some(attempt.push(sum, Default::default()));
+        attempt.root = Some(attempt.push(add(layer.root.unwrap_or(node), node), Default::default()));
         if verify(attempt.clone()).is_ok() {
             layer = attempt;
         }
@@ -86,11 +92,16 @@ fn multiply(lhs: Handle<Node>, rhs: Handle<Node>) -> Node {
     Node::Elementwise { operator: Operator::Multiply, lhs, rhs }
 }
 
+fn add(lhs: Handle<Node>, rhs: Handle<Node>) -> Node {
+    Node::Elementwise { operator: Operator::Add, lhs, rhs }
+}
+
 /// Any graph whatever, well-typed or not: each choice is an operation and what it reads.
 pub(crate) fn layer_from_choices(choices: &[[u8; 3]]) -> Layer {
     let mut layer = Layer::new("random");
     let mut operands = Vec::new();
-    for (index, role) in [Role::Input, Role::BaseWeight, Role::Bias, Role::Adapter].into_iter().enumerate() {
+    let roles = [Role::Input, Role::BaseWeight, Role::Bias, Role::Adapter, Role::Residual];
+    for (index, role) in roles.into_iter().enumerate() {
         let n = Dimension::Symbol("N".to_owned());
         let shape = [Shape::Scalar, Shape::Vector(n.clone()), Shape::Matrix(n, Dimension::Tokens)][index % 3].clone();
         let element = [ElementType::F32, ElementType::F16, ElementType::BF16][index % 3];

@@ -22,10 +22,11 @@ struct TypeName {
     usage: &'static [&'static str],
 }
 
-const TYPE_NAMES: [TypeName; 5] = [
+const TYPE_NAMES: [TypeName; 6] = [
     TypeName { name: "Tokens", role: Role::Input, extents: 1..=1, usage: &["Tokens<D>"] },
     TypeName { name: "Weight", role: Role::BaseWeight, extents: 2..=2, usage: &["Weight<D, K>"] },
     TypeName { name: "Bias", role: Role::Bias, extents: 1..=1, usage: &["Bias<K>"] },
+    TypeName { name: "Residual", role: Role::Residual, extents: 1..=1, usage: &["Residual<K>"] },
     TypeName {
         name: "Adapter",
         role: Role::Adapter,
@@ -141,6 +142,7 @@ fn described(role: Role) -> &'static str {
         Role::BaseWeight => "a base weight",
         Role::Bias => "a bias",
         Role::Adapter => "an adapter",
+        Role::Residual => "a residual",
     }
 }
 
@@ -174,7 +176,7 @@ fn written(ty: &Type) -> syn::Result<Written> {
     };
     let extents = all(extents.iter().map(|argument| dimension(argument)))?;
     let shape = match (kind.role, extents.as_slice()) {
-        (Role::Input, [d]) => Some(Shape::Matrix(Dimension::Tokens, d.clone())),
+        (Role::Input | Role::Residual, [n]) => Some(Shape::Matrix(Dimension::Tokens, n.clone())),
         (_, []) => Some(Shape::Scalar),
         (_, [n]) => Some(Shape::Vector(n.clone())),
         (_, [m, n]) => Some(Shape::Matrix(m.clone(), n.clone())),

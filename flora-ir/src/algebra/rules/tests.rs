@@ -37,6 +37,8 @@ fn types_of(letter: Letter) -> Vec<LetterType> {
         Letter::Scale => {
             std::iter::once((Shape::Scalar, None)).chain(widths().map(|n| (Shape::Vector(n), None))).collect()
         }
+        Letter::Residual => widths().map(|width| (Shape::Matrix(Dimension::Tokens, width), None)).collect(),
+        Letter::Other => [Letter::Stream, Letter::Scale, Letter::RankScale].into_iter().flat_map(types_of).collect(),
         Letter::RankScale => std::iter::once((Shape::Scalar, Some(symbol("R"))))
             .chain(widths().map(|n| (Shape::Vector(n), Some(symbol("R")))))
             .collect(),

@@ -1,4 +1,4 @@
-//! A residual, which is outside of the layer.
+//! A residual that is the input itself, which no kernel reads twice.
 
 #[flora_macros::layer]
 fn residual(x: Tokens<D>, w0: Weight<D, D>) -> Tokens<D> {
