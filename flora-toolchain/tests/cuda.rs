@@ -147,6 +147,33 @@ extern \"C\" __global__ void __launch_bounds__(64) copy(const float4 *x, float4 
 }
 
 #[test]
+fn a_main_loop_is_found_through_a_table_of_branches() {
+    let Some(compiler) = compiler() else { return };
+    let source = "extern \"C\" __global__ void k(const float *x, const int *kinds, float *y, int n) {
+    float s = x[0];
+    for (int i = 0; i < n; i++) {
+        switch (kinds[i]) {
+        case 0: s = s * x[i] + 1.0f; break;
+        case 1: s = s / x[i]; break;
+        case 2: s = sqrtf(s); break;
+        case 3: s = s - x[i + 1]; break;
+        case 4: s = expf(s); break;
+        case 5: s = fmaf(s, s, x[i + 9]); break;
+        }
+    }
+    y[threadIdx.x] = s;
+}";
+    for architecture in Architecture::ALL {
+        let compiled = compiler.compile(source, architecture).unwrap();
+        assert!(compiled.instructions.contains_key("BRX"), "{architecture}: {}", compiled.mix);
+        let main = compiled.main_loop.as_ref().unwrap();
+        assert_eq!(main.depth, 1, "{architecture}");
+        assert!(main.mix.forms(Class::Branch).any(|(opcode, _)| opcode == "BRX"), "{architecture}: {}", main.mix);
+        assert!(main.mix.total() * 2 > compiled.mix.total(), "{architecture}: {} of {}", main.mix, compiled.mix);
+    }
+}
+
+#[test]
 fn a_result_outlives_the_compiler() {
     let Some(compiler) = compiler() else { return };
     let first = compiler.compile(KERNEL, Architecture::Sm90a).unwrap();

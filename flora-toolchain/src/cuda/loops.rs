@@ -92,7 +92,7 @@ impl Graph {
         }
         for (block, range) in blocks.iter().enumerate() {
             let Some(last) = listing.instructions.get(range.end - 1) else { continue };
-            let next = (Flow::of(last) != Flow::Leave).then_some(range.end);
+            let next = matches!(Flow::of(last), Flow::Next | Flow::Either).then_some(range.end);
             for target in targets(last).into_iter().chain(next).filter(|target| *target < count) {
                 edges.add_edge(NodeIndex::new(block), NodeIndex::new(block_at(target)), ());
             }
@@ -141,8 +141,10 @@ enum Flow {
     Next,
     /// To a target or to the next one.
     Either,
-    /// To its targets alone, if it has any.
+    /// To its targets alone.
     Leave,
+    /// To no instruction of the kernel, or back to where a call came from.
+    End,
 }
 
 /// The opcodes that move control elsewhere, and whether control can come to the instruction behind it all the same.
@@ -153,9 +155,9 @@ const TRANSFERS: [(&str, Flow); 11] = [
     ("JMP", Flow::Leave),
     ("JMX", Flow::Leave),
     ("JMXU", Flow::Leave),
-    ("RET", Flow::Leave),
-    ("EXIT", Flow::Leave),
-    ("KILL", Flow::Leave),
+    ("RET", Flow::End),
+    ("EXIT", Flow::End),
+    ("KILL", Flow::End),
     ("CALL", Flow::Either),
     // Collects a warp's threads at its target.
     ("WARPSYNC", Flow::Either),
@@ -173,7 +175,7 @@ impl Flow {
         };
         match row {
             None => Self::Next,
-            Some((_, Self::Leave)) if conditional() => Self::Either,
+            Some((_, Self::Leave | Self::End)) if conditional() => Self::Either,
             Some((_, flow)) => *flow,
         }
     }
@@ -183,7 +185,9 @@ impl Flow {
 fn jumps(instruction: &Instruction) -> impl Iterator<Item = &str> {
     // One target as `(.L_x_0), or a table of them: (*"BRANCH_TARGETS .L_x_1,.L_x_2"*)
     static LABEL: LazyLock<Regex> = LazyLock::new(|| pattern(r"\.L_\w+|`\(([^)]+)\)"));
-    let operands = if Flow::of(instruction) == Flow::Next { "" } else { instruction.operands.as_str() };
+    // A return names the kernel that it belongs to, but goes back to the call.
+    let moves = TRANSFERS.iter().any(|(opcode, flow)| *opcode == instruction.opcode && *flow != Flow::End);
+    let operands = if moves { instruction.operands.as_str() } else { "" };
     LABEL.captures_iter(operands).filter_map(|found| found.get(1).or(found.get(0))).map(|label| label.as_str())
 }
 
@@ -275,7 +279,10 @@ mod tests {
     #[test]
     fn tables_of_targets_and_calls_are_followed() {
         let main = find(
-            ".L_steps:
+            "k:
+            .text.k:
+            MOV R1, RZ
+            .L_steps:
             BRX R2 -0x10 (*\"BRANCH_TARGETS .L_one,.L_two\"*)
             .L_one:
             CALL.REL.NOINC `($k$division)
@@ -289,6 +296,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(main.mix.to_string(), "FMA 1 (FFMA×1), branch 3 (BRA×1 BRX×1 CALL×1)");
+        assert_eq!(main.depth, 1);
     }
 
     #[test]
