@@ -1,0 +1,171 @@
+//! Whether a schedule and its operands belong together. Everything after this indexes without asking again.
+
+use flora_plan::layer::LayerShape;
+use flora_plan::schedule::{Gemm, LowRankRows, Materialised, NO_ROW, Packing, Scale, Schedule, Step};
+use flora_plan::weight::PackedWeight;
+
+use crate::engine::Operands;
+use crate::error::HostError;
+use crate::values::Values;
+
+/// How many of each thing an index may point to.
+struct Limits {
+    tokens: u64,
+    in_slots: u64,
+    out_slots: u64,
+}
+
+/// Compares all lengths and indices.
+pub(crate) fn check(
+    operands: &Operands<'_>,
+    schedule: &Schedule,
+    (x, y, residual): (usize, usize, Option<usize>),
+) -> Result<(), HostError> {
+    let shape = schedule.shape();
+    let (d, k, tokens) = (shape.d as usize, shape.k as usize, schedule.tokens() as usize);
+    check_shape("the base weight", operands.weight, shape)?;
+    length("x", x, tokens.saturating_mul(d))?;
+    length("y", y, tokens.saturating_mul(k))?;
+    if operands.epilogue.bias {
+        length("the bias", operands.bias.ok_or(HostError::Missing { what: "a bias" })?.len(), k)?;
+    }
+    if operands.epilogue.residual {
+        length("the residual", residual.ok_or(HostError::Missing { what: "a residual" })?, tokens.saturating_mul(k))?;
+    }
+    let limits = Limits::of(operands, tokens as u64)?;
+    for step in schedule.steps() {
+        match step {
+            Step::Gemm(gemm) => limits.check_gemm(gemm)?,
+            Step::Materialised(step) => limits.check_materialised(step)?,
+            Step::Merged { .. } => {
+                let merged = operands.merged.ok_or(HostError::Missing { what: "a merged weight" })?;
+                check_shape("the merged weight", merged, shape)?;
+            }
+            Step::Segmented { items, .. } => {
+                for item in items {
+                    limits.rows(item.first_row, item.rows)?;
+                    limits.low_rank(item.shrink, item.expand, item.rank)?;
+                }
+            }
+            Step::LowRankBmm(step) => {
+                limits.packing("row", limits.tokens, &step.rows)?;
+                limits.packing("in-vector", limits.in_slots, &step.shrink)?;
+                limits.packing("out-vector", limits.out_slots, &step.expand)?;
+            }
+            Step::Finish => {}
+        }
+    }
+    Ok(())
+}
+
+/// Compares a step whose weight of `position` is made, apart from its rows.
+pub(crate) fn check_recipe(operands: &Operands<'_>, step: &Materialised, position: usize) -> Result<(), HostError> {
+    within("materialised weight", position as u64 + 1, step.adapters.len() as u64)?;
+    Limits::of(operands, u64::MAX)?.check_materialised(step)
+}
+
+fn length(what: &'static str, found: usize, expected: usize) -> Result<(), HostError> {
+    if found == expected { Ok(()) } else { Err(HostError::WrongLength { what, expected, found }) }
+}
+
+fn check_shape(what: &'static str, weight: &PackedWeight, LayerShape { d, k }: LayerShape) -> Result<(), HostError> {
+    let LayerShape { d: found_d, k: found_k } = weight.shape();
+    if (d, k) == (found_d, found_k) { Ok(()) } else { Err(HostError::WrongShape { what, d, k, found_d, found_k }) }
+}
+
+fn slots(what: &'static str, pool: Values<'_>, width: usize) -> Result<u64, HostError> {
+    match pool.len().checked_rem(width) {
+        Some(0) => Ok((pool.len() / width) as u64),
+        _ if pool.is_empty() => Ok(0),
+        _ => Err(HostError::PartialVector { what, width, found: pool.len() }),
+    }
+}
+
+/// `end` is one past the last.
+fn within(what: &'static str, end: u64, count: u64) -> Result<(), HostError> {
+    if end <= count { Ok(()) } else { Err(HostError::OutOfRange { what, index: end - 1, count }) }
+}
+
+impl Limits {
+    fn of(operands: &Operands<'_>, tokens: u64) -> Result<Self, HostError> {
+        let LayerShape { d, k } = operands.weight.shape();
+        Ok(Self {
+            tokens,
+            in_slots: slots("the pool of in-vectors", operands.in_pool, d as usize)?,
+            out_slots: slots("the pool of out-vectors", operands.out_pool, k as usize)?,
+        })
+    }
+
+    fn rows(&self, first: u32, rows: u32) -> Result<(), HostError> {
+        within("row", u64::from(first) + u64::from(rows), self.tokens)
+    }
+
+    fn low_rank(&self, shrink: u32, expand: u32, rank: u32) -> Result<(), HostError> {
+        within("in-vector", u64::from(shrink) + u64::from(rank), self.in_slots)?;
+        within("out-vector", u64::from(expand) + u64::from(rank), self.out_slots)
+    }
+
+    /// Slots count from 1.
+    fn scale(&self, Scale { in_slot, out_slot }: Scale) -> Result<(), HostError> {
+        within("in-vector", u64::from(in_slot), self.in_slots)?;
+        within("out-vector", u64::from(out_slot), self.out_slots)
+    }
+
+    fn scales(&self, scales: &[Scale], first: u32, end: u32) -> Result<(), HostError> {
+        within("virtual row", u64::from(end.max(first)), scales.len() as u64)
+    }
+
+    /// Runs of rows that rise and don't overlap.
+    fn runs(&self, what: &'static str, runs: impl Iterator<Item = (u32, u32)>) -> Result<(), HostError> {
+        let mut end = 0;
+        for (row, rows) in runs {
+            self.rows(row, rows)?;
+            if row < end {
+                return Err(HostError::NotRising { what, row });
+            }
+            end = row + rows;
+        }
+        Ok(())
+    }
+
+    fn check_gemm(&self, gemm: &Gemm) -> Result<(), HostError> {
+        let mut before = None;
+        for row in &gemm.rows {
+            self.rows(row.row, 1)?;
+            self.scale(Scale { in_slot: row.in_slot, out_slot: row.out_slot })?;
+            // A row goes on until its last virtual row.
+            let rises = before.is_none_or(|(before, last)| if last { row.row > before } else { row.row == before });
+            if !rises {
+                return Err(HostError::NotRising { what: "virtual rows", row: row.row });
+            }
+            before = Some((row.row, row.last == 1));
+        }
+        self.runs("segments", gemm.segments.iter().map(|segment| (segment.first_row, segment.rows)))?;
+        gemm.scales.iter().try_for_each(|scale| self.scale(*scale))?;
+        for segment in &gemm.segments {
+            self.scales(&gemm.scales, segment.first_scale, segment.end_scale)?;
+        }
+        self.low_rank_runs(&gemm.low_rank)
+    }
+
+    fn low_rank_runs(&self, runs: &[LowRankRows]) -> Result<(), HostError> {
+        self.runs("low-rank rows", runs.iter().map(|run| (run.first_row, run.rows)))?;
+        runs.iter().try_for_each(|run| self.low_rank(run.shrink, run.expand, run.rank))
+    }
+
+    fn check_materialised(&self, step: &Materialised) -> Result<(), HostError> {
+        self.runs("materialised rows", step.runs.iter().map(|run| (run.first_row, run.rows)))?;
+        step.scales.iter().try_for_each(|scale| self.scale(*scale))?;
+        for adapter in &step.adapters {
+            self.scales(&step.scales, adapter.first_scale, adapter.end_scale)?;
+            self.low_rank(adapter.shrink, adapter.expand, adapter.rank)?;
+        }
+        let adapters = step.adapters.len() as u64;
+        step.runs.iter().try_for_each(|run| within("materialised weight", u64::from(run.weight) + 1, adapters))
+    }
+
+    fn packing(&self, what: &'static str, count: u64, packing: &Packing) -> Result<(), HostError> {
+        let named = packing.index.iter().filter(|index| **index != NO_ROW);
+        named.copied().try_for_each(|index| within(what, u64::from(index) + 1, count))
+    }
+}

@@ -1,0 +1,342 @@
+//! A schedule's steps, one after the other, on the processor.
+
+use flora_plan::layer::{Epilogue, LayerShape, WeightFormat};
+use flora_plan::schedule::{
+    Gemm, LowRankBmm, LowRankRows, Materialised, NO_ROW, Packing, Schedule, SegmentItem, Step, VirtualRow,
+};
+use flora_plan::weight::PackedWeight;
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use crate::check::{check, check_recipe};
+use crate::error::HostError;
+use crate::finish::Finish;
+use crate::gemm::{self, Pass, Rows};
+use crate::low_rank::{self, Shrink};
+use crate::materialise::{self, Recipe};
+use crate::pack::{Vectors, Weight};
+use crate::values::{Shared, Sink, Values, ValuesMut};
+use crate::workspace::{Buffer, CallMemory, Lent, Pool, Scratch};
+
+/// What a layer computes with, apart from the batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Operands<'a> {
+    /// W0 `[d, k]`.
+    pub weight: &'a PackedWeight,
+    /// `[k]`; needed where the epilogue adds it.
+    pub bias: Option<&'a [f32]>,
+    /// In-scales and shrink vectors of all adapters, `[slots, d]`.
+    pub in_pool: Values<'a>,
+    /// Out-scales and expand vectors of all adapters, `[slots, k]`.
+    pub out_pool: Values<'a>,
+    /// What follows the products.
+    pub epilogue: Epilogue,
+    /// W_i `[d, k]` of the adapter that a `Merged` step names.
+    pub merged: Option<&'a PackedWeight>,
+}
+
+/// The processor, and the memory that it computes in. One engine serves any number of layers and threads; what the largest
+/// call needed is kept until the engine is dropped, and calls that need no more allocate nothing.
+#[derive(Default)]
+pub struct Engine {
+    calls: Pool<CallMemory>,
+    scratches: Pool<Scratch>,
+}
+
+impl Engine {
+    /// An engine without memory; it takes what it needs.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The vectors that this processor computes with: "AVX-512", "AVX2 and FMA", "NEON", or "scalar".
+    pub fn instruction_set() -> &'static str {
+        struct Name;
+        impl WithSimd for Name {
+            type Output = &'static str;
+            fn with_simd<S: Simd>(self, _: S) -> &'static str {
+                match (S::IS_SCALAR, S::F32_LANES) {
+                    (true, _) => "scalar",
+                    (_, 16) => "AVX-512",
+                    (_, 8) => "AVX2 and FMA",
+                    _ => "NEON",
+                }
+            }
+        }
+        Arch::new().dispatch(Name)
+    }
+
+    /// Runs a schedule for x `[tokens, d]` and writes y `[tokens, k]`, row-major. Sums are f32 whatever the types are, and y is
+    /// rounded once. A row's bits depend on its own x and adapter and on the steps it takes, not on the other rows. `residual`
+    /// `[tokens, k]` is needed where the epilogue adds it, and may not be y. Rows that no step writes become 0.
+    ///
+    /// # Errors
+    /// Operands and schedule that don't belong together; y is as it was then.
+    pub fn execute(
+        &self,
+        operands: &Operands<'_>,
+        schedule: &Schedule,
+        x: Values<'_>,
+        y: ValuesMut<'_>,
+        residual: Option<Values<'_>>,
+    ) -> Result<(), HostError> {
+        check(operands, schedule, (x.len(), y.len(), residual.map(|residual| residual.len())))?;
+        self.calls.lend(|memory| {
+            let call = Call { engine: self, operands, schedule, x, y, residual, memory };
+            Arch::new().dispatch(call);
+        });
+        Ok(())
+    }
+}
+
+impl Engine {
+    /// W_i `[d, k]` of adapter `position` of `step`, in f32: what a `Merged` step multiplies by.
+    ///
+    /// # Errors
+    /// Operands that don't fit the step; a W_i with a number that isn't finite.
+    pub fn materialise(
+        &self,
+        operands: &Operands<'_>,
+        step: &Materialised,
+        position: usize,
+    ) -> Result<PackedWeight, HostError> {
+        check_recipe(operands, step, position)?;
+        let LayerShape { d, k } = operands.weight.shape();
+        let mut made = vec![0.0; d as usize * k as usize];
+        Arch::new().dispatch(Making { engine: self, operands, step, position, out: &mut made });
+        PackedWeight::from_f32(WeightFormat::default(), operands.weight.shape(), &made).map_err(HostError::NotAWeight)
+    }
+}
+
+/// One weight to make, of a step that has been checked.
+struct Making<'a> {
+    engine: &'a Engine,
+    operands: &'a Operands<'a>,
+    step: &'a Materialised,
+    position: usize,
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Making<'_> {
+    type Output = ();
+
+    fn with_simd<S: Simd>(self, simd: S) {
+        let LayerShape { d, k } = self.operands.weight.shape();
+        let in_pool = Vectors { values: self.operands.in_pool, width: d as usize };
+        let out_pool = Vectors { values: self.operands.out_pool, width: k as usize };
+        let recipe = Recipe::of(self.step, self.position, Weight::Packed(self.operands.weight), (in_pool, out_pool));
+        materialise::make(simd, recipe, self.out, &self.engine.scratches);
+    }
+}
+
+/// One execution of a schedule that has been checked.
+struct Call<'a> {
+    engine: &'a Engine,
+    operands: &'a Operands<'a>,
+    schedule: &'a Schedule,
+    x: Values<'a>,
+    y: ValuesMut<'a>,
+    residual: Option<Values<'a>>,
+    memory: &'a mut CallMemory,
+}
+
+/// What the steps of a call read.
+struct Sources<'a, S> {
+    simd: S,
+    tokens: u32,
+    operands: &'a Operands<'a>,
+    x: Vectors<'a>,
+    in_pool: Vectors<'a>,
+    out_pool: Vectors<'a>,
+    finish: Finish<'a>,
+    scratches: &'a Pool<Scratch>,
+}
+
+impl WithSimd for Call<'_> {
+    type Output = ();
+
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Call { engine, operands, schedule, x, mut y, residual, memory } = self;
+        let (shape, tokens) = (schedule.shape(), schedule.tokens());
+        let (d, k) = (shape.d as usize, shape.k as usize);
+        if tokens == 0 || k == 0 {
+            return;
+        }
+        let epilogue = operands.epilogue;
+        let sources = Sources {
+            simd,
+            tokens,
+            operands,
+            x: Vectors { values: x, width: d },
+            in_pool: Vectors { values: operands.in_pool, width: d },
+            out_pool: Vectors { values: operands.out_pool, width: k },
+            finish: Finish {
+                bias: operands.bias.filter(|_| epilogue.bias),
+                activation: epilogue.activation,
+                residual: residual.filter(|_| epilogue.residual),
+            },
+            scratches: &engine.scratches,
+        };
+        let CallMemory { stage, lent } = memory;
+        if schedule.steps().iter().all(writes) && !schedule.steps().is_empty() {
+            let sink = Sink::new(&mut y);
+            return schedule.steps().iter().for_each(|step| sources.write(step, sink, lent));
+        }
+        // Later steps add to y, so that it has to hold f32 until the last of them.
+        match y {
+            ValuesMut::F32(y) => sources.write_and_add(schedule.steps(), y, lent),
+            mut y => {
+                let stage = stage.floats(tokens as usize * k);
+                sources.write_and_add(schedule.steps(), stage, lent);
+                let sink = Sink::new(&mut y);
+                stage.par_chunks(k).enumerate().for_each(|(row, values)| {
+                    // SAFETY: y outlives the loop, and rows don't overlap.
+                    unsafe { sink.write(row * k, values) }
+                });
+            }
+        }
+    }
+}
+
+/// Whether a step writes its rows whatever was there; the others add to them.
+fn writes(step: &Step) -> bool {
+    matches!(step, Step::Gemm(_) | Step::Materialised(_) | Step::Merged { .. })
+}
+
+impl<S: Simd> Sources<'_, S> {
+    fn write_and_add(&self, steps: &[Step], stage: &mut [f32], lent: &mut Lent) {
+        if !steps.first().is_some_and(writes) {
+            stage.fill(0.0);
+        }
+        for step in steps {
+            if writes(step) {
+                self.write(step, Sink::F32(Shared::new(stage)), lent);
+            } else {
+                self.add(step, stage, lent);
+            }
+        }
+    }
+
+    /// Runs a step of those that write.
+    fn write(&self, step: &Step, sink: Sink, lent: &mut Lent) {
+        let weight = Weight::Packed(self.operands.weight);
+        match step {
+            Step::Gemm(gemm) => {
+                let hidden = self.shrink(&gemm.low_rank, &mut lent.shrinks, &mut lent.hidden);
+                let Gemm { rows, segments, scales, low_rank, .. } = gemm;
+                self.pass(weight, Rows { rows, segments, scales, low_rank }, hidden, gemm.finishes, sink);
+            }
+            Step::Merged { .. } => {
+                if let Some(merged) = self.operands.merged {
+                    lent.rows.clear();
+                    plain_rows(0..self.tokens, &mut lent.rows);
+                    self.pass(Weight::Packed(merged), Rows::plain(&lent.rows), &[], true, sink);
+                }
+            }
+            Step::Materialised(step) => self.materialised(weight, step, sink, lent),
+            Step::Segmented { .. } | Step::LowRankBmm(_) | Step::Finish => {}
+        }
+    }
+
+    fn pass(&self, weight: Weight<'_>, rows: Rows<'_>, hidden: &[f32], finishes: bool, sink: Sink) {
+        let Self { x, in_pool, out_pool, .. } = *self;
+        let finish = finishes.then_some(self.finish);
+        gemm::run(self.simd, Pass { weight, x, in_pool, out_pool, rows, hidden, finish, sink }, self.scratches);
+    }
+
+    /// One weight after the other is made in the same memory.
+    fn materialised(&self, weight: Weight<'_>, step: &Materialised, sink: Sink, lent: &mut Lent) {
+        let Self { in_pool, out_pool, .. } = *self;
+        let size = in_pool.width * out_pool.width;
+        for at in 0..step.adapters.len() {
+            lent.rows.clear();
+            for run in step.runs.iter().filter(|run| run.weight as usize == at) {
+                plain_rows(run.first_row..run.first_row + run.rows, &mut lent.rows);
+            }
+            let recipe = Recipe::of(step, at, weight, (in_pool, out_pool));
+            let made = lent.weight.floats(size);
+            materialise::make(self.simd, recipe, made, self.scratches);
+            self.pass(Weight::Made(made), Rows::plain(&lent.rows), &[], step.finishes, sink);
+        }
+    }
+
+    /// Runs a step of those that add to outputs `[tokens, k]`.
+    fn add(&self, step: &Step, outputs: &mut [f32], lent: &mut Lent) {
+        match step {
+            Step::Segmented { items, .. } => {
+                lent.runs.clear();
+                items.iter().for_each(|item| join(item, &mut lent.runs));
+                self.add_low_rank(outputs, lent);
+            }
+            Step::LowRankBmm(step) => {
+                lent.runs.clear();
+                batched_runs(step, &mut lent.runs);
+                self.add_low_rank(outputs, lent);
+            }
+            Step::Finish => {
+                let k = self.out_pool.width;
+                outputs.par_chunks_mut(k).enumerate().for_each(|(row, outputs)| {
+                    self.scratches.lend(|scratch| {
+                        self.finish.apply(self.simd, (row, 0, k), outputs, scratch.row.floats(k));
+                    });
+                });
+            }
+            Step::Gemm(_) | Step::Materialised(_) | Step::Merged { .. } => {}
+        }
+    }
+
+    /// The h of runs of rows, one run after the other.
+    fn shrink<'h>(&self, runs: &[LowRankRows], tasks: &mut Vec<Shrink>, hidden: &'h mut Buffer) -> &'h [f32] {
+        let hidden = hidden.floats(low_rank::tasks(runs, tasks));
+        low_rank::shrink(self.simd, self.x, self.in_pool, tasks, hidden, self.scratches);
+        hidden
+    }
+
+    fn add_low_rank(&self, outputs: &mut [f32], lent: &mut Lent) {
+        let hidden = self.shrink(&lent.runs, &mut lent.shrinks, &mut lent.hidden);
+        let pools = (self.in_pool, self.out_pool);
+        low_rank::expand_all(self.simd, pools, &lent.runs, hidden, outputs, self.scratches);
+    }
+}
+
+/// Appends rows that are multiplied as they are.
+fn plain_rows(range: std::ops::Range<u32>, rows: &mut Vec<VirtualRow>) {
+    rows.extend(range.map(|row| VirtualRow { row, in_slot: 0, out_slot: 0, last: 1 }));
+}
+
+/// Appends an item, to the run before it where it goes on.
+fn join(item: &SegmentItem, runs: &mut Vec<LowRankRows>) {
+    let SegmentItem { first_row, rows, shrink, expand, rank, .. } = *item;
+    let goes_on = |run: &&mut LowRankRows| {
+        (run.first_row + run.rows, run.shrink, run.expand, run.rank) == (first_row, shrink, expand, rank)
+    };
+    match runs.last_mut().filter(goes_on) {
+        Some(run) => run.rows += rows,
+        None => runs.push(LowRankRows { first_row, rows, shrink, expand, rank }),
+    }
+}
+
+/// The rows of a padded batched matmul as runs. Padding is not multiplied here: a block is computed at its own size.
+fn batched_runs(step: &LowRankBmm, runs: &mut Vec<LowRankRows>) {
+    let blocks = |packing: &'_ Packing| packing.block.max(1) as usize;
+    let rows = step.rows.index.chunks_exact(blocks(&step.rows));
+    let shrinks = step.shrink.index.chunks_exact(blocks(&step.shrink));
+    let expands = step.expand.index.chunks_exact(blocks(&step.expand));
+    for ((rows, shrink), expand) in rows.zip(shrinks).zip(expands) {
+        let rank = shrink.iter().take_while(|slot| **slot != NO_ROW).count() as u32;
+        let rows = rows.iter().copied().take_while(|row| *row != NO_ROW);
+        if let (Some(shrink), Some(expand)) = (shrink.first().filter(|_| rank > 0), expand.first()) {
+            let mut open: Option<LowRankRows> = None;
+            for row in rows {
+                match &mut open {
+                    Some(run) if run.first_row + run.rows == row => run.rows += 1,
+                    _ => {
+                        let run = LowRankRows { first_row: row, rows: 1, shrink: *shrink, expand: *expand, rank };
+                        runs.extend(open.replace(run));
+                    }
+                }
+            }
+            runs.extend(open);
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Why a schedule can't be run.
+
+/// A mistake in what was passed. Nothing has been written then.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum HostError {
+    /// An operand of another length than the shape has.
+    #[error("{what} has {found} numbers and takes {expected}")]
+    WrongLength {
+        /// Which operand.
+        what: &'static str,
+        /// What it should have.
+        expected: usize,
+        /// What it has.
+        found: usize,
+    },
+    /// A pool that isn't whole vectors.
+    #[error("{what} has {found} numbers, which are not whole vectors of {width}")]
+    PartialVector {
+        /// Which pool.
+        what: &'static str,
+        /// Numbers of a vector.
+        width: usize,
+        /// What it has.
+        found: usize,
+    },
+    /// A weight of another shape than the schedule was made for.
+    #[error("{what} is [{found_d}, {found_k}] and the schedule was made for [{d}, {k}]")]
+    WrongShape {
+        /// Which weight.
+        what: &'static str,
+        /// Inputs that it should have.
+        d: u32,
+        /// Outputs that it should have.
+        k: u32,
+        /// Inputs that it has.
+        found_d: u32,
+        /// Outputs that it has.
+        found_k: u32,
+    },
+    /// An operand that the schedule or the epilogue asks for.
+    #[error("the layer needs {what}, and none was passed")]
+    Missing {
+        /// Which operand.
+        what: &'static str,
+    },
+    /// A schedule that points beyond an operand.
+    #[error(
+        "the schedule names {what} {index} and there are {count}; load the adapters before the batch that uses them"
+    )]
+    OutOfRange {
+        /// What it points to.
+        what: &'static str,
+        /// Where.
+        index: u64,
+        /// How many there are.
+        count: u64,
+    },
+    /// Rows that don't rise, or are given twice.
+    #[error("the schedule's {what} don't rise at row {row}")]
+    NotRising {
+        /// Which list.
+        what: &'static str,
+        /// Where.
+        row: u32,
+    },
+    /// A weight that adapters make, with a number that no weight has.
+    #[error("an adapter's own weight can't be kept: {0}; its vectors are damaged, or too large for f32")]
+    NotAWeight(flora_plan::weight::WeightError),
+}

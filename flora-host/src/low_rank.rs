@@ -1,0 +1,221 @@
+//! The low-rank sum, y += (x @ b) @ a. The shrink, h = x @ b, is dot products along contiguous vectors; the expand adds h @ a to
+//! outputs, within the pass over the base weight where it is fused, and after it where it isn't.
+
+use std::ops::Range;
+
+use flora_plan::schedule::LowRankRows;
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use crate::frame::{Frame, PARALLEL_MACS, even_tiles, panels, scatter};
+use crate::gemm::BLOCK_ROWS;
+use crate::kernel::{MOST_TILE_ROWS, Multiply, SLICE, Strip, X_PITCH, strip_columns, tile_rows};
+use crate::pack::Vectors;
+use crate::values::Shared;
+use crate::workspace::{Buffer, Pool, Scratch};
+
+/// Rows that are shrunk at a time, each with [`TILE_VECTORS`] vectors: as many sums as stay in the registers.
+const TILE_ROWS: usize = 4;
+const TILE_VECTORS: usize = 4;
+
+/// Rows of a task.
+const TASK_ROWS: usize = 16;
+
+/// Rows that one task shrinks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shrink {
+    first_row: usize,
+    rows: usize,
+    shrink: usize,
+    rank: usize,
+    /// Where their h begins.
+    offset: usize,
+}
+
+/// Cuts runs into tasks; the h of a run follows that of the one before it. Returns the length of all h.
+pub(crate) fn tasks(runs: &[LowRankRows], tasks: &mut Vec<Shrink>) -> usize {
+    tasks.clear();
+    let mut offset = 0;
+    for run in runs {
+        let rank = run.rank as usize;
+        if rank == 0 {
+            continue;
+        }
+        for first in (0..run.rows as usize).step_by(TASK_ROWS) {
+            let rows = TASK_ROWS.min(run.rows as usize - first);
+            let first_row = run.first_row as usize + first;
+            tasks.push(Shrink { first_row, rows, shrink: run.shrink as usize, rank, offset });
+            offset += rows * rank;
+        }
+    }
+    offset
+}
+
+/// Computes h for every task.
+pub(crate) fn shrink<S: Simd>(
+    simd: S,
+    x: Vectors<'_>,
+    in_pool: Vectors<'_>,
+    tasks: &[Shrink],
+    hidden: &mut [f32],
+    scratches: &Pool<Scratch>,
+) {
+    let macs = hidden.len() as u64 * x.width as u64;
+    let hidden = Shared::new(hidden);
+    let run = |task: &Shrink| {
+        // SAFETY: the places of a task follow those of the one before it.
+        let hidden = unsafe { hidden.slice(task.offset, task.rows * task.rank) };
+        scratches.lend(|scratch| shrink_rows(simd, x, in_pool, task, hidden, scratch));
+    };
+    if macs < PARALLEL_MACS { tasks.iter().for_each(run) } else { tasks.par_iter().for_each(run) }
+}
+
+/// Adds h @ a to `rows` rows of sums, [`Frame::width`] apart, in tiles. `hidden` begins with the first row's.
+pub(crate) fn expand<S: Simd>(
+    frame: &Frame<'_, S>,
+    run: &LowRankRows,
+    rows: usize,
+    hidden: &[f32],
+    sums: &mut [f32],
+    (x, outer, row): (&mut Buffer, &mut Buffer, &mut Buffer),
+) {
+    let (rank, strip, width) = (run.rank as usize, strip_columns::<S>(), frame.width());
+    let (row, mut places) = (row.floats(width), [0; MOST_TILE_ROWS]);
+    let x = x.floats(MOST_TILE_ROWS * X_PITCH);
+    for first in (0..rank).step_by(SLICE) {
+        let ranks = first..(first + SLICE).min(rank);
+        let outer = outer.floats(frame.strips() * ranks.len() * strip);
+        for (at, slot) in ranks.clone().enumerate() {
+            frame.out_vector(run.expand + slot as u32 + 1, row);
+            scatter::<S>(row, at, ranks.len(), outer);
+        }
+        for tile in even_tiles(rows, tile_rows::<S>()) {
+            for (x, row) in x.chunks_exact_mut(X_PITCH).zip(tile.clone()) {
+                x[..ranks.len()].copy_from_slice(&hidden[row * rank..][ranks.clone()]);
+            }
+            for (strip_at, weight) in outer.chunks_exact(ranks.len() * strip).enumerate() {
+                for (place, row) in places.iter_mut().zip(tile.clone()) {
+                    *place = row * width + strip_at * strip;
+                }
+                let (weight, places) = (Strip { values: weight, pitch: strip }, &places[..tile.len()]);
+                Multiply { x, depth: ranks.len(), weight, places, scales: None, sums }.run(frame.simd);
+            }
+        }
+    }
+}
+
+/// Adds h @ a to outputs `[tokens, k]` that are in memory already; `hidden` holds the h of one run after the other's.
+pub(crate) fn expand_all<S: Simd>(
+    simd: S,
+    (in_pool, out_pool): (Vectors<'_>, Vectors<'_>),
+    runs: &[LowRankRows],
+    hidden: &[f32],
+    outputs: &mut [f32],
+    scratches: &Pool<Scratch>,
+) {
+    let k = out_pool.width;
+    let outputs = Shared::new(outputs);
+    panels::<S>(k, hidden.len() as u64 * k as u64, |columns| {
+        let frame = Frame { simd, in_pool, out_pool, columns: columns.clone() };
+        scratches.lend(|Scratch { x, outer, sums, row, .. }| {
+            let mut hidden = hidden;
+            for run in runs {
+                let (own, rest) = hidden.split_at(run.rows as usize * run.rank as usize);
+                hidden = rest;
+                for first in (0..run.rows as usize).step_by(BLOCK_ROWS) {
+                    let rows = BLOCK_ROWS.min(run.rows as usize - first);
+                    let sums = sums.floats(rows * frame.width());
+                    // SAFETY: the outputs outlive the call, and no other task has these columns.
+                    let output = |row: usize| unsafe {
+                        outputs.slice((run.first_row as usize + first + row) * k + columns.start, columns.len())
+                    };
+                    for (at, sums) in sums.chunks_exact_mut(frame.width()).enumerate() {
+                        sums[..columns.len()].copy_from_slice(output(at));
+                    }
+                    let own = &own[first * run.rank as usize..];
+                    expand(&frame, run, rows, own, sums, (&mut *x, &mut *outer, &mut *row));
+                    for (at, sums) in sums.chunks_exact(frame.width()).enumerate() {
+                        output(at).copy_from_slice(&sums[..columns.len()]);
+                    }
+                }
+            }
+        });
+    });
+}
+
+fn shrink_rows<S: Simd>(
+    simd: S,
+    x: Vectors<'_>,
+    in_pool: Vectors<'_>,
+    task: &Shrink,
+    hidden: &mut [f32],
+    scratch: &mut Scratch,
+) {
+    hidden.fill(0.0);
+    let pack = |vectors: Vectors<'_>, first: usize, count: usize, depth: Range<usize>, out: &mut [f32]| {
+        for (at, out) in out.chunks_exact_mut(X_PITCH).take(count).enumerate() {
+            let (own, padding) = out.split_at_mut(depth.len());
+            vectors.widen(first + at, depth.start, own);
+            padding.fill(0.0);
+        }
+    };
+    for first in (0..x.width).step_by(SLICE) {
+        let depth = first..(first + SLICE).min(x.width);
+        let rows = scratch.x.floats(task.rows.next_multiple_of(TILE_ROWS) * X_PITCH);
+        pack(x, task.first_row, task.rows, depth.clone(), rows);
+        for vector in (0..task.rank).step_by(TILE_VECTORS) {
+            let vectors = TILE_VECTORS.min(task.rank - vector);
+            let inner = scratch.inner.floats(TILE_VECTORS * X_PITCH);
+            pack(in_pool, task.shrink + vector, vectors, depth.clone(), inner);
+            for (tile, rows) in rows.chunks_exact(TILE_ROWS * X_PITCH).enumerate() {
+                let products = Dot { rows, vectors: inner, depth: depth.len() }.run(simd);
+                let own = hidden[tile * TILE_ROWS * task.rank..].chunks_mut(task.rank);
+                for (hidden, products) in own.zip(products) {
+                    let hidden = &mut hidden[vector..vector + vectors];
+                    hidden.iter_mut().zip(products).for_each(|(hidden, product)| *hidden += product);
+                }
+            }
+        }
+    }
+}
+
+/// Products of every row with every vector, [`X_PITCH`] apart and padded with zeros to it.
+struct Dot<'a> {
+    rows: &'a [f32],
+    vectors: &'a [f32],
+    depth: usize,
+}
+
+impl Dot<'_> {
+    fn run<S: Simd>(self, simd: S) -> [[f32; TILE_VECTORS]; TILE_ROWS] {
+        assert!(self.depth <= SLICE);
+        assert!(self.rows.len() >= TILE_ROWS * X_PITCH && self.vectors.len() >= TILE_VECTORS * X_PITCH);
+        simd.vectorize(self)
+    }
+}
+
+impl WithSimd for Dot<'_> {
+    type Output = [[f32; TILE_VECTORS]; TILE_ROWS];
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
+        // The padding completes the last vector.
+        let steps = self.depth.div_ceil(S::F32_LANES);
+        let rows: [&[S::f32s]; TILE_ROWS] = std::array::from_fn(|at| row_of::<S>(self.rows, at, steps));
+        let vectors: [&[S::f32s]; TILE_VECTORS] = std::array::from_fn(|at| row_of::<S>(self.vectors, at, steps));
+        let mut sums = [[simd.splat_f32s(0.0); TILE_VECTORS]; TILE_ROWS];
+        for at in 0..steps {
+            for (row, sums) in rows.iter().zip(&mut sums) {
+                for (vector, sum) in vectors.iter().zip(sums) {
+                    *sum = simd.mul_add_e_f32s(row[at], vector[at], *sum);
+                }
+            }
+        }
+        sums.map(|sums| sums.map(|sum| simd.reduce_sum_f32s(sum)))
+    }
+}
+
+#[inline(always)]
+fn row_of<S: Simd>(values: &[f32], at: usize, steps: usize) -> &[S::f32s] {
+    &S::as_simd_f32s(&values[at * X_PITCH..(at + 1) * X_PITCH]).0[..steps]
+}

@@ -1,0 +1,263 @@
+//! Operands in the form that the kernels read: rows of x widened and scaled, panels of W0 decoded and cut into strips.
+
+use std::ops::Range;
+
+use flora_plan::layer::Quantisation;
+use flora_plan::weight::{PackedWeight, WeightValues};
+use half::slice::HalfFloatSliceExt;
+use pulp::{Simd, WithSimd};
+
+use crate::kernel::{SLICE, X_PITCH, strip_columns};
+use crate::values::Values;
+
+/// A weight `[d, k]`.
+#[derive(Clone, Copy)]
+pub(crate) enum Weight<'a> {
+    /// As it is stored.
+    Packed(&'a PackedWeight),
+    /// W_i, made whole.
+    Made(&'a [f32]),
+}
+
+impl<'a> Weight<'a> {
+    /// Its numbers, where they need no decoding.
+    pub(crate) fn floats(self) -> Option<&'a [f32]> {
+        match self {
+            Weight::Made(values) => Some(values),
+            Weight::Packed(weight) => match weight.values() {
+                WeightValues::F32(values) => Some(values),
+                _ => None,
+            },
+        }
+    }
+}
+
+/// A matrix of vectors `[slots, width]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Vectors<'a> {
+    pub(crate) values: Values<'a>,
+    pub(crate) width: usize,
+}
+
+impl Vectors<'_> {
+    /// The numbers of vector `slot` from `first` on.
+    pub(crate) fn widen(&self, slot: usize, first: usize, out: &mut [f32]) {
+        self.values.widen(slot * self.width + first, out);
+    }
+
+    /// The same by `out`, number by number.
+    fn multiply(&self, slot: usize, first: usize, out: &mut [f32]) {
+        let first = slot * self.width + first;
+        match self.values {
+            Values::F32(values) => multiply(out, &values[first..first + out.len()]),
+            _ => {
+                let mut widened = [0.0; 64];
+                for (start, out) in (first..).step_by(64).zip(out.chunks_mut(64)) {
+                    let widened = &mut widened[..out.len()];
+                    self.values.widen(start, widened);
+                    multiply(out, widened);
+                }
+            }
+        }
+    }
+}
+
+fn multiply(out: &mut [f32], factors: &[f32]) {
+    out.iter_mut().zip(factors).for_each(|(out, factor)| *out *= factor);
+}
+
+/// Runs `work` with the instruction set's vectors at the compiler's disposal.
+pub(crate) fn vectorised<S: Simd, R>(simd: S, work: impl FnOnce() -> R) -> R {
+    struct Work<F>(F);
+    impl<F: FnOnce() -> R, R> WithSimd for Work<F> {
+        type Output = R;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> R {
+            (self.0)()
+        }
+    }
+    simd.vectorize(Work(work))
+}
+
+/// Packs rows of x, [`X_PITCH`] apart, each by its in-vector where it has one (slots count from 1).
+pub(crate) fn pack_rows<S: Simd>(
+    simd: S,
+    x: Vectors<'_>,
+    in_pool: Vectors<'_>,
+    rows: impl Iterator<Item = (u32, u32)>,
+    depth: Range<usize>,
+    out: &mut [f32],
+) {
+    vectorised(
+        simd,
+        #[inline(always)]
+        || {
+            for ((row, in_slot), out) in rows.zip(out.chunks_mut(X_PITCH)) {
+                let out = &mut out[..depth.len()];
+                x.widen(row as usize, depth.start, out);
+                if let Some(slot) = in_slot.checked_sub(1) {
+                    in_pool.multiply(slot as usize, depth.start, out);
+                }
+            }
+        },
+    );
+}
+
+/// Floats from one strip of a packed panel to the next: a row more than a slice, so that strips don't share cache sets.
+pub(crate) const fn strip_pitch<S: Simd>() -> usize {
+    (SLICE + 1) * strip_columns::<S>()
+}
+
+/// Decodes rows `depth` of columns `columns` of a weight into strips, [`strip_pitch`] apart. Columns beyond the last are 0.
+/// `row` holds the columns, rounded up to strips.
+pub(crate) fn pack_panel<S: Simd>(
+    simd: S,
+    weight: Weight<'_>,
+    k: usize,
+    depth: Range<usize>,
+    columns: Range<usize>,
+    row: &mut [f32],
+    out: &mut [f32],
+) {
+    let weight = match weight {
+        Weight::Made(values) => {
+            return vectorised(
+                simd,
+                #[inline(always)]
+                || pack_f32::<S>(values, k, depth, columns, out),
+            );
+        }
+        Weight::Packed(weight) => weight,
+    };
+    vectorised(
+        simd,
+        #[inline(always)]
+        || match (weight.values(), weight.format().quantisation()) {
+            (WeightValues::F32(values), _) => pack_f32::<S>(values, k, depth, columns, out),
+            (WeightValues::F16(values), _) => {
+                for (at, depth) in depth.enumerate() {
+                    values[depth * k + columns.start..depth * k + columns.end]
+                        .convert_to_f32_slice(&mut row[..columns.len()]);
+                    scatter::<S>(row, columns.len(), at, out);
+                }
+            }
+            (WeightValues::Bf16(values), _) => {
+                for (at, depth) in depth.enumerate() {
+                    let values = &values[depth * k + columns.start..depth * k + columns.end];
+                    row.iter_mut().zip(values).for_each(|(out, value)| *out = widen_bf16(*value));
+                    scatter::<S>(row, columns.len(), at, out);
+                }
+            }
+            (WeightValues::Words(words), Some(quantisation)) => {
+                for (strip, out) in out.chunks_mut(strip_pitch::<S>()).enumerate() {
+                    let first = columns.start + strip * strip_columns::<S>();
+                    let columns = first..columns.end.min(first + strip_columns::<S>());
+                    decode::<S>(weight, words, quantisation, depth.clone(), columns, out);
+                }
+            }
+            // `PackedWeight` makes words of quantised formats only.
+            (WeightValues::Words(_), None) => {}
+        },
+    );
+}
+
+/// Exact, and unlike the library's free of a case for NaN, which a weight doesn't hold.
+#[inline(always)]
+fn widen_bf16(value: half::bf16) -> f32 {
+    f32::from_bits(u32::from(value.to_bits()) << 16)
+}
+
+#[inline(always)]
+fn pack_f32<S: Simd>(values: &[f32], k: usize, depth: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+    let width = strip_columns::<S>();
+    for (at, depth) in depth.enumerate() {
+        let row = &values[depth * k + columns.start..depth * k + columns.end];
+        let mut strips = out.chunks_mut(strip_pitch::<S>());
+        let mut whole = row.chunks_exact(width);
+        for (row, strip) in whole.by_ref().zip(strips.by_ref()) {
+            strip[at * width..(at + 1) * width].copy_from_slice(row);
+        }
+        if let (false, Some(strip)) = (whole.remainder().is_empty(), strips.next()) {
+            let (own, padding) = strip[at * width..(at + 1) * width].split_at_mut(whole.remainder().len());
+            own.copy_from_slice(whole.remainder());
+            padding.fill(0.0);
+        }
+    }
+}
+
+/// One row of the panel to its strips.
+#[inline(always)]
+fn scatter<S: Simd>(row: &mut [f32], columns: usize, at: usize, out: &mut [f32]) {
+    let width = strip_columns::<S>();
+    row[columns..].fill(0.0);
+    for (row, strip) in row.chunks_exact(width).zip(out.chunks_mut(strip_pitch::<S>())) {
+        strip[at * width..(at + 1) * width].copy_from_slice(row);
+    }
+}
+
+/// The columns of a strip on the widest instruction set.
+const MOST_COLUMNS: usize = 64;
+
+/// One strip of a quantised weight; the arithmetic of [`PackedWeight::value`].
+#[inline(always)]
+fn decode<S: Simd>(
+    weight: &PackedWeight,
+    words: &[u32],
+    quantisation: Quantisation,
+    depth: Range<usize>,
+    columns: Range<usize>,
+    out: &mut [f32],
+) {
+    let (k, width, per_word) = (weight.shape().k as usize, strip_columns::<S>(), quantisation.per_word() as usize);
+    let (mut scales, mut minima, mut stored) = ([0.0; MOST_COLUMNS], [0.0; MOST_COLUMNS], [0; MOST_COLUMNS]);
+    let (scales, minima, stored) = (&mut scales[..width], &mut minima[..width], &mut stored[..width]);
+    let (bits, mask, zero) = (quantisation.bits, (1u32 << quantisation.bits) - 1, quantisation.zero as f32);
+    let block = quantisation.block.map_or(usize::MAX, |block| block as usize);
+    let mut first = depth.start;
+    while first < depth.end {
+        let end = if block == usize::MAX { depth.end } else { depth.end.min((first / block + 1) * block) };
+        load_scales(weight, quantisation, first, columns.clone(), scales, minima);
+        // Slices begin at a multiple of a word's inputs.
+        for input in (first..end).step_by(per_word) {
+            let row = input / per_word * k;
+            stored[..columns.len()].copy_from_slice(&words[row + columns.start..row + columns.end]);
+            for (shift, input) in (input..end.min(input + per_word)).enumerate() {
+                let shift = bits * shift as u32;
+                let at = (input - depth.start) * width;
+                let numbers = out[at..at + width].iter_mut().zip(&*stored).zip(scales.iter().zip(&*minima));
+                for ((out, stored), (scale, minimum)) in numbers {
+                    *out = scale * ((stored >> shift & mask) as i32 as f32 - zero) + minimum;
+                }
+            }
+        }
+        first = end;
+    }
+}
+
+/// The scales and minima of the block that holds `input`; 0 beyond the last column.
+#[inline(always)]
+fn load_scales(
+    weight: &PackedWeight,
+    quantisation: Quantisation,
+    input: usize,
+    columns: Range<usize>,
+    scales: &mut [f32],
+    minima: &mut [f32],
+) {
+    let k = weight.shape().k as usize;
+    scales[columns.len()..].fill(0.0);
+    let packed = |row: usize| &weight.scales()[row * k + columns.start..row * k + columns.end];
+    let half = |word: u32| half::f16::from_bits(word as u16).to_f32();
+    match quantisation.block.map(|block| input / block as usize) {
+        None => scales.iter_mut().zip(packed(0)).for_each(|(scale, bits)| *scale = f32::from_bits(*bits)),
+        Some(block) if quantisation.minimum => {
+            for ((scale, minimum), word) in scales.iter_mut().zip(minima).zip(packed(block)) {
+                (*scale, *minimum) = (half(*word), half(word >> 16));
+            }
+        }
+        Some(block) => {
+            let shift = 16 * (block % 2) as u32;
+            scales.iter_mut().zip(packed(block / 2)).for_each(|(scale, word)| *scale = half(word >> shift));
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Borrowed numbers of any element type. They are widened as they are packed and rounded as they are written; between that
+//! everything is f32.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use flora_plan::layer::Element;
+
+/// Numbers to read.
+#[derive(Clone, Copy, Debug)]
+pub enum Values<'a> {
+    /// 32-bit floats.
+    F32(&'a [f32]),
+    /// 16-bit IEEE floats.
+    F16(&'a [f16]),
+    /// 16-bit floats with f32's range.
+    Bf16(&'a [bf16]),
+}
+
+/// Numbers to write.
+#[derive(Debug)]
+pub enum ValuesMut<'a> {
+    /// 32-bit floats.
+    F32(&'a mut [f32]),
+    /// 16-bit IEEE floats.
+    F16(&'a mut [f16]),
+    /// 16-bit floats with f32's range.
+    Bf16(&'a mut [bf16]),
+}
+
+impl Values<'_> {
+    /// How many.
+    pub fn len(&self) -> usize {
+        match self {
+            Values::F32(values) => values.len(),
+            Values::F16(values) => values.len(),
+            Values::Bf16(values) => values.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Their type.
+    pub fn element(&self) -> Element {
+        match self {
+            Values::F32(_) => Element::F32,
+            Values::F16(_) => Element::F16,
+            Values::Bf16(_) => Element::Bf16,
+        }
+    }
+
+    /// Widens the numbers from `first` on into `out`.
+    pub(crate) fn widen(&self, first: usize, out: &mut [f32]) {
+        let range = first..first + out.len();
+        match self {
+            Values::F32(values) => out.copy_from_slice(&values[range]),
+            Values::F16(values) => values[range].convert_to_f32_slice(out),
+            Values::Bf16(values) => values[range].convert_to_f32_slice(out),
+        }
+    }
+}
+
+impl ValuesMut<'_> {
+    /// How many.
+    pub fn len(&self) -> usize {
+        match self {
+            ValuesMut::F32(values) => values.len(),
+            ValuesMut::F16(values) => values.len(),
+            ValuesMut::Bf16(values) => values.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Numbers that several threads write, each its own places.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<T> {
+    first: *mut T,
+    len: usize,
+}
+
+// SAFETY: places are only reached through `slice`, whose callers promise that no two of them share one.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    pub(crate) fn new(values: &mut [T]) -> Self {
+        Self { first: values.as_mut_ptr(), len: values.len() }
+    }
+
+    /// # Safety
+    /// The slice that this was made of still lives, and nothing else refers to these places while the result lives.
+    ///
+    /// # Panics
+    /// Beyond the end.
+    #[expect(clippy::mut_from_ref, reason = "the caller promises that places are not shared")]
+    pub(crate) unsafe fn slice(&self, first: usize, len: usize) -> &mut [T] {
+        assert!(first <= self.len && len <= self.len - first, "places {first} + {len} of {}", self.len);
+        // SAFETY: within the slice by the assertion, unshared by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(first), len) }
+    }
+}
+
+/// Where outputs are written.
+#[derive(Clone, Copy)]
+pub(crate) enum Sink {
+    F32(Shared<f32>),
+    F16(Shared<f16>),
+    Bf16(Shared<bf16>),
+}
+
+impl Sink {
+    pub(crate) fn new(values: &mut ValuesMut<'_>) -> Self {
+        match values {
+            ValuesMut::F32(values) => Sink::F32(Shared::new(values)),
+            ValuesMut::F16(values) => Sink::F16(Shared::new(values)),
+            ValuesMut::Bf16(values) => Sink::Bf16(Shared::new(values)),
+        }
+    }
+
+    /// Rounds `values` to the places from `first` on.
+    ///
+    /// # Safety
+    /// As [`Shared::slice`].
+    pub(crate) unsafe fn write(&self, first: usize, values: &[f32]) {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            match self {
+                Sink::F32(out) => out.slice(first, values.len()).copy_from_slice(values),
+                Sink::F16(out) => out.slice(first, values.len()).convert_from_f32_slice(values),
+                Sink::Bf16(out) => out.slice(first, values.len()).convert_from_f32_slice(values),
+            }
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! A row's bits depend on its own x and adapter alone.
+
+use flora_host::Engine;
+use flora_plan::batch::AdapterSlots;
+use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
+use flora_plan::plan::Plan;
+use proptest::prelude::*;
+
+use crate::problem::{Problem, config, elements, epilogues};
+
+/// The rows of one segment.
+fn alone(problem: &Problem, position: usize) -> Problem {
+    let first = problem.segments[..position].iter().map(|segment| segment.rows as usize).sum::<usize>();
+    let segment = problem.segments[position];
+    let rows = |values: &[f32], width: u32| {
+        values[first * width as usize..(first + segment.rows as usize) * width as usize].to_vec()
+    };
+    Problem {
+        segments: vec![segment],
+        x: rows(&problem.x, problem.shape.d),
+        residual: rows(&problem.residual, problem.shape.k),
+        ..problem.clone()
+    }
+}
+
+/// NaN in every vector that the adapter doesn't use.
+fn poisoned(problem: &Problem, adapter: &AdapterSlots) -> Problem {
+    let low_rank = adapter.low_rank;
+    let poison = |pool: &[f32], width: u32, scales: Vec<Option<u32>>, first: u32| {
+        let mut pool = pool.to_vec();
+        for (slot, vector) in pool.chunks_exact_mut(width as usize).enumerate() {
+            let slot = slot as u32;
+            if !scales.contains(&Some(slot)) && !(first..first + low_rank.rank).contains(&slot) {
+                vector.fill(f32::NAN);
+            }
+        }
+        pool
+    };
+    let in_scales = adapter.virtual_rows.iter().map(|scales| scales.in_scale).collect();
+    let out_scales = adapter.virtual_rows.iter().map(|scales| scales.out_scale).collect();
+    Problem {
+        in_pool: poison(&problem.in_pool, problem.shape.d, in_scales, low_rank.shrink),
+        out_pool: poison(&problem.out_pool, problem.shape.k, out_scales, low_rank.expand),
+        ..problem.clone()
+    }
+}
+
+fn check(problem: &Problem) {
+    let engine = Engine::new();
+    for plan in Plan::unmerged() {
+        let whole = problem.run(&engine, &plan).bits();
+        let mut first = 0;
+        for (position, segment) in problem.segments.iter().enumerate() {
+            let adapter = &problem.adapters[segment.adapter as usize];
+            let rows = segment.rows as usize * problem.shape.k as usize;
+            let own = &whole[first..first + rows];
+            let name = format!("{} + {}", plan.multiplicative(), plan.additive());
+            assert_eq!(alone(problem, position).run(&engine, &plan).bits(), own, "{name}, alone");
+            let poisoned = poisoned(problem, adapter).run(&engine, &plan).bits();
+            assert_eq!(&poisoned[first..first + rows], own, "{name}, beside NaN");
+            first += rows;
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(config(24))]
+
+    #[test]
+    fn other_rows_and_adapters_change_no_bit(
+        d in 1u32..600,
+        k in 1u32..70,
+        activations in elements(),
+        epilogue in epilogues(),
+        seed in any::<u64>(),
+    ) {
+        let format = LayerFormat { activations, adapters: Element::F32, weight: WeightFormat::default(), ..LayerFormat::default() };
+        check(&Problem::new(LayerShape { d, k }, format, epilogue, seed));
+    }
+}
+
+#[test]
+fn several_panels_change_no_bit() {
+    let shape = LayerShape { d: 330, k: 600 };
+    check(&Problem::new(shape, LayerFormat::default(), Epilogue::default(), 5));
+}

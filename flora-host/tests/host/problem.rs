@@ -1,0 +1,270 @@
+//! Random layers and batches, and what they should give.
+
+use flora_host::{Engine, Operands, Values, ValuesMut};
+use flora_ir::Activation;
+use flora_ir::evaluate::apply_activation;
+use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
+use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape};
+use flora_plan::lowering::Lowering;
+use flora_plan::plan::Plan;
+use flora_plan::schedule::{Materialised, schedule};
+use flora_plan::weight::PackedWeight;
+use half::{bf16, f16};
+use proptest::prelude::*;
+use proptest::test_runner::{RngAlgorithm, RngSeed};
+
+/// `cases` cases from a fixed seed, so that every run tests the same ones.
+pub(crate) fn config(cases: u32) -> ProptestConfig {
+    ProptestConfig {
+        cases,
+        rng_algorithm: RngAlgorithm::ChaCha,
+        rng_seed: RngSeed::Fixed(0x686f_7374),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
+/// Numbers in their own type.
+#[derive(Clone, Debug)]
+pub(crate) enum Numbers {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Numbers {
+    pub(crate) fn new(element: Element, values: &[f32]) -> Self {
+        match element {
+            Element::F32 => Numbers::F32(values.to_vec()),
+            Element::F16 => Numbers::F16(values.iter().map(|value| f16::from_f32(*value)).collect()),
+            Element::Bf16 => Numbers::Bf16(values.iter().map(|value| bf16::from_f32(*value)).collect()),
+        }
+    }
+
+    pub(crate) fn values(&self) -> Values<'_> {
+        match self {
+            Numbers::F32(values) => Values::F32(values),
+            Numbers::F16(values) => Values::F16(values),
+            Numbers::Bf16(values) => Values::Bf16(values),
+        }
+    }
+
+    pub(crate) fn values_mut(&mut self) -> ValuesMut<'_> {
+        match self {
+            Numbers::F32(values) => ValuesMut::F32(values),
+            Numbers::F16(values) => ValuesMut::F16(values),
+            Numbers::Bf16(values) => ValuesMut::Bf16(values),
+        }
+    }
+
+    pub(crate) fn widened(&self) -> Vec<f32> {
+        match self {
+            Numbers::F32(values) => values.clone(),
+            Numbers::F16(values) => values.iter().map(|value| value.to_f32()).collect(),
+            Numbers::Bf16(values) => values.iter().map(|value| value.to_f32()).collect(),
+        }
+    }
+
+    pub(crate) fn bits(&self) -> Vec<u32> {
+        self.widened().iter().map(|value| value.to_bits()).collect()
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Problem {
+    pub(crate) shape: LayerShape,
+    pub(crate) format: LayerFormat,
+    pub(crate) epilogue: Epilogue,
+    pub(crate) weight: PackedWeight,
+    pub(crate) bias: Vec<f32>,
+    pub(crate) adapters: Vec<AdapterSlots>,
+    pub(crate) segments: Vec<Segment>,
+    pub(crate) in_pool: Vec<f32>,
+    pub(crate) out_pool: Vec<f32>,
+    pub(crate) x: Vec<f32>,
+    pub(crate) residual: Vec<f32>,
+}
+
+pub(crate) fn random_values(len: usize, random: &mut fastrand::Rng) -> Vec<f32> {
+    (0..len).map(|_| random.f32() * 2.0 - 1.0).collect()
+}
+
+impl Problem {
+    /// A layer of this shape and adapters of every kind, in a batch of short and long segments.
+    pub(crate) fn new(shape: LayerShape, format: LayerFormat, epilogue: Epilogue, seed: u64) -> Self {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let (d, k) = (shape.d as usize, shape.k as usize);
+        let (mut in_slots, mut out_slots) = (0, 0);
+        let adapters: Vec<_> =
+            (0..8).map(|kind| adapter(kind, random.u32(1..20), &mut in_slots, &mut out_slots)).collect();
+        let segments: Vec<_> = (0..random.usize(1..9))
+            .map(|_| Segment {
+                rows: if random.bool() { random.u32(0..3) } else { random.u32(1..40) },
+                adapter: random.u32(0..adapters.len() as u32),
+            })
+            .collect();
+        let tokens = segments.iter().map(|segment| segment.rows as usize).sum::<usize>();
+        let weight = random_values(d * k, &mut random);
+        Self {
+            shape,
+            format,
+            epilogue,
+            weight: PackedWeight::from_f32(format.weight, shape, &weight).unwrap(),
+            bias: random_values(k, &mut random),
+            adapters,
+            segments,
+            in_pool: random_values(in_slots as usize * d, &mut random),
+            out_pool: random_values(out_slots as usize * k, &mut random),
+            x: random_values(tokens * d, &mut random),
+            residual: random_values(tokens * k, &mut random),
+        }
+    }
+
+    pub(crate) fn tokens(&self) -> usize {
+        self.segments.iter().map(|segment| segment.rows as usize).sum()
+    }
+
+    /// One of the adapters alone.
+    pub(crate) fn recipe(&self, adapter: usize) -> Materialised {
+        Materialised::weight_of(&self.adapters[adapter])
+    }
+
+    /// What the engine makes of it.
+    pub(crate) fn run(&self, engine: &Engine, plan: &Plan) -> Numbers {
+        let format = self.format;
+        let finishes = !self.epilogue.is_identity();
+        let schedule = schedule(plan, self.shape, &self.segments, &self.adapters, finishes).unwrap();
+        let numbers = |values: &[f32], element| Numbers::new(element, values);
+        let (x, residual) = (numbers(&self.x, format.activations), numbers(&self.residual, format.activations));
+        let (in_pool, out_pool) = (numbers(&self.in_pool, format.adapters), numbers(&self.out_pool, format.adapters));
+        let operands = Operands {
+            weight: &self.weight,
+            bias: Some(&self.bias),
+            in_pool: in_pool.values(),
+            out_pool: out_pool.values(),
+            epilogue: self.epilogue,
+            merged: None,
+        };
+        let own = self.segments.iter().find(|segment| segment.rows > 0).map_or(0, |segment| segment.adapter as usize);
+        let merged = (plan.multiplicative() == Lowering::Merged)
+            .then(|| engine.materialise(&operands, &self.recipe(own), 0).unwrap());
+        let operands = Operands { merged: merged.as_ref(), ..operands };
+        // What was there before must not matter.
+        let mut y = numbers(&vec![f32::NAN; self.tokens() * self.shape.k as usize], format.activations);
+        engine.execute(&operands, &schedule, x.values(), y.values_mut(), Some(residual.values())).unwrap();
+        y
+    }
+
+    /// Every output in f64, and the sum of its products' magnitudes.
+    pub(crate) fn oracle(&self) -> Vec<(f64, f64)> {
+        let (d, k) = (self.shape.d as usize, self.shape.k as usize);
+        let widen = |values: &[f32], element| -> Vec<f64> {
+            Numbers::new(element, values).widened().into_iter().map(f64::from).collect()
+        };
+        let (x, residual) = (widen(&self.x, self.format.activations), widen(&self.residual, self.format.activations));
+        let in_pool = widen(&self.in_pool, self.format.adapters);
+        let out_pool = widen(&self.out_pool, self.format.adapters);
+        let weight: Vec<f64> = self.weight.to_f32().into_iter().map(f64::from).collect();
+        let at = |pool: &[f64], slot: Option<u32>, position: usize, width: usize| {
+            slot.map_or(1.0, |slot| pool[slot as usize * width + position])
+        };
+        let owners = self.segments.iter().flat_map(|segment| (0..segment.rows).map(|_| segment.adapter as usize));
+        let mut outputs = Vec::new();
+        for (row, owner) in owners.enumerate() {
+            let (adapter, x) = (&self.adapters[owner], &x[row * d..(row + 1) * d]);
+            let low_rank = adapter.low_rank;
+            for column in 0..k {
+                let (mut sum, mut magnitude) = (0.0, 0.0);
+                for scales in &adapter.virtual_rows {
+                    let out = at(&out_pool, scales.out_scale, column, k);
+                    for (depth, x) in x.iter().enumerate() {
+                        let value = out * at(&in_pool, scales.in_scale, depth, d) * x * weight[depth * k + column];
+                        (sum, magnitude) = (sum + value, magnitude + value.abs());
+                    }
+                }
+                for rank in 0..low_rank.rank {
+                    let out = at(&out_pool, Some(low_rank.expand + rank), column, k);
+                    for (depth, x) in x.iter().enumerate() {
+                        let value = out * at(&in_pool, Some(low_rank.shrink + rank), depth, d) * x;
+                        (sum, magnitude) = (sum + value, magnitude + value.abs());
+                    }
+                }
+                if self.epilogue.bias {
+                    let bias = f64::from(self.bias[column]);
+                    (sum, magnitude) = (sum + bias, magnitude + bias.abs());
+                }
+                sum = apply_activation(self.epilogue.activation, sum);
+                if self.epilogue.residual {
+                    let residual = residual[row * k + column];
+                    (sum, magnitude) = (sum + residual, magnitude + residual.abs());
+                }
+                outputs.push((sum, magnitude));
+            }
+        }
+        outputs
+    }
+
+    /// Asserts that outputs are the oracle's but for rounding: a sum of n products errs by u·√n of their magnitudes at one
+    /// standard deviation, of which four are allowed, and by half a unit in the last place of the type that it is stored in.
+    pub(crate) fn assert_right(&self, y: &Numbers, what: &str) {
+        let k = self.shape.k as usize;
+        let owners = self.segments.iter().flat_map(|segment| (0..segment.rows).map(|_| segment.adapter as usize));
+        let oracle = self.oracle();
+        let (y, element) = (y.widened(), self.format.activations);
+        let stored = if element == Element::F32 { 0.0 } else { element.rounding() };
+        for (row, owner) in owners.enumerate() {
+            let adapter = &self.adapters[owner];
+            let roundings = self.shape.d as usize + adapter.virtual_rows.len() + adapter.low_rank.rank as usize + 8;
+            let unit = f64::from(f32::EPSILON) / 2.0 * (roundings as f64).sqrt();
+            for column in 0..k {
+                let ((right, magnitude), found) = (oracle[row * k + column], f64::from(y[row * k + column]));
+                let error = (found - right).abs();
+                // f16 has a least number too.
+                let allowed =
+                    4.0 * unit * magnitude + 1.001 * stored * right.abs() + if stored > 0.0 { 3e-8 } else { 0.0 };
+                assert!(
+                    error <= allowed,
+                    "{what}: row {row} of adapter {owner}, column {column}: {found} not {right}, {error} > {allowed}"
+                );
+            }
+        }
+    }
+}
+
+/// Base, IA3 of both forms, fLoRA, HiRA, LoRA, DoRA (an out-scale and a low-rank sum), and fLoRA with one.
+fn adapter(kind: usize, rank: u32, in_slots: &mut u32, out_slots: &mut u32) -> AdapterSlots {
+    let take = |slots: &mut u32, count: u32| {
+        let first = *slots;
+        *slots += count;
+        first
+    };
+    let plain = VirtualRowSlots::default();
+    let mut scaled = |rank: u32| -> Vec<_> {
+        let (first_in, first_out) = (take(in_slots, rank), take(out_slots, rank));
+        (0..rank).map(|at| VirtualRowSlots { in_scale: Some(first_in + at), out_scale: Some(first_out + at) }).collect()
+    };
+    let mut virtual_rows = match kind {
+        3 | 7 => scaled(rank),
+        4 => [vec![plain], scaled(rank)].concat(),
+        _ => vec![plain],
+    };
+    match kind {
+        1 => virtual_rows[0].in_scale = Some(take(in_slots, 1)),
+        2 | 6 => virtual_rows[0].out_scale = Some(take(out_slots, 1)),
+        _ => {}
+    }
+    let low_rank = match kind {
+        5..=7 => LowRankSlots { shrink: take(in_slots, rank), expand: take(out_slots, rank), rank },
+        _ => LowRankSlots::default(),
+    };
+    AdapterSlots { virtual_rows, low_rank }
+}
+
+pub(crate) fn epilogues() -> impl Strategy<Value = Epilogue> {
+    (any::<bool>(), prop::sample::select(Activation::ALL.to_vec()), any::<bool>())
+        .prop_map(|(bias, activation, residual)| Epilogue { bias, activation, residual })
+}
+
+pub(crate) fn elements() -> impl Strategy<Value = Element> {
+    prop::sample::select(Element::ALL.to_vec())
+}

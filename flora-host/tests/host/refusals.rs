@@ -1,0 +1,75 @@
+//! What doesn't fit together is refused, and y stays as it was.
+
+use flora_host::{Engine, HostError, Operands, Values, ValuesMut};
+use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
+use flora_plan::layer::{Epilogue, LayerShape, WeightFormat};
+use flora_plan::lowering::Lowering;
+use flora_plan::plan::Plan;
+use flora_plan::schedule::schedule;
+use flora_plan::weight::PackedWeight;
+
+const SHAPE: LayerShape = LayerShape { d: 4, k: 3 };
+
+fn weight(shape: LayerShape) -> PackedWeight {
+    PackedWeight::from_f32(WeightFormat::default(), shape, &vec![1.0; (shape.d * shape.k) as usize]).unwrap()
+}
+
+/// Two rows of an adapter with a virtual row and a low-rank sum, both of slot 2.
+fn run(plan: (Lowering, Lowering), operands: Operands<'_>, x: usize, y: usize) -> Result<(), HostError> {
+    let adapter = AdapterSlots {
+        virtual_rows: vec![VirtualRowSlots { in_scale: Some(2), out_scale: Some(2) }; 2],
+        low_rank: LowRankSlots { shrink: 2, expand: 2, rank: 1 },
+    };
+    let plan = Plan::new(plan.0, plan.1).unwrap();
+    let schedule = schedule(&plan, SHAPE, &[Segment { rows: 2, adapter: 0 }], &[adapter], true).unwrap();
+    let (x, mut y) = (vec![1.0; x], vec![7.0; y]);
+    let result = Engine::new().execute(&operands, &schedule, Values::F32(&x), ValuesMut::F32(&mut y), None);
+    assert_eq!(result.is_err(), y.iter().all(|y| *y == 7.0), "{result:?}: {y:?}");
+    result
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let (fits, other) = (weight(SHAPE), weight(LayerShape { d: 3, k: 4 }));
+    let (in_pool, out_pool, bias) = ([0.5; 12], [0.5; 9], [0.0; 2]);
+    let right = Operands {
+        weight: &fits,
+        bias: None,
+        in_pool: Values::F32(&in_pool),
+        out_pool: Values::F32(&out_pool),
+        epilogue: Epilogue::default(),
+        merged: None,
+    };
+    let plans =
+        [(Lowering::Stacked, Lowering::Fused), (Lowering::OnChip, Lowering::Segmented), (Lowering::Bmm, Lowering::Bmm)];
+    let (biased, added) =
+        (Epilogue { bias: true, ..Epilogue::default() }, Epilogue { residual: true, ..Epilogue::default() });
+    for plan in plans {
+        assert_eq!(run(plan, right, 8, 6), Ok(()));
+        let refused = |operands, x, y| run(plan, operands, x, y).unwrap_err().to_string();
+        assert_eq!(refused(right, 7, 6), "x has 7 numbers and takes 8");
+        assert_eq!(refused(right, 8, 9), "y has 9 numbers and takes 6");
+        let wrong = Operands { weight: &other, ..right };
+        assert_eq!(refused(wrong, 8, 6), "the base weight is [3, 4] and the schedule was made for [4, 3]");
+        let few = Operands { in_pool: Values::F32(&in_pool[..8]), ..right };
+        assert!(refused(few, 8, 6).starts_with("the schedule names in-vector 2 and there are 2;"));
+        let few = Operands { out_pool: Values::F32(&[]), ..right };
+        assert!(refused(few, 8, 6).starts_with("the schedule names out-vector 2 and there are 0;"));
+        let partial = Operands { out_pool: Values::F32(&out_pool[..8]), ..right };
+        assert_eq!(refused(partial, 8, 6), "the pool of out-vectors has 8 numbers, which are not whole vectors of 3");
+        assert_eq!(
+            refused(Operands { epilogue: biased, ..right }, 8, 6),
+            "the layer needs a bias, and none was passed"
+        );
+        let short = Operands { epilogue: biased, bias: Some(&bias), ..right };
+        assert_eq!(refused(short, 8, 6), "the bias has 2 numbers and takes 3");
+        let missing = Operands { epilogue: added, ..right };
+        assert_eq!(refused(missing, 8, 6), "the layer needs a residual, and none was passed");
+    }
+    let merged = (Lowering::Merged, Lowering::Merged);
+    let missing = run(merged, right, 8, 6).unwrap_err();
+    assert_eq!(missing, HostError::Missing { what: "a merged weight" });
+    let wrong = Operands { merged: Some(&other), ..right };
+    assert!(matches!(run(merged, wrong, 8, 6), Err(HostError::WrongShape { .. })));
+    assert_eq!(run(merged, Operands { merged: Some(&fits), ..right }, 8, 6), Ok(()));
+}

@@ -1,0 +1,75 @@
+//! Every plan, weight format and element type, on sizes that are multiples of nothing.
+
+use flora_host::Engine;
+use flora_plan::batch::Segment;
+use flora_plan::layer::{Epilogue, LayerFormat, LayerShape, WeightFormat};
+use flora_plan::lowering::Lowering;
+use flora_plan::plan::Plan;
+use proptest::prelude::*;
+
+use crate::problem::{Problem, config, elements, epilogues};
+
+fn check(problem: &Problem, engine: &Engine) {
+    for plan in Plan::all() {
+        let name =
+            format!("{} + {}, {}, {:?}", plan.multiplicative(), plan.additive(), problem.format, problem.epilogue);
+        if plan.multiplicative() == Lowering::Merged {
+            for segment in problem.segments.iter().filter(|segment| segment.rows > 0).take(2) {
+                let alone = problem.only(segment.adapter);
+                alone.assert_right(&alone.run(engine, &plan), &name);
+            }
+        } else {
+            problem.assert_right(&problem.run(engine, &plan), &name);
+        }
+    }
+}
+
+impl Problem {
+    /// The same with all rows given to one adapter.
+    fn only(&self, adapter: u32) -> Self {
+        let segments = self.segments.iter().map(|segment| Segment { adapter, ..*segment }).collect();
+        Self { segments, ..self.clone() }
+    }
+}
+
+proptest! {
+    #![proptest_config(config(60))]
+
+    #[test]
+    fn every_plan_is_the_sum_that_defines_it(
+        d in 1u32..700,
+        k in 1u32..90,
+        activations in elements(),
+        adapters in elements(),
+        (_, weight) in prop::sample::select(WeightFormat::ALL.to_vec()),
+        epilogue in epilogues(),
+        seed in any::<u64>(),
+    ) {
+        let d = if weight.fits(LayerShape { d, k }) { d } else { d.next_multiple_of(32) };
+        let problem = Problem::new(LayerShape { d, k }, LayerFormat { activations, adapters, weight, ..LayerFormat::default() }, epilogue, seed);
+        check(&problem, &Engine::new());
+    }
+}
+
+#[test]
+fn long_batches_and_wide_panels() {
+    let engine = Engine::new();
+    for (d, k, rows, seed) in [(65, 777, 530, 1), (300, 290, 1, 2), (13, 1030, 14, 3), (257, 33, 1100, 4)] {
+        let mut problem = Problem::new(LayerShape { d, k }, LayerFormat::default(), Epilogue::default(), seed);
+        let segments = (0..8).map(|adapter| Segment { rows: rows / 8 + u32::from(adapter < rows % 8), adapter });
+        problem.segments = segments.collect();
+        let mut random = fastrand::Rng::with_seed(seed);
+        problem.x = crate::problem::random_values(problem.tokens() * d as usize, &mut random);
+        problem.residual = vec![0.0; problem.tokens() * k as usize];
+        check(&problem, &engine);
+    }
+}
+
+#[test]
+fn empty_batches_give_nothing() {
+    let mut problem = Problem::new(LayerShape { d: 5, k: 7 }, LayerFormat::default(), Epilogue::default(), 1);
+    problem.segments.clear();
+    (problem.x, problem.residual) = (Vec::new(), Vec::new());
+    let plan = Plan::new(Lowering::Stacked, Lowering::Fused).unwrap();
+    assert!(problem.run(&Engine::new(), &plan).widened().is_empty());
+}
