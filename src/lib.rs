@@ -45,12 +45,13 @@ pub use flora_runtime as runtime;
 
 /// What a serving engine uses.
 pub mod prelude {
-    pub use flora_codegen::batch::LayerShape;
     pub use flora_codegen::cost::Coefficients;
+    pub use flora_codegen::layer::{Element, LayerFormat, LayerShape, WeightFormat};
     pub use flora_codegen::lowering::Lowering;
     pub use flora_codegen::pipeline::{CompiledLayer, compile, compile_verified};
     pub use flora_codegen::plan::Plan;
     pub use flora_codegen::target::Target;
+    pub use flora_codegen::weight::PackedWeight;
     pub use flora_ir::{Activation, Bindings, Value};
-    pub use flora_runtime::{Batch, Device, Planner, Projection};
+    pub use flora_runtime::{Batch, Device, Planner, Projection, ProjectionOptions};
 }

@@ -2,37 +2,52 @@
 //! over the runtime, so that CUDA, wgpu and the offline targets go through the same code.
 
 use bytemuck::Pod;
+use cubecl::ir::features::TypeUsage;
+use cubecl::ir::{ElemType, StorageType, UIntKind};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
-use cubek_matmul::definition::{MatmulElems, MatmulGlobalElems};
-use cubek_matmul::launch::launch_tiling::launch_ref;
-use cubek_matmul::routines::BlueprintStrategy;
-use cubek_matmul::routines::simple_unit::SimpleUnitAlgorithm;
-use cubek_std::InputBinding;
 
-use crate::batch::LayerShape;
+use crate::kernels::expand::{EXPAND_WORDS, expand};
 use crate::kernels::materialise::materialise;
-use crate::kernels::rows::{finish_rows, gather_rows, scatter_rows};
-use crate::kernels::segmented::{EXPAND_COLUMN_VECTORS, SEGMENT_TILE_RANKS, SEGMENT_TILE_ROWS, expand, shrink};
-use crate::kernels::stacked::{TILE_COLUMNS, stacked};
-use crate::kernels::{Epilogue, StackedBlueprint};
-use crate::schedule::{LowRankBmm, Materialised, Packing, Schedule, SegmentItem, Step, VirtualRow};
+use crate::kernels::reduce::reduce;
+use crate::kernels::rows::{add_rows, finish_rows, gather_columns, gather_rows};
+use crate::kernels::shrink::{TASK_WORDS, shrink};
+use crate::kernels::tile::{H_START, LayoutLaunch, NO_SUM, tile};
+use crate::kernels::{Multiply, ReduceBlueprint, SegmentedBlueprint};
+use crate::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
+use crate::routine::{self, Hardware, RoutineError, TileLaunch, Wanted, shrink_tasks, storage};
+use crate::schedule::{LowRankBmm, Materialised, Packing, Schedule, SegmentItem, Step};
 
-/// A layer's operands on the device, f32, row-major.
+/// A layer's operands on the device, row-major, in the types of `format`.
 #[derive(Clone, Debug)]
 pub struct LayerBuffers {
     /// Extents.
     pub shape: LayerShape,
-    /// `[d, k]`
+    /// Types.
+    pub format: LayerFormat,
+    /// The values of a [`PackedWeight`](crate::weight::PackedWeight): `[d, k]` or its words.
     pub base_weight: Handle,
-    /// `[k]`
+    /// Its scales, of a quantised one.
+    pub weight_scales: Option<Handle>,
+    /// `[k]`, f32
     pub bias: Option<Handle>,
     /// `[slots, d]`, at least one slot.
     pub in_pool: Pool,
     /// `[slots, k]`, at least one slot.
     pub out_pool: Pool,
-    /// Bias and activation.
+    /// Bias, activation, residual.
     pub epilogue: Epilogue,
+    /// The adapter whose W_i is resident, in the type of the activations.
+    pub merged: Option<Merged>,
+}
+
+/// A resident W_i.
+#[derive(Clone, Debug)]
+pub struct Merged {
+    /// Position in the batch's table of adapters.
+    pub adapter: u32,
+    /// `[d, k]`
+    pub weight: Handle,
 }
 
 /// Vectors of the adapters that are on the device.
@@ -93,66 +108,91 @@ pub enum LaunchError {
         /// Its size.
         elements: u64,
     },
-    /// The matmul library refuses the shape or the device.
-    #[error("the matmul of [{batch}, {rows}, {depth}] by [{depth}, {columns}] can't run on this device: {reason}")]
-    Matmul {
-        /// Matrices.
-        batch: usize,
-        /// Rows of each.
-        rows: usize,
-        /// Contracted extent.
-        depth: usize,
-        /// Columns of each.
-        columns: usize,
-        /// The library's words.
-        reason: String,
+    /// No blueprint of this device serves the batch.
+    #[error(transparent)]
+    Routine(#[from] RoutineError),
+    /// A plan that keeps to a weight that wasn't made.
+    #[error("the batch is planned for the merged weight of adapter {wanted}, and {}; merge the adapter first", held(*.found))]
+    NotMerged {
+        /// What the batch wants.
+        wanted: u32,
+        /// What is resident.
+        found: Option<u32>,
     },
+    /// An epilogue that adds a residual, and none was passed.
+    #[error("the layer adds a residual and none was passed; pass one of [tokens, k]")]
+    NoResidual,
+    /// A type that the device doesn't have.
+    #[error("this device has no {0} buffers; keep the layer in f32")]
+    NoElement(Element),
 }
 
-/// Launches a schedule: reads x `[tokens, d]`, returns y `[tokens, k]`. The launches are queued; errors of the device itself
-/// surface when y is read.
+fn held(found: Option<u32>) -> String {
+    found.map_or_else(|| "none is resident".to_owned(), |adapter| format!("that of adapter {adapter} is resident"))
+}
+
+/// Launches a schedule: reads x `[tokens, d]` and, where the epilogue adds one, residual `[tokens, k]`; returns y `[tokens, k]`.
+/// The launches are queued; errors of the device itself surface when y is read.
 ///
 /// # Errors
-/// A schedule of another layer or of slots that the pools lack, a launch that the device can't hold, a matmul that the library
-/// refuses.
+/// A schedule of another layer or of slots that the pools lack, a launch that the device can't hold, a type that it doesn't have.
 ///
 /// # Safety
-/// The buffers belong to `client` and hold, in f32, what [`LayerBuffers`] says and `x` holds `[tokens, d]`: kernels read and
-/// write them without looking at their lengths.
+/// The buffers belong to `client` and hold what [`LayerBuffers`] says, `x` holds `[tokens, d]` and `residual` `[tokens, k]` in the
+/// type of the activations: kernels read and write them without looking at their lengths.
 pub unsafe fn launch<R: Runtime>(
     client: &ComputeClient<R>,
     layer: &LayerBuffers,
     schedule: &Schedule,
     x: &Handle,
+    residual: Option<&Handle>,
 ) -> Result<Handle, LaunchError> {
     check(schedule, layer.shape, layer.in_pool.slots, layer.out_pool.slots)?;
-    let LayerShape { d, k } = layer.shape;
-    let y = allocate(client, schedule.tokens() as usize * k as usize)?;
-    let run = Run { client, layer, tokens: schedule.tokens(), x, y: &y, d, k };
+    if layer.epilogue.residual && residual.is_none() {
+        return Err(LaunchError::NoResidual);
+    }
+    let run = Run::new(client, layer, schedule.tokens(), x, residual)?;
     for step in schedule.steps() {
         match step {
-            Step::BaseGemm => run.base_gemm()?,
-            Step::Stacked(rows) => {
-                let finishes = schedule.steps().len() == 1;
-                run.stacked(rows, if finishes { layer.epilogue } else { Epilogue::default() })?;
+            Step::Gemm(gemm) => {
+                let wanted = run.wanted(gemm.finishes, schedule.splits());
+                run.tiles(&routine::gemm(&run.hardware, wanted, gemm)?, &run.base_operands())?;
             }
             Step::Materialised(step) => run.materialised(step)?,
+            Step::Merged { adapter } => run.merged(*adapter, schedule)?,
             Step::Segmented { items, h_len } => run.segmented(items, *h_len)?,
             Step::LowRankBmm(step) => run.low_rank_bmm(step)?,
             Step::Finish => run.finish(),
         }
     }
-    Ok(y)
+    Ok(run.y)
 }
 
-/// A buffer of f32. cubecl answers one that the device can't hold by a result that is never written.
-fn allocate<R: Runtime>(client: &ComputeClient<R>, elements: usize) -> Result<Handle, LaunchError> {
-    let bytes = elements.max(1) as u64 * size_of::<f32>() as u64;
+/// Makes W_i of one adapter, in the type of the activations: what [`Merged`] holds.
+///
+/// # Errors
+/// A weight that the device can't hold in one buffer.
+///
+/// # Safety
+/// As [`launch`]; `step` names slots of the pools.
+pub unsafe fn merge<R: Runtime>(
+    client: &ComputeClient<R>,
+    layer: &LayerBuffers,
+    step: &Materialised,
+) -> Result<Handle, LaunchError> {
+    check_slots(step, layer.in_pool.slots, layer.out_pool.slots)?;
+    Run::new(client, layer, 0, &layer.base_weight, None)?.made(step)
+}
+
+/// A buffer. cubecl answers one that the device can't hold by a result that is never written.
+fn allocate<R: Runtime>(client: &ComputeClient<R>, elements: usize, element: Element) -> Result<Handle, LaunchError> {
+    let bytes = elements.max(1) as u64 * element.bytes();
     let limit = client.properties().memory.max_page_size;
     if bytes > limit {
         return Err(LaunchError::BufferTooLarge { bytes, limit });
     }
-    Ok(client.empty(bytes as usize))
+    // Two halves make the word that the device copies at least.
+    Ok(client.empty(bytes.next_multiple_of(4) as usize))
 }
 
 /// Whether a schedule is one of a layer of this shape whose pools have so many slots.
@@ -176,13 +216,35 @@ pub fn check(schedule: &Schedule, shape: LayerShape, in_slots: u32, out_slots: u
     Ok(())
 }
 
+/// Whether the pools have the slots that `step` names.
+///
+/// # Errors
+/// They don't.
+pub fn check_slots(step: &Materialised, in_slots: u32, out_slots: u32) -> Result<(), LaunchError> {
+    let ranks = || step.adapters.iter().filter(|adapter| adapter.rank > 0);
+    let scales = || step.scales.iter();
+    let needed_in = scales().map(|scale| scale.in_slot).chain(ranks().map(|own| own.shrink.saturating_add(own.rank)));
+    let needed_out = scales().map(|scale| scale.out_slot).chain(ranks().map(|own| own.expand.saturating_add(own.rank)));
+    let needed = [("in", needed_in.max().unwrap_or(0), in_slots), ("out", needed_out.max().unwrap_or(0), out_slots)];
+    for (pool, needed, slots) in needed {
+        if needed > slots {
+            return Err(LaunchError::Slots { pool, needed, slots });
+        }
+    }
+    Ok(())
+}
+
 /// What every step of one batch sees.
 struct Run<'a, R: Runtime> {
     client: &'a ComputeClient<R>,
+    hardware: Hardware,
     layer: &'a LayerBuffers,
-    tokens: u32,
+    tokens: usize,
     x: &'a Handle,
-    y: &'a Handle,
+    residual: Option<&'a Handle>,
+    y: Handle,
+    /// Stands in for what a kernel doesn't read.
+    nothing: Handle,
     d: u32,
     k: u32,
 }
@@ -199,14 +261,17 @@ impl Table {
     }
 }
 
-/// A matrix or a batch of them in a buffer.
-struct Matrices<'a> {
-    handle: &'a Handle,
-    batch: usize,
-    rows: usize,
-    columns: usize,
-    /// Stored as `[batch, columns, rows]`.
-    transposed: bool,
+/// What a tile launch multiplies: rows of `width` by matrices `[width, columns]`.
+struct Operands<'a> {
+    x: &'a Handle,
+    x_rows: usize,
+    weight: &'a Handle,
+    /// Matrices one after the other.
+    weights: usize,
+    shape: LayerShape,
+    format: LayerFormat,
+    y: &'a Handle,
+    y_rows: usize,
 }
 
 /// Units of an elementwise cube.
@@ -214,21 +279,68 @@ const ELEMENTWISE_UNITS: u32 = 256;
 /// The axis limit of WebGPU; CUDA's y and z are the same.
 const AXIS_LIMIT: u32 = 65_535;
 
-impl<R: Runtime> Run<'_, R> {
+impl<'a, R: Runtime> Run<'a, R> {
+    fn new(
+        client: &'a ComputeClient<R>,
+        layer: &'a LayerBuffers,
+        tokens: u32,
+        x: &'a Handle,
+        residual: Option<&'a Handle>,
+    ) -> Result<Self, LaunchError> {
+        let LayerShape { d, k } = layer.shape;
+        let LayerFormat { activations, adapters, weight, .. } = layer.format;
+        let weight = match weight {
+            WeightFormat::Float(element) => element,
+            _ => Element::F32,
+        };
+        for element in [activations, adapters, weight] {
+            if !client.properties().type_usage(storage(element)).contains(TypeUsage::Buffer) {
+                return Err(LaunchError::NoElement(element));
+            }
+        }
+        let tokens = tokens as usize;
+        Ok(Self {
+            client,
+            hardware: Hardware::of(client.properties()),
+            layer,
+            tokens,
+            x,
+            residual,
+            y: allocate(client, tokens * k as usize, activations)?,
+            nothing: client.empty(16),
+            d,
+            k,
+        })
+    }
+
+    fn wanted(&self, finishes: bool, splits: bool) -> Wanted {
+        let epilogue = if finishes { self.layer.epilogue } else { Epilogue::default() };
+        Wanted { shape: self.layer.shape, format: self.layer.format, epilogue, accumulate: false, splits }
+    }
+
+    fn base_operands(&self) -> Operands<'_> {
+        self.operands(&self.layer.base_weight, 1, self.layer.format)
+    }
+
+    /// The batch's rows by `weights` matrices of the layer's shape.
+    fn operands<'b>(&'b self, weight: &'b Handle, weights: usize, format: LayerFormat) -> Operands<'b> {
+        let (x, y) = (self.x, &self.y);
+        Operands { x, x_rows: self.tokens, weight, weights, shape: self.layer.shape, format, y, y_rows: self.tokens }
+    }
+
+    /// Weights that were made here, in the type of the activations.
+    fn made_format(&self) -> LayerFormat {
+        LayerFormat { weight: WeightFormat::Float(self.layer.format.activations), ..self.layer.format }
+    }
+
     /// Uploads an index table, words of 32 bits to a kernel.
     fn table<T: Pod>(&self, entries: &[T]) -> Table {
-        let handle = self.client.create_from_slice(bytemuck::cast_slice(entries));
-        Table { handle, words: size_of_val(entries) / size_of::<u32>() }
-    }
-
-    fn scratch(&self, elements: usize) -> Result<Handle, LaunchError> {
-        allocate(self.client, elements)
-    }
-
-    /// 16-byte loads where every row starts on one.
-    fn vector_size(&self, width: u32) -> usize {
-        let widest = self.client.properties().hardware.max_vector_size;
-        if width.is_multiple_of(4) && widest >= 4 { 4 } else { 1 }
+        let handle = if entries.is_empty() {
+            self.nothing.clone()
+        } else {
+            self.client.create_from_slice(bytemuck::cast_slice(entries))
+        };
+        Table { handle, words: size_of_val(entries).max(4) / size_of::<u32>() }
     }
 
     fn axis(&self, what: &'static str, cubes: usize) -> Result<u32, LaunchError> {
@@ -239,191 +351,333 @@ impl<R: Runtime> Run<'_, R> {
         })
     }
 
-    /// Cubes for `elements` units, over two axes because one is short.
-    fn elementwise(&self, elements: usize) -> CubeCount {
-        let cubes = elements.div_ceil(ELEMENTWISE_UNITS as usize);
+    /// `cubes` in one direction, over two axes because one is short.
+    fn linear(&self, cubes: usize) -> CubeCount {
         let x = cubes.clamp(1, AXIS_LIMIT as usize);
         CubeCount::Static(x as u32, cubes.div_ceil(x).max(1) as u32, 1)
     }
 
-    fn bias(&self) -> ArrayArg<R> {
-        // A kernel without a bias never reads the buffer that stands in for it.
-        match &self.layer.bias {
-            Some(bias) => array(bias, self.k as usize),
-            None => array(&self.layer.out_pool.handle, self.k as usize),
+    /// Cubes for `elements` units.
+    fn elementwise(&self, elements: usize) -> CubeCount {
+        self.linear(elements.div_ceil(ELEMENTWISE_UNITS as usize))
+    }
+
+    fn optional(&self, handle: Option<&Handle>, elements: usize) -> ArrayArg<R> {
+        match handle {
+            Some(handle) => array(handle, elements),
+            None => array(&self.nothing, 1),
         }
     }
 
-    fn base_gemm(&self) -> Result<(), LaunchError> {
-        let (tokens, d, k) = (self.tokens as usize, self.d as usize, self.k as usize);
-        self.matmul(
-            Matrices { handle: self.x, batch: 1, rows: tokens, columns: d, transposed: false },
-            Matrices { handle: &self.layer.base_weight, batch: 1, rows: d, columns: k, transposed: false },
-            self.y,
-        )
+    fn bias(&self, lanes: usize) -> ArrayArg<R> {
+        self.optional(self.layer.bias.as_ref(), self.k as usize / lanes)
     }
 
-    fn stacked(&self, rows: &[VirtualRow], epilogue: Epilogue) -> Result<(), LaunchError> {
-        let hardware = &self.client.properties().hardware;
-        let fits = |blueprint: &StackedBlueprint| {
-            blueprint.shared_bytes() <= hardware.max_shared_memory_size
-                && blueprint.units() <= hardware.max_units_per_cube
+    fn residual(&self, lanes: usize) -> ArrayArg<R> {
+        self.optional(self.residual, self.tokens * self.k as usize / lanes)
+    }
+
+    /// One launch of the tile kernel, and where the depth is split the one that adds up.
+    fn tiles(&self, launch: &TileLaunch, operands: &Operands) -> Result<(), LaunchError> {
+        let Operands { x, x_rows, weight, weights, shape, format, y, y_rows } = *operands;
+        let (d, k) = (shape.d as usize, shape.k as usize);
+        let blueprint = launch.blueprint;
+        let (lanes_d, lanes_k) =
+            (self.hardware.vector_size(shape.d, format), self.hardware.vector_size(shape.k, format));
+        let stage = storage(self.hardware.stage(format));
+        let (weight_type, per_value) = match format.weight {
+            WeightFormat::Float(element) => (storage(element), 1),
+            _ => (word(), format.weight.quantisation().map_or(1, |quantisation| quantisation.per_word() as usize)),
         };
-        let (items, tile_rows) =
-            stacked_items(rows, |tile_rows| fits(&StackedBlueprint { tile_rows, scaled: true, epilogue }));
-        let blueprint = StackedBlueprint {
-            tile_rows,
-            scaled: rows.iter().any(|row| row.in_slot > 0 || row.out_slot > 0),
-            epilogue,
+        let partial = match blueprint.split {
+            true => {
+                Some(allocate(self.client, launch.splits as usize * launch.virtual_rows as usize * k, Element::F32)?)
+            }
+            false => None,
         };
-        let (width_d, width_k) = (self.vector_size(self.d), self.vector_size(self.k));
-        let cubes = CubeCount::Static(self.k.div_ceil(TILE_COLUMNS), self.axis("the stacked kernel", items.len())?, 1);
-        let (rows, items) = (self.table(rows), self.table(&items));
+        let activations = storage(format.activations);
+        let out_type = if partial.is_some() { storage(Element::F32) } else { activations };
+        let tables = self.table(&launch.tables);
+        // The ticket, then sums that aren't there yet.
+        let hidden = if launch.hidden == 0 { Vec::new() } else { vec![NO_SUM; (H_START + launch.hidden) as usize] };
+        let hidden =
+            self.table(&[&[0u32; H_START as usize][..], &hidden[hidden.len().min(H_START as usize)..]].concat());
+        let cubes = if launch.hidden > 0 {
+            let multiplying = launch.item_count as usize * launch.column_tiles as usize * launch.splits as usize;
+            // Exact, because a cube too many would take a ticket.
+            CubeCount::Static(self.exact(launch.task_count as usize + multiplying)?, 1, 1)
+        } else {
+            let (items, columns) = (
+                self.axis("the tile kernel", launch.item_count as usize)?,
+                self.axis("columns", launch.column_tiles as usize)?,
+            );
+            CubeCount::Static(items, columns, launch.splits)
+        };
+        let dim = match blueprint.multiply {
+            Multiply::Fma => CubeDim::new_1d(blueprint.units()),
+            Multiply::Cmma { .. } => CubeDim::new_2d(blueprint.plane_size, blueprint.planes()),
+        };
+        let layout = LayoutLaunch::new(
+            shape.d,
+            shape.k,
+            launch.items,
+            launch.item_count,
+            launch.scales,
+            launch.tasks,
+            launch.task_count,
+            launch.column_tiles,
+            launch.depth,
+            launch.virtual_rows,
+        );
+        let scales = self.layer.weight_scales.as_ref().filter(|_| blueprint.quantisation.is_some());
+        let (in_slots, out_slots) = (self.layer.in_pool.slots as usize, self.layer.out_pool.slots as usize);
         // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
         // slots within the pools by `check`.
         unsafe {
-            stacked::launch_unchecked::<R>(
+            tile::launch_unchecked::<R>(
                 self.client,
                 cubes,
-                CubeDim::new_1d(blueprint.units()),
-                width_d,
-                width_k,
-                array(self.x, self.tokens as usize * self.d as usize / width_d),
-                array(&self.layer.base_weight, self.d as usize * self.k as usize / width_k),
-                array(&self.layer.in_pool.handle, self.layer.in_pool.slots as usize * self.d as usize / width_d),
-                array(&self.layer.out_pool.handle, self.layer.out_pool.slots as usize * self.k as usize),
-                rows.argument(),
-                items.argument(),
-                self.bias(),
-                array(self.y, self.tokens as usize * self.k as usize),
-                self.d,
-                self.k,
+                dim,
+                lanes_d,
+                lanes_k,
+                array(x, x_rows * d / lanes_d),
+                array(weight, weights * d.div_ceil(per_value) * k / lanes_k),
+                self.optional(scales, format.weight.scale_words(shape) as usize / lanes_k),
+                array(&self.layer.in_pool.handle, in_slots * d / lanes_d),
+                array(&self.layer.out_pool.handle, out_slots * k / lanes_k),
+                tables.argument(),
+                hidden.argument(),
+                self.bias(lanes_k),
+                self.residual(lanes_k),
+                match &partial {
+                    Some(partial) => {
+                        array(partial, launch.splits as usize * launch.virtual_rows as usize * k / lanes_k)
+                    }
+                    None => array(y, y_rows * k / lanes_k),
+                },
+                layout,
                 blueprint,
+                [activations, weight_type, storage(format.adapters), stage, out_type],
+            )
+        };
+        let Some(partial) = partial else { return Ok(()) };
+        let count = launch.virtual_rows as usize * k / lanes_k;
+        // SAFETY: as above.
+        unsafe {
+            reduce::launch_unchecked::<R>(
+                self.client,
+                self.elementwise(count),
+                CubeDim::new_1d(ELEMENTWISE_UNITS),
+                lanes_k,
+                array(&partial, launch.splits as usize * count),
+                array(&self.layer.out_pool.handle, out_slots * k / lanes_k),
+                tables.argument(),
+                hidden.argument(),
+                self.bias(lanes_k),
+                self.residual(lanes_k),
+                array(y, y_rows * k / lanes_k),
+                launch.virtual_rows,
+                launch.splits,
+                shape.k,
+                ReduceBlueprint { scaled: blueprint.scaled, low_rank: launch.hidden > 0, epilogue: blueprint.epilogue },
+                [storage(format.adapters), activations],
             )
         };
         Ok(())
     }
 
-    fn materialised(&self, step: &Materialised) -> Result<(), LaunchError> {
+    /// Cubes of a launch that may have no more and no fewer.
+    fn exact(&self, cubes: usize) -> Result<u32, LaunchError> {
+        let limit = self.client.properties().hardware.max_cube_count.0;
+        let fits = u32::try_from(cubes).ok().filter(|cubes| *cubes <= limit);
+        fits.ok_or(LaunchError::TooManyCubes { what: "the tile kernel", cubes: cubes as u64, limit })
+    }
+
+    /// W_i of the step's adapters, one after the other.
+    fn made(&self, step: &Materialised) -> Result<Handle, LaunchError> {
         let (d, k) = (self.d as usize, self.k as usize);
-        let (count, block) = (step.adapters.len(), step.rows.block as usize);
-        let weights = self.scratch(count * d * k)?;
-        let width_k = self.vector_size(self.k);
-        let columns = (self.k as usize / width_k).div_ceil(ELEMENTWISE_UNITS as usize) as u32;
+        let (shape, format) = (self.layer.shape, self.layer.format);
+        let count = step.adapters.len();
+        let made = allocate(self.client, count * d * k, format.activations)?;
+        let lanes = self.hardware.vector_size(self.k, format);
+        let columns = (k / lanes).div_ceil(ELEMENTWISE_UNITS as usize) as u32;
         let cubes = CubeCount::Static(
             columns,
             self.axis("the inputs of materialised weights", d)?,
             self.axis("materialised weights", count)?,
         );
-        let (entries, scales) = (self.table(&step.adapters), self.table(&step.scales));
-        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
-        // slots within the pools by `check`.
+        let mut words: Vec<u32> = bytemuck::cast_slice(&step.adapters).to_vec();
+        let scales = words.len() as u32;
+        words.extend_from_slice(bytemuck::cast_slice(&step.scales));
+        let (weight_type, values) = match format.weight {
+            WeightFormat::Float(element) => (storage(element), d * k),
+            _ => (word(), format.weight.values(shape) as usize),
+        };
+        let weight_scales = self.layer.weight_scales.as_ref();
+        // SAFETY: the kernel guards its indices by k; slots are within the pools by `check`.
         unsafe {
             materialise::launch_unchecked::<R>(
                 self.client,
                 cubes,
                 CubeDim::new_1d(ELEMENTWISE_UNITS),
-                width_k,
-                array(&self.layer.base_weight, d * k / width_k),
+                lanes,
+                array(&self.layer.base_weight, values / lanes),
+                self.optional(weight_scales, format.weight.scale_words(shape) as usize / lanes),
                 array(&self.layer.in_pool.handle, self.layer.in_pool.slots as usize * d),
-                array(&self.layer.out_pool.handle, self.layer.out_pool.slots as usize * k / width_k),
-                entries.argument(),
-                scales.argument(),
-                array(&weights, count * d * k / width_k),
+                array(&self.layer.out_pool.handle, self.layer.out_pool.slots as usize * k / lanes),
+                self.table(&words).argument(),
+                array(&made, count * d * k / lanes),
+                scales,
                 self.d,
                 self.k,
+                format.weight.quantisation(),
+                [weight_type, storage(format.adapters), storage(format.activations)],
             )
         };
-        let packed = self.gather(self.x, self.tokens as usize, &step.rows, self.d)?;
-        let outputs = self.scratch(count * block * k)?;
-        self.matmul(
-            Matrices { handle: &packed, batch: count, rows: block, columns: d, transposed: false },
-            Matrices { handle: &weights, batch: count, rows: d, columns: k, transposed: false },
-            &outputs,
-        )?;
-        self.scatter(&outputs, &step.rows, false);
-        Ok(())
+        Ok(made)
+    }
+
+    fn materialised(&self, step: &Materialised) -> Result<(), LaunchError> {
+        let made = self.made(step)?;
+        let format = self.made_format();
+        let wanted = Wanted { format, ..self.wanted(step.finishes, false) };
+        let launch = routine::materialised(&self.hardware, wanted, step)?;
+        self.tiles(&launch, &self.operands(&made, step.adapters.len(), format))
+    }
+
+    fn merged(&self, adapter: u32, schedule: &Schedule) -> Result<(), LaunchError> {
+        let found = self.layer.merged.as_ref();
+        let Some(merged) = found.filter(|merged| merged.adapter == adapter) else {
+            return Err(LaunchError::NotMerged { wanted: adapter, found: found.map(|merged| merged.adapter) });
+        };
+        let format = self.made_format();
+        let wanted = Wanted { format, ..self.wanted(true, schedule.splits()) };
+        let launch = routine::matrices(&self.hardware, wanted, 1, schedule.tokens())?;
+        self.tiles(&launch, &self.operands(&merged.weight, 1, format))
     }
 
     fn segmented(&self, items: &[SegmentItem], h_len: u32) -> Result<(), LaunchError> {
-        let h = self.scratch(h_len as usize)?;
-        let largest_rank = items.iter().map(|item| item.rank).max().unwrap_or(0);
-        let count = self.axis("the segmented kernels", items.len())?;
-        let items = self.table(items);
-        let units = CubeDim::new_1d(SEGMENT_TILE_ROWS * SEGMENT_TILE_RANKS);
+        let format = self.layer.format;
+        let h = allocate(self.client, h_len as usize, Element::F32)?;
+        let tasks = shrink_tasks(items);
+        let first_item = tasks.len() as u32;
+        let count = tasks.len() / TASK_WORDS as usize;
+        let mut words = tasks;
+        words.extend(items.iter().flat_map(|item| [item.first_row, item.rows, item.expand, item.rank, item.offset]));
+        debug_assert_eq!((words.len() - first_item as usize) / EXPAND_WORDS as usize, items.len());
+        let tables = self.table(&words);
+        let blueprint =
+            SegmentedBlueprint { multiply: self.hardware.multiply(format), plane_size: self.hardware.plane_size };
+        let dim = match blueprint.multiply {
+            Multiply::Fma => CubeDim::new_1d(blueprint.units()),
+            Multiply::Cmma { .. } => CubeDim::new_2d(blueprint.plane_size, blueprint.planes()),
+        };
+        let (lanes_d, lanes_k) = (self.hardware.vector_size(self.d, format), self.hardware.vector_size(self.k, format));
+        let (adapters, stage) = (storage(format.adapters), storage(self.hardware.stage(format)));
+        let activations = storage(format.activations);
         // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
         // slots within the pools by `check`.
         unsafe {
             shrink::launch_unchecked::<R>(
                 self.client,
-                CubeCount::Static(largest_rank.div_ceil(SEGMENT_TILE_RANKS), count, 1),
-                units,
-                array(self.x, self.tokens as usize * self.d as usize),
-                array(&self.layer.in_pool.handle, self.layer.in_pool.slots as usize * self.d as usize),
-                items.argument(),
+                CubeCount::Static(self.axis("shrink", count)?, 1, 1),
+                dim,
+                lanes_d,
+                array(self.x, self.tokens * self.d as usize / lanes_d),
+                array(&self.layer.in_pool.handle, self.layer.in_pool.slots as usize * self.d as usize / lanes_d),
+                tables.argument(),
                 array(&h, h_len as usize),
                 self.d,
+                blueprint,
+                [activations, adapters, stage],
             )
         };
-        let width_k = self.vector_size(self.k);
-        let vectors = self.k / width_k as u32;
-        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
-        // slots within the pools by `check`.
+        let columns = self.k.div_ceil(blueprint.expand_columns(lanes_k as u32));
+        // SAFETY: as above.
         unsafe {
             expand::launch_unchecked::<R>(
                 self.client,
-                CubeCount::Static(vectors.div_ceil(EXPAND_COLUMN_VECTORS), count, 1),
-                CubeDim::new_1d(SEGMENT_TILE_ROWS * EXPAND_COLUMN_VECTORS),
-                width_k,
+                CubeCount::Static(columns, self.axis("expand", items.len())?, 1),
+                dim,
+                lanes_k,
                 array(&h, h_len as usize),
-                array(&self.layer.out_pool.handle, self.layer.out_pool.slots as usize * vectors as usize),
-                items.argument(),
-                array(self.y, self.tokens as usize * vectors as usize),
+                array(&self.layer.out_pool.handle, self.layer.out_pool.slots as usize * self.k as usize / lanes_k),
+                tables.argument(),
+                array(&self.y, self.tokens * self.k as usize / lanes_k),
+                first_item,
                 self.k,
+                blueprint,
+                [adapters, stage, activations],
             )
         };
         Ok(())
     }
 
+    /// Everything in blocks of one size, as a library's batched matmul wants it (paper A.2).
     fn low_rank_bmm(&self, step: &LowRankBmm) -> Result<(), LaunchError> {
-        let (d, k) = (self.d as usize, self.k as usize);
-        let (block, rank) = (step.rows.block as usize, step.shrink.block as usize);
-        let count = step.rows.index.len() / block.max(1);
-        let rows = self.gather(self.x, self.tokens as usize, &step.rows, self.d)?;
-        let shrink =
-            self.gather(&self.layer.in_pool.handle, self.layer.in_pool.slots as usize, &step.shrink, self.d)?;
-        let expand =
-            self.gather(&self.layer.out_pool.handle, self.layer.out_pool.slots as usize, &step.expand, self.k)?;
-        let hidden = self.scratch(count * block * rank)?;
-        self.matmul(
-            Matrices { handle: &rows, batch: count, rows: block, columns: d, transposed: false },
-            Matrices { handle: &shrink, batch: count, rows: d, columns: rank, transposed: true },
-            &hidden,
+        let (block, rank) = (step.rows.block, step.shrink.block);
+        let count = step.rows.index.len() as u32 / block.max(1);
+        let own = self.layer.format.activations;
+        let format = LayerFormat { adapters: own, ..self.made_format() };
+        let rows = self.gather(self.x, self.tokens, own, &step.rows, self.d)?;
+        let shrink = self.gather_columns(&step.shrink)?;
+        let expand = self.gather(
+            &self.layer.out_pool.handle,
+            self.layer.out_pool.slots as usize,
+            self.layer.format.adapters,
+            &step.expand,
+            self.k,
         )?;
-        let outputs = self.scratch(count * block * k)?;
-        self.matmul(
-            Matrices { handle: &hidden, batch: count, rows: block, columns: rank, transposed: false },
-            Matrices { handle: &expand, batch: count, rows: rank, columns: k, transposed: false },
-            &outputs,
-        )?;
-        self.scatter(&outputs, &step.rows, true);
+        let all = (count * block) as usize;
+        let hidden = allocate(self.client, all * rank as usize, own)?;
+        let outputs = allocate(self.client, all * self.k as usize, own)?;
+        for (x, weight, shape, y) in [
+            (&rows, &shrink, LayerShape { d: self.d, k: rank }, &hidden),
+            (&hidden, &expand, LayerShape { d: rank, k: self.k }, &outputs),
+        ] {
+            // The pools' vectors are of the layer's lengths, which these matrices' aren't; without scales they aren't read.
+            let wanted = Wanted { shape, format, epilogue: Epilogue::default(), accumulate: false, splits: false };
+            let launch = routine::matrices(&self.hardware, wanted, count, block)?;
+            let operands = Operands { x, x_rows: all, weight, weights: count as usize, shape, format, y, y_rows: all };
+            self.tiles(&launch, &operands)?;
+        }
+        let (lanes, index) = (self.hardware.vector_size(self.k, format), self.table(&step.rows.index));
+        let vectors = self.k as usize / lanes;
+        // SAFETY: the kernel guards its indices by the counts; rows are within the batch because a schedule says so.
+        unsafe {
+            add_rows::launch_unchecked::<R>(
+                self.client,
+                self.elementwise(all * vectors),
+                CubeDim::new_1d(ELEMENTWISE_UNITS),
+                lanes,
+                array(&outputs, all * vectors),
+                index.argument(),
+                array(&self.y, self.tokens * vectors),
+                self.k,
+                all as u32,
+                [storage(own), storage(own)],
+            )
+        };
         Ok(())
     }
 
     fn finish(&self) {
-        let count = self.tokens as usize * self.k as usize;
-        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
-        // slots within the pools by `check`.
+        let lanes = self.hardware.vector_size(self.k, self.layer.format);
+        let count = self.tokens * self.k as usize / lanes;
+        // SAFETY: the kernel guards its indices by the count.
         unsafe {
             finish_rows::launch_unchecked::<R>(
                 self.client,
                 self.elementwise(count),
                 CubeDim::new_1d(ELEMENTWISE_UNITS),
-                array(self.y, count),
-                self.bias(),
+                lanes,
+                array(&self.y, count),
+                self.bias(lanes),
+                self.residual(lanes),
                 self.k,
-                count as u32,
+                self.tokens as u32,
                 self.layer.epilogue,
+                storage(self.layer.format.activations),
             )
         };
     }
@@ -432,16 +686,16 @@ impl<R: Runtime> Run<'_, R> {
         &self,
         source: &Handle,
         source_rows: usize,
+        element: Element,
         packing: &Packing,
         width: u32,
     ) -> Result<Handle, LaunchError> {
         let count = packing.index.len();
-        let destination = self.scratch(count * width as usize)?;
-        let lanes = self.vector_size(width);
+        let own = self.layer.format.activations;
+        let destination = allocate(self.client, count * width as usize, own)?;
+        let lanes = self.hardware.vector_size(width, self.layer.format);
         let vectors = width as usize / lanes;
-        let index = self.table(&packing.index);
-        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
-        // slots within the pools by `check`.
+        // SAFETY: the kernel guards its indices by the count; rows are within the source because a schedule says so.
         unsafe {
             gather_rows::launch_unchecked::<R>(
                 self.client,
@@ -449,144 +703,46 @@ impl<R: Runtime> Run<'_, R> {
                 CubeDim::new_1d(ELEMENTWISE_UNITS),
                 lanes,
                 array(source, source_rows * vectors),
-                index.argument(),
+                self.table(&packing.index).argument(),
                 array(&destination, count * vectors),
                 width,
                 count as u32,
+                [storage(element), storage(own)],
             )
         };
         Ok(destination)
     }
 
-    fn scatter(&self, source: &Handle, packing: &Packing, add: bool) {
-        let count = packing.index.len();
-        let lanes = self.vector_size(self.k);
-        let vectors = self.k as usize / lanes;
-        let index = self.table(&packing.index);
-        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
-        // slots within the pools by `check`.
+    /// Shrink vectors as the columns of matrices `[d, rank]`.
+    fn gather_columns(&self, packing: &Packing) -> Result<Handle, LaunchError> {
+        let (count, d) = (packing.index.len(), self.d as usize);
+        let own = self.layer.format.activations;
+        let destination = allocate(self.client, count * d, own)?;
+        // SAFETY: the kernel guards its indices by the count; slots are within the pool by `check`.
         unsafe {
-            scatter_rows::launch_unchecked::<R>(
+            gather_columns::launch_unchecked::<R>(
                 self.client,
-                self.elementwise(count * vectors),
+                self.elementwise(count * d),
                 CubeDim::new_1d(ELEMENTWISE_UNITS),
-                lanes,
-                array(source, count * vectors),
-                index.argument(),
-                array(self.y, self.tokens as usize * vectors),
-                self.k,
+                array(&self.layer.in_pool.handle, self.layer.in_pool.slots as usize * d),
+                self.table(&packing.index).argument(),
+                array(&destination, count * d),
+                self.d,
+                packing.block,
                 count as u32,
-                add,
+                [storage(self.layer.format.adapters), storage(own)],
             )
         };
+        Ok(destination)
     }
+}
 
-    /// left `[batch, rows, depth]` by right `[batch, depth, columns]` through cubek-matmul.
-    fn matmul(&self, left: Matrices, right: Matrices, out: &Handle) -> Result<(), LaunchError> {
-        let element = f32::as_type_native_unchecked().storage_type();
-        let globals = MatmulGlobalElems { lhs: element, rhs: element, out: element };
-        let mut elements = MatmulElems::from_globals(&globals);
-        let (batch, rows, depth, columns) = (left.batch, left.rows, left.columns, right.columns);
-        let result = Matrices { handle: out, batch, rows, columns, transposed: false };
-        // Register-tiled units: exact f32 on every device, where the tensor cores would round f32 to tf32. The routine is
-        // named because the automatic choice panics on shapes that it can't serve, and because all of them take minutes to
-        // build for every runtime. Not the double-buffered one, which is wrong where the depth is a single stage
-        // (cubek-matmul 0.2.0, two matrices of [3, 8] by [8, 96]).
-        let routine = BlueprintStrategy::<(), SimpleUnitAlgorithm>::default();
-        launch_ref(
-            self.client,
-            InputBinding::new(binding(left), element),
-            InputBinding::new(binding(right), element),
-            binding(result),
-            &routine,
-            &mut elements,
-        )
-        .map_err(|error| LaunchError::Matmul { batch, rows, depth, columns, reason: format!("{error:?}") })
-    }
+/// The type of the words of a quantised weight.
+fn word() -> StorageType {
+    ElemType::UInt(UIntKind::U32).into()
 }
 
 fn array<R: Runtime>(handle: &Handle, elements: usize) -> ArrayArg<R> {
     // SAFETY: the number of elements is what this module allocated, or what the caller of `launch` vouches for.
     unsafe { ArrayArg::from_raw_parts(handle.clone(), elements) }
-}
-
-fn binding<R: Runtime>(matrices: Matrices) -> TensorBinding<R> {
-    let Matrices { handle, batch, rows, columns, transposed } = matrices;
-    let strides = if transposed { [rows * columns, 1, rows] } else { [rows * columns, columns, 1] };
-    TensorBinding {
-        handle: handle.clone().binding(),
-        strides: strides.to_vec().into(),
-        shape: vec![batch, rows, columns].into(),
-        runtime: std::marker::PhantomData,
-    }
-}
-
-/// Work items, each a range of virtual rows made of whole output rows, and the tile height. A cube walks its range tile by tile,
-/// so only the last tile of an item is partly empty. `fits` says which tiles the device can hold; the smallest fits all.
-fn stacked_items(rows: &[VirtualRow], fits: impl Fn(u32) -> bool) -> (Vec<[u32; 2]>, u32) {
-    const TILES: [u32; 3] = [16, 32, 64];
-    let needed = TILES.into_iter().find(|tile| rows.len() <= *tile as usize).unwrap_or(64);
-    let tile_rows = TILES.into_iter().rev().find(|tile| *tile <= needed && fits(*tile)).unwrap_or(TILES[0]);
-    let ends = rows.iter().enumerate().filter(|(_, row)| row.last == 1).map(|(position, _)| position as u32 + 1);
-    let widest = ends.clone().scan(0, |start, end| Some(end - std::mem::replace(start, end))).max().unwrap_or(1);
-    // Short items fill the device, long ones waste fewer rows at their ends: the shortest that is three quarters full.
-    let target = [1, 2, 4, 8]
-        .map(|tiles| tiles * tile_rows)
-        .into_iter()
-        .find(|target| target / widest * widest * 4 >= target * 3)
-        .unwrap_or(8 * tile_rows);
-    let mut items = Vec::new();
-    let (mut start, mut row_start) = (0u32, 0u32);
-    for end in ends {
-        if end - start > target && row_start > start {
-            items.push([start, row_start]);
-            start = row_start;
-        }
-        row_start = end;
-    }
-    if start < row_start {
-        items.push([start, row_start]);
-    }
-    (items, tile_rows)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn rows(widths: &[u32]) -> Vec<VirtualRow> {
-        let of = |(row, width): (usize, &u32)| {
-            let width = *width;
-            (0..width).map(move |at| VirtualRow {
-                row: row as u32,
-                in_slot: 0,
-                out_slot: 0,
-                last: u32::from(at + 1 == width),
-            })
-        };
-        widths.iter().enumerate().flat_map(of).collect()
-    }
-
-    #[test]
-    fn items_are_whole_rows_and_cover_all() {
-        for widths in [vec![], vec![1], vec![65; 40], vec![1; 300], vec![3, 64, 1, 200, 7], vec![17; 33]] {
-            let rows = rows(&widths);
-            let (items, tile_rows) = stacked_items(&rows, |_| true);
-            let mut next = 0;
-            for [start, end] in items {
-                assert_eq!(start, next);
-                assert_eq!(rows[end as usize - 1].last, 1, "{widths:?}");
-                next = end;
-            }
-            assert_eq!(next as usize, rows.len());
-            assert!([16, 32, 64].contains(&tile_rows));
-        }
-    }
-
-    #[test]
-    fn the_tile_is_one_that_the_device_holds() {
-        assert_eq!(stacked_items(&rows(&[1; 100]), |tile| tile <= 32).1, 32);
-        assert_eq!(stacked_items(&rows(&[1; 100]), |_| false).1, 16);
-        assert_eq!(stacked_items(&rows(&[1; 20]), |_| true).1, 32);
-    }
 }

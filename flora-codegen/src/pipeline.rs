@@ -8,8 +8,8 @@
 use flora_ir::algebra::{AdaptedLinear, Core, Derivation, NormalizeError, Normalized, Term, normalize};
 use flora_ir::{Activation, Layer, Shape, VerifiedLayer, verify};
 
-use crate::batch::{AdapterSlots, LayerShape, LowRankSlots, Segment, VirtualRowSlots};
-use crate::kernels::Epilogue;
+use crate::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
+use crate::layer::{Epilogue, LayerFormat, LayerShape};
 use crate::lowering::{Part, parts_of};
 use crate::plan::Plan;
 use crate::target::{Emission, EmitError, EmittedKernel, Target, emit};
@@ -59,7 +59,7 @@ pub fn compile_verified(written: VerifiedLayer) -> Result<CompiledLayer, Normali
 impl CompiledLayer {
     /// What the layer applies to the sum of its terms.
     pub fn epilogue(&self) -> Epilogue {
-        Epilogue { bias: self.linear.bias.is_some(), activation: self.linear.activation }
+        self.linear.epilogue()
     }
 
     /// φ
@@ -119,6 +119,7 @@ impl CompiledLayer {
         target: Target,
         plan: Plan,
         shape: LayerShape,
+        format: LayerFormat,
         rank: u32,
         segments: u32,
         rows: u32,
@@ -127,7 +128,8 @@ impl CompiledLayer {
         let stride = stride.in_slots().max(stride.out_slots());
         let adapters: Vec<_> = (0..segments).map(|adapter| self.slots(rank, adapter.saturating_mul(stride))).collect();
         let segments: Vec<_> = (0..segments).map(|adapter| Segment { rows, adapter }).collect();
-        let emission = Emission { shape, epilogue: self.epilogue(), plan, segments: &segments, adapters: &adapters };
+        let emission =
+            Emission { shape, format, epilogue: self.epilogue(), plan, segments: &segments, adapters: &adapters };
         emit(target, &emission)
     }
 }

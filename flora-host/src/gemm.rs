@@ -15,6 +15,7 @@ use crate::frame::{Frame, even_tiles, panels};
 use crate::kernel::{MOST_TILE_ROWS, Multiply, OutScales, SLICE, Strip, X_PITCH, strip_columns, tile_rows};
 use crate::low_rank::expand;
 use crate::pack::{Vectors, Weight, pack_panel, pack_rows, strip_pitch};
+use crate::strips::{Piece, Strips};
 use crate::values::Sink;
 use crate::workspace::{Pool, Scratch};
 
@@ -145,9 +146,9 @@ impl<S: Simd> Panel<'_, S> {
             let row = row.floats(self.frame.width());
             pack_panel(self.frame.simd, self.pass.weight, k, depth.clone(), columns, row, packed);
         }
-        let weights = Weights { in_place, k, whole, packed };
-
         let (mut places, width) = ([0; MOST_TILE_ROWS], self.frame.width());
+        let strips =
+            Strips { in_place, pitch: k, whole, packed, strip_pitch: strip_pitch::<S>(), columns: width };
         for tile in even_tiles(block.rows.len(), tile_rows::<S>()) {
             let rows = &block.rows[tile];
             let x = x.floats(MOST_TILE_ROWS * X_PITCH);
@@ -158,15 +159,14 @@ impl<S: Simd> Panel<'_, S> {
             for (row, scales) in rows.iter().zip(scales.chunks_exact_mut(width)) {
                 self.frame.out_vector(row.out_slot, scales);
             }
-            for strip_at in 0..self.frame.strips() {
-                let first = strip_at * strip;
+            let sums = sums.floats(block.range.len() * width);
+            for Piece { first, vectors, weight } in strips.pieces::<S>(rows.len()) {
                 for (place, row) in places.iter_mut().zip(rows) {
                     *place = (row.row as usize - block.range.start) * width + first;
                 }
                 let scales = scaled.then(|| OutScales { values: &scales[first..], pitch: width });
-                let sums = sums.floats(block.range.len() * width);
-                let (weight, places) = (weights.strip::<S>(strip_at), &places[..rows.len()]);
-                Multiply { x, depth: depth.len(), weight, places, scales, sums }.run(self.frame.simd);
+                let places = &places[..rows.len()];
+                Multiply { x, depth: depth.len(), weight, vectors, places, scales, sums }.run(self.frame.simd);
             }
         }
         for segment in block.segments {
@@ -198,7 +198,7 @@ impl<S: Simd> Panel<'_, S> {
                     *place = (first_row + at) * width + strip_at * strip;
                 }
                 let (x, places) = (&x[tile.start * X_PITCH..], &places[..tile.len()]);
-                Multiply { x, depth: depth.len(), weight, places, scales: None, sums }.run(self.frame.simd);
+                Multiply { x, depth: depth.len(), weight, places, scales: None, sums, vectors: 2 }.run(self.frame.simd);
             }
         }
     }
@@ -234,24 +234,6 @@ impl<S: Simd> Panel<'_, S> {
             }
             // SAFETY: y outlives the pass, a row is written once, and no other task has these columns.
             unsafe { self.pass.sink.write(row * k + self.frame.columns.start, outputs) };
-        }
-    }
-}
-
-/// The strips of a slice of W0's panel: the first `whole` where they lie, the others packed.
-struct Weights<'a> {
-    in_place: &'a [f32],
-    k: usize,
-    whole: usize,
-    packed: &'a [f32],
-}
-
-impl Weights<'_> {
-    fn strip<S: Simd>(&self, at: usize) -> Strip<'_> {
-        let columns = strip_columns::<S>();
-        match at.checked_sub(self.whole) {
-            None => Strip { values: &self.in_place[at * columns..], pitch: self.k },
-            Some(at) => Strip { values: &self.packed[at * strip_pitch::<S>()..], pitch: columns },
         }
     }
 }

@@ -25,7 +25,7 @@ pub(crate) const fn strip_columns<S: Simd>() -> usize {
     2 * S::F32_LANES
 }
 
-/// A strip of weight, `[depth, strip_columns]`.
+/// A strip of weight.
 #[derive(Clone, Copy)]
 pub(crate) struct Strip<'a> {
     /// From its first number.
@@ -49,8 +49,10 @@ pub(crate) struct Multiply<'a> {
     pub(crate) x: &'a [f32],
     /// At most [`SLICE`].
     pub(crate) depth: usize,
-    /// `[depth, strip_columns]`
+    /// `[depth, vectors]`
     pub(crate) weight: Strip<'a>,
+    /// 2, or [`vectors_at_once`].
+    pub(crate) vectors: usize,
     /// Where each row's sums begin; as many as the tile has rows, at most [`tile_rows`]. A place may come again.
     pub(crate) places: &'a [usize],
     /// `None`: ones.
@@ -59,24 +61,21 @@ pub(crate) struct Multiply<'a> {
     pub(crate) sums: &'a mut [f32],
 }
 
-/// Calls a function with the number of rows as a constant.
-macro_rules! with_rows {
-    ($rows:expr, $call:ident $(, $argument:expr)*) => {
-        match $rows {
-            1 => $call::<S, 1>($($argument),*),
-            2 => $call::<S, 2>($($argument),*),
-            3 => $call::<S, 3>($($argument),*),
-            4 => $call::<S, 4>($($argument),*),
-            5 => $call::<S, 5>($($argument),*),
-            6 => $call::<S, 6>($($argument),*),
-            7 => $call::<S, 7>($($argument),*),
-            8 => $call::<S, 8>($($argument),*),
-            9 => $call::<S, 9>($($argument),*),
-            10 => $call::<S, 10>($($argument),*),
-            11 => $call::<S, 11>($($argument),*),
-            12 => $call::<S, 12>($($argument),*),
-            13 => $call::<S, 13>($($argument),*),
-            14 => $call::<S, 14>($($argument),*),
+/// Vectors of columns that a tile of so many rows takes at once from a weight without gaps between strips: the fewer the rows,
+/// the more columns it takes to keep the multipliers busy, and the longer are the runs that are read from memory.
+pub(crate) const fn vectors_at_once<S: Simd>(rows: usize) -> usize {
+    match (S::REGISTER_COUNT >= 32, rows) {
+        (true, 0..=3) => 8,
+        (true, 4..=6) | (false, 1) => 4,
+        _ => 2,
+    }
+}
+
+/// Calls a function with the numbers of rows and of vectors as constants.
+macro_rules! with_constants {
+    ($rows:expr, $vectors:expr, $call:ident($($argument:expr),*), $([$constant_vectors:literal: $($constant_rows:literal)*])*) => {
+        match ($rows, $vectors) {
+            $($(($constant_rows, $constant_vectors) => $call::<S, $constant_rows, $constant_vectors>($($argument),*),)*)*
             _ => {}
         }
     };
@@ -89,7 +88,8 @@ impl Multiply<'_> {
     /// Where a slice is shorter than its extents say, or the tile has too many rows.
     #[inline]
     pub(crate) fn run<S: Simd>(self, simd: S) {
-        let (rows, columns) = (self.places.len(), strip_columns::<S>());
+        let (rows, columns) = (self.places.len(), self.vectors * S::F32_LANES);
+        assert!(self.vectors == 2 || self.vectors <= vectors_at_once::<S>(rows));
         if rows == 0 || self.depth == 0 {
             return;
         }
@@ -98,23 +98,26 @@ impl Multiply<'_> {
         assert!(self.weight.values.len() >= (self.depth - 1) * self.weight.pitch + columns);
         assert!(self.places.iter().all(|place| place + columns <= self.sums.len()));
         assert!(self.scales.is_none_or(|scales| scales.values.len() >= (rows - 1) * scales.pitch + columns));
-        with_rows!(rows, multiply, simd, self)
+        with_constants!(
+            rows, self.vectors, multiply(simd, self),
+            [2: 1 2 3 4 5 6 7 8 9 10 11 12 13 14] [4: 1 2 3 4 5 6] [8: 1 2 3]
+        );
     }
 }
 
 #[inline(always)]
-fn multiply<S: Simd, const ROWS: usize>(simd: S, work: Multiply<'_>) {
-    struct Work<'a, const ROWS: usize>(Multiply<'a>);
-    impl<const ROWS: usize> WithSimd for Work<'_, ROWS> {
+fn multiply<S: Simd, const ROWS: usize, const VECTORS: usize>(simd: S, work: Multiply<'_>) {
+    struct Work<'a, const ROWS: usize, const VECTORS: usize>(Multiply<'a>);
+    impl<const ROWS: usize, const VECTORS: usize> WithSimd for Work<'_, ROWS, VECTORS> {
         type Output = ();
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
-            let Multiply { x, depth, weight, places, scales, sums } = self.0;
+            let Multiply { x, depth, weight, places, scales, sums, .. } = self.0;
             // SAFETY: `Multiply::run` has compared every extent with its slice.
             unsafe {
-                let zero = [[simd.splat_f32s(0.0); 2]; ROWS];
+                let zero = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
                 let weights = Operand { values: weight.values.as_ptr(), pitch: weight.pitch };
-                let own = accumulate::<S, ROWS>(simd, zero, x.as_ptr(), X_PITCH, 1, weights, depth);
+                let own = accumulate(simd, zero, x.as_ptr(), X_PITCH, 1, weights, depth);
                 for (row, own) in own.into_iter().enumerate() {
                     for (half, own) in own.into_iter().enumerate() {
                         let place = sums.as_mut_ptr().add(*places.get_unchecked(row) + half * S::F32_LANES);
@@ -132,7 +135,7 @@ fn multiply<S: Simd, const ROWS: usize>(simd: S, work: Multiply<'_>) {
             }
         }
     }
-    simd.vectorize(Work::<ROWS>(work));
+    simd.vectorize(Work::<ROWS, VECTORS>(work));
 }
 
 /// A strip of W0 ∘ (offset + Σ_v in_v out_vᵀ), in the form that [`Multiply`] reads; without W0, the sum is added to what is there.
@@ -199,7 +202,7 @@ fn compose_rows<S: Simd, const ROWS: usize>(simd: S, work: &mut Compose<'_>, fir
         let offset = [[simd.splat_f32s(work.offset); 2]; ROWS];
         let outer = Operand { values: work.outer.as_ptr(), pitch: columns };
         let inner = work.inner.as_ptr().add(first);
-        let sums = accumulate::<S, ROWS>(simd, offset, inner, 1, X_PITCH, outer, work.terms);
+        let sums = accumulate(simd, offset, inner, 1, X_PITCH, outer, work.terms);
         for (row, sums) in sums.into_iter().enumerate() {
             for (half, sum) in sums.into_iter().enumerate() {
                 let at = (first + row) * columns + half * S::F32_LANES;
@@ -223,26 +226,40 @@ struct Operand {
 /// `sums[i] += Σ_step left[i · row_pitch + step · step_pitch] · right[step]`, in rising order of the steps.
 ///
 /// # Safety
-/// `left` holds ROWS × `steps` numbers at those pitches, `right` `steps` pairs of vectors.
+/// `left` holds ROWS × `steps` numbers at those pitches, `right` `steps` runs of VECTORS vectors.
 #[inline(always)]
-unsafe fn accumulate<S: Simd, const ROWS: usize>(
+unsafe fn accumulate<S: Simd, const ROWS: usize, const VECTORS: usize>(
     simd: S,
-    mut sums: [[S::f32s; 2]; ROWS],
+    mut sums: [[S::f32s; VECTORS]; ROWS],
     left: *const f32,
     row_pitch: usize,
     step_pitch: usize,
     right: Operand,
     steps: usize,
-) -> [[S::f32s; 2]; ROWS] {
+) -> [[S::f32s; VECTORS]; ROWS] {
     for step in 0..steps {
         // SAFETY: by the caller's promise.
         unsafe {
             let right = right.values.add(step * right.pitch);
-            let (one, two) = (load::<S>(right), load::<S>(right.add(S::F32_LANES)));
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let left = simd.splat_f32s(*left.add(row * row_pitch + step * step_pitch));
-                sums[0] = simd.mul_add_e_f32s(left, one, sums[0]);
-                sums[1] = simd.mul_add_e_f32s(left, two, sums[1]);
+            let right = |at: usize| load::<S>(right.add(at * S::F32_LANES));
+            let left = |row: usize| simd.splat_f32s(*left.add(row * row_pitch + step * step_pitch));
+            // What there is less of stays in registers.
+            if ROWS < VECTORS {
+                let lefts: [S::f32s; ROWS] = std::array::from_fn(left);
+                for at in 0..VECTORS {
+                    let right = right(at);
+                    for row in 0..ROWS {
+                        sums[row][at] = simd.mul_add_e_f32s(lefts[row], right, sums[row][at]);
+                    }
+                }
+            } else {
+                let rights: [S::f32s; VECTORS] = std::array::from_fn(right);
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let left = left(row);
+                    for (sum, right) in sums.iter_mut().zip(rights) {
+                        *sum = simd.mul_add_e_f32s(left, right, *sum);
+                    }
+                }
             }
         }
     }

@@ -18,6 +18,7 @@ mod kernel;
 mod low_rank;
 mod materialise;
 mod pack;
+mod strips;
 mod values;
 mod workspace;
 

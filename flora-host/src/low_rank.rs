@@ -9,9 +9,10 @@ use rayon::prelude::*;
 
 use crate::frame::{Frame, PARALLEL_MACS, even_tiles, panels, scatter};
 use crate::gemm::BLOCK_ROWS;
-use crate::kernel::{MOST_TILE_ROWS, Multiply, SLICE, Strip, X_PITCH, strip_columns, tile_rows};
+use crate::kernel::{MOST_TILE_ROWS, Multiply, SLICE, X_PITCH, strip_columns, tile_rows};
 use crate::pack::Vectors;
-use crate::values::Shared;
+use crate::strips::{Piece, Strips};
+use crate::values::{Shared, Values};
 use crate::workspace::{Buffer, Pool, Scratch};
 
 /// Rows that are shrunk at a time, each with [`TILE_VECTORS`] vectors: as many sums as stay in the registers.
@@ -84,21 +85,33 @@ pub(crate) fn expand<S: Simd>(
     let x = x.floats(MOST_TILE_ROWS * X_PITCH);
     for first in (0..rank).step_by(SLICE) {
         let ranks = first..(first + SLICE).min(rank);
-        let outer = outer.floats(frame.strips() * ranks.len() * strip);
-        for (at, slot) in ranks.clone().enumerate() {
-            frame.out_vector(run.expand + slot as u32 + 1, row);
-            scatter::<S>(row, at, ranks.len(), outer);
+        let slot = (run.expand as usize + first) * frame.out_pool.width;
+        // Vectors that a single tile needs are read where they lie.
+        let (in_place, whole) = match frame.out_pool.values {
+            Values::F32(values) if rows <= tile_rows::<S>() => {
+                (values.get(slot + frame.columns.start..).unwrap_or_default(), frame.columns.len() / strip)
+            }
+            _ => (&[][..], 0),
+        };
+        let packed = outer.floats((frame.strips() - whole) * ranks.len() * strip);
+        if whole < frame.strips() {
+            for (at, slot) in ranks.clone().enumerate() {
+                frame.out_vector(run.expand + slot as u32 + 1, row);
+                scatter::<S>(&row[whole * strip..], at, ranks.len(), packed);
+            }
         }
+        let (pitch, strip_pitch) = (frame.out_pool.width, ranks.len() * strip);
+        let strips = Strips { in_place, pitch, whole, packed, strip_pitch, columns: width };
         for tile in even_tiles(rows, tile_rows::<S>()) {
             for (x, row) in x.chunks_exact_mut(X_PITCH).zip(tile.clone()) {
                 x[..ranks.len()].copy_from_slice(&hidden[row * rank..][ranks.clone()]);
             }
-            for (strip_at, weight) in outer.chunks_exact(ranks.len() * strip).enumerate() {
+            for Piece { first, vectors, weight } in strips.pieces::<S>(tile.len()) {
                 for (place, row) in places.iter_mut().zip(tile.clone()) {
-                    *place = row * width + strip_at * strip;
+                    *place = row * width + first;
                 }
-                let (weight, places) = (Strip { values: weight, pitch: strip }, &places[..tile.len()]);
-                Multiply { x, depth: ranks.len(), weight, places, scales: None, sums }.run(frame.simd);
+                let places = &places[..tile.len()];
+                Multiply { x, depth: ranks.len(), weight, vectors, places, scales: None, sums }.run(frame.simd);
             }
         }
     }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, AdapterModule, BaseWeight, Model, Operand};
 use flora_codegen::pipeline::{CompiledLayer, compile_verified};
-use flora_ir::algebra::{AdaptedLinear, Core, FoldError, FoldedAdapter, NormalizeError};
-use flora_ir::{Bindings, EvaluateError, Node, Value, builtin};
+use flora_ir::algebra::{AdaptedLinear, FoldError, FoldedAdapter, NormalizeError};
+use flora_ir::{Bindings, EvaluateError, Value, builtin};
 use rayon::prelude::*;
 
 /// The adapters that batches may name, each whole in host memory (f32).
@@ -222,7 +222,7 @@ impl AdapterStore {
         // In f64 it takes twice the weight's memory, so that it is made only where some adapter reads it.
         let reads_base = |adapter: &AdapterFolder| {
             let layer = adapter.modules.get(module).and_then(|module| self.layers.get(module.layer));
-            layer.is_some_and(|layer| reads_base_weight(&layer.linear))
+            layer.is_some_and(|layer| layer.linear.reads_base_weight())
         };
         let base_weight = self.adapters.values().any(reads_base).then(|| {
             let values = base.values.iter().map(|value| f64::from(*value)).collect();
@@ -259,7 +259,7 @@ impl AdapterStore {
         };
         let operands = bindings(&module.operands).map_err(|error| failed(error.into()))?;
         let folded = match base_weight {
-            Some(base_weight) if reads_base_weight(&layer.linear) => {
+            Some(base_weight) if layer.linear.reads_base_weight() => {
                 let base_weight = base_weight.clone().map_err(|error| failed(error.into()))?;
                 let mut all = operands.clone();
                 all.insert(base_weight_name(&layer.linear), base_weight);
@@ -297,23 +297,6 @@ fn bindings(operands: &BTreeMap<&'static str, Operand>) -> Result<Bindings, Eval
 
 fn base_weight_name(linear: &AdaptedLinear) -> String {
     linear.layer.layer().operands[linear.base_weight].name.clone()
-}
-
-/// Whether a value that is computed when an adapter is loaded depends on w0 (DoRA's norm).
-fn reads_base_weight(linear: &AdaptedLinear) -> bool {
-    let layer = linear.layer.layer();
-    let load_time_values = linear.terms.iter().flat_map(|term| {
-        let pair = match term.core {
-            Core::Base => None,
-            Core::Multiplicative { b, a, .. } | Core::Additive { b, a, .. } => Some([b, a]),
-        };
-        term.inner.into_iter().chain(term.outer).chain(pair.into_iter().flatten())
-    });
-    load_time_values.into_iter().any(|value| {
-        let reachable = layer.reachable_from(value);
-        let mut nodes = layer.nodes.iter();
-        nodes.any(|(node, operation)| reachable[node.index()] && *operation == Node::Operand(linear.base_weight))
-    })
 }
 
 /// The first few of `names`.

@@ -10,6 +10,6 @@ pub mod tune;
 
 pub use adapters::{AdapterStore, LoadedAdapter, StoreError};
 pub use batch::{Batch, BatchError, BatchSegment};
-pub use device::{Buffer, Device, DeviceError, DeviceInfo};
+pub use device::{Buffer, Device, DeviceError, DeviceInfo, WeightBuffer};
 pub use planner::Planner;
-pub use projection::{Projection, ProjectionError};
+pub use projection::{Projection, ProjectionError, ProjectionOptions};

@@ -1,6 +1,6 @@
 //! Holds a device's output against the f64 oracle: the equation as it was written, on some rows and columns of a batch.
 
-use flora_codegen::batch::LayerShape;
+use flora_codegen::layer::{Element, LayerFormat, LayerShape, WeightFormat};
 use flora_ir::algebra::{FoldError, FoldedAdapter};
 use flora_ir::{Activation, Bindings, EvaluateError, Role, Shape, Value, VerifiedLayer, evaluate_root};
 
@@ -9,13 +9,12 @@ use flora_ir::{Activation, Bindings, EvaluateError, Role, Shape, Value, Verified
 pub struct Deviation {
     /// ‖y − oracle‖ / ‖oracle‖ over the sample.
     pub relative_error: f64,
-    /// The largest |y − oracle| / (u·√n·Σ|products|): below 4 is rounding, see [`rounding_unit`].
+    /// The largest |y − oracle| / (one standard deviation of rounding): below 4 is rounding, see [`rounding`].
     pub rounding_units: f64,
 }
 
 impl Deviation {
-    /// The limit of `rounding_units` that f32 arithmetic may reach: a sum of n products in any order errs by a random walk of n
-    /// roundings, √n of them at one standard deviation; four cover every sample, and a wrong kernel errs by thousands.
+    /// The limit of `rounding_units` that right arithmetic may reach: four standard deviations cover every sample.
     pub const LIMIT: f64 = 4.0;
 
     /// Whether the outputs are right but for rounding. NaN is not.
@@ -38,11 +37,35 @@ fn worse(one: f64, other: f64) -> f64 {
     if one >= other || one.is_nan() { one } else { other }
 }
 
-/// u·√n: the half-ulp of f32, relative, times the square root of the number of roundings on the way to one output: d products
-/// and sums a virtual row or rank, the scales, the bias and the activation.
-pub fn rounding_unit(d: u32, adapter: &FoldedAdapter) -> f64 {
-    let sums = adapter.virtual_rows.len() + adapter.low_rank.len();
-    f64::from(f32::EPSILON) / 2.0 * ((u64::from(d) as f64) + sums as f64 + 8.0).sqrt()
+/// One standard deviation of the rounding of an output, for a sum of n products p that is y in the end:
+///
+/// u₃₂·√n·Σ|p| + √6·u_s·‖p‖ + √3·u_s·|y| + 2·u_a·‖p‖ + u_w·‖p‖
+///
+/// - Sums are f32 in any order: a random walk of n roundings, n counting d products and sums a virtual row or rank, the scales,
+///   the bias and the activation.
+/// - Half types round each product by itself: x · b, w0 ∘ (b a) and the two vectors of that as they are staged, and of a low-rank
+///   sum h and h·a, in the type of the activations (u_s); the adapter's two vectors in theirs (u_a), again where they are means
+///   or scaled; a float w0 as it is staged. Independent roundings add up to the products' norm ‖p‖ = √Σp², not to Σ|p|.
+/// - y is written three times at most, as x @ w0, with the low-rank sum added, and finished.
+///
+/// f32 rounds nothing of that: those terms are left out.
+pub fn rounding(sizes: Sizes, n: f64, format: LayerFormat) -> f64 {
+    let half = |element: Element| if element == Element::F32 { 0.0 } else { element.rounding() };
+    let stage = half(format.activations);
+    let weight = if matches!(format.weight, WeightFormat::Float(_)) { stage } else { 0.0 };
+    let products = 6f64.sqrt() * stage + 2.0 * half(format.adapters) + weight;
+    Element::F32.rounding() * n.sqrt() * sizes.sum + products * sizes.norm + 3f64.sqrt() * stage * sizes.output
+}
+
+/// How large the products of an output are.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Sizes {
+    /// Σ|p|
+    pub sum: f64,
+    /// √Σp²
+    pub norm: f64,
+    /// |y|
+    pub output: f64,
 }
 
 /// What the sample is taken from.
@@ -50,13 +73,17 @@ pub fn rounding_unit(d: u32, adapter: &FoldedAdapter) -> f64 {
 pub struct Sample<'a> {
     /// Extents.
     pub shape: LayerShape,
-    /// `[d, k]`, row-major.
+    /// The types that the device computed with.
+    pub format: LayerFormat,
+    /// `[d, k]`, row-major: the numbers that the device decodes.
     pub base_weight: &'a [f32],
     /// `[k]`
     pub bias: Option<&'a [f32]>,
     /// What follows the layer's own equation.
     pub activation: Activation,
-    /// One row of the input, `[d]`.
+    /// What is added last, `[k]`.
+    pub residual: Option<&'a [f32]>,
+    /// One row of the input, `[d]`, as the device has it.
     pub x: &'a [f32],
     /// The device's output for it, `[k]`.
     pub y: &'a [f32],
@@ -96,7 +123,8 @@ pub fn check(
 ) -> Result<Deviation, OracleError> {
     let LayerShape { d, k } = sample.shape;
     let (rows, width) = (d as usize, k as usize);
-    let bias_fits = sample.bias.is_none_or(|bias| bias.len() == width);
+    let vectors = [sample.bias, sample.residual];
+    let bias_fits = vectors.iter().flatten().all(|vector| vector.len() == width);
     let columns_fit = sample.columns.iter().all(|column| *column < width);
     if sample.x.len() != rows
         || sample.y.len() != width
@@ -109,7 +137,9 @@ pub fn check(
     let base_weight = columns_of(sample.base_weight, k as usize, sample.columns);
     let base_weight = Value::matrix(d as usize, sample.columns.len(), base_weight)?;
     let x = Value::matrix(1, d as usize, sample.x.iter().map(|value| f64::from(*value)).collect())?;
-    let bias = sample.bias.map(|bias| sample.columns.iter().map(|column| f64::from(bias[*column])).collect::<Vec<_>>());
+    let of_columns =
+        |vector: &[f32]| sample.columns.iter().map(|column| f64::from(vector[*column])).collect::<Vec<_>>();
+    let (bias, residual) = (sample.bias.map(of_columns), sample.residual.map(of_columns));
 
     let mut bindings = Bindings::new();
     for (_, operand) in layer.layer().operands.iter() {
@@ -117,6 +147,9 @@ pub fn check(
             Role::Input => Some(x.clone()),
             Role::BaseWeight => Some(base_weight.clone()),
             Role::Bias => bias.clone().map(Value::vector),
+            Role::Residual => {
+                residual.clone().map(|residual| Value::matrix(1, sample.columns.len(), residual)).transpose()?
+            }
             Role::Adapter => match operands.get(&operand.name) {
                 Some(value) => Some(sampled(layer, &operand.ty.shape, value, sample)?),
                 None => None,
@@ -127,21 +160,31 @@ pub fn check(
         }
     }
     let mut expected = evaluate_root(layer, &bindings)?.into_data();
-    let layer_has_bias = layer.layer().operands.iter().any(|(_, operand)| operand.role == Role::Bias);
+    // What the equation itself has is in its value already.
+    let has = |role: Role| layer.layer().operands.iter().any(|(_, operand)| operand.role == role);
     for (position, value) in expected.iter_mut().enumerate() {
-        let bias = bias.as_ref().filter(|_| !layer_has_bias).map_or(0.0, |bias| bias[position]);
+        let bias = bias.as_ref().filter(|_| !has(Role::Bias)).map_or(0.0, |bias| bias[position]);
         *value = flora_ir::evaluate::apply_activation(sample.activation, *value + bias);
+        *value += residual.as_ref().filter(|_| !has(Role::Residual)).map_or(0.0, |residual| residual[position]);
     }
 
-    let magnitudes = magnitudes(folded, &x, &base_weight, bias.as_deref(), sample.columns)?;
-    let unit = rounding_unit(d, folded);
+    let added = |of: fn(f64) -> f64, position: usize| -> f64 {
+        [&bias, &residual].into_iter().flatten().map(|vector| of(vector[position])).sum()
+    };
+    let sums = products(folded, &x, &base_weight, sample.columns, f64::abs)?;
+    let squares = products(folded, &x, &base_weight, sample.columns, |number| number * number)?;
+    let n = f64::from(d) + (folded.virtual_rows.len() + folded.low_rank.len()) as f64 + 8.0;
     let (mut difference, mut norm, mut units) = (0.0f64, 0.0f64, 0.0f64);
-    for ((column, expected), magnitude) in sample.columns.iter().zip(&expected).zip(magnitudes) {
+    for (position, (column, expected)) in sample.columns.iter().zip(&expected).enumerate() {
+        let sizes = Sizes {
+            sum: sums[position] + added(f64::abs, position),
+            norm: (squares[position] + added(|number| number * number, position)).sqrt(),
+            output: expected.abs(),
+        };
         let error = (f64::from(sample.y[*column]) - expected).abs();
         difference += error * error;
         norm += expected * expected;
-        let own = error / (unit * magnitude).max(f64::MIN_POSITIVE);
-        units = worse(units, own);
+        units = worse(units, error / rounding(sizes, n, sample.format).max(f64::MIN_POSITIVE));
     }
     let relative_error = if difference == 0.0 { 0.0 } else { (difference / norm.max(f64::MIN_POSITIVE)).sqrt() };
     Ok(Deviation { relative_error, rounding_units: units })
@@ -167,32 +210,31 @@ fn columns_of<T: Copy + Into<f64>>(values: &[T], width: usize, columns: &[usize]
     values.chunks_exact(width.max(1)).flat_map(|row| columns.iter().map(|column| row[*column].into())).collect()
 }
 
-/// Σ|products| of each sampled output: the folded adapter on absolute values.
-fn magnitudes(
+/// Σ of(product) of each sampled output, for an `of` that keeps products: the folded adapter on `of` every number.
+fn products(
     folded: &FoldedAdapter,
     x: &Value,
     base_weight: &Value,
-    bias: Option<&[f64]>,
     columns: &[usize],
+    of: fn(f64) -> f64,
 ) -> Result<Vec<f64>, OracleError> {
-    let absolute = |vector: &Vec<f32>| vector.iter().map(|value| value.abs()).collect::<Vec<_>>();
-    let sampled = |vector: &Vec<f32>| columns.iter().map(|column| vector[*column].abs()).collect::<Vec<_>>();
+    let number = |value: &f32| of(f64::from(*value)) as f32;
+    let all = |vector: &Vec<f32>| vector.iter().map(number).collect::<Vec<_>>();
+    let sampled = |vector: &Vec<f32>| columns.iter().map(|column| number(&vector[*column])).collect::<Vec<_>>();
     let mut sizes = FoldedAdapter::default();
     for row in &folded.virtual_rows {
         sizes.virtual_rows.push(flora_ir::algebra::VirtualRow {
-            in_scale: row.in_scale.as_ref().map(absolute),
+            in_scale: row.in_scale.as_ref().map(all),
             out_scale: row.out_scale.as_ref().map(sampled),
         });
     }
     for pair in &folded.low_rank {
-        let (shrink, expand) = (absolute(&pair.shrink), sampled(&pair.expand));
-        sizes.low_rank.push(flora_ir::algebra::RankOne { shrink, expand });
+        sizes.low_rank.push(flora_ir::algebra::RankOne { shrink: all(&pair.shrink), expand: sampled(&pair.expand) });
     }
-    let all = |value: &Value| value.data().iter().map(|number| number.abs()).collect::<Vec<_>>();
+    let every = |value: &Value| value.data().iter().map(|number| of(*number)).collect::<Vec<_>>();
     let (&[rows, d], &[_, k]) = (x.shape(), base_weight.shape()) else { return Ok(Vec::new()) };
-    let (x, base_weight) = (Value::matrix(rows, d, all(x))?, Value::matrix(d, k, all(base_weight))?);
-    let bias = bias.map(|bias| Value::vector(bias.iter().map(|number| number.abs()).collect()));
-    Ok(sizes.apply(&x, &base_weight, bias.as_ref(), Activation::Identity)?.into_data())
+    let (x, base_weight) = (Value::matrix(rows, d, every(x))?, Value::matrix(d, k, every(base_weight))?);
+    Ok(sizes.apply(&x, &base_weight, None, Activation::Identity)?.into_data())
 }
 
 #[cfg(test)]
@@ -205,8 +247,10 @@ mod tests {
         let base_weight = [1.0, 2.0, 3.0, 4.0];
         let sample = Sample {
             shape: LayerShape { d: 2, k: 2 },
+            format: LayerFormat::default(),
             base_weight: &base_weight,
             bias: None,
+            residual: None,
             activation: Activation::Identity,
             x: &[1.0, 10.0],
             y,

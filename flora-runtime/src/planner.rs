@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use flora_codegen::batch::{BatchShape, LayerShape};
+use flora_codegen::batch::BatchShape;
 use flora_codegen::cost::{Coefficients, CoefficientsError};
+use flora_codegen::layer::LayerShape;
 use flora_codegen::plan::{Plan, plan};
 
 use crate::device::{Device, DeviceError};

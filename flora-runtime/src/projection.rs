@@ -3,10 +3,11 @@
 
 use std::collections::HashMap;
 
-use flora_codegen::batch::{AdapterSlots, BatchShape, LayerShape, LowRankSlots, Segment, VirtualRowSlots};
-use flora_codegen::kernels::Epilogue;
+use flora_codegen::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
+use flora_codegen::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_codegen::plan::Plan;
-use flora_codegen::schedule::{Schedule, ScheduleError, schedule};
+use flora_codegen::schedule::{Materialised, Schedule, ScheduleError, schedule};
+use flora_codegen::weight::{PackedWeight, WeightError};
 use flora_ir::Activation;
 use flora_ir::algebra::FoldedAdapter;
 
@@ -23,6 +24,36 @@ pub struct Projection {
     names: HashMap<String, u32>,
     in_vectors: Vec<f32>,
     out_vectors: Vec<f32>,
+}
+
+/// What a projection has beside its weight.
+#[derive(Clone, Copy, Debug)]
+pub struct ProjectionOptions<'a> {
+    /// `[k]`
+    pub bias: Option<&'a [f32]>,
+    /// What follows the sum.
+    pub activation: Activation,
+    /// Whether a batch brings a residual, added last.
+    pub residual: bool,
+    /// The type of x, y and the residual.
+    pub activations: Element,
+    /// The type that adapters are kept in.
+    pub adapters: Element,
+    /// Whether half types go through the device's fragments where it has them.
+    pub fragments: bool,
+}
+
+impl Default for ProjectionOptions<'_> {
+    fn default() -> Self {
+        Self {
+            bias: None,
+            activation: Activation::Identity,
+            residual: false,
+            activations: Element::F32,
+            adapters: Element::F32,
+            fragments: true,
+        }
+    }
 }
 
 /// Why a projection can't be made or run.
@@ -42,6 +73,9 @@ pub enum ProjectionError {
         /// What it has.
         found: usize,
     },
+    /// A weight that can't be packed.
+    #[error(transparent)]
+    Weight(#[from] WeightError),
     /// A name that is taken.
     #[error("an adapter `{0}` is loaded already; give this one another name")]
     DuplicateAdapter(String),
@@ -74,16 +108,35 @@ impl Projection {
             if expected == found && expected > 0 { Ok(()) } else { Err(wrong()) }
         };
         expect("the base weight", d as usize * k as usize, base_weight.len())?;
-        if let Some(bias) = bias {
-            expect("the bias", k as usize, bias.len())?;
+        let weight = PackedWeight::from_f32(WeightFormat::default(), shape, base_weight)?;
+        Self::from_packed(device, &weight, ProjectionOptions { bias, activation, ..ProjectionOptions::default() })
+    }
+
+    /// Puts a base weight on a device in the form that it has.
+    ///
+    /// # Errors
+    /// A bias whose size isn't the shape's, a type that the device doesn't have, a weight that it can't hold.
+    pub fn from_packed(
+        device: &Device,
+        weight: &PackedWeight,
+        options: ProjectionOptions,
+    ) -> Result<Self, ProjectionError> {
+        let ProjectionOptions { bias, activation, residual, activations, adapters, fragments } = options;
+        let shape = weight.shape();
+        let LayerShape { d, k } = shape;
+        if let Some(bias) = bias.filter(|bias| bias.len() != k as usize) {
+            let (what, expected) = ("the bias".to_owned(), k as usize);
+            return Err(ProjectionError::WrongSize { what, d, k, expected, found: bias.len() });
         }
         let operands = LayerOperands {
             shape,
-            base_weight: device.upload(base_weight)?,
+            format: LayerFormat { activations, adapters, weight: weight.format(), fragments },
+            base_weight: device.upload_weight(weight)?,
             bias: bias.map(|bias| device.upload(bias)).transpose()?,
-            in_pool: upload_pool(device, &[], d)?,
-            out_pool: upload_pool(device, &[], k)?,
-            epilogue: Epilogue { bias: bias.is_some(), activation },
+            in_pool: upload_pool(device, &[], d, adapters)?,
+            out_pool: upload_pool(device, &[], k, adapters)?,
+            epilogue: Epilogue { bias: bias.is_some(), activation, residual },
+            merged: None,
         };
         Ok(Self {
             device: device.clone(),
@@ -93,6 +146,18 @@ impl Projection {
             in_vectors: Vec::new(),
             out_vectors: Vec::new(),
         })
+    }
+
+    /// Makes W_i of an adapter and keeps it on the device in place of the one before, for batches that this adapter has to
+    /// itself and that are planned as [`Plan::MERGED`].
+    ///
+    /// # Errors
+    /// A name that isn't loaded, a weight that the device can't hold.
+    pub fn merge(&mut self, name: &str) -> Result<(), ProjectionError> {
+        let adapter = *self.names.get(name).ok_or_else(|| self.unknown(0, name))?;
+        let step = Materialised::weight_of(&self.adapters[adapter as usize]);
+        self.operands.merged = Some((adapter, self.device.merge(&self.operands, &step)?));
+        Ok(())
     }
 
     /// Loads adapters, folded for this weight. An adapter that leaves this projection alone is loaded as `None`: its rows are
@@ -115,8 +180,9 @@ impl Projection {
             }
         }
         let LayerShape { d, k } = next.operands.shape;
-        next.operands.in_pool = upload_pool(&next.device, &next.in_vectors, d)?;
-        next.operands.out_pool = upload_pool(&next.device, &next.out_vectors, k)?;
+        let adapters = next.operands.format.adapters;
+        next.operands.in_pool = upload_pool(&next.device, &next.in_vectors, d, adapters)?;
+        next.operands.out_pool = upload_pool(&next.device, &next.out_vectors, k, adapters)?;
         *self = next;
         Ok(())
     }
@@ -214,16 +280,21 @@ impl Projection {
         Ok(schedule(plan, self.operands.shape, &segments, &self.adapters, finishes)?)
     }
 
-    /// Queues a batch whose input is on the device already; the result is `[rows, k]`.
+    /// Queues a batch whose input, and residual where the layer adds one, is on the device already; the result is `[rows, k]`.
     ///
     /// # Errors
-    /// An input of the wrong size, a launch that the device can't make.
-    pub fn execute(&self, schedule: &Schedule, x: &Buffer) -> Result<Buffer, ProjectionError> {
+    /// An input of the wrong size or type, a launch that the device can't make.
+    pub fn execute(
+        &self,
+        schedule: &Schedule,
+        x: &Buffer,
+        residual: Option<&Buffer>,
+    ) -> Result<Buffer, ProjectionError> {
         let (rows, d) = (schedule.tokens() as usize, self.operands.shape.d as usize);
         if x.len() != rows * d {
             return Err(BatchError::WrongInput { rows, d, expected: rows * d, found: x.len() }.into());
         }
-        Ok(self.device.execute(&self.operands, schedule, x)?)
+        Ok(self.device.execute(&self.operands, schedule, x, residual)?)
     }
 
     /// Runs a batch: x `[rows, d]`, the result `[rows, k]`.
@@ -231,15 +302,32 @@ impl Projection {
     /// # Errors
     /// As [`Self::schedule`] and [`Self::execute`], and whatever fails on the device.
     pub fn forward(&self, batch: &Batch, plan: &Plan, x: &[f32]) -> Result<Vec<f32>, ProjectionError> {
+        self.forward_with_residual(batch, plan, x, None)
+    }
+
+    /// Runs a batch of a layer that adds a residual `[rows, k]`.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_with_residual(
+        &self,
+        batch: &Batch,
+        plan: &Plan,
+        x: &[f32],
+        residual: Option<&[f32]>,
+    ) -> Result<Vec<f32>, ProjectionError> {
         let schedule = self.schedule(batch, plan)?;
-        let y = self.execute(&schedule, &self.device.upload(x)?)?;
+        let upload = |values: &[f32]| self.device.upload_as(values, self.operands.format.activations);
+        let residual = residual.map(upload).transpose()?;
+        let y = self.execute(&schedule, &upload(x)?, residual.as_ref())?;
         Ok(self.device.read(&y)?)
     }
 }
 
 /// A pool has at least one vector, because no device has buffers of no bytes.
-fn upload_pool(device: &Device, vectors: &[f32], width: u32) -> Result<PoolBuffer, DeviceError> {
+fn upload_pool(device: &Device, vectors: &[f32], width: u32, element: Element) -> Result<PoolBuffer, DeviceError> {
     let slots = (vectors.len() / width as usize).max(1) as u32;
-    let buffer = if vectors.is_empty() { device.upload(&vec![0.0; width as usize]) } else { device.upload(vectors) };
-    Ok(PoolBuffer { buffer: buffer?, slots })
+    let none = vec![0.0; width as usize];
+    let buffer = device.upload_as(if vectors.is_empty() { &none } else { vectors }, element)?;
+    Ok(PoolBuffer { buffer, slots })
 }

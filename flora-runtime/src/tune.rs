@@ -4,12 +4,13 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use flora_codegen::batch::{AdapterSlots, BatchShape, LayerShape, LowRankSlots, Segment, VirtualRowSlots};
+use flora_codegen::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
 use flora_codegen::cost::{Coefficients, Kernel, SCHEMA, Term, Work, work};
-use flora_codegen::kernels::Epilogue;
+use flora_codegen::layer::{Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_codegen::lowering::Lowering;
 use flora_codegen::plan::Plan;
 use flora_codegen::schedule::{Schedule, ScheduleError, schedule};
+use flora_codegen::weight::PackedWeight;
 use flora_ir::Activation;
 use serde::Serialize;
 
@@ -144,7 +145,15 @@ pub fn tune(device: &Device, effort: Effort, mut progress: impl FnMut(usize, usi
 }
 
 /// The kernels with a curve over regimes, in the order in which one's time explains another's.
-const TIMED: [Kernel; 5] = [Kernel::Matmul, Kernel::Stacked, Kernel::Bmm, Kernel::LowRankBmm, Kernel::Segmented];
+const TIMED: [Kernel; 7] = [
+    Kernel::Matmul,
+    Kernel::Stacked,
+    Kernel::OnChip,
+    Kernel::Bmm,
+    Kernel::Fused,
+    Kernel::LowRankBmm,
+    Kernel::Segmented,
+];
 /// Launches of the schedule whose time less one launch's gives c0.
 const MANY_LAUNCHES: usize = 9;
 /// More than the last-level caches of most devices.
@@ -179,13 +188,18 @@ impl<'a> Bench<'a> {
         let pool = || -> Result<_, DeviceError> {
             Ok(PoolBuffer { buffer: device.upload(&numbers(slots * width))?, slots: slots as u32 })
         };
+        let shape = LayerShape { d: effort.width, k: effort.width };
+        let weight = PackedWeight::from_f32(WeightFormat::default(), shape, &numbers(width * width))
+            .map_err(|error| DeviceError::Execution(error.to_string()))?;
         let operands = LayerOperands {
-            shape: LayerShape { d: effort.width, k: effort.width },
-            base_weight: device.upload(&numbers(width * width))?,
+            shape,
+            format: LayerFormat::default(),
+            base_weight: device.upload_weight(&weight)?,
             bias: Some(device.upload(&numbers(width))?),
             in_pool: pool()?,
             out_pool: pool()?,
-            epilogue: Epilogue { bias: true, activation: Activation::Identity },
+            epilogue: Epilogue { bias: true, activation: Activation::Identity, residual: false },
+            merged: None,
         };
         Ok(Self { device, effort, operands })
     }
@@ -206,7 +220,7 @@ impl<'a> Bench<'a> {
         let mut seconds = Vec::with_capacity(self.effort.runs);
         for run in 0..=self.effort.runs {
             let start = Instant::now();
-            let y = self.device.execute(&self.operands, &schedule, &x)?;
+            let y = self.device.execute(&self.operands, &schedule, &x, None)?;
             self.device.synchronize()?;
             let elapsed = start.elapsed().as_secs_f64();
             drop(y);
@@ -254,6 +268,7 @@ impl<'a> Bench<'a> {
             ..AdapterSlots::base()
         };
         let (stacked, bmm, segmented) = (Lowering::Stacked, Lowering::Bmm, Lowering::Segmented);
+        let (on_chip, fused) = (Lowering::OnChip, Lowering::Fused);
         match kernel {
             Kernel::Stacked => {
                 self.lowered(stacked, segmented, &[Segment { rows, adapter: 0 }], &[multiplicative(0, 1)])
@@ -261,6 +276,14 @@ impl<'a> Bench<'a> {
             Kernel::Bmm => {
                 let (segments, adapters) = distinct(rows, |first| multiplicative(first, 1));
                 self.lowered(bmm, segmented, &segments, &adapters)
+            }
+            Kernel::OnChip => {
+                let (segments, adapters) = distinct(rows, |first| multiplicative(first, RANK as usize));
+                self.lowered(on_chip, segmented, &segments, &adapters)
+            }
+            Kernel::Fused => {
+                let (segments, adapters) = distinct(rows, additive);
+                self.lowered(stacked, fused, &segments, &adapters)
             }
             Kernel::LowRankBmm => {
                 let (segments, adapters) = distinct(rows, additive);
@@ -276,7 +299,7 @@ impl<'a> Bench<'a> {
         }
     }
 
-    /// Times a batch, the GEMM of additive adapters' base rows left out, and says what the rest is.
+    /// Times a batch, the GEMM of additive adapters' base rows left out where it is a step of its own, and says what the rest is.
     fn lowered(
         &self,
         multiplicative: Lowering,
@@ -289,8 +312,8 @@ impl<'a> Bench<'a> {
         let batch = BatchShape::of(segments, adapters);
         let mut whole = schedule(&plan, shape, segments, adapters, false);
         let mut whole_work = work(&plan, shape, &batch, false, self.pads());
-        if batch.additive.tokens > 0 {
-            whole = whole.map(Schedule::without_base_gemm);
+        if batch.additive.tokens > 0 && additive != Lowering::Fused {
+            whole = whole.map(Schedule::without_gemm);
             whole_work.launches -= 1;
             whole_work.terms.retain(|term| term.kernel != Kernel::Matmul);
         }

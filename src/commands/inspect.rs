@@ -75,7 +75,15 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
     let plan = plan_of(&arguments.layer, &compiled.parts, arguments.lowering.as_deref())?;
     let compiler = compiler(arguments, target)?;
     let shape = LayerShape { d: arguments.d, k: arguments.k };
-    let kernels = compiled.emit(target, plan, shape, arguments.rank, arguments.segments, arguments.rows)?;
+    let kernels = compiled.emit(
+        target,
+        plan,
+        shape,
+        LayerFormat::default(),
+        arguments.rank,
+        arguments.segments,
+        arguments.rows,
+    )?;
     let mut reports = Vec::new();
     for kernel in kernels {
         let compiled = match &compiler {

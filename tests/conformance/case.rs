@@ -19,7 +19,7 @@ pub(crate) fn device() -> &'static Device {
 
 /// Every plan there is.
 pub(crate) fn plans() -> Vec<Plan> {
-    Plan::all().collect()
+    Plan::unmerged().flat_map(|plan| [plan, plan.with_split()]).collect()
 }
 
 /// Numbers between −1 and 1 from a seed.
@@ -203,6 +203,8 @@ impl Loaded {
             for row in sampled.into_iter().filter(|row| *row < rows).map(|row| first + row) {
                 let sample = Sample {
                     shape: self.projection.shape(),
+                    format: LayerFormat::default(),
+                    residual: None,
                     base_weight: &self.base_weight,
                     bias: self.bias.as_deref(),
                     activation: self.case.activation,

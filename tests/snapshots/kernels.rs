@@ -75,7 +75,7 @@ fn a_batch_that_the_target_cannot_hold_is_refused() {
     let flora = lowered().into_iter().find(|lowered| lowered.title() == "flora bmm").expect("a row of the table");
     let emit = |name: &str| {
         let target: Target = name.parse().expect("a target");
-        flora.layer.emit(target, flora.plan, LayerShape { d: 4096, k: 4096 }, 1, 3, 1)
+        flora.layer.emit(target, flora.plan, LayerShape { d: 4096, k: 4096 }, LayerFormat::default(), 1, 3, 1)
     };
     let refused = emit("wgsl").expect_err("too large").to_string();
     assert_eq!(

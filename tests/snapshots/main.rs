@@ -68,7 +68,7 @@ fn lowered() -> Vec<Lowered> {
 impl Lowered {
     /// The launches for three segments of five rows, rank 4.
     fn emit(&self, target: Target, d: u32, k: u32) -> Vec<EmittedKernel> {
-        let emitted = self.layer.emit(target, self.plan, LayerShape { d, k }, 4, 3, 5);
+        let emitted = self.layer.emit(target, self.plan, LayerShape { d, k }, LayerFormat::default(), 4, 3, 5);
         emitted.unwrap_or_else(|error| panic!("{} {} for {target}: {error}", self.name, self.lowering))
     }
 

@@ -1,52 +1,85 @@
-//! W_i in global memory, for the `bmm` lowering: w0 ∘ Σ_v in_v out_vᵀ + Σ_q shrink_q expand_qᵀ, one dense `[d, k]` an adapter.
+//! W_i in global memory, for `bmm` and `merged`: w0 ∘ Σ_v in_v out_vᵀ + Σ_q shrink_q expand_qᵀ, one dense `[d, k]` an adapter.
 //!
 //! MACs: (V + r + 1)·d·k an adapter. Bytes: w0 read and W_i written once.
 
 use cubecl::prelude::*;
+use flora_plan::layer::Quantisation;
+
+use super::decode::{minimum, scale, stored};
 
 /// Words of one entry: first virtual row, one past the last, first shrink slot, first expand slot, rank.
 pub(crate) const ENTRY_WORDS: u32 = 5;
 /// Words of one virtual row: in-slot + 1 or 0, out-slot + 1 or 0.
 pub(crate) const SCALE_WORDS: u32 = 2;
 
-/// w0 `[d, k]`, in_pool `[slots, d]`, out_pool `[slots, k]`, entries `[s, 5]`, scales `[V, 2]`, weights `[s, d, k]`.
+/// weight `[d, k]` or its words, in_pool `[slots, d]`, out_pool `[slots, k]`, tables: entries `[s, 5]`, then from word
+/// `scales` on `[V, 2]`; made `[s, d, k]`. One cube a depth and adapter.
 #[cube(launch_unchecked)]
-pub(crate) fn materialise<NK: Size>(
-    w0: &Array<Vector<f32, NK>>,
-    in_pool: &Array<f32>,
-    out_pool: &Array<Vector<f32, NK>>,
-    entries: &Array<u32>,
-    scales: &Array<u32>,
-    weights: &mut Array<Vector<f32, NK>>,
+pub(crate) fn materialise<W: Numeric, A: Float, Y: Float, N: Size>(
+    weight: &Array<Vector<W, N>>,
+    weight_scales: &Array<Vector<u32, N>>,
+    in_pool: &Array<A>,
+    out_pool: &Array<Vector<A, N>>,
+    tables: &Array<u32>,
+    made: &mut Array<Vector<Y, N>>,
+    scales: u32,
     d: u32,
     k: u32,
+    #[comptime] quantisation: Option<Quantisation>,
+    #[define(W, A, Y)] _types: [StorageType; 3],
 ) {
-    let width_k = w0.vector_size();
-    let k_vectors = k / comptime!(width_k as u32);
+    let width = weight.vector_size();
+    let columns = k / comptime!(width as u32);
     let column = ABSOLUTE_POS_X;
     let depth = CUBE_POS_Y;
     let entry = CUBE_POS_Z * ENTRY_WORDS;
-    if column < k_vectors {
-        let mut factor = Vector::<f32, NK>::new(0.0);
-        for v in entries[entry as usize]..entries[(entry + 1) as usize] {
-            let in_slot = scales[(v * SCALE_WORDS) as usize];
-            let out_slot = scales[(v * SCALE_WORDS + 1) as usize];
-            let mut term = Vector::<f32, NK>::new(1.0);
+    if column < columns {
+        let mut factor = Vector::<f32, N>::new(0.0);
+        for v in tables[entry as usize]..tables[(entry + 1) as usize] {
+            let in_slot = tables[(scales + v * SCALE_WORDS) as usize];
+            let out_slot = tables[(scales + v * SCALE_WORDS + 1) as usize];
+            let mut term = Vector::<f32, N>::new(1.0);
             if in_slot > 0 {
-                term = Vector::new(in_pool[((in_slot - 1) * d + depth) as usize]);
+                term = Vector::new(f32::cast_from(in_pool[((in_slot - 1) * d + depth) as usize]));
             }
             if out_slot > 0 {
-                term *= out_pool[((out_slot - 1) * k_vectors + column) as usize];
+                term *= Vector::cast_from(out_pool[((out_slot - 1) * columns + column) as usize]);
             }
             factor += term;
         }
-        let mut value = w0[(depth * k_vectors + column) as usize] * factor;
-        let in_slot = entries[(entry + 2) as usize];
-        let out_slot = entries[(entry + 3) as usize];
-        for q in 0..entries[(entry + 4) as usize] {
-            let shrink = Vector::<f32, NK>::new(in_pool[((in_slot + q) * d + depth) as usize]);
-            value = fma(shrink, out_pool[((out_slot + q) * k_vectors + column) as usize], value);
+        let base = base_value::<W, N>(weight, weight_scales, depth, column, columns, quantisation);
+        let mut value = base * factor;
+        let in_slot = tables[(entry + 2) as usize];
+        let out_slot = tables[(entry + 3) as usize];
+        for q in 0..tables[(entry + 4) as usize] {
+            let shrink = Vector::<f32, N>::new(f32::cast_from(in_pool[((in_slot + q) * d + depth) as usize]));
+            let expand = Vector::cast_from(out_pool[((out_slot + q) * columns + column) as usize]);
+            value = fma(shrink, expand, value);
         }
-        weights[((CUBE_POS_Z * d + depth) * k_vectors + column) as usize] = value;
+        made[((CUBE_POS_Z * d + depth) * columns + column) as usize] = Vector::cast_from(value);
+    }
+}
+
+/// One vector of w0, decoded.
+#[cube]
+fn base_value<W: Numeric, N: Size>(
+    weight: &Array<Vector<W, N>>,
+    weight_scales: &Array<Vector<u32, N>>,
+    depth: u32,
+    column: u32,
+    columns: u32,
+    #[comptime] quantisation: Option<Quantisation>,
+) -> Vector<f32, N> {
+    if comptime!(quantisation.is_none()) {
+        Vector::cast_from(weight[(depth * columns + column) as usize])
+    } else {
+        let quantisation = comptime!(quantisation.unwrap());
+        let per_word = comptime!(quantisation.per_word());
+        let words = Vector::<u32, N>::cast_from(weight[(depth / per_word * columns + column) as usize]);
+        let shifted = words >> Vector::new(depth % per_word * comptime!(quantisation.bits));
+        let number = stored::<N>(shifted, 0u32, comptime!(quantisation.bits));
+        let zero = Vector::<f32, N>::new(comptime!(quantisation.zero as f32));
+        scale::<N>(weight_scales, depth, column, columns, quantisation) * (number - zero)
+            + minimum::<N>(weight_scales, depth, column, columns, quantisation)
     }
 }

@@ -1,10 +1,17 @@
 //! The cubecl kernels, one source for CUDA, WGSL and SPIR-V.
 
-pub(crate) mod epilogue;
+pub(crate) mod blueprint;
+mod decode;
+mod epilogue;
+pub(crate) mod expand;
 pub(crate) mod materialise;
+mod multiply;
+mod on_chip;
+pub(crate) mod reduce;
 pub(crate) mod rows;
-pub(crate) mod segmented;
-pub(crate) mod stacked;
+pub(crate) mod shrink;
+pub(crate) mod tile;
 
-pub use epilogue::Epilogue;
-pub use stacked::StackedBlueprint;
+pub use blueprint::{Multiply, Tile, TileBlueprint};
+pub use reduce::ReduceBlueprint;
+pub use shrink::SegmentedBlueprint;

@@ -12,11 +12,11 @@ use std::str::FromStr;
 use cubecl::prelude::*;
 use serde::Serialize;
 
-use crate::batch::{AdapterSlots, LayerShape, Segment};
-use crate::kernels::Epilogue;
-use crate::launch::{LaunchError, LayerBuffers, Pool, launch};
+use crate::batch::{AdapterSlots, Segment};
+use crate::launch::{LaunchError, LayerBuffers, Merged, Pool, launch};
+use crate::layer::{Epilogue, LayerFormat, LayerShape};
 use crate::plan::Plan;
-use crate::schedule::{ScheduleError, schedule};
+use crate::schedule::{ScheduleError, Step, schedule};
 use cuda::Cuda;
 use recorder::{Offline, OfflineDevice};
 use shader::{Spirv, Wgsl};
@@ -111,7 +111,9 @@ pub enum EmitError {
 pub struct Emission<'a> {
     /// Extents.
     pub shape: LayerShape,
-    /// Bias and activation.
+    /// Types.
+    pub format: LayerFormat,
+    /// Bias, activation, residual.
     pub epilogue: Epilogue,
     /// The lowerings.
     pub plan: Plan,
@@ -142,20 +144,33 @@ where
     let schedule = schedule(&emission.plan, emission.shape, emission.segments, emission.adapters, finishes)?;
     let client = R::client(&OfflineDevice { variant });
     let LayerShape { d, k } = emission.shape;
-    let buffer = |elements: u64| client.empty((elements * 4) as usize);
+    let buffer = |bytes: u64| client.empty(bytes.next_multiple_of(4) as usize);
+    let LayerFormat { activations, adapters, weight, .. } = emission.format;
     let (in_slots, out_slots) = (schedule.in_slots().max(1), schedule.out_slots().max(1));
+    let pool =
+        |slots: u32, width: u32| Pool { handle: buffer(adapters.bytes() * u64::from(slots) * u64::from(width)), slots };
+    let merged = schedule.steps().iter().find_map(|step| match step {
+        Step::Merged { adapter } => Some(*adapter),
+        _ => None,
+    });
     let layer = LayerBuffers {
         shape: emission.shape,
-        base_weight: buffer(u64::from(d) * u64::from(k)),
-        bias: emission.epilogue.bias.then(|| buffer(u64::from(k))),
-        in_pool: Pool { handle: buffer(u64::from(in_slots) * u64::from(d)), slots: in_slots },
-        out_pool: Pool { handle: buffer(u64::from(out_slots) * u64::from(k)), slots: out_slots },
+        format: emission.format,
+        base_weight: buffer(weight.bytes(emission.shape) - 4 * weight.scale_words(emission.shape)),
+        weight_scales: weight.quantisation().map(|_| buffer(4 * weight.scale_words(emission.shape))),
+        bias: emission.epilogue.bias.then(|| buffer(4 * u64::from(k))),
+        in_pool: pool(in_slots, d),
+        out_pool: pool(out_slots, k),
         epilogue: emission.epilogue,
+        merged: merged
+            .map(|adapter| Merged { adapter, weight: buffer(activations.bytes() * u64::from(d) * u64::from(k)) }),
     };
-    let x = buffer(u64::from(schedule.tokens().max(1)) * u64::from(d));
+    let rows = u64::from(schedule.tokens().max(1));
+    let x = buffer(activations.bytes() * rows * u64::from(d));
+    let residual = emission.epilogue.residual.then(|| buffer(activations.bytes() * rows * u64::from(k)));
     client.info().record(|| {
         // SAFETY: a recorder has no memory that a kernel could miss.
-        let launched = unsafe { launch(&client, &layer, &schedule, &x) };
+        let launched = unsafe { launch(&client, &layer, &schedule, &x, residual.as_ref()) };
         // Launches are handed to the recorder's own thread; a read waits for it.
         let _ = client.read_one(x.clone());
         launched.map(|_| ()).map_err(EmitError::from)

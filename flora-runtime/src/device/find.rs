@@ -8,10 +8,11 @@ use cubecl::Runtime;
 use cubecl::cuda::{CudaDevice, CudaRuntime};
 use cubecl::prelude::ComputeClient;
 use cubecl::wgpu::{AutoGraphicsApi, GraphicsApi, WgpuDevice, WgpuRuntime};
-use flora_codegen::batch::{AdapterSlots, LayerShape, LowRankSlots, Segment, VirtualRowSlots};
-use flora_codegen::kernels::Epilogue;
+use flora_codegen::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
+use flora_codegen::layer::{Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_codegen::plan::Plan;
 use flora_codegen::schedule::schedule;
+use flora_codegen::weight::PackedWeight;
 
 use super::cube::CubeBackend;
 use super::{BackendKind, Device, DeviceError, DeviceInfo, LayerOperands, PoolBuffer};
@@ -69,16 +70,20 @@ fn try_out(device: &Device) -> Result<(), String> {
     let shape = LayerShape { d: 2, k: 1 };
     let schedule = schedule(&Plan::default(), shape, &[Segment { rows: 1, adapter: 0 }], &adapters, false);
     let schedule = schedule.map_err(|error| error.to_string())?;
+    let weight =
+        PackedWeight::from_f32(WeightFormat::default(), shape, &[3.0, 5.0]).map_err(|error| error.to_string())?;
     let run = || {
         let operands = LayerOperands {
             shape,
-            base_weight: device.upload(&[3.0, 5.0])?,
+            format: LayerFormat::default(),
+            base_weight: device.upload_weight(&weight)?,
             bias: None,
             in_pool: PoolBuffer { buffer: device.upload(&[0.0, 0.0])?, slots: 1 },
             out_pool: PoolBuffer { buffer: device.upload(&[7.0])?, slots: 1 },
             epilogue: Epilogue::default(),
+            merged: None,
         };
-        device.read(&device.execute(&operands, &schedule, &device.upload(&[11.0, 13.0])?)?)
+        device.read(&device.execute(&operands, &schedule, &device.upload(&[11.0, 13.0])?, None)?)
     };
     let y = run().map_err(|error: DeviceError| error.to_string())?;
     let expected = (11.0 * 3.0 + 13.0 * 5.0) * 7.0;

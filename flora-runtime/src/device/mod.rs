@@ -7,25 +7,42 @@ mod host;
 use std::sync::Arc;
 
 use cubecl::server::Handle;
-use flora_codegen::batch::LayerShape;
-use flora_codegen::kernels::Epilogue;
 use flora_codegen::launch::{self, LaunchError};
-use flora_codegen::schedule::Schedule;
+use flora_codegen::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
+use flora_codegen::schedule::{Materialised, Schedule};
+use flora_codegen::weight::PackedWeight;
+use flora_host::HostError;
 use serde::Serialize;
 
-/// Numbers on a device, f32. Cloning shares them.
+/// Numbers on a device. Cloning shares them.
 #[derive(Clone, Debug)]
 pub struct Buffer {
     storage: Storage,
     elements: usize,
+    element: Element,
     owner: Arc<DeviceInfo>,
 }
 
 /// Where the numbers are; which of the two is the backend's own affair.
 #[derive(Clone, Debug)]
 enum Storage {
-    Host(Arc<Vec<f32>>),
+    Host(Arc<host::Numbers>),
     Device(Handle),
+}
+
+/// A base weight, or a W_i, on a device. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct WeightBuffer {
+    storage: WeightStorage,
+    shape: LayerShape,
+    format: WeightFormat,
+    owner: Arc<DeviceInfo>,
+}
+
+#[derive(Clone, Debug)]
+enum WeightStorage {
+    Host(Arc<PackedWeight>),
+    Device { values: Handle, scales: Option<Handle> },
 }
 
 impl Buffer {
@@ -37,6 +54,11 @@ impl Buffer {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.elements == 0
+    }
+
+    /// Their type.
+    pub fn element(&self) -> Element {
+        self.element
     }
 }
 
@@ -54,16 +76,20 @@ pub struct PoolBuffer {
 pub struct LayerOperands {
     /// Extents.
     pub shape: LayerShape,
+    /// Types.
+    pub format: LayerFormat,
     /// `[d, k]`
-    pub base_weight: Buffer,
-    /// `[k]`
+    pub base_weight: WeightBuffer,
+    /// `[k]`, f32
     pub bias: Option<Buffer>,
     /// `[slots, d]`
     pub in_pool: PoolBuffer,
     /// `[slots, k]`
     pub out_pool: PoolBuffer,
-    /// Bias and activation.
+    /// Bias, activation, residual.
     pub epilogue: Epilogue,
+    /// The adapter (its position in the batch's table) whose W_i is resident.
+    pub merged: Option<(u32, WeightBuffer)>,
 }
 
 /// Which kind of device.
@@ -135,6 +161,35 @@ pub enum DeviceError {
     /// A kernel failed, or its result can't be read.
     #[error("the device failed while it ran a batch: {0}")]
     Execution(String),
+    /// The host can't run a schedule with these operands.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A buffer of another type than the layer's.
+    #[error("{what} is {found} where the layer wants {expected}")]
+    WrongElement {
+        /// Which one.
+        what: &'static str,
+        /// What it should be.
+        expected: Element,
+        /// What it is.
+        found: Element,
+    },
+    /// A base weight in another format than the layer says.
+    #[error("the base weight is kept in {found} and the layer says {expected}")]
+    WrongFormat {
+        /// What the layer says.
+        expected: WeightFormat,
+        /// What the weight is.
+        found: WeightFormat,
+    },
+    /// A type that the device has no buffers of.
+    #[error("the device `{device}` has no {element} buffers; keep the layer in f32")]
+    NoElement {
+        /// The type.
+        element: Element,
+        /// Which device.
+        device: String,
+    },
     /// A buffer of another device.
     #[error("a buffer of the device `{owner}` was passed to `{device}`; upload it there")]
     ForeignBuffer {
@@ -170,9 +225,17 @@ pub enum DeviceError {
 /// How a device does what [`Device`] offers. Implemented by the host and by every cubecl runtime.
 /// [`Device`] has checked that all storage is the backend's own and as long as the layer and the schedule say.
 trait Backend: Send + Sync {
-    fn upload(&self, values: &[f32]) -> Storage;
-    fn read(&self, storage: &Storage, elements: usize) -> Result<Vec<f32>, DeviceError>;
-    fn execute(&self, layer: &LayerOperands, schedule: &Schedule, x: &Storage) -> Result<Storage, DeviceError>;
+    fn upload(&self, values: &[f32], element: Element) -> Storage;
+    fn upload_weight(&self, weight: &PackedWeight) -> WeightStorage;
+    fn read(&self, storage: &Storage, elements: usize, element: Element) -> Result<Vec<f32>, DeviceError>;
+    fn execute(
+        &self,
+        layer: &LayerOperands,
+        schedule: &Schedule,
+        x: &Storage,
+        residual: Option<&Storage>,
+    ) -> Result<Storage, DeviceError>;
+    fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<(WeightStorage, WeightFormat), DeviceError>;
     fn synchronize(&self) -> Result<(), DeviceError>;
 }
 
@@ -235,22 +298,55 @@ impl Device {
         &self.info
     }
 
-    /// Copies numbers to the device.
+    /// Copies numbers to the device, as f32.
     ///
     /// # Errors
     /// More than it takes in one buffer.
     pub fn upload(&self, values: &[f32]) -> Result<Buffer, DeviceError> {
-        let bytes = size_of_val(values) as u64;
+        self.upload_as(values, Element::F32)
+    }
+
+    /// Copies numbers to the device, rounded to `element`.
+    ///
+    /// # Errors
+    /// More than it takes in one buffer, a type that it doesn't have.
+    pub fn upload_as(&self, values: &[f32], element: Element) -> Result<Buffer, DeviceError> {
+        self.has(element)?;
+        self.holds(values.len() as u64 * element.bytes())?;
+        Ok(self.own(self.backend.upload(values, element), values.len(), element))
+    }
+
+    /// Copies a weight to the device, in the form that it has.
+    ///
+    /// # Errors
+    /// More than it takes in one buffer, a type that it doesn't have.
+    pub fn upload_weight(&self, weight: &PackedWeight) -> Result<WeightBuffer, DeviceError> {
+        if let WeightFormat::Float(element) = weight.format() {
+            self.has(element)?;
+        }
+        self.holds(weight.format().bytes(weight.shape()))?;
+        let (shape, format, owner) = (weight.shape(), weight.format(), self.info.clone());
+        Ok(WeightBuffer { storage: self.backend.upload_weight(weight), shape, format, owner })
+    }
+
+    fn has(&self, element: Element) -> Result<(), DeviceError> {
+        match self.info.element_types.iter().any(|name| name == element.name()) {
+            true => Ok(()),
+            false => Err(DeviceError::NoElement { element, device: self.info.id.clone() }),
+        }
+    }
+
+    fn holds(&self, bytes: u64) -> Result<(), DeviceError> {
         match self.info.largest_buffer_bytes {
             Some(limit) if bytes > limit => {
                 Err(DeviceError::BufferTooLarge { bytes, limit, device: self.info.id.clone() })
             }
-            _ => Ok(self.own(self.backend.upload(values), values.len())),
+            _ => Ok(()),
         }
     }
 
-    fn own(&self, storage: Storage, elements: usize) -> Buffer {
-        Buffer { storage, elements, owner: self.info.clone() }
+    fn own(&self, storage: Storage, elements: usize, element: Element) -> Buffer {
+        Buffer { storage, elements, element, owner: self.info.clone() }
     }
 
     /// Copies numbers back, after everything that was queued before.
@@ -258,40 +354,89 @@ impl Device {
     /// # Errors
     /// A buffer of another device; a launch before it failed.
     pub fn read(&self, buffer: &Buffer) -> Result<Vec<f32>, DeviceError> {
-        self.check("the buffer", buffer, buffer.elements)?;
-        self.backend.read(&buffer.storage, buffer.elements)
+        self.check("the buffer", buffer, buffer.elements, buffer.element)?;
+        self.backend.read(&buffer.storage, buffer.elements, buffer.element)
     }
 
-    /// Queues a schedule; x `[tokens, d]`, the result `[tokens, k]`.
+    /// Queues a schedule; x `[tokens, d]`, residual `[tokens, k]` where the epilogue adds one, the result `[tokens, k]`, all in
+    /// the type of the layer's activations.
     ///
     /// # Errors
-    /// Buffers of another device or of the wrong size, a launch that the device can't make. Failures of the kernels themselves
-    /// show when the result is read.
-    pub fn execute(&self, layer: &LayerOperands, schedule: &Schedule, x: &Buffer) -> Result<Buffer, DeviceError> {
-        let (d, k, tokens) = (layer.shape.d as usize, layer.shape.k as usize, schedule.tokens() as usize);
-        self.check("x", x, tokens * d)?;
-        self.check("the base weight", &layer.base_weight, d * k)?;
-        self.check("the in-vectors", &layer.in_pool.buffer, layer.in_pool.slots as usize * d)?;
-        self.check("the out-vectors", &layer.out_pool.buffer, layer.out_pool.slots as usize * k)?;
-        match &layer.bias {
-            Some(bias) => self.check("the bias", bias, k)?,
-            None if layer.epilogue.bias => {
-                return Err(DeviceError::WrongSize { what: "the bias", expected: k, found: 0 });
-            }
+    /// Buffers of another device, size or type, a launch that the device can't make. Failures of the kernels themselves show
+    /// when the result is read.
+    pub fn execute(
+        &self,
+        layer: &LayerOperands,
+        schedule: &Schedule,
+        x: &Buffer,
+        residual: Option<&Buffer>,
+    ) -> Result<Buffer, DeviceError> {
+        let (k, tokens) = (layer.shape.k as usize, schedule.tokens() as usize);
+        let activations = layer.format.activations;
+        self.check_layer(layer)?;
+        self.check("x", x, tokens * layer.shape.d as usize, activations)?;
+        let residual = residual.filter(|_| layer.epilogue.residual);
+        match residual {
+            Some(residual) => self.check("the residual", residual, tokens * k, activations)?,
+            None if layer.epilogue.residual => return Err(LaunchError::NoResidual.into()),
             None => {}
         }
         launch::check(schedule, layer.shape, layer.in_pool.slots, layer.out_pool.slots)?;
-        let y = self.backend.execute(layer, schedule, &x.storage)?;
-        Ok(self.own(y, tokens * k))
+        let residual = residual.map(|residual| &residual.storage);
+        let y = self.backend.execute(layer, schedule, &x.storage, residual)?;
+        Ok(self.own(y, tokens * k, activations))
     }
 
-    fn check(&self, what: &'static str, buffer: &Buffer, expected: usize) -> Result<(), DeviceError> {
-        if !Arc::ptr_eq(&buffer.owner, &self.info) {
-            let (owner, device) = (buffer.owner.id.clone(), self.info.id.clone());
-            return Err(DeviceError::ForeignBuffer { owner, device });
+    /// Makes the W_i that `step` describes, for [`LayerOperands::merged`].
+    ///
+    /// # Errors
+    /// Operands of another device or size, slots beyond the pools, a weight that the device can't hold.
+    pub fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<WeightBuffer, DeviceError> {
+        self.check_layer(layer)?;
+        launch::check_slots(step, layer.in_pool.slots, layer.out_pool.slots)?;
+        let (storage, format) = self.backend.merge(layer, step)?;
+        Ok(WeightBuffer { storage, shape: layer.shape, format, owner: self.info.clone() })
+    }
+
+    /// Whether a layer's operands are this device's and as large as its shape says.
+    fn check_layer(&self, layer: &LayerOperands) -> Result<(), DeviceError> {
+        let (d, k) = (layer.shape.d as usize, layer.shape.k as usize);
+        let adapters = layer.format.adapters;
+        let merged = layer.merged.as_ref().map(|(_, weight)| weight);
+        for weight in std::iter::once(&layer.base_weight).chain(merged) {
+            self.check_owner(&weight.owner)?;
+            if weight.shape != layer.shape {
+                let found = weight.shape.d as usize * weight.shape.k as usize;
+                return Err(DeviceError::WrongSize { what: "a weight", expected: d * k, found });
+            }
         }
+        if layer.base_weight.format != layer.format.weight {
+            let (expected, found) = (layer.format.weight, layer.base_weight.format);
+            return Err(DeviceError::WrongFormat { expected, found });
+        }
+        self.check("the in-vectors", &layer.in_pool.buffer, layer.in_pool.slots as usize * d, adapters)?;
+        self.check("the out-vectors", &layer.out_pool.buffer, layer.out_pool.slots as usize * k, adapters)?;
+        match &layer.bias {
+            Some(bias) => self.check("the bias", bias, k, Element::F32),
+            None if layer.epilogue.bias => Err(DeviceError::WrongSize { what: "the bias", expected: k, found: 0 }),
+            None => Ok(()),
+        }
+    }
+
+    fn check_owner(&self, owner: &Arc<DeviceInfo>) -> Result<(), DeviceError> {
+        if Arc::ptr_eq(owner, &self.info) {
+            return Ok(());
+        }
+        Err(DeviceError::ForeignBuffer { owner: owner.id.clone(), device: self.info.id.clone() })
+    }
+
+    fn check(&self, what: &'static str, buffer: &Buffer, expected: usize, element: Element) -> Result<(), DeviceError> {
+        self.check_owner(&buffer.owner)?;
         if buffer.elements != expected {
             return Err(DeviceError::WrongSize { what, expected, found: buffer.elements });
+        }
+        if buffer.element != element {
+            return Err(DeviceError::WrongElement { what, expected: element, found: buffer.element });
         }
         Ok(())
     }

@@ -61,7 +61,7 @@ pub(super) fn measure(
     let base_gemm = Schedule::base_gemm(shape, schedule.tokens()).map_err(ProjectionError::from)?;
 
     let x_on_device = device.upload(x)?;
-    let y = device.read(&projection.execute(&schedule, &x_on_device)?)?;
+    let y = device.read(&projection.execute(&schedule, &x_on_device, None)?)?;
     let [seconds, base_seconds] = time(device, &projection, [&schedule, &base_gemm], &x_on_device, repetitions)?;
 
     let deviation = deviation(store, &adapters, batch, shape, base, x, &y)?;
@@ -101,7 +101,7 @@ fn time(
     for repetition in 0..=repetitions {
         for (schedule, seconds) in schedules.iter().zip(&mut seconds) {
             let start = Instant::now();
-            let y = projection.execute(schedule, x)?;
+            let y = projection.execute(schedule, x, None)?;
             device.synchronize()?;
             let elapsed = start.elapsed().as_secs_f64();
             drop(y);
@@ -153,8 +153,10 @@ fn deviation(
         };
         let sample = Sample {
             shape,
+            format: LayerFormat::default(),
             base_weight: &base.values,
             bias: base.bias.as_deref(),
+            residual: None,
             activation: Activation::Identity,
             x: &x[row * base.d..(row + 1) * base.d],
             y: &y[row * base.k..(row + 1) * base.k],

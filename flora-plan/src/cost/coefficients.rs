@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Kernel;
 
 /// The version of the file's meaning; a file of another version is measured again, never trusted.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// Far more than a file of coefficients has; what is longer is cut, and so is no JSON.
 const MAX_BYTES: u64 = 1 << 20;
@@ -61,7 +61,7 @@ pub struct Coefficients {
     pub flora: String,
     /// What identifies the device: name, backend, driver.
     pub device: String,
-    /// Whether its batched matmul multiplies padding: true where blocks have to be of one size, false on the host.
+    /// Whether its batched matmul multiplies padding and its tiles of W_i serve a tile's rows only: false on the host.
     pub pads_blocks: bool,
     /// The most bytes that the device takes in one buffer, which some plans would exceed; `None` where memory is the limit.
     pub largest_buffer_bytes: Option<u64>,
@@ -106,8 +106,16 @@ pub enum CoefficientsError {
 
 impl Coefficients {
     /// The kernels that a complete set has a curve for.
-    pub const KERNELS: [Kernel; 6] =
-        [Kernel::Matmul, Kernel::Stacked, Kernel::Bmm, Kernel::LowRankBmm, Kernel::Segmented, Kernel::Materialise];
+    pub const KERNELS: [Kernel; 8] = [
+        Kernel::Matmul,
+        Kernel::Stacked,
+        Kernel::OnChip,
+        Kernel::Bmm,
+        Kernel::Fused,
+        Kernel::LowRankBmm,
+        Kernel::Segmented,
+        Kernel::Materialise,
+    ];
 
     /// Seconds per MAC; 0 for [`Kernel::Move`], whose cost is its bytes.
     pub fn seconds_per_mac(&self, kernel: Kernel, regime: u64) -> f64 {

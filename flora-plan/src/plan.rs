@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 
-use crate::batch::{BatchShape, LayerShape};
+use crate::batch::BatchShape;
 use crate::cost::{Coefficients, work};
+use crate::layer::LayerShape;
 use crate::lowering::{Lowering, Part, lowerings_of};
 use crate::schedule::can_hold;
 
@@ -12,6 +13,7 @@ use crate::schedule::can_hold;
 pub struct Plan {
     multiplicative: Lowering,
     additive: Lowering,
+    split: bool,
 }
 
 /// One candidate with its predicted time for the whole batch.
@@ -23,14 +25,20 @@ pub struct Candidate {
     pub predicted_seconds: f64,
 }
 
-/// A lowering was asked for that doesn't compute the part.
+/// Lowerings that make no plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the lowering `{lowering}` doesn't compute the {part:?} part of an adapter; use one of: {}", names(*.part))]
-pub struct PlanError {
-    /// What was asked for.
-    pub lowering: Lowering,
-    /// The part.
-    pub part: Part,
+pub enum PlanError {
+    /// A lowering was asked for that doesn't compute the part.
+    #[error("the lowering `{lowering}` doesn't compute the {part:?} part of an adapter; use one of: {}", names(*.part))]
+    WrongPart {
+        /// What was asked for.
+        lowering: Lowering,
+        /// The part.
+        part: Part,
+    },
+    /// A merged weight holds both parts of its adapter.
+    #[error("`merged` computes both parts of an adapter or none; ask for it for both")]
+    HalfMerged,
 }
 
 fn names(part: Part) -> String {
@@ -45,25 +53,48 @@ impl Plan {
     pub fn new(multiplicative: Lowering, additive: Lowering) -> Result<Self, PlanError> {
         for (part, lowering) in [(Part::Multiplicative, multiplicative), (Part::Additive, additive)] {
             if !lowerings_of(part).any(|row| row.lowering == lowering) {
-                return Err(PlanError { lowering, part });
+                return Err(PlanError::WrongPart { lowering, part });
             }
         }
-        Ok(Self { multiplicative, additive })
+        if (multiplicative == Lowering::Merged) != (additive == Lowering::Merged) {
+            return Err(PlanError::HalfMerged);
+        }
+        Ok(Self { multiplicative, additive, split: false })
     }
+
+    /// The plan of the one adapter whose W_i is resident.
+    pub const MERGED: Self = Self { multiplicative: Lowering::Merged, additive: Lowering::Merged, split: false };
 
     /// Every plan that there is.
     pub fn all() -> impl Iterator<Item = Self> {
         lowerings_of(Part::Multiplicative).flat_map(|one| {
-            lowerings_of(Part::Additive).map(|other| Self { multiplicative: one.lowering, additive: other.lowering })
+            lowerings_of(Part::Additive).filter_map(|other| Self::new(one.lowering, other.lowering).ok())
         })
     }
 
-    /// Stacked or bmm.
+    /// Every plan that needs no weight made beforehand.
+    pub fn unmerged() -> impl Iterator<Item = Self> {
+        Self::all().filter(|plan| *plan != Self::MERGED)
+    }
+
+    /// The same, with cubes that share the depth where a device would be short of work without: another order of sums, and so
+    /// another plan. What can't be split runs whole.
+    #[must_use]
+    pub fn with_split(self) -> Self {
+        Self { split: true, ..self }
+    }
+
+    /// Whether cubes may share the depth.
+    pub fn splits(&self) -> bool {
+        self.split
+    }
+
+    /// The lowering of scaled virtual rows.
     pub fn multiplicative(&self) -> Lowering {
         self.multiplicative
     }
 
-    /// Segmented or bmm.
+    /// The lowering of the low-rank sum.
     pub fn additive(&self) -> Lowering {
         self.additive
     }
@@ -80,7 +111,7 @@ impl Plan {
 impl Default for Plan {
     /// What needs no memory beyond the batch's own, and so always runs.
     fn default() -> Self {
-        Self { multiplicative: Lowering::Stacked, additive: Lowering::Segmented }
+        Self { multiplicative: Lowering::Stacked, additive: Lowering::Fused, split: false }
     }
 }
 
@@ -88,6 +119,7 @@ impl Default for Plan {
 pub fn candidates(part: Part, shape: LayerShape, batch: &BatchShape, coefficients: &Coefficients) -> Vec<Candidate> {
     let price = |plan: Plan| work(&plan, shape, batch, false, coefficients.pads_blocks).price(coefficients);
     let mut candidates: Vec<_> = lowerings_of(part)
+        .filter(|row| row.lowering != Lowering::Merged || batch.adapters == 1)
         .map(|row| Candidate {
             lowering: row.lowering,
             predicted_seconds: Plan::all()
@@ -100,10 +132,10 @@ pub fn candidates(part: Part, shape: LayerShape, batch: &BatchShape, coefficient
     candidates
 }
 
-/// Picks the cheapest plan for this batch whose buffers the device can hold and kernels can index; `finishes` where the layer has a bias or an
-/// activation.
+/// Picks the cheapest plan for this batch whose buffers the device can hold and kernels can index; `finishes` where the layer has
+/// an epilogue. Whether a weight is worth merging is no question of one batch, so that `merged` is never picked.
 pub fn plan(shape: LayerShape, batch: &BatchShape, finishes: bool, coefficients: &Coefficients) -> Plan {
-    Plan::all()
+    Plan::unmerged()
         .filter(|plan| can_hold(plan, shape, batch, coefficients.largest_buffer_bytes))
         .map(|plan| (plan, work(&plan, shape, batch, finishes, coefficients.pads_blocks).price(coefficients)))
         .min_by(|one, other| one.1.total_cmp(&other.1))

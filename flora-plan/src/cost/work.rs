@@ -1,14 +1,15 @@
 //! What a plan does to a batch: launches, MACs and bytes, step by step as [`schedule`](crate::schedule::schedule) lays them out.
 
 use super::{Kernel, Work};
-use crate::batch::{BatchShape, GroupShape, LayerShape};
+use crate::batch::{BatchShape, GroupShape};
+use crate::layer::LayerShape;
 use crate::lowering::Lowering;
 use crate::plan::Plan;
 
 const F32: u64 = 4;
 
-/// The work of `plan` on a batch; `finishes` where the layer has a bias or an activation, `pads` where the device's batched matmul
-/// multiplies padding.
+/// The work of `plan` on a batch; `finishes` where the layer has an epilogue, `pads` on devices whose batched matmul multiplies
+/// padding and whose tiles of W_i serve no more rows than a tile has.
 pub fn work(plan: &Plan, shape: LayerShape, batch: &BatchShape, finishes: bool, pads: bool) -> Work {
     let (d, k) = (u64::from(shape.d), u64::from(shape.k));
     let mut work = Work::default();
@@ -16,30 +17,37 @@ pub fn work(plan: &Plan, shape: LayerShape, batch: &BatchShape, finishes: bool, 
         return work;
     }
     let multiplicative = &batch.multiplicative;
-    let materialises = plan.multiplicative() == Lowering::Bmm && multiplicative.tokens > 0;
-    if multiplicative.tokens == 0 {
-        work.gemm(Kernel::Matmul, shape, batch.plain_rows);
-    } else {
-        // Plain rows ride in the same launch.
-        let scaled = if materialises { 0 } else { multiplicative.tokens_times_width };
-        work.gemm(Kernel::Stacked, shape, batch.plain_rows + scaled);
-        if materialises {
-            work.materialised(shape, multiplicative, &batch.scaled_additive, pads);
-        } else {
-            work.add_bytes(F32 * multiplicative.widths * (d + k));
-        }
+    let lowering = plan.multiplicative();
+    if lowering == Lowering::Merged {
+        work.gemm(Kernel::Matmul, shape, batch.tokens);
+        return work;
+    }
+    let materialises = lowering == Lowering::Bmm && multiplicative.tokens > 0;
+    let on_chip = lowering == Lowering::OnChip && multiplicative.tokens > 0;
+    let scaled = if lowering == Lowering::Stacked { multiplicative.tokens_times_width } else { 0 };
+    let kernel = if scaled == 0 { Kernel::Matmul } else { Kernel::Stacked };
+    // Rows of every kind that isn't materialised share one launch.
+    work.gemm(kernel, shape, batch.plain_rows + scaled);
+    if on_chip {
+        work.on_chip(shape, multiplicative, pads);
+    }
+    if !materialises {
+        work.add_bytes(F32 * multiplicative.widths * (d + k));
+    }
+    if materialises {
+        work.materialised(shape, multiplicative, &batch.scaled_additive);
     }
     let additive = if materialises { batch.additive } else { batch.additive.and(batch.scaled_additive) };
     if additive.tokens > 0 {
         match plan.additive() {
             Lowering::Bmm => work.low_rank_bmm(shape, &additive, pads),
-            Lowering::Segmented | Lowering::Stacked => work.segmented(shape, &additive),
+            Lowering::Segmented => work.segmented(shape, &additive),
+            _ => work.fused(shape, &additive),
         }
-    }
-    let fused = multiplicative.tokens > 0 && work.launches == 1;
-    if finishes && !fused {
-        work.launches += 1;
-        work.term(Kernel::Move, 0, 0, 2 * F32 * batch.tokens * k);
+        if plan.additive() != Lowering::Fused && finishes {
+            work.launches += 1;
+            work.term(Kernel::Move, 0, 0, 2 * F32 * batch.tokens * k);
+        }
     }
     work
 }
@@ -53,14 +61,30 @@ impl Work {
         }
     }
 
-    /// Make W_i, gather the rows, multiply, scatter. The matmul's coefficient is measured with the packing, which grows with it.
-    fn materialised(&mut self, shape: LayerShape, group: &GroupShape, additive: &GroupShape, pads: bool) {
+    /// In the launch of the other rows, if there are any.
+    fn on_chip(&mut self, shape: LayerShape, group: &GroupShape, pads: bool) {
         let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-        let padded = if pads { group.adapters * group.longest } else { group.tokens };
+        let made = if pads { group.widths_by_tile } else { group.widths };
+        let weight = if self.launches == 0 { d * k } else { 0 };
+        self.launches = 1;
+        let bytes = F32 * (weight + group.tokens * (d + k));
+        self.term(Kernel::OnChip, group.longest, (group.tokens + made) * d * k, bytes);
+    }
+
+    /// Make W_i, multiply.
+    fn materialised(&mut self, shape: LayerShape, group: &GroupShape, additive: &GroupShape) {
+        let (d, k) = (u64::from(shape.d), u64::from(shape.k));
         let products = group.widths + additive.widths + group.adapters;
-        self.launches += 4;
+        self.launches += 2;
         self.term(Kernel::Materialise, 1, products * d * k, F32 * (group.adapters + 1) * d * k);
-        self.term(Kernel::Bmm, group.longest, padded * d * k, F32 * (group.adapters * d * k + padded * (d + k)));
+        let bytes = F32 * (group.adapters * d * k + group.tokens * (d + k));
+        self.term(Kernel::Bmm, group.longest, group.tokens * d * k, bytes);
+    }
+
+    /// In the launch of the base GEMM.
+    fn fused(&mut self, shape: LayerShape, group: &GroupShape) {
+        let (d, k) = (u64::from(shape.d), u64::from(shape.k));
+        self.term(Kernel::Fused, group.longest, group.tokens_times_width * (d + k), F32 * group.widths * (d + k));
     }
 
     fn segmented(&mut self, shape: LayerShape, group: &GroupShape) {
@@ -70,7 +94,7 @@ impl Work {
         self.term(Kernel::Segmented, group.longest, group.tokens_times_width * (d + k), bytes);
     }
 
-    /// Gather rows, shrink and expand vectors, multiply twice, scatter: the paper's c1 is what all of that costs a MAC.
+    /// Gather shrink and expand vectors, multiply twice: the paper's c1 is what all of that costs a MAC.
     fn low_rank_bmm(&mut self, shape: LayerShape, group: &GroupShape, pads: bool) {
         let (d, k) = (u64::from(shape.d), u64::from(shape.k));
         let (rows, ranks, products) = if pads {
@@ -110,23 +134,14 @@ mod tests {
         for mixture in 1u32..16 {
             let present = (0..4u32).filter(|adapter| mixture >> adapter & 1 == 1);
             let segments: Vec<_> = present.map(|adapter| Segment { rows: adapter + 1, adapter }).collect();
-            for plan in Plan::all() {
+            for plan in Plan::all().filter(|plan| *plan != Plan::MERGED || segments.len() == 1) {
                 for finishes in [false, true] {
                     let steps = schedule(&plan, shape, &segments, &adapters, finishes).expect("a small batch");
-                    let launches: u64 = steps.steps().iter().map(launches).sum();
+                    let launches: u64 = steps.steps().iter().map(Step::launches).sum();
                     let work = work(&plan, shape, &BatchShape::of(&segments, &adapters), finishes, true);
                     assert_eq!(work.launches, launches, "{mixture:04b} {plan:?} finishes {finishes}");
                 }
             }
-        }
-    }
-
-    fn launches(step: &Step) -> u64 {
-        match step {
-            Step::BaseGemm | Step::Stacked(_) | Step::Finish => 1,
-            Step::Segmented { .. } => 2,
-            Step::Materialised(_) => 4,
-            Step::LowRankBmm(_) => 6,
         }
     }
 }

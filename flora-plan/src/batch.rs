@@ -1,14 +1,8 @@
 //! The batch as the planner and the scheduler see it: contiguous segments of rows, and where each adapter's vectors lie in the
 //! device's pools. No tensor data.
 
-/// Extents of one base weight `[d, k]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct LayerShape {
-    /// Inputs.
-    pub d: u32,
-    /// Outputs.
-    pub k: u32,
-}
+/// Rows that share a tile of W_i in the cost of `on_chip` on a device; the host shares it among all rows of a segment.
+pub const ON_CHIP_TILE_ROWS: u64 = 64;
 
 /// A run of rows that share one adapter; segments follow one another in the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -83,6 +77,8 @@ impl AdapterSlots {
 pub struct BatchShape {
     /// All rows.
     pub tokens: u64,
+    /// Distinct adapters with rows, the base among them.
+    pub adapters: u64,
     /// Rows whose virtual part is x @ w0: base rows and LoRA rows.
     pub plain_rows: u64,
     /// Rows with scales or several virtual rows.
@@ -104,6 +100,8 @@ pub struct GroupShape {
     pub adapters: u64,
     /// Σ over distinct adapters of the width.
     pub widths: u64,
+    /// Σ over distinct adapters of the width times the tiles of [`ON_CHIP_TILE_ROWS`] rows that its rows fill.
+    pub widths_by_tile: u64,
     /// The largest width.
     pub largest_width: u64,
     /// The rows of the adapter with the most rows.
@@ -118,6 +116,7 @@ impl GroupShape {
             tokens_times_width: self.tokens_times_width + other.tokens_times_width,
             adapters: self.adapters + other.adapters,
             widths: self.widths + other.widths,
+            widths_by_tile: self.widths_by_tile + other.widths_by_tile,
             largest_width: self.largest_width.max(other.largest_width),
             longest: self.longest.max(other.longest),
         }
@@ -128,6 +127,7 @@ impl GroupShape {
         self.tokens_times_width += rows * width;
         self.adapters += 1;
         self.widths += width;
+        self.widths_by_tile += width * rows.div_ceil(ON_CHIP_TILE_ROWS);
         self.largest_width = self.largest_width.max(width);
         self.longest = self.longest.max(rows);
     }
@@ -147,6 +147,7 @@ impl BatchShape {
         let mut shape = Self::default();
         for (adapter, rows) in adapters.iter().zip(rows_of).filter(|(_, rows)| *rows > 0) {
             shape.tokens += rows;
+            shape.adapters += 1;
             if adapter.is_plain() {
                 shape.plain_rows += rows;
             } else {

@@ -18,9 +18,14 @@ pub enum Kernel {
     Matmul,
     /// The GEMM over virtual rows. Regime: virtual rows.
     Stacked,
-    /// Batched matmul with a dense `[d, k]` an adapter, rows packed and unpacked. Regime: rows an adapter.
+    /// The GEMM whose tiles of W_i are made where they are multiplied; making a value of W_i counts a MAC for each virtual row.
+    /// Regime: rows an adapter.
+    OnChip,
+    /// Matmul with a dense `[d, k]` an adapter. Regime: rows an adapter.
     Bmm,
-    /// Batched matmuls with low-rank factors, packed and unpacked: the paper's c1. Regime: rows an adapter.
+    /// Shrink and expand inside the base GEMM. Regime: rows an adapter.
+    Fused,
+    /// Batched matmuls with low-rank factors, padded: the paper's c1. Regime: rows an adapter.
     LowRankBmm,
     /// Shrink and expand by segment. Regime: rows an adapter.
     Segmented,

@@ -9,10 +9,16 @@ use serde::{Deserialize, Serialize};
 pub enum Lowering {
     /// Paper Eq. 6: one GEMM over virtual rows.
     Stacked,
+    /// W_i made tile by tile where it is multiplied, never in global memory.
+    OnChip,
     /// A batched matmul: over W_i made in global memory (multiplicative), or over padded low-rank factors (additive, A.2).
     Bmm,
+    /// LoRA inside the base GEMM: shrink in its main loop, expand in its epilogue.
+    Fused,
     /// Shrink and expand grouped by segment, ranks not padded.
     Segmented,
+    /// One adapter owns the batch and its W_i is resident.
+    Merged,
 }
 
 /// A part of a folded adapter that is lowered by itself.
@@ -36,16 +42,31 @@ pub struct Row {
 }
 
 /// Every lowering of every part. A new lowering is a row here, its work in `cost/work.rs`, a step of the schedule, and kernels.
-pub const TABLE: [Row; 4] = [
+pub const TABLE: [Row; 8] = [
     Row {
         lowering: Lowering::Stacked,
         part: Part::Multiplicative,
         summary: "one GEMM over r virtual rows a token, scaled on load and reduced in the epilogue (Eq. 6)",
     },
     Row {
+        lowering: Lowering::OnChip,
+        part: Part::Multiplicative,
+        summary: "one GEMM whose tiles of w0 become w0 ∘ (b_i a_i) where they are multiplied",
+    },
+    Row {
         lowering: Lowering::Bmm,
         part: Part::Multiplicative,
         summary: "W_i = w0 ∘ (b_i a_i) in global memory, then a batched matmul",
+    },
+    Row {
+        lowering: Lowering::Merged,
+        part: Part::Multiplicative,
+        summary: "the matmul of the one adapter whose W_i is resident",
+    },
+    Row {
+        lowering: Lowering::Fused,
+        part: Part::Additive,
+        summary: "one GEMM: shrink in its main loop, expand in its epilogue, the output written once",
     },
     Row {
         lowering: Lowering::Segmented,
@@ -57,6 +78,11 @@ pub const TABLE: [Row; 4] = [
         part: Part::Additive,
         summary: "base GEMM, then two batched matmuls padded to the largest rank (A.2)",
     },
+    Row {
+        lowering: Lowering::Merged,
+        part: Part::Additive,
+        summary: "the matmul of the one adapter whose W_i is resident",
+    },
 ];
 
 impl Lowering {
@@ -64,8 +90,11 @@ impl Lowering {
     pub fn name(self) -> &'static str {
         match self {
             Lowering::Stacked => "stacked",
+            Lowering::OnChip => "on_chip",
             Lowering::Bmm => "bmm",
+            Lowering::Fused => "fused",
             Lowering::Segmented => "segmented",
+            Lowering::Merged => "merged",
         }
     }
 

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::batch::LayerShape;
+use crate::layer::LayerShape;
 
 /// Eq. 7 for one layer and rank, generalised to d ≠ k.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]

@@ -3,15 +3,19 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::batch::{AdapterSlots, BatchShape, LayerShape, Segment, VirtualRowSlots};
-use crate::kernels::rows::NO_ROW;
-use crate::kernels::segmented::SEGMENT_TILE_ROWS;
+use crate::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
+use crate::layer::LayerShape;
 use crate::lowering::Lowering;
 use crate::plan::Plan;
 
+/// An entry of a packing that stands for no row.
+pub const NO_ROW: u32 = u32::MAX;
+/// The most rows of a [`SegmentItem`].
+pub const SEGMENT_ITEM_ROWS: u32 = 16;
+
 /// A virtual row of the batch; slots count from 1, 0 is "not scaled".
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct VirtualRow {
     /// The row of x that it reads and of y that it adds to.
     pub row: u32,
@@ -29,7 +33,7 @@ pub struct VirtualRow {
 pub struct SegmentItem {
     /// The first row.
     pub first_row: u32,
-    /// How many, at most 16.
+    /// How many, at most [`SEGMENT_ITEM_ROWS`].
     pub rows: u32,
     /// The first shrink slot.
     pub shrink: u32,
@@ -67,24 +71,92 @@ pub struct Scale {
     pub out_slot: u32,
 }
 
-/// Rows of the batch packed into equal blocks, one block an adapter.
+/// Consecutive rows whose W_i is made tile by tile.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct OnChipSegment {
+    /// The first row.
+    pub first_row: u32,
+    /// How many.
+    pub rows: u32,
+    /// Its adapter's first entry in [`Gemm::scales`].
+    pub first_scale: u32,
+    /// One past its last.
+    pub end_scale: u32,
+}
+
+/// Consecutive rows that share a low-rank sum.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct LowRankRows {
+    /// The first row.
+    pub first_row: u32,
+    /// How many.
+    pub rows: u32,
+    /// The first shrink slot.
+    pub shrink: u32,
+    /// The first expand slot.
+    pub expand: u32,
+    /// The rank.
+    pub rank: u32,
+}
+
+/// Consecutive rows that are multiplied by one materialised weight.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct WeightRun {
+    /// The first row.
+    pub first_row: u32,
+    /// How many.
+    pub rows: u32,
+    /// Which weight.
+    pub weight: u32,
+}
+
+/// One pass over the base weight for rows of every kind. A row is in `rows` or in `segments`, never in both.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Gemm {
+    /// `stacked` and base rows: the virtual rows of an output row follow one another, output rows rise.
+    pub rows: Vec<VirtualRow>,
+    /// `on_chip` rows, rising.
+    pub segments: Vec<OnChipSegment>,
+    /// The virtual rows of the adapters of `segments`.
+    pub scales: Vec<Scale>,
+    /// `fused` low-rank sums, added to rows of either kind; rising.
+    pub low_rank: Vec<LowRankRows>,
+    /// Whether nothing is added to these rows afterwards, so that they are finished here.
+    pub finishes: bool,
+}
+
+impl Gemm {
+    /// Whether every row is exactly x @ w0.
+    pub fn is_plain(&self) -> bool {
+        self.segments.is_empty()
+            && self.low_rank.is_empty()
+            && self.rows.iter().all(|row| row.in_slot == 0 && row.out_slot == 0 && row.last == 1)
+    }
+}
+
+/// Rows packed into equal blocks, one block an adapter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Packing {
     /// Rows of a block.
     pub block: u32,
-    /// The row in every place, `u32::MAX` for padding; its length is blocks × `block`.
+    /// The row in every place, [`NO_ROW`] for padding; its length is blocks × `block`.
     pub index: Vec<u32>,
 }
 
 /// The `bmm` lowering of multiplicative adapters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Materialised {
-    /// The adapters, a block of `rows` each.
+    /// The adapters whose W_i are made.
     pub adapters: Vec<MaterialisedAdapter>,
     /// Their virtual rows.
     pub scales: Vec<Scale>,
-    /// Their rows.
-    pub rows: Packing,
+    /// Their rows, rising.
+    pub runs: Vec<WeightRun>,
+    /// Whether nothing is added to these rows afterwards.
+    pub finishes: bool,
 }
 
 /// The `bmm` lowering of additive adapters.
@@ -101,12 +173,15 @@ pub struct LowRankBmm {
 /// One step of the batch's execution; each may use the ones before it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// y = x @ w0 for all rows.
-    BaseGemm,
-    /// y\[row\] = Σ of the row's virtual rows.
-    Stacked(Vec<VirtualRow>),
-    /// y\[row\] = x\[row\] @ W_i.
+    /// y\[row\] = Σ of the row's virtual rows, or x\[row\] @ W_i, and its low-rank sum.
+    Gemm(Gemm),
+    /// y\[row\] = x\[row\] @ W_i, made whole.
     Materialised(Materialised),
+    /// y = φ(x @ W_i + bias) for all rows, with the resident W_i of this entry of the adapter table.
+    Merged {
+        /// Position in the table.
+        adapter: u32,
+    },
     /// y\[row\] += (x\[row\] @ b_i) @ a_i, by segment. `h_len` is the length of the intermediate.
     Segmented {
         /// The work items.
@@ -116,8 +191,19 @@ pub enum Step {
     },
     /// The same by padded batched matmuls.
     LowRankBmm(LowRankBmm),
-    /// y = φ(y + bias) for all rows. Left out where the layer has neither, or where a lone `Stacked` step does it.
+    /// The epilogue of all rows. Left out where the layer has none, or where the steps before it apply it.
     Finish,
+}
+
+impl Step {
+    /// Kernel launches on a device.
+    pub fn launches(&self) -> u64 {
+        match self {
+            Step::Gemm(_) | Step::Merged { .. } | Step::Finish => 1,
+            Step::Materialised(_) | Step::Segmented { .. } => 2,
+            Step::LowRankBmm(_) => 6,
+        }
+    }
 }
 
 /// The steps of one batch. Only this module makes one: its indices are within the batch and the slots that it names.
@@ -127,6 +213,7 @@ pub struct Schedule {
     tokens: u32,
     in_slots: u32,
     out_slots: u32,
+    splits: bool,
     steps: Vec<Step>,
 }
 
@@ -136,7 +223,10 @@ impl Schedule {
     /// # Errors
     /// Buffers too large to index.
     pub fn base_gemm(shape: LayerShape, tokens: u32) -> Result<Self, ScheduleError> {
-        Self::of_base(shape, tokens, if tokens == 0 { Vec::new() } else { vec![Step::BaseGemm] })
+        batch_fits(shape, u64::from(tokens))?;
+        let rows = (0..tokens).map(|row| VirtualRow { row, in_slot: 0, out_slot: 0, last: 1 }).collect();
+        let gemm = Gemm { rows, finishes: true, ..Gemm::default() };
+        Self::of_base(shape, tokens, if tokens == 0 { Vec::new() } else { vec![Step::Gemm(gemm)] })
     }
 
     /// The epilogue of `tokens` rows, `times` times: what a launch costs.
@@ -149,13 +239,13 @@ impl Schedule {
 
     fn of_base(shape: LayerShape, tokens: u32, steps: Vec<Step>) -> Result<Self, ScheduleError> {
         batch_fits(shape, u64::from(tokens))?;
-        Ok(Self { shape, tokens, in_slots: 0, out_slots: 0, steps })
+        Ok(Self { shape, tokens, in_slots: 0, out_slots: 0, splits: false, steps })
     }
 
-    /// The schedule without the GEMM of its base rows: its adapters' part alone, for measuring.
+    /// The schedule without its passes over the base weight: what else it does, for measuring.
     #[must_use]
-    pub fn without_base_gemm(mut self) -> Self {
-        self.steps.retain(|step| !matches!(step, Step::BaseGemm));
+    pub fn without_gemm(mut self) -> Self {
+        self.steps.retain(|step| !matches!(step, Step::Gemm(_)));
         self
     }
 
@@ -177,6 +267,11 @@ impl Schedule {
     /// One past the largest out-vector slot in use.
     pub fn out_slots(&self) -> u32 {
         self.out_slots
+    }
+
+    /// Whether cubes may share the depth.
+    pub fn splits(&self) -> bool {
+        self.splits
     }
 
     /// In order.
@@ -208,6 +303,14 @@ pub enum ScheduleError {
         /// Position in the table.
         adapter: usize,
     },
+    /// A merged weight serves its own adapter alone.
+    #[error(
+        "`merged` serves one adapter and the batch names {adapters}; use another lowering, or send the others apart"
+    )]
+    NotOneAdapter {
+        /// Distinct adapters of the batch.
+        adapters: u64,
+    },
     /// An index would not fit.
     #[error("{what} would have {elements} elements, and kernels index 2^31; split the batch")]
     TooLarge {
@@ -236,33 +339,41 @@ pub fn schedule(
     for (what, elements) in buffers(plan, shape, &batch) {
         fits(what, elements)?;
     }
+    if plan.multiplicative() == Lowering::Merged && batch.adapters > 1 {
+        return Err(ScheduleError::NotOneAdapter { adapters: batch.adapters });
+    }
     let (tokens, mut steps) = (tokens as u32, Vec::new());
     if tokens == 0 {
-        return Ok(Schedule { shape, tokens, in_slots: 0, out_slots: 0, steps });
+        return Ok(Schedule { shape, tokens, in_slots: 0, out_slots: 0, splits: plan.splits(), steps });
     }
 
-    let materialises = |adapter: &AdapterSlots| plan.multiplicative() == Lowering::Bmm && !adapter.is_plain();
-    if adapters.iter().zip(&rows_of).all(|(adapter, rows)| rows.is_empty() || adapter.is_plain()) {
-        steps.push(Step::BaseGemm);
+    let has_rows = |adapter: usize| !rows_of[adapter].is_empty();
+    let lowering = plan.multiplicative();
+    if lowering == Lowering::Merged {
+        let own = (0..adapters.len()).find(|adapter| has_rows(*adapter));
+        steps.extend(own.map(|adapter| Step::Merged { adapter: adapter as u32 }));
     } else {
-        let virtual_rows = virtual_rows(segments, adapters, materialises);
-        if !virtual_rows.is_empty() {
-            steps.push(Step::Stacked(virtual_rows));
+        let materialises = |adapter: &AdapterSlots| lowering == Lowering::Bmm && !adapter.is_plain();
+        // A materialised weight holds the additive part of its adapter already.
+        let adds = |adapter: &AdapterSlots| adapter.low_rank.rank > 0 && !materialises(adapter);
+        let adds_later = plan.additive() != Lowering::Fused
+            && adapters.iter().enumerate().any(|(position, adapter)| has_rows(position) && adds(adapter));
+        let gemm = Gemm { finishes: finishes && !adds_later, ..gemm(plan, segments, adapters, materialises, adds) };
+        if !(gemm.rows.is_empty() && gemm.segments.is_empty()) {
+            steps.push(Step::Gemm(gemm));
         }
-        if let Some(step) = materialised(adapters, &rows_of, materialises) {
+        if let Some(step) = materialised(segments, adapters, materialises, finishes && !adds_later) {
             steps.push(Step::Materialised(step));
         }
-    }
-    // A materialised weight holds the additive part of its adapter already.
-    let adds = |adapter: &AdapterSlots| adapter.low_rank.rank > 0 && !materialises(adapter);
-    if adapters.iter().zip(&rows_of).any(|(adapter, rows)| !rows.is_empty() && adds(adapter)) {
-        steps.push(match plan.additive() {
-            Lowering::Bmm => Step::LowRankBmm(low_rank_bmm(adapters, &rows_of, adds)),
-            Lowering::Segmented | Lowering::Stacked => segmented(segments, adapters, adds),
-        });
-    }
-    if finishes && !matches!(steps[..], [Step::Stacked(_)]) {
-        steps.push(Step::Finish);
+        if adds_later {
+            steps.push(match plan.additive() {
+                Lowering::Bmm => Step::LowRankBmm(low_rank_bmm(adapters, &rows_of, adds)),
+                _ => segmented(segments, adapters, adds),
+            });
+            if finishes {
+                steps.push(Step::Finish);
+            }
+        }
     }
     let used = || adapters.iter().zip(&rows_of).filter(|(_, rows)| !rows.is_empty()).map(|(adapter, _)| adapter);
     Ok(Schedule {
@@ -270,6 +381,7 @@ pub fn schedule(
         tokens,
         in_slots: used().map(AdapterSlots::in_slots).max().unwrap_or(0),
         out_slots: used().map(AdapterSlots::out_slots).max().unwrap_or(0),
+        splits: plan.splits(),
         steps,
     })
 }
@@ -290,18 +402,17 @@ fn batch_fits(shape: LayerShape, tokens: u64) -> Result<(), ScheduleError> {
 }
 
 /// What a plan puts in memory beside x, y and the layer's operands, in elements.
-fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str, u64); 6] {
+fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str, u64); 5] {
     let (d, k) = (u64::from(shape.d), u64::from(shape.k));
     let group = batch.multiplicative;
     let materialises = plan.multiplicative() == Lowering::Bmm;
-    let scaled = if materialises { 0 } else { group.tokens_times_width };
+    let scaled = if plan.multiplicative() == Lowering::Stacked { group.tokens_times_width } else { 0 };
     let additive = if materialises { batch.additive } else { batch.additive.and(batch.scaled_additive) };
     let packs = plan.additive() == Lowering::Bmm;
     let of = |used: bool, elements: u64| if used { elements } else { 0 };
     [
         ("the table of virtual rows", 4 * (batch.plain_rows + scaled)),
         ("the table of materialised weights", of(materialises, group.adapters * d * k)),
-        ("the packed rows of materialised weights", of(materialises, group.adapters * group.longest * d.max(k))),
         ("the packed rows of additive adapters", of(packs, additive.adapters * additive.longest * d.max(k))),
         ("the packed vectors of additive adapters", of(packs, additive.adapters * additive.largest_width * d.max(k))),
         ("the shrunk rows", additive.adapters * additive.longest * additive.largest_width),
@@ -337,30 +448,63 @@ fn slot(slot: Option<u32>) -> u32 {
     slot.map_or(0, |slot| slot.saturating_add(1))
 }
 
-fn virtual_rows(
-    segments: &[Segment],
-    adapters: &[AdapterSlots],
-    materialises: impl Fn(&AdapterSlots) -> bool,
-) -> Vec<VirtualRow> {
-    let mut table = Vec::new();
+/// The segments with the row that each starts at, those of one adapter that follow one another joined.
+fn runs(segments: &[Segment]) -> Vec<(u32, Segment)> {
+    let mut runs: Vec<(u32, Segment)> = Vec::with_capacity(segments.len());
     let mut row = 0;
-    for segment in segments {
-        let adapter = &adapters[segment.adapter as usize];
-        for row in row..row + segment.rows {
-            if materialises(adapter) {
-                continue;
-            }
-            let last = adapter.virtual_rows.len().saturating_sub(1);
-            table.extend(adapter.virtual_rows.iter().enumerate().map(|(position, scales)| VirtualRow {
-                row,
-                in_slot: slot(scales.in_scale),
-                out_slot: slot(scales.out_scale),
-                last: u32::from(position == last),
-            }));
+    for segment in segments.iter().filter(|segment| segment.rows > 0) {
+        match runs.last_mut() {
+            Some((_, last)) if last.adapter == segment.adapter => last.rows += segment.rows,
+            _ => runs.push((row, *segment)),
         }
         row += segment.rows;
     }
-    table
+    runs
+}
+
+fn scale(scales: &VirtualRowSlots) -> Scale {
+    Scale { in_slot: slot(scales.in_scale), out_slot: slot(scales.out_scale) }
+}
+
+/// The rows that aren't materialised. An adapter of one virtual row is scaled as it is loaded whatever the lowering: a tile of
+/// W_i would spare nothing.
+fn gemm(
+    plan: &Plan,
+    segments: &[Segment],
+    adapters: &[AdapterSlots],
+    materialises: impl Fn(&AdapterSlots) -> bool,
+    adds: impl Fn(&AdapterSlots) -> bool,
+) -> Gemm {
+    let mut gemm = Gemm::default();
+    let mut scales_of = vec![None; adapters.len()];
+    for (first_row, segment) in runs(segments) {
+        let position = segment.adapter as usize;
+        let adapter = &adapters[position];
+        if materialises(adapter) {
+            continue;
+        }
+        if plan.multiplicative() == Lowering::OnChip && adapter.virtual_rows.len() > 1 {
+            let (first_scale, end_scale) = *scales_of[position].get_or_insert_with(|| {
+                let first = gemm.scales.len() as u32;
+                gemm.scales.extend(adapter.virtual_rows.iter().map(scale));
+                (first, gemm.scales.len() as u32)
+            });
+            gemm.segments.push(OnChipSegment { first_row, rows: segment.rows, first_scale, end_scale });
+        } else {
+            let last = adapter.virtual_rows.len().saturating_sub(1);
+            for row in first_row..first_row + segment.rows {
+                gemm.rows.extend(adapter.virtual_rows.iter().enumerate().map(|(position, scales)| {
+                    let Scale { in_slot, out_slot } = scale(scales);
+                    VirtualRow { row, in_slot, out_slot, last: u32::from(position == last) }
+                }));
+            }
+        }
+        if adds(adapter) && plan.additive() == Lowering::Fused {
+            let LowRankSlots { shrink, expand, rank } = adapter.low_rank;
+            gemm.low_rank.push(LowRankRows { first_row, rows: segment.rows, shrink, expand, rank });
+        }
+    }
+    gemm
 }
 
 /// One block an adapter, every block as long as the longest.
@@ -371,31 +515,42 @@ fn pack(blocks: &[Vec<u32>]) -> Packing {
     Packing { block: block as u32, index: blocks.iter().flat_map(padded).collect() }
 }
 
-fn materialised(
-    adapters: &[AdapterSlots],
-    rows_of: &[Vec<u32>],
-    materialises: impl Fn(&AdapterSlots) -> bool,
-) -> Option<Materialised> {
-    let mut step = Materialised { adapters: Vec::new(), scales: Vec::new(), rows: Packing::default() };
-    let mut blocks = Vec::new();
-    for (adapter, rows) in
-        adapters.iter().zip(rows_of).filter(|(adapter, rows)| !rows.is_empty() && materialises(adapter))
-    {
-        let first_scale = step.scales.len() as u32;
-        let scale =
-            |scales: &VirtualRowSlots| Scale { in_slot: slot(scales.in_scale), out_slot: slot(scales.out_scale) };
-        step.scales.extend(adapter.virtual_rows.iter().map(scale));
-        step.adapters.push(MaterialisedAdapter {
-            first_scale,
-            end_scale: step.scales.len() as u32,
-            shrink: adapter.low_rank.shrink,
-            expand: adapter.low_rank.expand,
-            rank: adapter.low_rank.rank,
-        });
-        blocks.push(rows.clone());
+/// What makes the W_i of one adapter, its virtual rows appended to `scales`.
+fn materialised_adapter(adapter: &AdapterSlots, scales: &mut Vec<Scale>) -> MaterialisedAdapter {
+    let first_scale = scales.len() as u32;
+    scales.extend(adapter.virtual_rows.iter().map(scale));
+    let LowRankSlots { shrink, expand, rank } = adapter.low_rank;
+    MaterialisedAdapter { first_scale, end_scale: scales.len() as u32, shrink, expand, rank }
+}
+
+impl Materialised {
+    /// W_i of one adapter and nothing multiplied by it: what `merged` keeps.
+    pub fn weight_of(adapter: &AdapterSlots) -> Self {
+        let mut scales = Vec::new();
+        let adapters = vec![materialised_adapter(adapter, &mut scales)];
+        Self { adapters, scales, runs: Vec::new(), finishes: false }
     }
-    step.rows = pack(&blocks);
-    (!blocks.is_empty()).then_some(step)
+}
+
+fn materialised(
+    segments: &[Segment],
+    adapters: &[AdapterSlots],
+    materialises: impl Fn(&AdapterSlots) -> bool,
+    finishes: bool,
+) -> Option<Materialised> {
+    let mut step = Materialised { adapters: Vec::new(), scales: Vec::new(), runs: Vec::new(), finishes };
+    let mut weight_of = vec![None; adapters.len()];
+    for (first_row, segment) in runs(segments) {
+        let position = segment.adapter as usize;
+        if materialises(&adapters[position]) {
+            let weight = *weight_of[position].get_or_insert_with(|| {
+                step.adapters.push(materialised_adapter(&adapters[position], &mut step.scales));
+                step.adapters.len() as u32 - 1
+            });
+            step.runs.push(WeightRun { first_row, rows: segment.rows, weight });
+        }
+    }
+    (!step.runs.is_empty()).then_some(step)
 }
 
 fn segmented(segments: &[Segment], adapters: &[AdapterSlots], adds: impl Fn(&AdapterSlots) -> bool) -> Step {
@@ -405,8 +560,8 @@ fn segmented(segments: &[Segment], adapters: &[AdapterSlots], adds: impl Fn(&Ada
         let adapter = &adapters[segment.adapter as usize];
         if adds(adapter) {
             let low_rank = adapter.low_rank;
-            for first in (0..segment.rows).step_by(SEGMENT_TILE_ROWS as usize) {
-                let rows = SEGMENT_TILE_ROWS.min(segment.rows - first);
+            for first in (0..segment.rows).step_by(SEGMENT_ITEM_ROWS as usize) {
+                let rows = SEGMENT_ITEM_ROWS.min(segment.rows - first);
                 items.push(SegmentItem {
                     first_row: row + first,
                     rows,

@@ -1,0 +1,132 @@
+//! The comptime keys of the kernels: what changes the generated code, and nothing of a batch.
+
+use flora_plan::layer::{Epilogue, Quantisation};
+
+/// How a tile is multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Multiply {
+    /// By units, each with a square of sums in its registers: exact f32 on every device.
+    Fma,
+    /// By planes, in fragments of m × n × k: tensor cores where the device has them. f32 sums.
+    Cmma {
+        /// Rows of a fragment.
+        m: u32,
+        /// Columns.
+        n: u32,
+        /// Depth.
+        k: u32,
+    },
+}
+
+/// What a cube multiplies at once, and how its planes share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Virtual rows.
+    pub rows: u32,
+    /// Columns of w0.
+    pub columns: u32,
+    /// Steps of d that are staged in shared memory.
+    pub depth: u32,
+    /// Planes that share the rows (with fragments).
+    pub row_planes: u32,
+    /// Planes that share the columns (with fragments).
+    pub column_planes: u32,
+}
+
+/// The comptime key of the tile kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TileBlueprint {
+    /// How the tile is multiplied.
+    pub multiply: Multiply,
+    /// Units of a plane.
+    pub plane_size: u32,
+    /// What a cube multiplies.
+    pub tile: Tile,
+    /// How w0 is decoded as it is staged; `None` for floats.
+    pub quantisation: Option<Quantisation>,
+    /// Whether a virtual row may have scales.
+    pub scaled: bool,
+    /// Whether an item may have a W_i of its own (`on_chip`).
+    pub on_chip: bool,
+    /// Numbers of h that a tile's rows have at most; 0: no row has a low-rank sum (`fused`).
+    pub hidden: u32,
+    /// Whether an output row may have more virtual rows than the tile.
+    pub carries: bool,
+    /// Whether cubes share the depth and write partial sums.
+    pub split: bool,
+    /// Whether the output is added to.
+    pub accumulate: bool,
+    /// What is applied before the write.
+    pub epilogue: Epilogue,
+}
+
+/// Virtual rows in a unit's registers (without fragments).
+pub(crate) const ROWS_PER_UNIT: u32 = 4;
+/// Columns in a unit's registers (without fragments).
+pub(crate) const COLUMNS_PER_UNIT: u32 = 4;
+/// Elements that a staged line is longer than its tile, so that lines start in different banks and stay aligned.
+pub(crate) const PAD: u32 = 8;
+/// The same for lines of f32 sums.
+pub(crate) const SUM_PAD: u32 = 8;
+/// Virtual rows of an adapter whose product with one another is staged at once: a multiple of every fragment's depth.
+pub(crate) const RANK_CHUNK: u32 = 16;
+/// Alignment of staged tiles, in bytes: what loads of fragments ask for.
+pub(crate) const ALIGNMENT: usize = 128;
+
+impl TileBlueprint {
+    /// Planes of a cube.
+    pub fn planes(&self) -> u32 {
+        match self.multiply {
+            Multiply::Fma => self.units() / self.plane_size.max(1),
+            Multiply::Cmma { .. } => self.tile.row_planes * self.tile.column_planes,
+        }
+    }
+
+    /// Units of a cube.
+    pub fn units(&self) -> u32 {
+        match self.multiply {
+            Multiply::Fma => (self.tile.rows / ROWS_PER_UNIT) * (self.tile.columns / COLUMNS_PER_UNIT),
+            Multiply::Cmma { .. } => self.plane_size * self.tile.row_planes * self.tile.column_planes,
+        }
+    }
+
+    /// Fragments of a plane, down and across.
+    pub(crate) fn fragments(&self) -> (u32, u32) {
+        match self.multiply {
+            Multiply::Fma => (0, 0),
+            Multiply::Cmma { m, n, .. } => {
+                (self.tile.rows / self.tile.row_planes / m, self.tile.columns / self.tile.column_planes / n)
+            }
+        }
+    }
+
+    /// Columns of sums that the epilogue sees at once.
+    pub(crate) fn strip(&self) -> u32 {
+        match self.multiply {
+            Multiply::Fma => self.tile.columns,
+            Multiply::Cmma { n, .. } => self.tile.column_planes * n,
+        }
+    }
+
+    /// How many strips there are.
+    pub(crate) fn strips(&self) -> u32 {
+        self.tile.columns / self.strip()
+    }
+
+    /// Bytes of shared memory, with `stage` bytes for an element of a staged tile.
+    pub fn shared_bytes(&self, stage: u32) -> usize {
+        let Tile { rows, columns, depth, .. } = self.tile;
+        let tiles = rows * (depth + PAD) + depth * (columns + PAD);
+        let mut bytes = stage * tiles + 4 * rows * (self.strip() + SUM_PAD);
+        if self.on_chip {
+            bytes += stage * RANK_CHUNK * (depth + columns + 2 * PAD) + 4 * depth * (columns + SUM_PAD);
+        }
+        if self.carries {
+            bytes += 4 * columns;
+        }
+        if self.hidden > 0 {
+            bytes += 4 * self.hidden + super::shrink::shared_bytes(self.multiply, self.units(), stage);
+        }
+        bytes as usize
+    }
+}

@@ -1,0 +1,202 @@
+//! What turns a tile of w0 into one of W_i: u + Σ_v in_v out_vᵀ for the scaled virtual rows of an adapter, u the number of
+//! unscaled ones. By fragments where there are any, since the rank of an adapter fills one.
+//!
+//! MACs: r·depth·columns a tile, ranks rounded up to a chunk of 16.
+
+use cubecl::prelude::*;
+
+use super::blueprint::{ALIGNMENT, Multiply, PAD, RANK_CHUNK, SUM_PAD, TileBlueprint};
+use super::tile::Layout;
+
+/// The factor of every weight of the tile, `[depth, columns + SUM_PAD]`; 1 for an item without a W_i.
+#[cube]
+pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
+    in_pool: &Array<Vector<A, M>>,
+    out_pool: &Array<Vector<A, N>>,
+    tables: &Array<u32>,
+    layout: Layout,
+    entry: usize,
+    column0: u32,
+    depth0: u32,
+    is_first: bool,
+    #[comptime] blueprint: TileBlueprint,
+) -> SharedMemory<Vector<f32, N>> {
+    let tile = comptime!(blueprint.tile);
+    let row_width = in_pool.vector_size();
+    let row_width = comptime!(row_width as u32);
+    let width = out_pool.vector_size();
+    let width = comptime!(width as u32);
+    let units = comptime!(blueprint.units());
+    let in_line = comptime!(tile.depth / row_width);
+    let in_pitch = comptime!((tile.depth + PAD) / row_width);
+    let line = comptime!(tile.columns / width);
+    let pitch = comptime!((tile.columns + PAD) / width);
+    let factor_pitch = comptime!((tile.columns + SUM_PAD) / width);
+    let (m, n, k) = comptime!(match blueprint.multiply {
+        Multiply::Cmma { m, n, k } => (m, n, k),
+        Multiply::Fma => (1, 1, 1),
+    });
+    let is_fma = comptime!(matches!(blueprint.multiply, Multiply::Fma));
+    let mut in_tile = SharedMemory::<Vector<S, M>>::new_aligned(comptime!((RANK_CHUNK * in_pitch) as usize), ALIGNMENT);
+    let mut out_tile = SharedMemory::<Vector<S, N>>::new_aligned(comptime!((RANK_CHUNK * pitch) as usize), ALIGNMENT);
+    let mut factor =
+        SharedMemory::<Vector<f32, N>>::new_aligned(comptime!((tile.depth * factor_pitch) as usize), ALIGNMENT);
+
+    let first = tables[entry + 3];
+    let end = tables[entry + 4];
+    let depth_vectors = layout.d / row_width;
+    let columns = layout.k / width;
+    let plain = Vector::<f32, N>::new(f32::cast_from(tables[entry + 5]));
+    // Fragments of the factor, shared out among the planes.
+    let planes = comptime!(blueprint.planes());
+    let across = comptime!(tile.columns / n);
+    let own = comptime!(if is_fma { 0 } else { (tile.depth / m * across).div_ceil(planes) });
+    let mut products = Sequence::<cmma::Matrix<f32>>::new();
+    #[unroll]
+    for _ in 0..own {
+        products.push(cmma::Matrix::<f32>::from_value(
+            cmma::MatrixIdent::Accumulator,
+            comptime!(m as usize),
+            comptime!(n as usize),
+            comptime!(k as usize),
+            cmma::MatrixLayout::Undefined,
+            0.0,
+        ));
+    }
+
+    let mut chunk = first;
+    while chunk < end {
+        #[unroll]
+        for pass in 0..comptime!((RANK_CHUNK * in_line).div_ceil(units)) {
+            let load = UNIT_POS + comptime!(pass * units);
+            if load < comptime!(RANK_CHUNK * in_line) {
+                let rank = chunk + load / in_line;
+                let depth = depth0 / row_width + load % in_line;
+                let mut value = Vector::<S, M>::new(S::new(0.0));
+                if rank < end && depth < depth_vectors {
+                    value = Vector::new(S::new(1.0));
+                    let slot = tables[(layout.scales + rank * 2) as usize];
+                    if slot > 0 {
+                        value = Vector::cast_from(in_pool[((slot - 1) * depth_vectors + depth) as usize]);
+                    }
+                }
+                in_tile[(load / in_line * in_pitch + load % in_line) as usize] = value;
+            }
+        }
+        // An adapter whose vectors fit one chunk keeps its out-vectors from the first step of d on.
+        if is_first || end - first > RANK_CHUNK {
+            #[unroll]
+            for pass in 0..comptime!((RANK_CHUNK * line).div_ceil(units)) {
+                let load = UNIT_POS + comptime!(pass * units);
+                if load < comptime!(RANK_CHUNK * line) {
+                    let rank = chunk + load / line;
+                    let column = column0 + load % line;
+                    let mut value = Vector::<S, N>::new(S::new(0.0));
+                    if rank < end && column < columns {
+                        value = Vector::new(S::new(1.0));
+                        let slot = tables[(layout.scales + rank * 2 + 1) as usize];
+                        if slot > 0 {
+                            value = Vector::cast_from(out_pool[((slot - 1) * columns + column) as usize]);
+                        }
+                    }
+                    out_tile[(load / line * pitch + load % line) as usize] = value;
+                }
+            }
+        }
+        sync_cube();
+        if is_fma {
+            let mut at = UNIT_POS;
+            while at < comptime!(tile.depth * line) {
+                let depth = at / line;
+                let mut sum = Vector::<f32, N>::new(0.0);
+                if chunk > first {
+                    sum = factor[(depth * factor_pitch + at % line) as usize];
+                }
+                for rank in 0..RANK_CHUNK {
+                    let vector = in_tile[(rank * in_pitch + depth / row_width) as usize];
+                    let mut value = f32::cast_from(vector[0usize]);
+                    #[unroll]
+                    for lane in 1..row_width {
+                        value = select(depth % row_width == lane, f32::cast_from(vector[lane as usize]), value);
+                    }
+                    let out = Vector::<f32, N>::cast_from(out_tile[(rank * pitch + at % line) as usize]);
+                    sum = fma(Vector::new(value), out, sum);
+                }
+                factor[(depth * factor_pitch + at % line) as usize] = sum;
+                at += units;
+            }
+        } else {
+            #[unroll]
+            for position in 0..own {
+                let fragment = UNIT_POS_Y + comptime!(position * planes);
+                if comptime!((tile.depth / m * across).is_multiple_of(planes))
+                    || fragment < comptime!(tile.depth / m * across)
+                {
+                    let down = fragment / across * m;
+                    let right = fragment % across * n;
+                    let product = products.index(comptime!(position as usize));
+                    #[unroll]
+                    for step in 0..comptime!(RANK_CHUNK / k) {
+                        let a_at = (comptime!(step * k * in_pitch * row_width) + down) / row_width;
+                        let a = cmma::Matrix::<Vector<S, M>>::from_slice(
+                            cmma::MatrixIdent::A,
+                            comptime!(m as usize),
+                            comptime!(n as usize),
+                            comptime!(k as usize),
+                            cmma::MatrixLayout::ColMajor,
+                            &in_tile.slice(a_at as usize, in_tile.len()),
+                            comptime!(in_pitch * row_width),
+                        );
+                        let b_at = (comptime!(step * k * pitch * width) + right) / width;
+                        let b = cmma::Matrix::<Vector<S, N>>::from_slice(
+                            cmma::MatrixIdent::B,
+                            comptime!(m as usize),
+                            comptime!(n as usize),
+                            comptime!(k as usize),
+                            cmma::MatrixLayout::RowMajor,
+                            &out_tile.slice(b_at as usize, out_tile.len()),
+                            comptime!(pitch * width),
+                        );
+                        cmma::execute(&a, &b, product, product);
+                    }
+                }
+            }
+        }
+        sync_cube();
+        chunk += RANK_CHUNK;
+    }
+    if !is_fma {
+        #[unroll]
+        for position in 0..own {
+            let fragment = UNIT_POS_Y + comptime!(position * planes);
+            if comptime!((tile.depth / m * across).is_multiple_of(planes))
+                || fragment < comptime!(tile.depth / m * across)
+            {
+                let at = (fragment / across * comptime!(m * factor_pitch * width) + fragment % across * n) / width;
+                let len = factor.len();
+                cmma::store(
+                    &mut factor.slice_mut(at as usize, len),
+                    products.index(comptime!(position as usize)),
+                    comptime!(factor_pitch * width),
+                    cmma::MatrixLayout::RowMajor,
+                );
+            }
+        }
+        sync_cube();
+    }
+    // Every unit reads again what it writes here, and the fragments' sums that others stored.
+    let mut at = UNIT_POS;
+    while at < comptime!(tile.depth * line) {
+        let place = (at / line * factor_pitch + at % line) as usize;
+        let mut sum = plain;
+        if first < end {
+            sum += factor[place];
+        } else if tables[entry + 5] == 0 {
+            sum = Vector::new(1.0f32);
+        }
+        factor[place] = sum;
+        at += units;
+    }
+    sync_cube();
+    factor
+}

@@ -1,0 +1,305 @@
+//! x @ b for one *shrink task*: up to 16 rows of one segment by up to 16 of its adapter's shrink vectors. The same code is a
+//! kernel of `segmented` and the first cubes of `fused`.
+//!
+//! MACs: 256·d. Bytes: the task's rows and vectors once. Sums are made in an order that depends on d alone, whatever cube does
+//! the task.
+
+use cubecl::prelude::*;
+
+use super::blueprint::{ALIGNMENT, Multiply, PAD};
+
+/// Rows of a task, and ranks of a task.
+pub(crate) const TASK_SIDE: u32 = 16;
+/// Words of a task: first row, rows, first shrink slot, ranks, where the first row's h lies, how far the next row's is.
+pub(crate) const TASK_WORDS: u32 = 6;
+/// Steps of d in a strip; a plane sums a strip by itself.
+const STRIP: u32 = 16;
+/// Strips that are staged at once.
+const STRIPS: u32 = 8;
+const DEPTH: u32 = STRIP * STRIPS;
+const SIDE: usize = TASK_SIDE as usize;
+/// Units that share a sum (without fragments).
+const LANES: u32 = 16;
+
+/// Bytes of shared memory.
+pub(crate) fn shared_bytes(multiply: Multiply, units: u32, stage: u32) -> u32 {
+    let result = 4 * TASK_SIDE * TASK_SIDE;
+    result
+        + match multiply {
+            Multiply::Fma => 4 * units,
+            Multiply::Cmma { .. } => 2 * stage * TASK_SIDE * (DEPTH + PAD) + 4 * STRIPS * TASK_SIDE * TASK_SIDE,
+        }
+}
+
+/// The products of the task at word `task` of `tables`, row by row, `[16, 16]`.
+#[cube]
+pub(crate) fn shrink_task<X: Float, A: Float, S: Float, M: Size>(
+    x: &Array<Vector<X, M>>,
+    in_pool: &Array<Vector<A, M>>,
+    tables: &Array<u32>,
+    task: u32,
+    d: u32,
+    #[comptime] multiply: Multiply,
+    #[comptime] units: u32,
+    #[comptime] planes: u32,
+) -> SharedMemory<f32> {
+    if comptime!(matches!(multiply, Multiply::Fma)) {
+        by_units::<X, A, M>(x, in_pool, tables, task, d, units)
+    } else {
+        by_fragments::<X, A, S, M>(x, in_pool, tables, task, d, multiply, units, planes)
+    }
+}
+
+#[cube]
+fn by_units<X: Float, A: Float, M: Size>(
+    x: &Array<Vector<X, M>>,
+    in_pool: &Array<Vector<A, M>>,
+    tables: &Array<u32>,
+    task: u32,
+    d: u32,
+    #[comptime] units: u32,
+) -> SharedMemory<f32> {
+    let width = x.vector_size();
+    let width = comptime!(width as u32);
+    let vectors = d / width;
+    let first_row = tables[task as usize];
+    let rows = tables[(task + 1) as usize];
+    let slot = tables[(task + 2) as usize];
+    let ranks = tables[(task + 3) as usize];
+    let mut parts = SharedMemory::<f32>::new(comptime!(units as usize));
+    let mut result = SharedMemory::<f32>::new(comptime!(SIDE * SIDE));
+    let lane = UNIT_POS % LANES;
+    let at_once = comptime!(units / LANES);
+    for pass in 0..comptime!((TASK_SIDE * TASK_SIDE).div_ceil(units / LANES)) {
+        let pair = pass * at_once + UNIT_POS / LANES;
+        let row = pair / TASK_SIDE;
+        let rank = pair % TASK_SIDE;
+        let mut sums = Vector::<f32, M>::new(0.0);
+        if row < rows && rank < ranks {
+            let mut depth = lane;
+            while depth < vectors {
+                let value = Vector::<f32, M>::cast_from(x[((first_row + row) * vectors + depth) as usize]);
+                let scale = Vector::<f32, M>::cast_from(in_pool[((slot + rank) * vectors + depth) as usize]);
+                sums = fma(value, scale, sums);
+                depth += LANES;
+            }
+        }
+        let mut sum = 0.0f32;
+        #[unroll]
+        for part in 0..width {
+            sum += sums[part as usize];
+        }
+        parts[UNIT_POS as usize] = sum;
+        sync_cube();
+        if lane == 0 && pair < comptime!(TASK_SIDE * TASK_SIDE) {
+            let mut total = 0.0f32;
+            for part in 0..LANES {
+                total += parts[(UNIT_POS + part) as usize];
+            }
+            result[pair as usize] = total;
+        }
+        sync_cube();
+    }
+    result
+}
+
+#[cube]
+fn by_fragments<X: Float, A: Float, S: Float, M: Size>(
+    x: &Array<Vector<X, M>>,
+    in_pool: &Array<Vector<A, M>>,
+    tables: &Array<u32>,
+    task: u32,
+    d: u32,
+    #[comptime] multiply: Multiply,
+    #[comptime] units: u32,
+    #[comptime] planes: u32,
+) -> SharedMemory<f32> {
+    let (m, n, k) = comptime!(match multiply {
+        Multiply::Cmma { m, n, k } => (m as usize, n as usize, k as usize),
+        Multiply::Fma => (1, 1, 1),
+    });
+    let width = x.vector_size();
+    let width = comptime!(width as u32);
+    let vectors = d / width;
+    let first_row = tables[task as usize];
+    let rows = tables[(task + 1) as usize];
+    let slot = tables[(task + 2) as usize];
+    let ranks = tables[(task + 3) as usize];
+    let pitch = comptime!(DEPTH + PAD);
+    let line = comptime!(DEPTH / width);
+    let mut left =
+        SharedMemory::<Vector<S, M>>::new_aligned(comptime!((TASK_SIDE * pitch / width) as usize), ALIGNMENT);
+    let mut right =
+        SharedMemory::<Vector<S, M>>::new_aligned(comptime!((TASK_SIDE * pitch / width) as usize), ALIGNMENT);
+    let mut parts = SharedMemory::<f32>::new_aligned(comptime!((STRIPS as usize) * SIDE * SIDE), ALIGNMENT);
+    let mut result = SharedMemory::<f32>::new(comptime!(SIDE * SIDE));
+
+    // The strips of a plane; planes beyond the strips have none.
+    let own = comptime!(STRIPS.div_ceil(planes));
+    let (down, across) = comptime!((SIDE / m, SIDE / n));
+    let mut sums = Sequence::<cmma::Matrix<f32>>::new();
+    #[unroll]
+    for _ in 0..comptime!(own as usize * down * across) {
+        sums.push(cmma::Matrix::<f32>::from_value(
+            cmma::MatrixIdent::Accumulator,
+            m,
+            n,
+            k,
+            cmma::MatrixLayout::Undefined,
+            0.0,
+        ));
+    }
+    let mut depth0 = 0u32;
+    while depth0 < vectors {
+        #[unroll]
+        for pass in 0..comptime!((TASK_SIDE * line).div_ceil(units)) {
+            let load = UNIT_POS + comptime!(pass * units);
+            if load < comptime!(TASK_SIDE * line) {
+                let side = load / line;
+                let depth = depth0 + load % line;
+                let at = (side * comptime!(pitch / width) + load % line) as usize;
+                let mut value = Vector::<S, M>::new(S::new(0.0));
+                if side < rows && depth < vectors {
+                    value = Vector::cast_from(x[((first_row + side) * vectors + depth) as usize]);
+                }
+                left[at] = value;
+                let mut value = Vector::<S, M>::new(S::new(0.0));
+                if side < ranks && depth < vectors {
+                    value = Vector::cast_from(in_pool[((slot + side) * vectors + depth) as usize]);
+                }
+                right[at] = value;
+            }
+        }
+        sync_cube();
+        if UNIT_POS_Y < STRIPS {
+            #[unroll]
+            for strip in 0..own {
+                #[unroll]
+                for step in 0..comptime!(STRIP as usize / k) {
+                    let start = (UNIT_POS_Y + comptime!(strip * planes)) * STRIP + comptime!((step * k) as u32);
+                    #[unroll]
+                    for i in 0..down {
+                        let at = (start + comptime!((i * m) as u32 * pitch)) / width;
+                        let a = cmma::Matrix::<Vector<S, M>>::from_slice(
+                            cmma::MatrixIdent::A,
+                            m,
+                            n,
+                            k,
+                            cmma::MatrixLayout::RowMajor,
+                            &left.slice(at as usize, left.len()),
+                            pitch,
+                        );
+                        #[unroll]
+                        for j in 0..across {
+                            let at = (start + comptime!((j * n) as u32 * pitch)) / width;
+                            let b = cmma::Matrix::<Vector<S, M>>::from_slice(
+                                cmma::MatrixIdent::B,
+                                m,
+                                n,
+                                k,
+                                cmma::MatrixLayout::ColMajor,
+                                &right.slice(at as usize, right.len()),
+                                pitch,
+                            );
+                            let sum = sums.index(comptime!((strip as usize * down + i) * across + j));
+                            cmma::execute(&a, &b, sum, sum);
+                        }
+                    }
+                }
+            }
+        }
+        sync_cube();
+        depth0 += line;
+    }
+    if UNIT_POS_Y < STRIPS {
+        #[unroll]
+        for strip in 0..own {
+            #[unroll]
+            for i in 0..down {
+                #[unroll]
+                for j in 0..across {
+                    let at = (UNIT_POS_Y + comptime!(strip * planes)) * comptime!(TASK_SIDE * TASK_SIDE)
+                        + comptime!((i * m * SIDE + j * n) as u32);
+                    let end = parts.len();
+                    let sum = sums.index(comptime!((strip as usize * down + i) * across + j));
+                    cmma::store(&mut parts.slice_mut(at as usize, end), sum, TASK_SIDE, cmma::MatrixLayout::RowMajor);
+                }
+            }
+        }
+    }
+    sync_cube();
+    let mut pair = UNIT_POS;
+    while pair < comptime!(TASK_SIDE * TASK_SIDE) {
+        let mut total = 0.0f32;
+        #[unroll]
+        for strip in 0..STRIPS {
+            total += parts[(comptime!(strip * TASK_SIDE * TASK_SIDE) + pair) as usize];
+        }
+        result[pair as usize] = total;
+        pair += units;
+    }
+    sync_cube();
+    result
+}
+
+/// The comptime key of the kernels of `segmented`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SegmentedBlueprint {
+    /// How tiles are multiplied.
+    pub multiply: Multiply,
+    /// Units of a plane.
+    pub plane_size: u32,
+}
+
+impl SegmentedBlueprint {
+    /// Planes of a cube.
+    pub fn planes(&self) -> u32 {
+        match self.multiply {
+            Multiply::Fma => 1,
+            Multiply::Cmma { .. } => STRIPS,
+        }
+    }
+
+    /// Units of a cube.
+    pub fn units(&self) -> u32 {
+        match self.multiply {
+            Multiply::Fma => 256,
+            Multiply::Cmma { .. } => self.plane_size * STRIPS,
+        }
+    }
+}
+
+/// x `[t, d]`, in_pool `[slots, d]`, tasks at the start of `tables`, one a cube; h as the tasks say.
+#[cube(launch_unchecked)]
+pub(crate) fn shrink<X: Float, A: Float, S: Float, M: Size>(
+    x: &Array<Vector<X, M>>,
+    in_pool: &Array<Vector<A, M>>,
+    tables: &Array<u32>,
+    h: &mut Array<f32>,
+    d: u32,
+    #[comptime] blueprint: SegmentedBlueprint,
+    #[define(X, A, S)] _types: [StorageType; 3],
+) {
+    let units = comptime!(blueprint.units());
+    let task = (CUBE_POS as u32) * TASK_WORDS;
+    let result = shrink_task::<X, A, S, M>(
+        x,
+        in_pool,
+        tables,
+        task,
+        d,
+        comptime!(blueprint.multiply),
+        units,
+        comptime!(blueprint.planes()),
+    );
+    let mut pair = UNIT_POS;
+    while pair < comptime!(TASK_SIDE * TASK_SIDE) {
+        let row = pair / TASK_SIDE;
+        let rank = pair % TASK_SIDE;
+        if row < tables[(task + 1) as usize] && rank < tables[(task + 3) as usize] {
+            let at = tables[(task + 4) as usize] + row * tables[(task + 5) as usize] + rank;
+            h[at as usize] = result[pair as usize];
+        }
+        pair += units;
+    }
+}

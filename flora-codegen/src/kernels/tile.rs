@@ -1,0 +1,540 @@
+//! The kernel that multiplies by the base weight: one pass for rows of every kind, one launch, the output written once.
+//!
+//! A cube multiplies one *item*, a range of virtual rows made of whole output rows, by one column tile. A virtual row (paper Eq. 6)
+//! is an input row with its own in-scale and out-scale; base rows have none, IA3 rows one, fLoRA rows of rank r are r of them. An
+//! item of `on_chip` has a W_i of its own: w0's tile is multiplied by Σ_v in_v out_vᵀ as it is staged. Low-rank sums (`fused`) are
+//! made by the first cubes that start, while the others multiply, and are expanded in the epilogue.
+//!
+//! MACs: V·d·k for V virtual rows; for an item of W_i with r scales r·d·k more; t·r·(d + k) for low-rank sums. Bytes: w0 once for
+//! each `rows` of the tile, everything else once (x, scales and vectors again from the second-level cache for each column tile).
+//!
+//! Every sum runs over d in order, and every output adds its virtual rows in order, whatever tile they fall in: the bits of a
+//! row don't depend on the rest of the batch.
+
+use cubecl::prelude::*;
+
+use super::blueprint::{ALIGNMENT, PAD, SUM_PAD, TileBlueprint};
+use super::decode::{minimum, scale, stored};
+use super::epilogue::finish;
+use super::multiply::{multiply, no_sums, store_strip, strip_column};
+use super::on_chip::multiplier;
+use super::shrink::{TASK_SIDE, TASK_WORDS, shrink_task};
+
+/// Words of a virtual row: input row, in-slot + 1 or 0, out-slot + 1 or 0, 1 if it is the last of its output row, first expand
+/// slot, rank, where its h lies, unused.
+pub(crate) const ROW_WORDS: u32 = 8;
+/// Words of an item: first virtual row, one past the last, which weight, first scale of its W_i, one past the last, how many of
+/// its virtual rows are unscaled, where its rows' h lies, how many numbers that is.
+pub(crate) const ITEM_WORDS: u32 = 8;
+/// What an entry of h holds before it is there: a NaN that no sum is.
+pub(crate) const NO_SUM: u32 = u32::MAX;
+/// Words before the first entry of h: the next ticket.
+pub(crate) const H_START: u32 = 1;
+
+/// Where the parts of the table start, in words, and how many there are.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub(crate) struct Layout {
+    /// Inputs.
+    pub(crate) d: u32,
+    /// Outputs.
+    pub(crate) k: u32,
+    /// First word of the items.
+    pub(crate) items: u32,
+    /// How many.
+    pub(crate) item_count: u32,
+    /// First word of the scales of W_i, two each: in-slot + 1 or 0, out-slot + 1 or 0.
+    pub(crate) scales: u32,
+    /// First word of the shrink tasks.
+    pub(crate) tasks: u32,
+    /// How many.
+    pub(crate) task_count: u32,
+    /// Column tiles.
+    pub(crate) column_tiles: u32,
+    /// Steps of d that a cube multiplies.
+    pub(crate) depth: u32,
+    /// Virtual rows of the batch.
+    pub(crate) virtual_rows: u32,
+}
+
+/// x `[t, d]`, weight `[.., d, k]` or its words, weight_scales of a quantised one, in_pool `[slots, d]`, out_pool `[slots, k]`,
+/// tables: virtual rows first, then what `layout` says; h: the ticket, then sums; bias `[k]`, residual and y `[t, k]`, or y the
+/// partial sums `[splits, V, k]`.
+#[cube(launch_unchecked)]
+pub(crate) fn tile<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N: Size>(
+    x: &Array<Vector<X, M>>,
+    weight: &Array<Vector<W, N>>,
+    weight_scales: &Array<Vector<u32, N>>,
+    in_pool: &Array<Vector<A, M>>,
+    out_pool: &Array<Vector<A, N>>,
+    tables: &Array<u32>,
+    h: &mut Array<Atomic<u32>>,
+    bias: &Array<Vector<f32, N>>,
+    residual: &Array<Vector<Y, N>>,
+    y: &mut Array<Vector<Y, N>>,
+    layout: Layout,
+    #[comptime] blueprint: TileBlueprint,
+    #[define(X, W, A, S, Y)] _types: [StorageType; 5],
+) {
+    if comptime!(blueprint.hidden > 0) {
+        // Cubes are numbered as they start, so that whoever waits for h waits for cubes that run.
+        let mut ticket = SharedMemory::<u32>::new(1usize);
+        if UNIT_POS == 0 {
+            ticket[0] = h[0].fetch_add(1u32);
+        }
+        sync_cube();
+        let cube = ticket[0];
+        if cube < layout.task_count {
+            make_hidden::<X, A, S, M>(x, in_pool, tables, h, layout.tasks + cube * TASK_WORDS, layout.d, blueprint);
+        } else {
+            let at = cube - layout.task_count;
+            let rest = at / layout.item_count;
+            multiply_item::<X, W, A, S, Y, M, N>(
+                x,
+                weight,
+                weight_scales,
+                in_pool,
+                out_pool,
+                tables,
+                h,
+                bias,
+                residual,
+                y,
+                layout,
+                at % layout.item_count,
+                rest % layout.column_tiles,
+                rest / layout.column_tiles,
+                blueprint,
+            );
+        }
+    } else {
+        multiply_item::<X, W, A, S, Y, M, N>(
+            x,
+            weight,
+            weight_scales,
+            in_pool,
+            out_pool,
+            tables,
+            h,
+            bias,
+            residual,
+            y,
+            layout,
+            CUBE_POS_X,
+            CUBE_POS_Y,
+            CUBE_POS_Z,
+            blueprint,
+        );
+    }
+}
+
+/// One shrink task, its sums published one by one: each is its own flag.
+#[cube]
+fn make_hidden<X: Float, A: Float, S: Float, M: Size>(
+    x: &Array<Vector<X, M>>,
+    in_pool: &Array<Vector<A, M>>,
+    tables: &Array<u32>,
+    h: &mut Array<Atomic<u32>>,
+    task: u32,
+    d: u32,
+    #[comptime] blueprint: TileBlueprint,
+) {
+    let units = comptime!(blueprint.units());
+    let result = shrink_task::<X, A, S, M>(
+        x,
+        in_pool,
+        tables,
+        task,
+        d,
+        comptime!(blueprint.multiply),
+        units,
+        comptime!(blueprint.planes()),
+    );
+    let mut pair = UNIT_POS;
+    while pair < comptime!(TASK_SIDE * TASK_SIDE) {
+        let row = pair / TASK_SIDE;
+        let rank = pair % TASK_SIDE;
+        if row < tables[(task + 1) as usize] && rank < tables[(task + 3) as usize] {
+            let at = H_START + tables[(task + 4) as usize] + row * tables[(task + 5) as usize] + rank;
+            let mut bits = u32::reinterpret(result[pair as usize]);
+            if bits == NO_SUM {
+                // A NaN all the same.
+                bits = 0x7fc0_0000u32;
+            }
+            h[at as usize].store(bits);
+        }
+        pair += units;
+    }
+}
+
+#[cube]
+fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N: Size>(
+    x: &Array<Vector<X, M>>,
+    weight: &Array<Vector<W, N>>,
+    weight_scales: &Array<Vector<u32, N>>,
+    in_pool: &Array<Vector<A, M>>,
+    out_pool: &Array<Vector<A, N>>,
+    tables: &Array<u32>,
+    h: &mut Array<Atomic<u32>>,
+    bias: &Array<Vector<f32, N>>,
+    residual: &Array<Vector<Y, N>>,
+    y: &mut Array<Vector<Y, N>>,
+    layout: Layout,
+    item: u32,
+    column_tile: u32,
+    split: u32,
+    #[comptime] blueprint: TileBlueprint,
+) {
+    let tile = comptime!(blueprint.tile);
+    let row_width = x.vector_size();
+    let row_width = comptime!(row_width as u32);
+    let width = out_pool.vector_size();
+    let width = comptime!(width as u32);
+    let row_elements = comptime!(((tile.rows * (tile.depth + PAD)) / row_width) as usize);
+    let weight_elements = comptime!(((tile.depth * (tile.columns + PAD)) / width) as usize);
+    let sum_elements = comptime!((tile.rows * (blueprint.strip() + SUM_PAD) / width) as usize);
+    let mut row_tile = SharedMemory::<Vector<S, M>>::new_aligned(row_elements, ALIGNMENT);
+    let mut weight_tile = SharedMemory::<Vector<S, N>>::new_aligned(weight_elements, ALIGNMENT);
+    let mut sum_tile = SharedMemory::<Vector<f32, N>>::new_aligned(sum_elements, ALIGNMENT);
+    // The sum of the output row that the last chunk broke off in.
+    let mut carry = SharedMemory::<Vector<f32, N>>::new(comptime!(if blueprint.carries {
+        (tile.columns / width) as usize
+    } else {
+        1
+    }));
+
+    let entry = (layout.items + item * ITEM_WORDS) as usize;
+    let first = tables[entry];
+    let end = tables[entry + 1];
+    let column0 = column_tile * comptime!(tile.columns / width);
+    let depth_start = split * layout.depth;
+    let depth_end = min(depth_start + layout.depth, layout.d);
+
+    let mut chunk = first;
+    while chunk < end {
+        let mut sums = no_sums::<N>(blueprint);
+        let mut depth0 = depth_start;
+        while depth0 < depth_end {
+            load_rows::<X, A, S, M>(
+                x,
+                in_pool,
+                tables,
+                &mut row_tile,
+                chunk,
+                end,
+                depth0,
+                depth_end,
+                layout.d,
+                blueprint,
+            );
+            if comptime!(blueprint.on_chip) {
+                let factor = multiplier::<A, S, M, N>(
+                    in_pool,
+                    out_pool,
+                    tables,
+                    layout,
+                    entry,
+                    column0,
+                    depth0,
+                    depth0 == depth_start,
+                    blueprint,
+                );
+                load_weight::<W, S, N>(
+                    weight,
+                    weight_scales,
+                    &mut weight_tile,
+                    &factor,
+                    tables,
+                    layout,
+                    entry,
+                    column0,
+                    depth0,
+                    depth_end,
+                    blueprint,
+                );
+            } else {
+                load_weight::<W, S, N>(
+                    weight,
+                    weight_scales,
+                    &mut weight_tile,
+                    &sum_tile,
+                    tables,
+                    layout,
+                    entry,
+                    column0,
+                    depth0,
+                    depth_end,
+                    blueprint,
+                );
+            }
+            sync_cube();
+            multiply::<S, M, N>(&row_tile, &weight_tile, &mut sums, blueprint);
+            sync_cube();
+            depth0 += tile.depth;
+        }
+        #[unroll]
+        for strip in 0..comptime!(blueprint.strips()) {
+            store_strip::<N>(&sums, &mut sum_tile, strip, blueprint);
+            sync_cube();
+            if comptime!(blueprint.split) {
+                write_partial::<Y, N>(&sum_tile, y, layout, chunk, end, column0, split, strip, blueprint);
+            } else {
+                write_strip::<A, Y, N>(
+                    &sum_tile, &mut carry, out_pool, tables, h, bias, residual, y, layout, entry, chunk, end, column0,
+                    strip, blueprint,
+                );
+            }
+            sync_cube();
+        }
+        chunk += tile.rows;
+    }
+}
+
+/// Stages the virtual rows from `chunk`, scaled.
+#[cube]
+fn load_rows<X: Float, A: Float, S: Float, M: Size>(
+    x: &Array<Vector<X, M>>,
+    in_pool: &Array<Vector<A, M>>,
+    tables: &Array<u32>,
+    row_tile: &mut SharedMemory<Vector<S, M>>,
+    chunk: u32,
+    end: u32,
+    depth0: u32,
+    depth_end: u32,
+    d: u32,
+    #[comptime] blueprint: TileBlueprint,
+) {
+    let tile = comptime!(blueprint.tile);
+    let width = x.vector_size();
+    let width = comptime!(width as u32);
+    let line = comptime!(tile.depth / width);
+    let units = comptime!(blueprint.units());
+    let vectors = d / width;
+    #[unroll]
+    for pass in 0..comptime!((tile.rows * line).div_ceil(units)) {
+        let load = UNIT_POS + comptime!(pass * units);
+        if comptime!((tile.rows * line).is_multiple_of(units)) || load < comptime!(tile.rows * line) {
+            let row = load / line;
+            let depth = depth0 / width + load % line;
+            let mut value = Vector::<S, M>::new(S::new(0.0));
+            if chunk + row < end && depth * width < depth_end {
+                let entry = (chunk + row) * ROW_WORDS;
+                let input = x[(tables[entry as usize] * vectors + depth) as usize];
+                value = Vector::cast_from(input);
+                if comptime!(blueprint.scaled) {
+                    let slot = tables[(entry + 1) as usize];
+                    if slot > 0 {
+                        let scale = Vector::<f32, M>::cast_from(in_pool[((slot - 1) * vectors + depth) as usize]);
+                        value = Vector::cast_from(Vector::<f32, M>::cast_from(input) * scale);
+                    }
+                }
+            }
+            row_tile[(row * comptime!((tile.depth + PAD) / width) + load % line) as usize] = value;
+        }
+    }
+}
+
+/// Stages a tile of the item's weight: decoded, and times `factor` `[depth, columns + SUM_PAD]` where the item has a W_i.
+#[cube]
+fn load_weight<W: Numeric, S: Float, N: Size>(
+    weight: &Array<Vector<W, N>>,
+    weight_scales: &Array<Vector<u32, N>>,
+    weight_tile: &mut SharedMemory<Vector<S, N>>,
+    factor: &SharedMemory<Vector<f32, N>>,
+    tables: &Array<u32>,
+    layout: Layout,
+    entry: usize,
+    column0: u32,
+    depth0: u32,
+    depth_end: u32,
+    #[comptime] blueprint: TileBlueprint,
+) {
+    let tile = comptime!(blueprint.tile);
+    let width = weight.vector_size();
+    let width = comptime!(width as u32);
+    let line = comptime!(tile.columns / width);
+    let pitch = comptime!((tile.columns + PAD) / width);
+    let factor_pitch = comptime!((tile.columns + SUM_PAD) / width);
+    let units = comptime!(blueprint.units());
+    let columns = layout.k / width;
+    let per_value = comptime!(blueprint.quantisation.map_or(1, |quantisation| quantisation.per_word()));
+    let total = comptime!(tile.depth / per_value * line);
+    #[unroll]
+    for pass in 0..comptime!(total.div_ceil(units)) {
+        let load = UNIT_POS + comptime!(pass * units);
+        if comptime!(total.is_multiple_of(units)) || load < total {
+            let at = load / line;
+            let column = column0 + load % line;
+            let depth = depth0 + at * per_value;
+            let inside = depth < depth_end && column < columns;
+            if comptime!(blueprint.quantisation.is_none()) {
+                let mut value = Vector::<S, N>::new(S::new(0.0));
+                if inside {
+                    let first = tables[entry + 2] * layout.d;
+                    let raw = weight[((first + depth) * columns + column) as usize];
+                    value = Vector::cast_from(raw);
+                    if comptime!(blueprint.on_chip) {
+                        let scale = factor[(at * factor_pitch + load % line) as usize];
+                        value = Vector::cast_from(Vector::<f32, N>::cast_from(raw) * scale);
+                    }
+                }
+                weight_tile[(at * pitch + load % line) as usize] = value;
+            } else {
+                let quantisation = comptime!(blueprint.quantisation.unwrap());
+                let mut words = Vector::<u32, N>::new(0u32);
+                let mut slope = Vector::<f32, N>::new(0.0);
+                let mut least = Vector::<f32, N>::new(0.0);
+                if inside {
+                    words = Vector::<u32, N>::cast_from(weight[(depth / per_value * columns + column) as usize]);
+                    slope = scale::<N>(weight_scales, depth, column, columns, quantisation);
+                    least = minimum::<N>(weight_scales, depth, column, columns, quantisation);
+                }
+                let zero = Vector::<f32, N>::new(comptime!(quantisation.zero as f32));
+                #[unroll]
+                for position in 0..per_value {
+                    let number = stored::<N>(words, position, comptime!(quantisation.bits));
+                    let mut value = slope * (number - zero) + least;
+                    let line_at = at * per_value + position;
+                    if comptime!(blueprint.on_chip) {
+                        value *= factor[(line_at * factor_pitch + load % line) as usize];
+                    }
+                    weight_tile[(line_at * pitch + load % line) as usize] = Vector::cast_from(value);
+                }
+            }
+        }
+    }
+}
+
+/// Scales the sums of a strip, adds up those of each output row and its low-rank sum, and writes the row.
+#[cube]
+fn write_strip<A: Float, Y: Float, N: Size>(
+    sum_tile: &SharedMemory<Vector<f32, N>>,
+    carry: &mut SharedMemory<Vector<f32, N>>,
+    out_pool: &Array<Vector<A, N>>,
+    tables: &Array<u32>,
+    h: &mut Array<Atomic<u32>>,
+    bias: &Array<Vector<f32, N>>,
+    residual: &Array<Vector<Y, N>>,
+    y: &mut Array<Vector<Y, N>>,
+    layout: Layout,
+    entry: usize,
+    chunk: u32,
+    end: u32,
+    column0: u32,
+    #[comptime] strip: u32,
+    #[comptime] blueprint: TileBlueprint,
+) {
+    let tile = comptime!(blueprint.tile);
+    let width = out_pool.vector_size();
+    let width = comptime!(width as u32);
+    let line = comptime!(blueprint.strip() / width);
+    let pitch = comptime!((blueprint.strip() + SUM_PAD) / width);
+    let units = comptime!(blueprint.units());
+    let columns = layout.k / width;
+
+    let mut hidden =
+        SharedMemory::<f32>::new(comptime!(if blueprint.hidden > 0 { blueprint.hidden as usize } else { 1 }));
+    if comptime!(blueprint.hidden > 0) {
+        let first = tables[entry + 6];
+        let mut at = UNIT_POS;
+        while at < tables[entry + 7] {
+            let mut bits = h[(H_START + first + at) as usize].load();
+            while bits == NO_SUM {
+                bits = h[(H_START + first + at) as usize].load();
+            }
+            hidden[at as usize] = f32::reinterpret(bits);
+            at += units;
+        }
+        sync_cube();
+    }
+
+    // Units beyond the last whole line of units have nothing to do.
+    let lanes = comptime!(if units < line { 1 } else { units / line });
+    let lane = UNIT_POS / line;
+    let tile_column = strip_column(UNIT_POS % line * width, strip, blueprint) / width;
+    let column = column0 + tile_column;
+    let mut row = lane;
+    while lane < lanes && column < columns && row < tile.rows && chunk + row < end {
+        let mut at = chunk + row;
+        let mut starts = row == 0;
+        if !starts {
+            starts = tables[((at - 1) * ROW_WORDS + 3) as usize] == 1;
+        }
+        if starts {
+            let mut value = Vector::<f32, N>::new(0.0);
+            if comptime!(blueprint.carries) {
+                let first = tables[entry];
+                if row == 0 && chunk > first && tables[((at - 1) * ROW_WORDS + 3) as usize] == 0 {
+                    value = carry[tile_column as usize];
+                }
+            }
+            let mut open = true;
+            while open {
+                let words = (at * ROW_WORDS) as usize;
+                let mut sum = sum_tile[((at - chunk) * pitch + UNIT_POS % line) as usize];
+                if comptime!(blueprint.scaled) {
+                    let slot = tables[words + 2];
+                    if slot > 0 {
+                        sum *= Vector::cast_from(out_pool[((slot - 1) * columns + column) as usize]);
+                    }
+                }
+                value += sum;
+                if tables[words + 3] == 1 {
+                    open = false;
+                    if comptime!(blueprint.hidden > 0) {
+                        let expand = tables[words + 4];
+                        let own = tables[words + 6] - tables[entry + 6];
+                        for q in 0..tables[words + 5] {
+                            let vector =
+                                Vector::<f32, N>::cast_from(out_pool[((expand + q) * columns + column) as usize]);
+                            value = fma(Vector::new(hidden[(own + q) as usize]), vector, value);
+                        }
+                    }
+                    let output = tables[words] * columns + column;
+                    if comptime!(blueprint.accumulate) {
+                        value += Vector::cast_from(y[output as usize]);
+                    }
+                    y[output as usize] =
+                        finish::<Y, N>(value, bias, residual, column, output, comptime!(blueprint.epilogue));
+                } else if comptime!(blueprint.carries) {
+                    if at + 1 == chunk + tile.rows {
+                        carry[tile_column as usize] = value;
+                        open = false;
+                    }
+                }
+                at += 1;
+            }
+        }
+        row += lanes;
+    }
+}
+
+/// Writes the sums of a strip as they are.
+#[cube]
+fn write_partial<Y: Float, N: Size>(
+    sum_tile: &SharedMemory<Vector<f32, N>>,
+    partial: &mut Array<Vector<Y, N>>,
+    layout: Layout,
+    chunk: u32,
+    end: u32,
+    column0: u32,
+    split: u32,
+    #[comptime] strip: u32,
+    #[comptime] blueprint: TileBlueprint,
+) {
+    let tile = comptime!(blueprint.tile);
+    let width = partial.vector_size();
+    let width = comptime!(width as u32);
+    let line = comptime!(blueprint.strip() / width);
+    let pitch = comptime!((blueprint.strip() + SUM_PAD) / width);
+    let columns = layout.k / width;
+    let mut load = UNIT_POS;
+    while load < comptime!(tile.rows * line) {
+        let row = chunk + load / line;
+        let column = column0 + strip_column(load % line * width, strip, blueprint) / width;
+        if row < end && column < columns {
+            let at = (split * layout.virtual_rows + row) * columns + column;
+            partial[at as usize] = Vector::cast_from(sum_tile[(load / line * pitch + load % line) as usize]);
+        }
+        load += comptime!(blueprint.units());
+    }
+}
