@@ -307,8 +307,8 @@ pub(crate) fn matrices(hardware: &Hardware, wanted: Wanted, count: u32, rows: u3
     lay_out(hardware, wanted, Rows::of_matrices(count, rows))
 }
 
-/// Numbers of h that a tile's rows may have: enough for 128 rows of rank 16.
-const HIDDEN: u32 = 2048;
+/// Numbers of h that a tile's rows may have, few for few rows; the larger is enough for 128 rows of rank 16.
+const HIDDEN: [u32; 2] = [512, 2048];
 
 fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch, RoutineError> {
     let Wanted { shape, format, .. } = wanted;
@@ -331,7 +331,9 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
         epilogue: wanted.epilogue,
     };
     let stage = hardware.stage(format).bytes() as u32;
-    let hidden = if rows.hidden == 0 { 0 } else { rows.hidden.min(HIDDEN).max(highest_rank).next_power_of_two() };
+    let least = highest_rank.next_power_of_two();
+    let class = HIDDEN.into_iter().find(|class| rows.hidden <= *class).unwrap_or(HIDDEN[1]);
+    let hidden = if rows.hidden == 0 { 0 } else { class.max(least) };
     let fits = |blueprint: &TileBlueprint| {
         blueprint.shared_bytes(stage) <= hardware.shared_bytes && blueprint.units() <= hardware.units
     };
@@ -342,7 +344,6 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
         carries: splits == 1 && widest > tile.rows / 2 && longest > tile.rows,
         ..blueprint
     };
-    let least = highest_rank.next_power_of_two();
     let mut capacity = hidden;
     let blueprint = loop {
         let found = tiles(blueprint.multiply, on_chip, longest).map(|tile| with(tile, capacity)).find(fits);

@@ -60,6 +60,8 @@ pub(crate) struct Case {
     pub(crate) k: usize,
     pub(crate) bias: bool,
     pub(crate) activation: Activation,
+    pub(crate) residual: bool,
+    pub(crate) format: LayerFormat,
     pub(crate) adapters: Vec<Adapter>,
     /// (position in `adapters`, or past its end for the base; rows)
     pub(crate) segments: Vec<(usize, u32)>,
@@ -93,6 +95,8 @@ pub(crate) fn cases() -> impl Strategy<Value = Case> {
                     k,
                     bias,
                     activation,
+                    residual: seed % 3 == 0,
+                    format: LayerFormat::default(),
                     adapters: named.clone(),
                     segments,
                     seed,
@@ -109,6 +113,7 @@ pub(crate) struct Loaded {
     pub(crate) base_weight: Vec<f32>,
     pub(crate) bias: Option<Vec<f32>>,
     pub(crate) x: Vec<f32>,
+    pub(crate) residual: Option<Vec<f32>>,
     pub(crate) operands: Vec<Bindings>,
     pub(crate) folded: Vec<FoldedAdapter>,
 }
@@ -148,7 +153,8 @@ pub(crate) fn fold(adapter: &Adapter, operands: &Bindings, base_weight: &[f32], 
 impl Case {
     pub(crate) fn load(self, device: &Device) -> Loaded {
         let mut numbers = Numbers::new(self.seed);
-        let base_weight = numbers.take(self.d * self.k);
+        let weight = self.weight(&numbers.take(self.d * self.k));
+        let base_weight = weight.to_f32();
         let bias = self.bias.then(|| numbers.take(self.k));
         let operands: Vec<_> =
             self.adapters.iter().map(|adapter| operands(adapter, self.d, self.k, &mut numbers)).collect();
@@ -156,21 +162,36 @@ impl Case {
             .map(|(adapter, operands)| fold(adapter, operands, &base_weight, self.d, self.k))
             .collect();
         let rows: u32 = self.segments.iter().map(|(_, rows)| rows).sum();
-        let x = numbers.take(rows as usize * self.d);
-        let projection = self.projection(device, &base_weight, bias.as_deref(), &folded);
-        Loaded { case: self, projection, base_weight, bias, x, operands, folded }
+        // What the device gets is what it keeps.
+        let round = |values: Vec<f32>| values.into_iter().map(|value| self.format.activations.round(value)).collect();
+        let x = round(numbers.take(rows as usize * self.d));
+        let residual = self.residual.then(|| round(numbers.take(rows as usize * self.k)));
+        let projection = self.projection(device, &weight, bias.as_deref(), &folded);
+        Loaded { case: self, projection, base_weight, bias, x, residual, operands, folded }
+    }
+
+    pub(crate) fn weight(&self, values: &[f32]) -> PackedWeight {
+        let shape = LayerShape { d: self.d as u32, k: self.k as u32 };
+        PackedWeight::from_f32(self.format.weight, shape, values).expect("a weight of the shape")
     }
 
     pub(crate) fn projection(
         &self,
         device: &Device,
-        base_weight: &[f32],
+        weight: &PackedWeight,
         bias: Option<&[f32]>,
         folded: &[FoldedAdapter],
     ) -> Projection {
-        let shape = LayerShape { d: self.d as u32, k: self.k as u32 };
-        let mut projection =
-            Projection::new(device, shape, base_weight, bias, self.activation).expect("tensors of the shape");
+        let LayerFormat { activations, adapters, fragments, .. } = self.format;
+        let options = ProjectionOptions {
+            bias,
+            activation: self.activation,
+            residual: self.residual,
+            activations,
+            adapters,
+            fragments,
+        };
+        let mut projection = Projection::from_packed(device, weight, options).expect("tensors of the shape");
         let named = self.adapters.iter().zip(folded).map(|(adapter, folded)| (adapter.name.as_str(), Some(folded)));
         projection.load(named).expect("vectors of the shape");
         projection
@@ -187,7 +208,12 @@ impl Case {
 
 impl Loaded {
     pub(crate) fn run(&self, plan: &Plan) -> Vec<f32> {
-        self.projection.forward(&self.case.batch(), plan, &self.x).expect("a batch of loaded adapters runs")
+        self.run_of(&self.projection, plan)
+    }
+
+    pub(crate) fn run_of(&self, projection: &Projection, plan: &Plan) -> Vec<f32> {
+        let y = projection.forward_with_residual(&self.case.batch(), plan, &self.x, self.residual.as_deref());
+        y.expect("a batch of loaded adapters runs")
     }
 
     /// The worst deviation of a few rows of every segment.
@@ -203,8 +229,8 @@ impl Loaded {
             for row in sampled.into_iter().filter(|row| *row < rows).map(|row| first + row) {
                 let sample = Sample {
                     shape: self.projection.shape(),
-                    format: LayerFormat::default(),
-                    residual: None,
+                    format: self.case.format,
+                    residual: self.residual.as_ref().map(|residual| &residual[row * k..(row + 1) * k]),
                     base_weight: &self.base_weight,
                     bias: self.bias.as_deref(),
                     activation: self.case.activation,

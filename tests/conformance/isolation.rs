@@ -8,7 +8,7 @@ use proptest::test_runner::RngSeed;
 use super::case::{Adapter, Case, Loaded, device, kinds, plans};
 
 /// A batch with adapters of every kind; the rows in question are in the middle, split over two segments.
-fn crowd(seed: u64, own: Adapter, others: Vec<(usize, u32)>) -> Case {
+fn crowd(format: LayerFormat, seed: u64, own: Adapter, others: Vec<(usize, u32)>) -> Case {
     let mut adapters = vec![own];
     adapters.extend(kinds().into_iter().enumerate().map(|(position, kind)| Adapter {
         name: format!("other{position}"),
@@ -19,7 +19,14 @@ fn crowd(seed: u64, own: Adapter, others: Vec<(usize, u32)>) -> Case {
     let mut segments = others.clone();
     segments.insert(half, (0, 3));
     segments.push((0, 2));
-    Case { d: 61, k: 45, bias: true, activation: Activation::GeluErf, adapters, segments, seed }
+    let activation = Activation::GeluErf;
+    Case { d: 61, k: 45, bias: true, activation, residual: false, format, adapters, segments, seed }
+}
+
+/// f32, and f16 where the device has it.
+fn formats() -> Vec<LayerFormat> {
+    let has = |element: &Element| device().info().element_types.iter().any(|name| name == element.name());
+    [Element::F32, Element::F16].into_iter().filter(has).map(LayerFormat::uniform).collect()
 }
 
 /// The rows of adapter 0.
@@ -55,24 +62,25 @@ fn poison(folded: &mut FoldedAdapter) {
 #[test]
 fn nan_in_every_other_adapter_changes_no_bit() {
     for (seed, kind) in kinds().into_iter().enumerate() {
-        let own = Adapter { name: "own".to_owned(), kind, rank: 6 };
-        let others = (1..kinds().len() + 2).map(|adapter| (adapter, 1 + adapter as u32 % 4)).collect();
-        let Loaded { case, projection, base_weight, bias, x, mut folded, .. } =
-            crowd(seed as u64, own, others).load(device());
-        folded[1..].iter_mut().for_each(poison);
-        let poisoned = case.projection(device(), &base_weight, bias.as_deref(), &folded);
-        for plan in plans() {
-            let clean = projection.forward(&case.batch(), &plan, &x).expect("the batch runs");
-            let other = poisoned.forward(&case.batch(), &plan, &x).expect("the batch runs");
-            let (clean, other) = (own_rows(&case, &clean, case.k), own_rows(&case, &other, case.k));
-            assert!(other.iter().all(|value| value.is_finite()), "{kind} {plan:?}");
-            assert_eq!(bits(&clean), bits(&other), "{kind} {plan:?}");
+        for format in formats() {
+            let own = Adapter { name: "own".to_owned(), kind, rank: 6 };
+            let others = (1..kinds().len() + 2).map(|adapter| (adapter, 1 + adapter as u32 % 4)).collect();
+            let mut loaded = crowd(format, seed as u64, own, others).load(device());
+            loaded.folded[1..].iter_mut().for_each(poison);
+            let Loaded { case, base_weight, bias, folded, .. } = &loaded;
+            let poisoned = case.projection(device(), &case.weight(base_weight), bias.as_deref(), folded);
+            for plan in plans() {
+                let (clean, other) = (loaded.run(&plan), loaded.run_of(&poisoned, &plan));
+                let (clean, other) = (own_rows(case, &clean, case.k), own_rows(case, &other, case.k));
+                assert!(other.iter().all(|value| value.is_finite()), "{format} {kind} {plan:?}");
+                assert_eq!(bits(&clean), bits(&other), "{format} {kind} {plan:?}");
+            }
         }
     }
 }
 
-/// Whatever else is in the batch, as long as the same kernels run: the crowd always holds a multiplicative and an additive
-/// adapter, so the plan's every step is there.
+/// Whatever else is in the batch. In half types as long as the same steps run, because each of them rounds: there the crowd
+/// always holds a multiplicative and an additive adapter, so that the plan's every step is there.
 #[test]
 fn the_rest_of_the_batch_changes_no_bit() {
     let cases = if device().info().id == "host" { 60 } else { 10 };
@@ -80,25 +88,29 @@ fn the_rest_of_the_batch_changes_no_bit() {
         ProptestConfig { cases, rng_seed: RngSeed::Fixed(21), failure_persistence: None, ..ProptestConfig::default() };
     let mut runner = proptest::test_runner::TestRunner::new(config);
     let others = || prop::collection::vec((1..kinds().len() + 2, 1u32..70), 0..7);
-    let outcome = runner.run(&(others(), others(), 0..kinds().len(), any::<u64>()), |(one, other, kind, seed)| {
+    let formats = prop::sample::select(formats());
+    let strategy = (others(), others(), 0..kinds().len(), any::<u64>(), formats);
+    let outcome = runner.run(&strategy, |(one, other, kind, seed, format)| {
         let own = || Adapter { name: "own".to_owned(), kind: kinds()[kind], rank: 6 };
         // One of each part, so that both batches run the same kernels.
         let with_both = |mut others: Vec<(usize, u32)>| {
-            others.extend(
-                ["flora", "lora"]
-                    .map(|kind| (1 + kinds().iter().position(|known| *known == kind).expect("a built-in kind"), 2)),
-            );
+            if format.activations != Element::F32 {
+                others
+                    .extend(["flora", "lora"].map(|kind| {
+                        (1 + kinds().iter().position(|known| *known == kind).expect("a built-in kind"), 2)
+                    }));
+            }
             others
         };
-        let (one, other) = (crowd(seed, own(), with_both(one)), crowd(seed, own(), with_both(other)));
-        let own_x = super::case::Numbers::new(seed ^ 1).take(5 * one.d);
+        let (one, other) = (crowd(format, seed, own(), with_both(one)), crowd(format, seed, own(), with_both(other)));
+        let own_x: Vec<f32> = super::case::Numbers::new(seed ^ 1).take(5 * one.d);
         for plan in plans() {
             let run = |case: &Case| {
                 let mut loaded = case.clone().load(device());
                 put_own_rows(case, &own_x, &mut loaded.x);
                 own_rows(case, &loaded.run(&plan), case.k)
             };
-            prop_assert_eq!(bits(&run(&one)), bits(&run(&other)), "{:?}", plan);
+            prop_assert_eq!(bits(&run(&one)), bits(&run(&other)), "{} {:?}", format, plan);
         }
         Ok(())
     });

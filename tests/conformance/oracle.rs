@@ -37,6 +37,8 @@ fn every_kind_at_awkward_sizes() {
                     k,
                     bias: true,
                     activation: Activation::Silu,
+                    residual: false,
+                    format: LayerFormat::default(),
                     adapters: vec![Adapter { name: "own".to_owned(), kind, rank }],
                     segments: vec![(0, rows), (1, 2)],
                     seed: (d * k + rank) as u64,
@@ -55,7 +57,8 @@ fn every_kind_at_awkward_sizes() {
 }
 
 fn plain(segments: Vec<(usize, u32)>) -> Case {
-    Case { d: 37, k: 29, bias: false, activation: Activation::Identity, adapters: Vec::new(), segments, seed: 5 }
+    let (activation, format) = (Activation::Identity, LayerFormat::default());
+    Case { d: 37, k: 29, bias: false, activation, residual: false, format, adapters: Vec::new(), segments, seed: 5 }
 }
 
 #[test]

@@ -1,0 +1,134 @@
+//! Every lowering in every type and format that the device has, by fragments and without, on one batch of every kind of adapter.
+//! What the device can't run is listed.
+
+use flora::prelude::*;
+
+use super::case::{Adapter, Case, device, kinds};
+
+/// Every combination: activations, adapters in the same type and in f32, weights in every format.
+fn formats() -> Vec<LayerFormat> {
+    let mut formats = Vec::new();
+    for activations in Element::ALL {
+        for (_, weight) in WeightFormat::ALL {
+            let fragments = if activations == Element::F32 { vec![false] } else { vec![false, true] };
+            for fragments in fragments {
+                formats.push(LayerFormat { activations, adapters: activations, weight, fragments });
+            }
+        }
+        let mixed = LayerFormat { adapters: Element::F32, ..LayerFormat::uniform(activations) };
+        let halves = LayerFormat { adapters: Element::F16, ..mixed };
+        formats.extend([mixed, halves].into_iter().filter(|format| format.adapters != activations));
+    }
+    formats
+}
+
+/// Whether the device has the types of `format`, and fragments where it asks for them.
+fn runs(format: &LayerFormat) -> Result<(), String> {
+    let info = device().info();
+    let weight = match format.weight {
+        WeightFormat::Float(element) => element,
+        _ => Element::F32,
+    };
+    for element in [format.activations, format.adapters, weight] {
+        if !info.element_types.iter().any(|name| name == element.name()) {
+            return Err(format!("no {element} buffers"));
+        }
+    }
+    // The host converts as it packs, and has no fragments to choose.
+    let own = format!("{0}*{0}->f32", format.activations);
+    if format.fragments && info.id != "host" && !info.fragments.iter().any(|fragment| fragment.ends_with(&own)) {
+        return Err(format!("no {own} fragments"));
+    }
+    if format.fragments && info.id == "host" {
+        return Err("the host has no fragments".to_owned());
+    }
+    Ok(())
+}
+
+/// Every kind, three ranks, segments of one row and of more than a tile's; d in whole blocks of the quantised formats.
+fn case(format: LayerFormat, d: usize, k: usize) -> Case {
+    let ranks = [3, 17, 1, 8, 33, 2, 5, 16];
+    let adapters: Vec<_> = kinds()
+        .into_iter()
+        .enumerate()
+        .map(|(position, kind)| Adapter {
+            name: format!("adapter{position}"),
+            kind,
+            rank: ranks[position % ranks.len()],
+        })
+        .collect();
+    let rows = [1, 7, 1, 40, 2, 19, 1, 3, 70];
+    let order = (0..=adapters.len()).chain([0, 1, adapters.len()]);
+    let segments = order.enumerate().map(|(position, adapter)| (adapter, rows[position % rows.len()])).collect();
+    let activation = Activation::GeluTanh;
+    Case { d, k, bias: true, activation, residual: true, format, adapters, segments, seed: (d + k) as u64 }
+}
+
+#[test]
+fn every_format_equals_the_oracle() {
+    let mut ran = 0;
+    for format in formats() {
+        if let Err(reason) = runs(&format) {
+            println!("NOT RUN on {}: {format} fragments {}: {reason}", device().info().id, format.fragments);
+            continue;
+        }
+        for (d, k) in [(96, 37), (160, 72)] {
+            let loaded = case(format, d, k).load(device());
+            for plan in Plan::unmerged().chain([Plan::default().with_split()]) {
+                let deviation = loaded.deviation(&loaded.run(&plan));
+                assert!(
+                    deviation.is_rounding(),
+                    "{format} fragments {} [{d}, {k}] {plan:?}: {deviation:?}",
+                    format.fragments
+                );
+            }
+        }
+        ran += 1;
+    }
+    assert!(ran > 0);
+}
+
+/// Long enough for the depth to be split.
+#[test]
+fn a_split_depth_equals_the_oracle() {
+    for activations in Element::ALL {
+        let format = LayerFormat { weight: WeightFormat::Q4_1, ..LayerFormat::uniform(activations) };
+        if let Err(reason) = runs(&LayerFormat { fragments: false, ..format }) {
+            println!("NOT RUN on {}: {format}: {reason}", device().info().id);
+            continue;
+        }
+        let loaded = case(format, 1056, 48).load(device());
+        for plan in [Plan::default().with_split(), Plan::default()] {
+            let deviation = loaded.deviation(&loaded.run(&plan));
+            assert!(deviation.is_rounding(), "{format} {plan:?}: {deviation:?}");
+        }
+    }
+}
+
+/// The plan of a batch that one adapter owns.
+#[test]
+fn a_merged_adapter_equals_the_oracle() {
+    for activations in Element::ALL {
+        let format = LayerFormat { weight: WeightFormat::Q8_0, ..LayerFormat::uniform(activations) };
+        if let Err(reason) = runs(&LayerFormat { fragments: false, ..format }) {
+            println!("NOT RUN on {}: {format}: {reason}", device().info().id);
+            continue;
+        }
+        for kind in kinds() {
+            let adapters = vec![Adapter { name: "own".to_owned(), kind, rank: 5 }];
+            let case = Case { adapters, segments: vec![(0, 3), (0, 20)], ..case(format, 64, 40) };
+            let loaded = case.load(device());
+            let mut projection = loaded.projection.clone();
+            let refused = projection.forward_with_residual(
+                &loaded.case.batch(),
+                &Plan::MERGED,
+                &loaded.x,
+                loaded.residual.as_deref(),
+            );
+            assert!(refused.is_err(), "{kind}: nothing is merged yet");
+            projection.merge("own").expect("it is loaded");
+            let deviation = loaded.deviation(&loaded.run_of(&projection, &Plan::MERGED));
+            assert!(deviation.is_rounding(), "{format} {kind}: {deviation:?}");
+        }
+    }
+}
