@@ -71,11 +71,11 @@ pub(crate) const fn vectors_at_once<S: Simd>(rows: usize) -> usize {
     }
 }
 
-/// Calls a function with the numbers of rows and of vectors as constants.
-macro_rules! with_constants {
-    ($rows:expr, $vectors:expr, $call:ident($($argument:expr),*), $([$constant_vectors:literal: $($constant_rows:literal)*])*) => {
-        match ($rows, $vectors) {
-            $($(($constant_rows, $constant_vectors) => $call::<S, $constant_rows, $constant_vectors>($($argument),*),)*)*
+/// Calls [`multiply`] with the numbers of rows and of vectors as constants.
+macro_rules! multiply_constants {
+    ($simd:expr, $work:expr, $([$vectors:literal: $($rows:literal)*])*) => {
+        match ($work.places.len(), $work.vectors) {
+            $($(($rows, $vectors) => multiply::<S, $rows, $vectors>($simd, $work),)*)*
             _ => {}
         }
     };
@@ -98,8 +98,8 @@ impl Multiply<'_> {
         assert!(self.weight.values.len() >= (self.depth - 1) * self.weight.pitch + columns);
         assert!(self.places.iter().all(|place| place + columns <= self.sums.len()));
         assert!(self.scales.is_none_or(|scales| scales.values.len() >= (rows - 1) * scales.pitch + columns));
-        with_constants!(
-            rows, self.vectors, multiply(simd, self),
+        multiply_constants!(
+            simd, self,
             [2: 1 2 3 4 5 6 7 8 9 10 11 12 13 14] [4: 1 2 3 4 5 6] [8: 1 2 3]
         );
     }
