@@ -461,6 +461,8 @@ impl<'a, R: Runtime> Run<'a, R> {
             )
         };
         let Some(partial) = partial else { return Ok(()) };
+        // Sums of eight columns and what they are made of would be more than a unit's registers.
+        let lanes_k = lanes_k.min(4);
         let count = launch.virtual_rows as usize * k / lanes_k;
         // SAFETY: as above.
         unsafe {

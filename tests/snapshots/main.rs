@@ -30,6 +30,25 @@ fn lora_finished(
     (x.matmul(w0 + s * b.matmul(a)) + bias).silu()
 }
 
+/// A batch to emit launches for: segments of so many rows, each with an adapter of its own.
+#[derive(Clone, Copy)]
+struct Load {
+    d: u32,
+    k: u32,
+    rank: u32,
+    segments: u32,
+    rows: u32,
+}
+
+/// A few rows of a small layer.
+const SMALL: Load = Load { d: 576, k: 192, rank: 4, segments: 3, rows: 5 };
+/// The same where nothing divides anything.
+const ODD: Load = Load { d: 61, k: 37, ..SMALL };
+/// 32 requests that decode, at StarCoder 15B's query projection.
+const DECODE: Load = Load { d: 6144, k: 6144, rank: 16, segments: 32, rows: 1 };
+/// Four long prompts.
+const PREFILL: Load = Load { d: 2048, k: 2048, rank: 16, segments: 4, rows: 256 };
+
 /// A layer with one of its lowerings.
 struct Lowered {
     name: &'static str,
@@ -52,7 +71,7 @@ fn lowered() -> Vec<Lowered> {
             all.push(Lowered { name, layer: layer.clone(), lowering: "gemm", plan: default });
         }
         for part in &layer.parts {
-            for row in lowerings_of(*part) {
+            for row in lowerings_of(*part).filter(|row| row.lowering != Lowering::Merged) {
                 let plan = match part {
                     Part::Multiplicative => Plan::new(row.lowering, default.additive()),
                     Part::Additive => Plan::new(default.multiplicative(), row.lowering),
@@ -61,14 +80,17 @@ fn lowered() -> Vec<Lowered> {
                 all.push(Lowered { name, layer: layer.clone(), lowering: row.lowering.name(), plan });
             }
         }
+        if name == "flora" {
+            all.push(Lowered { name, layer: layer.clone(), lowering: "stacked split", plan: default.with_split() });
+        }
     }
     all
 }
 
 impl Lowered {
-    /// The launches for three segments of five rows, rank 4.
-    fn emit(&self, target: Target, d: u32, k: u32) -> Vec<EmittedKernel> {
-        let emitted = self.layer.emit(target, self.plan, LayerShape { d, k }, LayerFormat::default(), 4, 3, 5);
+    fn emit(&self, target: Target, format: LayerFormat, load: Load) -> Vec<EmittedKernel> {
+        let Load { d, k, rank, segments, rows } = load;
+        let emitted = self.layer.emit(target, self.plan, LayerShape { d, k }, format, rank, segments, rows);
         emitted.unwrap_or_else(|error| panic!("{} {} for {target}: {error}", self.name, self.lowering))
     }
 
@@ -77,7 +99,7 @@ impl Lowered {
     }
 }
 
-/// flora's own kernels; the matmul library's are its own business.
-fn is_ours(kernel: &EmittedKernel) -> bool {
-    !kernel.name.starts_with("matmul_entry")
+/// f16 throughout, the weight quantised.
+fn quantised(weight: WeightFormat) -> LayerFormat {
+    LayerFormat { weight, ..LayerFormat::uniform(Element::F16) }
 }

@@ -117,7 +117,8 @@ impl TileBlueprint {
     pub fn shared_bytes(&self, stage: u32) -> usize {
         let Tile { rows, columns, depth, .. } = self.tile;
         let tiles = rows * (depth + PAD) + depth * (columns + PAD);
-        let mut bytes = stage * tiles + 4 * rows * (self.strip() + SUM_PAD);
+        // A few single numbers, and what aligning each array may cost.
+        let mut bytes = 8 * ALIGNMENT as u32 + stage * tiles + 4 * rows * (self.strip() + SUM_PAD);
         if self.on_chip {
             bytes += stage * RANK_CHUNK * (depth + columns + 2 * PAD) + 4 * depth * (columns + SUM_PAD);
         }

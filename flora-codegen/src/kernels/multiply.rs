@@ -83,12 +83,13 @@ fn multiply_fragments<S: Float, M: Size, N: Size>(
     let weight_pitch = comptime!(blueprint.tile.columns + PAD);
     let row0 = UNIT_POS_Y / comptime!(blueprint.tile.column_planes) * comptime!(down * m as u32);
     let column0 = UNIT_POS_Y % comptime!(blueprint.tile.column_planes) * comptime!(across * n as u32);
-    #[unroll]
+    // Devices with small fragments expand each into scalars, and would compile for seconds.
+    #[unroll(k >= 16)]
     for step in 0..comptime!(blueprint.tile.depth / k as u32) {
         let mut right = Sequence::<cmma::Matrix<Vector<S, N>>>::new();
         #[unroll]
         for j in 0..across {
-            let at = comptime!(step * k as u32 * weight_pitch + j * n as u32) + column0;
+            let at = step * comptime!(k as u32 * weight_pitch) + comptime!(j * n as u32) + column0;
             right.push(cmma::Matrix::<Vector<S, N>>::from_slice(
                 cmma::MatrixIdent::B,
                 m,
@@ -101,7 +102,7 @@ fn multiply_fragments<S: Float, M: Size, N: Size>(
         }
         #[unroll]
         for i in 0..down {
-            let at = comptime!(i * m as u32 * row_pitch + step * k as u32) + row0 * row_pitch;
+            let at = step * comptime!(k as u32) + comptime!(i * m as u32 * row_pitch) + row0 * row_pitch;
             let left = cmma::Matrix::<Vector<S, M>>::from_slice(
                 cmma::MatrixIdent::A,
                 m,
@@ -137,7 +138,9 @@ fn multiply_registers<S: Float, M: Size, N: Size>(
     let across = comptime!(blueprint.tile.columns / COLUMNS_PER_UNIT);
     let row0 = UNIT_POS / across * ROWS_PER_UNIT;
     let column0 = UNIT_POS % across * vectors;
-    for step in 0..comptime!(blueprint.tile.depth / row_width) {
+    // As many as the tile is deep, in a form that keeps CUDA's compiler from unrolling the loop into spills.
+    let steps = CUBE_DIM / comptime!(blueprint.units() * row_width / blueprint.tile.depth);
+    for step in 0..steps {
         let mut left = Array::<Vector<S, M>>::new(comptime!(ROWS_PER_UNIT as usize));
         #[unroll]
         for i in 0..ROWS_PER_UNIT {

@@ -15,7 +15,7 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
     out_pool: &Array<Vector<A, N>>,
     tables: &Array<u32>,
     layout: Layout,
-    entry: usize,
+    entry: &SharedMemory<u32>,
     column0: u32,
     depth0: u32,
     is_first: bool,
@@ -42,11 +42,11 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
     let mut factor =
         SharedMemory::<Vector<f32, N>>::new_aligned(comptime!((tile.depth * factor_pitch) as usize), ALIGNMENT);
 
-    let first = tables[entry + 3];
-    let end = tables[entry + 4];
+    let first = entry[3];
+    let end = entry[4];
     let depth_vectors = layout.d / row_width;
     let columns = layout.k / width;
-    let plain = Vector::<f32, N>::new(f32::cast_from(tables[entry + 5]));
+    let plain = Vector::<f32, N>::new(f32::cast_from(entry[5]));
     // Fragments of the factor, shared out among the planes.
     let planes = comptime!(blueprint.planes());
     let across = comptime!(tile.columns / n);
@@ -112,7 +112,7 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
                 if chunk > first {
                     sum = factor[(depth * factor_pitch + at % line) as usize];
                 }
-                for rank in 0..RANK_CHUNK {
+                for rank in 0..min(end - chunk, RANK_CHUNK) {
                     let vector = in_tile[(rank * in_pitch + depth / row_width) as usize];
                     let mut value = f32::cast_from(vector[0usize]);
                     #[unroll]
@@ -123,7 +123,8 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
                     sum = fma(Vector::new(value), out, sum);
                 }
                 factor[(depth * factor_pitch + at % line) as usize] = sum;
-                at += units;
+                // A stride that the compiler does not know keeps it from unrolling into spills.
+                at += CUBE_DIM;
             }
         } else {
             #[unroll]
@@ -191,11 +192,11 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
         let mut sum = plain;
         if first < end {
             sum += factor[place];
-        } else if tables[entry + 5] == 0 {
+        } else if entry[5] == 0 {
             sum = Vector::new(1.0f32);
         }
         factor[place] = sum;
-        at += units;
+        at += CUBE_DIM;
     }
     sync_cube();
     factor

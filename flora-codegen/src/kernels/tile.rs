@@ -83,6 +83,8 @@ pub(crate) fn tile<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, 
         }
         sync_cube();
         let cube = ticket[0];
+        // What comes next may lie where the ticket lay.
+        sync_cube();
         if cube < layout.task_count {
             make_hidden::<X, A, S, M>(x, in_pool, tables, h, layout.tasks + cube * TASK_WORDS, layout.d, blueprint);
         } else {
@@ -162,7 +164,7 @@ fn make_hidden<X: Float, A: Float, S: Float, M: Size>(
             }
             h[at as usize].store(bits);
         }
-        pair += units;
+        pair += CUBE_DIM;
     }
 }
 
@@ -202,9 +204,17 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
         1
     }));
 
-    let entry = (layout.items + item * ITEM_WORDS) as usize;
-    let first = tables[entry];
-    let end = tables[entry + 1];
+    // The low-rank sums of the item's rows.
+    let mut hidden = SharedMemory::<f32>::new(comptime!(blueprint.hidden.max(1) as usize));
+
+    // In shared memory, so that no register keeps through the main loop what the epilogue needs.
+    let mut entry = SharedMemory::<u32>::new(comptime!(ITEM_WORDS as usize));
+    if UNIT_POS < ITEM_WORDS {
+        entry[UNIT_POS as usize] = tables[(layout.items + item * ITEM_WORDS + UNIT_POS) as usize];
+    }
+    sync_cube();
+    let first = entry[0];
+    let end = entry[1];
     let column0 = column_tile * comptime!(tile.columns / width);
     let depth_start = split * layout.depth;
     let depth_end = min(depth_start + layout.depth, layout.d);
@@ -232,7 +242,7 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
                     out_pool,
                     tables,
                     layout,
-                    entry,
+                    &entry,
                     column0,
                     depth0,
                     depth0 == depth_start,
@@ -243,9 +253,8 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
                     weight_scales,
                     &mut weight_tile,
                     &factor,
-                    tables,
                     layout,
-                    entry,
+                    &entry,
                     column0,
                     depth0,
                     depth_end,
@@ -257,9 +266,8 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
                     weight_scales,
                     &mut weight_tile,
                     &sum_tile,
-                    tables,
                     layout,
-                    entry,
+                    &entry,
                     column0,
                     depth0,
                     depth_end,
@@ -271,6 +279,9 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
             sync_cube();
             depth0 += tile.depth;
         }
+        if comptime!(blueprint.hidden > 0 && !blueprint.split) {
+            take_hidden(&mut hidden, h, &entry);
+        }
         #[unroll]
         for strip in 0..comptime!(blueprint.strips()) {
             store_strip::<N>(&sums, &mut sum_tile, strip, blueprint);
@@ -279,8 +290,8 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
                 write_partial::<Y, N>(&sum_tile, y, layout, chunk, end, column0, split, strip, blueprint);
             } else {
                 write_strip::<A, Y, N>(
-                    &sum_tile, &mut carry, out_pool, tables, h, bias, residual, y, layout, entry, chunk, end, column0,
-                    strip, blueprint,
+                    &sum_tile, &mut carry, &hidden, out_pool, tables, bias, residual, y, layout, &entry, chunk, end,
+                    column0, strip, blueprint,
                 );
             }
             sync_cube();
@@ -340,9 +351,8 @@ fn load_weight<W: Numeric, S: Float, N: Size>(
     weight_scales: &Array<Vector<u32, N>>,
     weight_tile: &mut SharedMemory<Vector<S, N>>,
     factor: &SharedMemory<Vector<f32, N>>,
-    tables: &Array<u32>,
     layout: Layout,
-    entry: usize,
+    entry: &SharedMemory<u32>,
     column0: u32,
     depth0: u32,
     depth_end: u32,
@@ -369,7 +379,7 @@ fn load_weight<W: Numeric, S: Float, N: Size>(
             if comptime!(blueprint.quantisation.is_none()) {
                 let mut value = Vector::<S, N>::new(S::new(0.0));
                 if inside {
-                    let first = tables[entry + 2] * layout.d;
+                    let first = entry[2] * layout.d;
                     let raw = weight[((first + depth) * columns + column) as usize];
                     value = Vector::cast_from(raw);
                     if comptime!(blueprint.on_chip) {
@@ -404,19 +414,35 @@ fn load_weight<W: Numeric, S: Float, N: Size>(
     }
 }
 
+/// Waits for the low-rank sums of the item's rows.
+#[cube]
+fn take_hidden(hidden: &mut SharedMemory<f32>, h: &mut Array<Atomic<u32>>, entry: &SharedMemory<u32>) {
+    let first = H_START + entry[6];
+    let mut at = UNIT_POS;
+    while at < entry[7] {
+        let mut bits = h[(first + at) as usize].load();
+        while bits == NO_SUM {
+            bits = h[(first + at) as usize].load();
+        }
+        hidden[at as usize] = f32::reinterpret(bits);
+        at += CUBE_DIM;
+    }
+    sync_cube();
+}
+
 /// Scales the sums of a strip, adds up those of each output row and its low-rank sum, and writes the row.
 #[cube]
 fn write_strip<A: Float, Y: Float, N: Size>(
     sum_tile: &SharedMemory<Vector<f32, N>>,
     carry: &mut SharedMemory<Vector<f32, N>>,
+    hidden: &SharedMemory<f32>,
     out_pool: &Array<Vector<A, N>>,
     tables: &Array<u32>,
-    h: &mut Array<Atomic<u32>>,
     bias: &Array<Vector<f32, N>>,
     residual: &Array<Vector<Y, N>>,
     y: &mut Array<Vector<Y, N>>,
     layout: Layout,
-    entry: usize,
+    entry: &SharedMemory<u32>,
     chunk: u32,
     end: u32,
     column0: u32,
@@ -430,22 +456,6 @@ fn write_strip<A: Float, Y: Float, N: Size>(
     let pitch = comptime!((blueprint.strip() + SUM_PAD) / width);
     let units = comptime!(blueprint.units());
     let columns = layout.k / width;
-
-    let mut hidden =
-        SharedMemory::<f32>::new(comptime!(if blueprint.hidden > 0 { blueprint.hidden as usize } else { 1 }));
-    if comptime!(blueprint.hidden > 0) {
-        let first = tables[entry + 6];
-        let mut at = UNIT_POS;
-        while at < tables[entry + 7] {
-            let mut bits = h[(H_START + first + at) as usize].load();
-            while bits == NO_SUM {
-                bits = h[(H_START + first + at) as usize].load();
-            }
-            hidden[at as usize] = f32::reinterpret(bits);
-            at += units;
-        }
-        sync_cube();
-    }
 
     // Units beyond the last whole line of units have nothing to do.
     let lanes = comptime!(if units < line { 1 } else { units / line });
@@ -462,7 +472,7 @@ fn write_strip<A: Float, Y: Float, N: Size>(
         if starts {
             let mut value = Vector::<f32, N>::new(0.0);
             if comptime!(blueprint.carries) {
-                let first = tables[entry];
+                let first = entry[0];
                 if row == 0 && chunk > first && tables[((at - 1) * ROW_WORDS + 3) as usize] == 0 {
                     value = carry[tile_column as usize];
                 }
@@ -482,7 +492,7 @@ fn write_strip<A: Float, Y: Float, N: Size>(
                     open = false;
                     if comptime!(blueprint.hidden > 0) {
                         let expand = tables[words + 4];
-                        let own = tables[words + 6] - tables[entry + 6];
+                        let own = tables[words + 6] - entry[6];
                         for q in 0..tables[words + 5] {
                             let vector =
                                 Vector::<f32, N>::cast_from(out_pool[((expand + q) * columns + column) as usize]);

@@ -69,8 +69,12 @@ fn number_after(line: &str, prefix: &str) -> u64 {
 const SHARED_SIZE: &str = "// Shared array size: ";
 const SHARED_PLACE: &str = "&dynamic_shared_mem[";
 
-/// Puts shared arrays in the order of their numbers, one after the other. Arrays that overlap, because they are never alive
-/// together, stay where they are.
+/// Bytes that every array starts at a multiple of.
+const SHARED_ALIGNMENT: u64 = 128;
+
+/// Puts shared arrays in the order of their numbers, one after the other. cubecl lays arrays that are never alive together over
+/// each other, and which ones is chance; here they have places of their own, so that a launch may take less shared memory than
+/// the text says, never more.
 fn place_shared_arrays(lines: Vec<&str>) -> Vec<String> {
     let block = |lines: &[&str]| {
         let sized = lines.first()?.starts_with(SHARED_SIZE) && lines.get(1)?.contains(SHARED_PLACE);
@@ -81,15 +85,12 @@ fn place_shared_arrays(lines: Vec<&str>) -> Vec<String> {
         .filter(|at| lines[at - 1].starts_with(SHARED_SIZE) && lines[*at].contains(SHARED_PLACE))
         .map(|at| (at, number_after(lines[at - 1], ", "), number_after(lines[at], SHARED_PLACE)))
         .collect();
-    let end = arrays.iter().map(|(_, size, place)| place + size).max().unwrap_or(0);
-    let disjoint = arrays.iter().map(|(_, size, _)| size).sum::<u64>() == end;
     let mut placed: Vec<String> = lines.into_iter().map(str::to_owned).collect();
-    if disjoint {
-        let mut next = 0;
-        for (at, size, place) in arrays {
-            placed[at] = placed[at].replace(&format!("{SHARED_PLACE}{place}]"), &format!("{SHARED_PLACE}{next}]"));
-            next += size;
-        }
+    let mut next = 0u64;
+    for (at, size, place) in arrays {
+        placed[at] = placed[at].replace(&format!("{SHARED_PLACE}{place}]"), &format!("{SHARED_PLACE}{next}]"));
+        // As far apart as the most demanding array is aligned.
+        next = (next + size).next_multiple_of(SHARED_ALIGNMENT);
     }
     placed
 }
@@ -131,7 +132,7 @@ mod tests {
                    a _tmp_7 = _tmp_9 + _tmp_7;\n";
         let expected = "struct __align__(8) a {\n  x;\n};\nstruct __align__(8) b {\n  x;\n};\nint l_mut_9;\nint l_mut_10;\n\
                         // Shared array size: 8, 32 bytes\nfloat *shared_memory_0 = cast(&dynamic_shared_mem[0]);\n\
-                        // Shared array size: 4, 16 bytes\nfloat *shared_memory_1 = cast(&dynamic_shared_mem[32]);\n\
+                        // Shared array size: 4, 16 bytes\nfloat *shared_memory_1 = cast(&dynamic_shared_mem[128]);\n\
                         a _tmp_0 = _tmp_1 + _tmp_0;\n";
         assert_eq!(stable_source(one), expected);
         assert_eq!(stable_source(expected), expected);
@@ -147,9 +148,11 @@ mod tests {
     }
 
     #[test]
-    fn arrays_that_share_a_place_stay() {
+    fn arrays_that_share_a_place_get_their_own() {
         let source = "// Shared array size: 4, 16 bytes\nfloat *shared_memory_0 = cast(&dynamic_shared_mem[0]);\n\
                       // Shared array size: 4, 16 bytes\nfloat *shared_memory_1 = cast(&dynamic_shared_mem[0]);\n";
-        assert_eq!(stable_source(source), source);
+        let expected = source.replacen("mem[0]", "mem[128]", 2).replacen("mem[128]", "mem[0]", 1);
+        assert_eq!(stable_source(source), expected);
+        assert_eq!(stable_source(&expected), expected);
     }
 }
