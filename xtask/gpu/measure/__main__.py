@@ -1,7 +1,7 @@
 """Checks, tunes and measures flora on a GPU, one program after the other, and writes down everything in one JSON file.
 
-A step that fails does not stop the next. The time budget does: what it leaves no time for is listed as not run. The report
-is written anew after each step, so that whatever ends this program leaves the steps before.
+A step that fails does not stop the next. The time budget does: what it leaves no time for is listed as not run. The
+report is written anew after each step, so that whatever ends this program leaves the steps before.
 """
 
 from __future__ import annotations
@@ -39,9 +39,16 @@ def least(budget: float) -> float:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="the time budget for everything; default 8")
-    parser.add_argument("--out", type=Path, default=FOLDER / "results", help="the folder of the results; default results")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME",
-                        help="run these steps alone, such as conformance-rest or 'layers-*-bf16-*'; may be repeated")
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER / "results", help="the folder of the results; default results"
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run these steps alone, such as conformance-rest or 'layers-*-bf16-*'; may be repeated",
+    )
     parser.add_argument("--device", default="cuda", help="the device as flora names it; default cuda")
     parser.add_argument("--strict", action="store_true", help="fail when a step was not run, too")
     parser.add_argument("--list", action="store_true", help="list the steps and their commands, and run nothing")
@@ -169,7 +176,7 @@ def main() -> int:
         stopped = None
     except program.Stopped as error:
         stopped = str(error)
-        report["steps"] += [not_run(step, stopped) for step in given.steps[len(report["steps"]):]]
+        report["steps"] += [not_run(step, stopped) for step in given.steps[len(report["steps"]) :]]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     report["gpus_afterwards"] = machine.gpus()
@@ -190,7 +197,9 @@ def summarise(report: dict) -> None:
         found = entry.get("tests")
         words = [entry["outcome"].upper().replace("_", " ") if entry["outcome"] != "ok" else "ok"]
         if found:
-            words.append(f"{found['passed']} passed, {len(found['failed'])} failed, {len(found['not_run'])} can't run here")
+            words.append(
+                f"{found['passed']} passed, {len(found['failed'])} failed, {len(found['not_run'])} can't run here"
+            )
         words += [entry["reason"]] if entry["reason"] else []
         if entry["outcome"] == "ok" and entry.get("peer_not_run"):
             words.append(f"PyTorch NOT RUN: {entry['peer_not_run']}")

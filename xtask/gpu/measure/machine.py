@@ -11,8 +11,19 @@ import sys
 from pathlib import Path
 
 GPU_FIELDS = (
-    "name", "uuid", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.max.sm", "clocks.max.mem",
-    "power.draw", "power.limit", "temperature.gpu", "utilization.gpu", "mig.mode.current",
+    "name",
+    "uuid",
+    "driver_version",
+    "memory.total",
+    "memory.used",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+    "utilization.gpu",
+    "mig.mode.current",
 )
 TORCH = """
 import json, torch

@@ -22,7 +22,9 @@ class Stopped(Exception):
     """This program was told to end."""
 
 
-def run(step: Step, command: tuple[str, ...], seconds: float, cut: str, outputs: Path, folder: Path, environment) -> dict:
+def run(
+    step: Step, command: tuple[str, ...], seconds: float, cut: str, outputs: Path, folder: Path, environment
+) -> dict:
     """Runs `command` for at most `seconds`, which ends it with the outcome `cut`; the step's entry in the report.
 
     Standard output and error go to files in `outputs`. A program that the step's own program started ends with it.
@@ -34,7 +36,12 @@ def run(step: Step, command: tuple[str, ...], seconds: float, cut: str, outputs:
     with out.open("wb") as stdout, err.open("wb") as stderr:
         try:
             child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=folder, env=environment,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                cwd=folder,
+                env=environment,
                 start_new_session=True,
             )
         except OSError as error:

@@ -20,8 +20,8 @@ SHAPES = {
 }
 # Segments x tokens of each, every segment with an adapter of its own.
 TOKENS = {"decode": ("32x1", "128x1"), "prefill": ("4x512", "16x128")}
-# (shape, dtype of the activations, format of the base weight or None for the dtype, which tokens, options of the peer or
-# None for no peer). PyTorch has no such quantised weights; what it makes of f16 is in the f16 rows.
+# (shape, dtype of the activations, format of the base weight or None for the dtype, which tokens, options of the peer
+# or None for no peer). PyTorch has no such quantised weights; what it makes of f16 is in the f16 rows.
 LAYERS = (
     ("15b-query", "f16", None, "decode", ""),
     ("15b-query", "f16", None, "prefill", ""),
@@ -74,11 +74,12 @@ class Step:
 def steps(folder: Path, device: str, budget: float) -> list[Step]:
     """The steps, for the programs of `folder`, on `device`, within `budget` seconds."""
     flora, conformance = str(folder / "bin" / "flora"), str(folder / "bin" / "conformance")
-    # The script is named relatively: the command for the peer is one string, in which a blank of the folder would part it.
+    # The script is named relatively: the command for the peer is one string, which a blank of the folder would part.
     peer = [sys.executable, "peers/torch_lora.py", "--device", peer_device(device)]
     first = [
         Step("devices", (flora, "devices", "--json"), "devices", 60, needs=()),
-        # Every lowering in every dtype and weight format, by tensor cores and without. Shown output has what can't run here.
+        # Every lowering in every dtype and weight format, by tensor cores and without. The output that is shown lists
+        # what can't run here.
         Step("conformance-formats", (conformance, "formats::", "--show-output"), "tests", 0.35 * budget),
         Step("conformance-rest", (conformance, "--skip", "formats::", "--show-output"), "tests", 0.25 * budget),
         Step("tune", (flora, "tune", "--device", device, "--json"), "json", 90),
@@ -88,7 +89,14 @@ def steps(folder: Path, device: str, budget: float) -> list[Step]:
 
 
 def layer(
-    flora: str, device: str, peer: list[str], shape: str, dtype: str, weight: str | None, regime: str, options: str | None
+    flora: str,
+    device: str,
+    peer: list[str],
+    shape: str,
+    dtype: str,
+    weight: str | None,
+    regime: str,
+    options: str | None,
 ) -> Step:
     """One call of `flora bench layers`."""
     command = [flora, "bench", "layers", "--device", device, "--json", "--shape", SHAPES[shape]]
@@ -111,8 +119,7 @@ def peer_device(device: str) -> str:
 def chosen(all_steps: list[Step], only: list[str]) -> list[Step]:
     """The steps whose names match one of the patterns, and always the first, on which the others depend."""
     return [
-        step for position, step in enumerate(all_steps)
-        if position == 0 or not only or any(map(step.matches, only))
+        step for position, step in enumerate(all_steps) if position == 0 or not only or any(map(step.matches, only))
     ]
 
 
@@ -121,4 +128,4 @@ def without_peer(command: tuple[str, ...]) -> tuple[str, ...]:
     if "--peer" not in command:
         return command
     at = command.index("--peer")
-    return command[:at] + command[at + 2:]
+    return command[:at] + command[at + 2 :]

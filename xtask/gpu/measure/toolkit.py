@@ -1,9 +1,9 @@
 """Finds CUDA's headers and NVRTC, in a toolkit or among Python's packages, and lays them out as flora expects them.
 
 Kernels are compiled when they are first run: NVRTC is loaded by the name libnvrtc.so, and its headers are looked for in
-`$CUDA_PATH/include`. Packages have neither that name nor that folder, and spread the headers over several, so a folder of
-links is made, in which `lib64` holds NVRTC alone: a whole toolkit on the search path would give PyTorch other libraries than
-the ones that it was built with.
+`$CUDA_PATH/include`. Packages have neither that name nor that folder, and spread the headers over several, so a folder
+of links is made, in which `lib64` holds NVRTC alone: a whole toolkit on the search path would give PyTorch other
+libraries than the ones that it was built with.
 """
 
 from __future__ import annotations
@@ -60,14 +60,16 @@ def lay_out(scratch: Path, sites: list[Path], environment: dict[str, str]) -> di
     # The first place that has everything: headers and compiler should be of one version. Else all that there is.
     places = [(include_folders(root), library_folders(root)) for root in toolkits(environment)]
     places += [package_folders(site) for site in sites]
-    chosen = [(includes, libraries) for includes, libraries in places if libraries and not missing_headers(includes)][:1]
+    chosen = [(includes, libraries) for includes, libraries in places if libraries and not missing_headers(includes)][
+        :1
+    ]
     chosen = chosen or places
     includes = list(dict.fromkeys(folder for folders, _ in chosen for folder in folders))
     libraries = [folder for _, folders in chosen for folder in folders]
 
     include, library = scratch / "include", scratch / "lib64"
     if len(includes) == 1:
-        include.symlink_to(includes[0])
+        include.symlink_to(includes[0].resolve())
     else:
         include.mkdir()
         for folder in includes:

@@ -213,3 +213,65 @@ fn wrong_usage_is_refused() {
     assert_eq!(world.script(true, &[]).env("PYTHON", "/nowhere/python3").status().unwrap().code(), Some(2));
     assert!(!world.root.path().join("gpu/results").exists());
 }
+
+/// Lays out what there is in `root`, a toolkit or the folder of Python's packages, and nothing that this machine has.
+fn lay_out(world: &World, toolkits: &str, sites: &str) -> Value {
+    const PROGRAM: &str = "import json, sys, toolkit; from pathlib import Path as P
+toolkit.toolkits = lambda environment: [P(path) for path in sys.argv[2].split()]
+print(json.dumps(toolkit.lay_out(P(sys.argv[1]), [P(path) for path in sys.argv[3].split()], {'LD_LIBRARY_PATH': '/own'})))";
+    let scratch = world.root.path().join("scratch");
+    let _ = fs::remove_dir_all(&scratch);
+    fs::create_dir(&scratch).unwrap();
+    let mut python = Command::new("python3");
+    python.args(["-c", PROGRAM]).arg(&scratch).args([toolkits, sites]).current_dir(world.root.path());
+    let output = python.env("PYTHONPATH", world.root.path().join("gpu/measure")).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn a_toolkit_is_taken_whole_and_packages_are_put_together() {
+    let Some(world) = World::new() else { return };
+    let at = |name: &str| world.root.path().join(name);
+    let put = |folder: &str, files: &[&str]| {
+        for file in files {
+            let path = at(folder).join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, folder).unwrap();
+        }
+    };
+    let headers = ["include/cuda_runtime.h", "include/cuda_fp16.h", "include/cuda_bf16.h", "include/mma.h"];
+    put("cuda", &headers);
+    put(
+        "cuda",
+        &["include/crt/mma.h", "lib64/libnvrtc.so.13", "lib64/libnvrtc-builtins.so.13.0", "lib64/libcublas.so.13"],
+    );
+    fs::write(at("cuda/include/cuda.h"), "#define CUDA_VERSION 13010\n").unwrap();
+    // Without the headers below crt/, for which there is another package.
+    put("old", &headers);
+    put("site/nvidia/cuda_runtime", &headers);
+    put("site/nvidia/cuda_nvrtc", &["lib/libnvrtc.so.12", "lib/libnvrtc-builtins.so.12.8", "lib/libnvrtc.alt.so.12"]);
+    put("site/triton/backends/nvidia", &["include/crt/mma.h", "include/mma.h"]);
+    let (include, library) = (at("scratch/include"), at("scratch/lib64"));
+
+    let found = lay_out(&world, "old cuda", "site");
+    assert_eq!(found["headers"], serde_json::json!(["cuda/include"]));
+    assert_eq!(found["version"], "13.1");
+    assert_eq!(found["missing_headers"], serde_json::json!([]));
+    assert_eq!(fs::read_to_string(library.join("libnvrtc.so")).unwrap(), "cuda");
+    assert!(!library.join("libcublas.so.13").exists(), "PyTorch keeps its own");
+    let path = found["environment"]["LD_LIBRARY_PATH"].as_str().unwrap();
+    assert!(path.starts_with(&format!("{}:/own", library.display())), "{path}");
+
+    let found = lay_out(&world, "old", "site");
+    assert_eq!(found["missing_headers"], serde_json::json!([]));
+    assert_eq!(fs::read_to_string(include.join("mma.h")).unwrap(), "site/nvidia/cuda_runtime", "the first wins");
+    assert_eq!(fs::read_to_string(include.join("crt/mma.h")).unwrap(), "site/triton/backends/nvidia");
+    assert_eq!(fs::read_to_string(library.join("libnvrtc.so")).unwrap(), "site/nvidia/cuda_nvrtc");
+    assert!(library.join("libnvrtc-builtins.so.12.8").is_file());
+
+    let found = lay_out(&world, "old nowhere", "nowhere");
+    assert_eq!(found["missing_headers"], serde_json::json!(["crt/mma.h"]));
+    assert_eq!(found["nvrtc"], Value::Null);
+    assert_eq!(lay_out(&world, "nowhere", "nowhere")["missing_headers"].as_array().unwrap().len(), 5);
+}
