@@ -223,9 +223,33 @@ impl WithSimd for Dot<'_> {
                 }
             }
         }
-        sums.map(|sums| sums.map(|sum| simd.reduce_sum_f32s(sum)))
+        let mut products = [[0.0; TILE_VECTORS]; TILE_ROWS];
+        for (products, sums) in products.iter_mut().zip(sums) {
+            for (product, sum) in products.iter_mut().zip(sums) {
+                *product = horizontal_sum::<S>(sum);
+            }
+        }
+        products
     }
 }
+
+/// The lanes' sum, halves on halves. In the open, because the library's is not compiled for the instruction set here.
+#[inline(always)]
+fn horizontal_sum<S: Simd>(vector: S::f32s) -> f32 {
+    let mut lanes = [0.0f32; MOST_LANES];
+    lanes[..S::F32_LANES].copy_from_slice(bytemuck::cast_slice(std::slice::from_ref(&vector)));
+    let mut half = S::F32_LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// Lanes of the longest vectors.
+const MOST_LANES: usize = 16;
 
 #[inline(always)]
 fn row_of<S: Simd>(values: &[f32], at: usize, steps: usize) -> &[S::f32s] {

@@ -189,7 +189,7 @@ fn pack_f32<S: Simd>(values: &[f32], k: usize, depth: Range<usize>, columns: Ran
         let mut strips = out.chunks_mut(strip_pitch::<S>());
         let mut whole = row.chunks_exact(width);
         for (row, strip) in whole.by_ref().zip(strips.by_ref()) {
-            strip[at * width..(at + 1) * width].copy_from_slice(row);
+            copy_vectors::<S>(row, &mut strip[at * width..(at + 1) * width]);
         }
         if let (false, Some(strip)) = (whole.remainder().is_empty(), strips.next()) {
             let (own, padding) = strip[at * width..(at + 1) * width].split_at_mut(whole.remainder().len());
@@ -205,7 +205,17 @@ fn scatter<S: Simd>(row: &mut [f32], columns: usize, at: usize, out: &mut [f32])
     let width = strip_columns::<S>();
     row[columns..].fill(0.0);
     for (row, strip) in row.chunks_exact(width).zip(out.chunks_mut(strip_pitch::<S>())) {
-        strip[at * width..(at + 1) * width].copy_from_slice(row);
+        copy_vectors::<S>(row, &mut strip[at * width..(at + 1) * width]);
+    }
+}
+
+/// Copies two vectors without a call to the library, which costs more than they do.
+#[inline(always)]
+fn copy_vectors<S: Simd>(from: &[f32], to: &mut [f32]) {
+    let (from, _) = S::as_simd_f32s(from);
+    let (to, _) = S::as_mut_simd_f32s(to);
+    if let ([one, other], [to_one, to_other]) = (from, to) {
+        (*to_one, *to_other) = (*one, *other);
     }
 }
 
