@@ -194,7 +194,7 @@ fn main() {
         let at = cases.iter().position(|case| case.name == format!("base {} {rows}", Element::F32));
         at.map_or(f64::NAN, |at| median(&own[at]))
     };
-    println!("{}, {} threads, d = k = {}", engine.instruction_set(), rayon::current_num_threads(), SHAPE.d);
+    println!("{}, {} threads, d = k = {}", Engine::instruction_set(), rayon::current_num_threads(), SHAPE.d);
     let best = |times: &[f64]| times.iter().copied().fold(f64::NAN, f64::min);
     println!("{:<32} {:>9} {:>9} {:>9} {:>8} {:>10}", "case", "best ms", "ms", "GFLOP/s", "to base", "gemm crate");
     for (at, case) in cases.iter().enumerate() {

@@ -74,8 +74,13 @@ impl Engine {
         Self { arch, calls: Pool::default(), scratches: Pool::default() }
     }
 
+    /// [`Engine::vectors`] of the best instruction set that this processor has.
+    pub fn instruction_set() -> &'static str {
+        Self::new().vectors()
+    }
+
     /// The vectors that it computes with: "AVX-512", "AVX2 and FMA", "NEON", or "scalar".
-    pub fn instruction_set(&self) -> &'static str {
+    pub fn vectors(&self) -> &'static str {
         struct Name;
         impl WithSimd for Name {
             type Output = &'static str;
