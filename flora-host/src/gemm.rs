@@ -173,14 +173,16 @@ impl<S: Simd> Panel<'_, S> {
             pack_rows(self.frame.simd, self.pass.x, self.pass.in_pool, sources, depth.clone(), x);
             let scaled = rows.iter().any(|row| row.out_slot > 0);
             let scales = scales.floats(if scaled { rows.len() * width } else { 0 });
-            for (row, scales) in rows.iter().zip(scales.chunks_exact_mut(width)) {
+            let all_in_place = whole == self.frame.strips();
+            let needed = rows.iter().zip(scales.chunks_exact_mut(width));
+            for (row, scales) in needed.filter(|(row, _)| row.out_slot > 0 || !all_in_place) {
                 self.frame.out_vector(row.out_slot, scales);
             }
             let sums = sums.floats(block.range.len() * width);
             for (place, row) in places.iter_mut().zip(rows) {
                 *place = (row.row as usize - block.range.start) * width;
             }
-            let (places, scales) = (&places[..rows.len()], scaled.then_some(&*scales));
+            let (places, scales) = (&places[..rows.len()], scaled.then_some((&*scales, rows)));
             strips.multiply(self.frame.simd, Tile { x, depth: depth.len(), places, scales, sums }, products);
         }
         for segment in block.segments {

@@ -1,5 +1,6 @@
 //! A matrix `[depth, columns]` that a tile of rows is multiplied by: where it lies, or packed into strips.
 
+use flora_plan::schedule::VirtualRow;
 use pulp::Simd;
 
 use crate::frame::even_tiles;
@@ -30,8 +31,9 @@ pub(crate) struct Tile<'a> {
     pub(crate) depth: usize,
     /// The first sum of each row.
     pub(crate) places: &'a [usize],
-    /// `[rows, columns]`; `None`: ones.
-    pub(crate) scales: Option<&'a [f32]>,
+    /// `[rows, columns]`, and the rows, of which some may have no scales: their place in columns that are packed holds ones, and in
+    /// others anything. `None`: none has.
+    pub(crate) scales: Option<(&'a [f32], &'a [VirtualRow])>,
     pub(crate) sums: &'a mut [f32],
 }
 
@@ -48,7 +50,8 @@ impl Strips<'_> {
             for (row, (place, products)) in
                 places.iter().zip(products.chunks_exact(products_pitch(in_place))).enumerate()
             {
-                let scales = scales.map(|scales| &scales[row * self.columns..][..in_place]);
+                let own = scales.filter(|(_, rows)| rows[row].out_slot > 0);
+                let scales = own.map(|(scales, _)| &scales[row * self.columns..][..in_place]);
                 add_scaled(simd, &products[..in_place], scales, &mut sums[*place..place + in_place]);
             }
         }
@@ -57,7 +60,7 @@ impl Strips<'_> {
             let weight = Strip { values: &self.packed[(first - in_place) / strip * self.strip_pitch..], pitch: strip };
             for tile in even_tiles(rows, tile_rows::<S>()) {
                 own_places.iter_mut().zip(&places[tile.clone()]).for_each(|(own, place)| *own = place + first);
-                let scales = scales.map(|scales| OutScales {
+                let scales = scales.map(|(scales, _)| OutScales {
                     values: &scales[tile.start * self.columns + first..],
                     pitch: self.columns,
                 });
