@@ -24,7 +24,7 @@ pub(crate) struct Arguments {
 }
 
 /// What the programs were built from, which goes into the report.
-#[derive(Serialize)]
+#[derive(Serialize, PartialEq)]
 struct Build {
     version: &'static str,
     /// `None` outside of a git checkout.
@@ -33,14 +33,17 @@ struct Build {
     modified: Vec<String>,
     rustc: Option<String>,
     architecture: &'static str,
+    /// Whether commit or modified files became others while the programs were built: they are of neither for certain.
+    changed_during_build: bool,
 }
 
 /// Builds the programs and makes the folder.
 pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     let out = arguments.out.clone().unwrap_or_else(|| cargo::root().join("target/gpu"));
+    let before = Build::of_checkout();
     match cargo::build("flora", "conformance") {
         Err(error) => fail(&error),
-        Ok([flora, conformance]) => match leave(&flora, &conformance, &out) {
+        Ok([flora, conformance]) => match leave(&flora, &conformance, before, &out) {
             Err(error) => fail(&error),
             Ok(bytes) => {
                 let megabytes = bytes as f64 * 1e-6;
@@ -57,8 +60,9 @@ fn fail(error: &dyn std::error::Error) -> ExitCode {
 }
 
 /// Makes the folder `out` for two programs; how many bytes it has.
-fn leave(flora: &Path, conformance: &Path, out: &Path) -> Result<u64, folder::FolderError> {
-    let build = serde_json::to_string_pretty(&Build::of_checkout()).unwrap_or_default();
+fn leave(flora: &Path, conformance: &Path, before: Build, out: &Path) -> Result<u64, folder::FolderError> {
+    let changed_during_build = before != Build::of_checkout();
+    let build = serde_json::json!(Build { changed_during_build, ..before }).to_string();
     let (peers, golden) = (cargo::root().join("benches/peers"), cargo::root().join("tests/golden/peft"));
     folder::make(&Contents { flora, conformance, peers: &peers, golden: &golden, build: &build }, out)
 }
@@ -72,6 +76,7 @@ impl Build {
             modified: status.lines().map(|line| line.trim().to_owned()).collect(),
             rustc: said("rustc", &["--version"]),
             architecture: std::env::consts::ARCH,
+            changed_during_build: false,
         }
     }
 }

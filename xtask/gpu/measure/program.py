@@ -61,7 +61,7 @@ def run(
         entry |= judged(step, printed, entry)
     elif entry["exit_code"] is not None:
         failed = entry.get("tests", {}).get("failed")
-        words = f"{', '.join(failed)} failed" if failed else last_line(entry["stderr"] or printed)
+        words = f"{', '.join(failed)} failed" if failed else the_error(entry["stderr"] or printed)
         entry["reason"] = f"exit status {entry['exit_code']}: {words}"
     if "result" not in entry:
         entry["stdout"] = printed[-KEPT:]
@@ -108,6 +108,7 @@ def tests(printed: str) -> dict:
     }
 
 
-def last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip()[:400] if lines else "it printed nothing"
+def the_error(text: str) -> str:
+    """The line that says what was wrong: the first that begins so, else the last."""
+    lines = [line.strip() for line in text.strip().splitlines()] or ["it printed nothing"]
+    return next((line for line in lines if line.lower().startswith("error")), lines[-1])[:400]

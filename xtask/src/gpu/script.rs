@@ -15,7 +15,7 @@ const FLORA: &str = r#"#!/bin/sh
 case "$*" in
     devices*) echo "[{\"id\": \"host\"}, {\"id\": \"${FAKE_DEVICE:-cuda:0}\"}]" ;;
     tune*) echo "{\"path\": \"$FLORA_CONFIG\"}" ;;
-    *q8_0*) echo "it broke" >&2; exit 3 ;;
+    *q8_0*) printf "error: it broke\nusage: flora\n" >&2; exit 3 ;;
     *int8*) echo "no measurement" ;;
     *q4_0*) echo "[]" ;;
     *) echo "[{\"seconds\": 0.001}]" ;;
@@ -123,7 +123,7 @@ fn a_failing_step_is_reported_and_the_next_ones_run() {
     assert_eq!(conformance["tests"]["not_run"][0], "NOT RUN on cuda: bf16: no bf16 buffers");
     let printed = conformance["stdout"].as_str().unwrap();
     assert!(["lora", "include", "lib64"].iter().all(|name| printed.contains(name)), "{printed}");
-    assert_eq!(step(&report, "layers-15b-query-f16-q8_0-decode")["reason"], "exit status 3: it broke");
+    assert_eq!(step(&report, "layers-15b-query-f16-q8_0-decode")["reason"], "exit status 3: error: it broke");
     assert_eq!(step(&report, "layers-15b-query-f16-q8_0-decode")["exit_code"], 3);
     assert_eq!(step(&report, "layers-15b-query-f16-q4_0-decode")["reason"], "no array of layers");
     let layers = step(&report, "layers-15b-query-f16-decode");
