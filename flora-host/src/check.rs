@@ -51,6 +51,8 @@ pub(crate) fn check(
                 limits.packing("row", limits.tokens, &step.rows)?;
                 limits.packing("in-vector", limits.in_slots, &step.shrink)?;
                 limits.packing("out-vector", limits.out_slots, &step.expand)?;
+                consecutive("shrink slots", &step.shrink, &step.expand)?;
+                consecutive("expand slots", &step.expand, &step.shrink)?;
             }
             Step::Finish => {}
         }
@@ -79,6 +81,21 @@ fn slots(what: &'static str, pool: Values<'_>, width: usize) -> Result<u64, Host
         _ if pool.is_empty() => Ok(0),
         _ => Err(HostError::PartialVector { what, width, found: pool.len() }),
     }
+}
+
+/// Whether the slots of a block follow one another, as many as there are in the other packing.
+fn consecutive(what: &'static str, packing: &Packing, other: &Packing) -> Result<(), HostError> {
+    let blocks = |packing: &Packing| packing.block.max(1) as usize;
+    let others = other.index.chunks(blocks(other));
+    for (block, other) in packing.index.chunks(blocks(packing)).zip(others) {
+        let first = block.first().copied().unwrap_or(NO_ROW);
+        for (at, slot) in block.iter().enumerate().filter(|(_, slot)| **slot != NO_ROW) {
+            if other.get(at).is_none_or(|other| *other == NO_ROW) || u64::from(first) + at as u64 != u64::from(*slot) {
+                return Err(HostError::NotRising { what, row: *slot });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// `end` is one past the last.
@@ -112,7 +129,8 @@ impl Limits {
     }
 
     fn scales(&self, scales: &[Scale], first: u32, end: u32) -> Result<(), HostError> {
-        within("virtual row", u64::from(end.max(first)), scales.len() as u64)
+        within("virtual row", u64::from(end), scales.len() as u64)?;
+        within("virtual row", u64::from(first), u64::from(end))
     }
 
     /// Runs of rows that rise and don't overlap.

@@ -37,33 +37,63 @@ pub struct Operands<'a> {
 
 /// The processor, and the memory that it computes in. One engine serves any number of layers and threads; what the largest
 /// call needed is kept until the engine is dropped, and calls that need no more allocate nothing.
-#[derive(Default)]
 pub struct Engine {
+    arch: Arch,
     calls: Pool<CallMemory>,
     scratches: Pool<Scratch>,
 }
 
+impl Default for Engine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Engine {
-    /// An engine without memory; it takes what it needs.
+    /// An engine for the best instruction set that this processor has. It has no memory yet, and takes what it needs.
     pub fn new() -> Self {
-        Self::default()
+        Self::of(Arch::new())
     }
 
-    /// The vectors that this processor computes with: "AVX-512", "AVX2 and FMA", "NEON", or "scalar".
+    /// An engine for every instruction set that this processor has, the best first: to compare them. Their roundings differ.
+    pub fn all() -> Vec<Self> {
+        let best = Self::new();
+        let mut engines = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        if let (Arch::V4(_), Some(avx2)) = (best.arch, pulp::x86::V3::try_new()) {
+            engines.push(Self::of(Arch::V3(avx2)));
+        }
+        if !matches!(best.arch, Arch::Scalar) {
+            engines.push(Self::of(Arch::Scalar));
+        }
+        engines.insert(0, best);
+        engines
+    }
+
+    fn of(arch: Arch) -> Self {
+        Self { arch, calls: Pool::default(), scratches: Pool::default() }
+    }
+
+    /// [`Engine::vectors`] of the best instruction set that this processor has.
     pub fn instruction_set() -> &'static str {
+        Self::new().vectors()
+    }
+
+    /// The vectors that it computes with: "AVX-512", "AVX2 and FMA", "NEON", or "scalar".
+    pub fn vectors(&self) -> &'static str {
         struct Name;
         impl WithSimd for Name {
             type Output = &'static str;
             fn with_simd<S: Simd>(self, _: S) -> &'static str {
                 match (S::IS_SCALAR, S::F32_LANES) {
-                    (true, _) => "scalar",
+                    (true, _) | (_, 1) => "scalar",
                     (_, 16) => "AVX-512",
                     (_, 8) => "AVX2 and FMA",
                     _ => "NEON",
                 }
             }
         }
-        Arch::new().dispatch(Name)
+        self.arch.dispatch(Name)
     }
 
     /// Runs a schedule for x `[tokens, d]` and writes y `[tokens, k]`, row-major. Sums are f32 whatever the types are, and y is
@@ -83,7 +113,7 @@ impl Engine {
         check(operands, schedule, (x.len(), y.len(), residual.map(|residual| residual.len())))?;
         self.calls.lend(|memory| {
             let call = Call { engine: self, operands, schedule, x, y, residual, memory };
-            Arch::new().dispatch(call);
+            self.arch.dispatch(call);
         });
         Ok(())
     }
@@ -103,7 +133,7 @@ impl Engine {
         check_recipe(operands, step, position)?;
         let LayerShape { d, k } = operands.weight.shape();
         let mut made = vec![0.0; d as usize * k as usize];
-        Arch::new().dispatch(Making { engine: self, operands, step, position, out: &mut made });
+        self.arch.dispatch(Making { engine: self, operands, step, position, out: &mut made });
         PackedWeight::from_f32(WeightFormat::default(), operands.weight.shape(), &made).map_err(HostError::NotAWeight)
     }
 }

@@ -55,8 +55,8 @@ pub enum HostError {
         /// How many there are.
         count: u64,
     },
-    /// Rows that don't rise, or are given twice.
-    #[error("the schedule's {what} don't rise at row {row}")]
+    /// Rows or slots that don't rise, or are given twice.
+    #[error("the schedule's {what} don't rise at {row}")]
     NotRising {
         /// Which list.
         what: &'static str,

@@ -11,15 +11,15 @@ use crate::pack::Vectors;
 use crate::workspace::Buffer;
 
 /// Columns of a panel: with a slice's depth a quarter of a second-level cache of 1 MiB.
-const PANEL_COLUMNS: usize = 256;
+pub(crate) const PANEL_COLUMNS: usize = 256;
 
 /// Fewer multiply-adds than this are done before other threads would have woken up.
 pub(crate) const PARALLEL_MACS: u64 = 1 << 18;
 
-/// Does `work` for every panel of `k` columns, on all threads where there is enough to do.
-pub(crate) fn panels<S: Simd>(k: usize, macs: u64, work: impl Fn(Range<usize>) + Sync) {
+/// Does `work` for every panel of `k` columns, at most `widest` each, on all threads where there is enough to do.
+pub(crate) fn panels<S: Simd>(k: usize, widest: usize, macs: u64, work: impl Fn(Range<usize>) + Sync) {
     // Whole strips, and as many panels for every thread as for the others.
-    let count = k.div_ceil(PANEL_COLUMNS).next_multiple_of(rayon::current_num_threads());
+    let count = k.div_ceil(widest).next_multiple_of(rayon::current_num_threads());
     let panel = k.div_ceil(count).max(1).next_multiple_of(strip_columns::<S>());
     let task = |at: usize| work(at * panel..((at + 1) * panel).min(k));
     if macs < PARALLEL_MACS {

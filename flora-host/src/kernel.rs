@@ -25,7 +25,7 @@ pub(crate) const fn strip_columns<S: Simd>() -> usize {
     2 * S::F32_LANES
 }
 
-/// A strip of weight.
+/// A strip of weight, `[depth, strip_columns]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Strip<'a> {
     /// From its first number.
@@ -49,10 +49,8 @@ pub(crate) struct Multiply<'a> {
     pub(crate) x: &'a [f32],
     /// At most [`SLICE`].
     pub(crate) depth: usize,
-    /// `[depth, vectors]`
+    /// `[depth, strip_columns]`
     pub(crate) weight: Strip<'a>,
-    /// 2, or [`vectors_at_once`].
-    pub(crate) vectors: usize,
     /// Where each row's sums begin; as many as the tile has rows, at most [`tile_rows`]. A place may come again.
     pub(crate) places: &'a [usize],
     /// `None`: ones.
@@ -61,21 +59,24 @@ pub(crate) struct Multiply<'a> {
     pub(crate) sums: &'a mut [f32],
 }
 
-/// Vectors of columns that a tile of so many rows takes at once from a weight without gaps between strips: the fewer the rows,
-/// the more columns it takes to keep the multipliers busy, and the longer are the runs that are read from memory.
-pub(crate) const fn vectors_at_once<S: Simd>(rows: usize) -> usize {
-    match (S::REGISTER_COUNT >= 32, rows) {
-        (true, 0..=3) => 8,
-        (true, 4..=6) | (false, 1) => 4,
-        _ => 2,
-    }
-}
-
-/// Calls [`multiply`] with the numbers of rows and of vectors as constants.
-macro_rules! multiply_constants {
-    ($simd:expr, $work:expr, $([$vectors:literal: $($rows:literal)*])*) => {
-        match ($work.places.len(), $work.vectors) {
-            $($(($rows, $vectors) => multiply::<S, $rows, $vectors>($simd, $work),)*)*
+/// Calls a function with the number of rows as a constant.
+macro_rules! with_rows {
+    ($rows:expr, $call:ident $(, $argument:expr)*) => {
+        match $rows {
+            1 => $call::<S, 1>($($argument),*),
+            2 => $call::<S, 2>($($argument),*),
+            3 => $call::<S, 3>($($argument),*),
+            4 => $call::<S, 4>($($argument),*),
+            5 => $call::<S, 5>($($argument),*),
+            6 => $call::<S, 6>($($argument),*),
+            7 => $call::<S, 7>($($argument),*),
+            8 => $call::<S, 8>($($argument),*),
+            9 => $call::<S, 9>($($argument),*),
+            10 => $call::<S, 10>($($argument),*),
+            11 => $call::<S, 11>($($argument),*),
+            12 => $call::<S, 12>($($argument),*),
+            13 => $call::<S, 13>($($argument),*),
+            14 => $call::<S, 14>($($argument),*),
             _ => {}
         }
     };
@@ -88,8 +89,7 @@ impl Multiply<'_> {
     /// Where a slice is shorter than its extents say, or the tile has too many rows.
     #[inline]
     pub(crate) fn run<S: Simd>(self, simd: S) {
-        let (rows, columns) = (self.places.len(), self.vectors * S::F32_LANES);
-        assert!(self.vectors == 2 || self.vectors <= vectors_at_once::<S>(rows));
+        let (rows, columns) = (self.places.len(), strip_columns::<S>());
         if rows == 0 || self.depth == 0 {
             return;
         }
@@ -98,26 +98,23 @@ impl Multiply<'_> {
         assert!(self.weight.values.len() >= (self.depth - 1) * self.weight.pitch + columns);
         assert!(self.places.iter().all(|place| place + columns <= self.sums.len()));
         assert!(self.scales.is_none_or(|scales| scales.values.len() >= (rows - 1) * scales.pitch + columns));
-        multiply_constants!(
-            simd, self,
-            [2: 1 2 3 4 5 6 7 8 9 10 11 12 13 14] [4: 1 2 3 4 5 6] [8: 1 2 3]
-        );
+        with_rows!(rows, multiply, simd, self)
     }
 }
 
 #[inline(always)]
-fn multiply<S: Simd, const ROWS: usize, const VECTORS: usize>(simd: S, work: Multiply<'_>) {
-    struct Work<'a, const ROWS: usize, const VECTORS: usize>(Multiply<'a>);
-    impl<const ROWS: usize, const VECTORS: usize> WithSimd for Work<'_, ROWS, VECTORS> {
+fn multiply<S: Simd, const ROWS: usize>(simd: S, work: Multiply<'_>) {
+    struct Work<'a, const ROWS: usize>(Multiply<'a>);
+    impl<const ROWS: usize> WithSimd for Work<'_, ROWS> {
         type Output = ();
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
-            let Multiply { x, depth, weight, places, scales, sums, .. } = self.0;
+            let Multiply { x, depth, weight, places, scales, sums } = self.0;
             // SAFETY: `Multiply::run` has compared every extent with its slice.
             unsafe {
-                let zero = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
+                let zero = [[simd.splat_f32s(0.0); 2]; ROWS];
                 let weights = Operand { values: weight.values.as_ptr(), pitch: weight.pitch };
-                let own = accumulate(simd, zero, x.as_ptr(), X_PITCH, 1, weights, depth);
+                let own = accumulate::<S, ROWS>(simd, zero, x.as_ptr(), X_PITCH, 1, weights, depth);
                 for (row, own) in own.into_iter().enumerate() {
                     for (half, own) in own.into_iter().enumerate() {
                         let place = sums.as_mut_ptr().add(*places.get_unchecked(row) + half * S::F32_LANES);
@@ -135,7 +132,121 @@ fn multiply<S: Simd, const ROWS: usize, const VECTORS: usize>(simd: S, work: Mul
             }
         }
     }
-    simd.vectorize(Work::<ROWS, VECTORS>(work));
+    simd.vectorize(Work::<ROWS>(work));
+}
+
+/// Depths that [`Sweep`] adds while a sum is in a register.
+const SWEPT_ROWS: usize = 8;
+
+/// `products[row] = x[row] @ weight` for few rows of x, with a weight that is read where it lies, row
+/// by row: long runs of memory, none of it packed or read twice. With [`add_scaled`] the same sums as
+/// [`Multiply`]'s, to the bit.
+pub(crate) struct Sweep<'a> {
+    /// Packed rows, [`X_PITCH`] apart.
+    pub(crate) x: &'a [f32],
+    /// How many.
+    pub(crate) rows: usize,
+    /// At most [`SLICE`].
+    pub(crate) depth: usize,
+    /// `[depth, columns]`
+    pub(crate) weight: Strip<'a>,
+    /// A multiple of [`strip_columns`].
+    pub(crate) columns: usize,
+    /// For `[rows, columns]` products, [`products_pitch`] apart.
+    pub(crate) products: &'a mut [f32],
+}
+
+/// Floats from one row of products to the next: not a multiple of the cache's period.
+pub(crate) const fn products_pitch(columns: usize) -> usize {
+    columns + 16
+}
+
+impl Sweep<'_> {
+    /// Writes the products.
+    ///
+    /// # Panics
+    /// Where a slice is shorter than its extents say.
+    #[inline]
+    pub(crate) fn run<S: Simd>(self, simd: S) {
+        if self.rows == 0 || self.depth == 0 || self.columns == 0 {
+            return self.products.fill(0.0);
+        }
+        assert!(self.depth <= X_PITCH && self.x.len() >= (self.rows - 1) * X_PITCH + self.depth);
+        assert!(self.columns.is_multiple_of(strip_columns::<S>()));
+        assert!(self.weight.values.len() >= (self.depth - 1) * self.weight.pitch + self.columns);
+        assert!(self.products.len() == self.rows * products_pitch(self.columns));
+        simd.vectorize(self);
+    }
+}
+
+impl WithSimd for Sweep<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        self.products.fill(0.0);
+        let whole = self.depth / SWEPT_ROWS * SWEPT_ROWS;
+        for first in (0..whole).step_by(SWEPT_ROWS) {
+            sweep::<S, SWEPT_ROWS>(simd, &mut self, first);
+        }
+        for first in whole..self.depth {
+            sweep::<S, 1>(simd, &mut self, first);
+        }
+    }
+}
+
+#[inline(always)]
+fn sweep<S: Simd, const DEPTHS: usize>(simd: S, work: &mut Sweep<'_>, first: usize) {
+    let Sweep { x, rows, weight, columns, products, .. } = work;
+    for column in (0..*columns).step_by(strip_columns::<S>()) {
+        // SAFETY: `Sweep::run` has compared every extent with its slice, and `first + DEPTHS` is within the depth.
+        unsafe {
+            let weights: [[S::f32s; 2]; DEPTHS] = std::array::from_fn(|depth| {
+                let at = weight.values.as_ptr().add((first + depth) * weight.pitch + column);
+                [load::<S>(at), load::<S>(at.add(S::F32_LANES))]
+            });
+            for row in 0..*rows {
+                let x = x.as_ptr().add(row * X_PITCH + first);
+                let place = products.as_mut_ptr().add(row * products_pitch(*columns) + column);
+                let mut sums = [load::<S>(place), load::<S>(place.add(S::F32_LANES))];
+                for (depth, weights) in weights.into_iter().enumerate() {
+                    let x = simd.splat_f32s(*x.add(depth));
+                    sums[0] = simd.mul_add_e_f32s(x, weights[0], sums[0]);
+                    sums[1] = simd.mul_add_e_f32s(x, weights[1], sums[1]);
+                }
+                store::<S>(place, sums[0]);
+                store::<S>(place.add(S::F32_LANES), sums[1]);
+            }
+        }
+    }
+}
+
+/// `sums += scales ∘ products`, as [`Multiply`] adds them.
+pub(crate) fn add_scaled<S: Simd>(simd: S, products: &[f32], scales: Option<&[f32]>, sums: &mut [f32]) {
+    struct Work<'a> {
+        products: &'a [f32],
+        scales: Option<&'a [f32]>,
+        sums: &'a mut [f32],
+    }
+    impl WithSimd for Work<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let (products, _) = S::as_simd_f32s(self.products);
+            let (sums, _) = S::as_mut_simd_f32s(self.sums);
+            match self.scales {
+                None => sums.iter_mut().zip(products).for_each(|(sum, own)| *sum = simd.add_f32s(*sum, *own)),
+                Some(scales) => {
+                    let (scales, _) = S::as_simd_f32s(scales);
+                    for ((sum, own), scale) in sums.iter_mut().zip(products).zip(scales) {
+                        *sum = simd.mul_add_e_f32s(*own, *scale, *sum);
+                    }
+                }
+            }
+        }
+    }
+    let whole = products.len() / S::F32_LANES * S::F32_LANES;
+    assert!(products.len() == whole && sums.len() == whole && scales.is_none_or(|scales| scales.len() == whole));
+    simd.vectorize(Work { products, scales, sums });
 }
 
 /// A strip of W0 ∘ (offset + Σ_v in_v out_vᵀ), in the form that [`Multiply`] reads; without W0, the sum is added to what is there.
@@ -202,7 +313,7 @@ fn compose_rows<S: Simd, const ROWS: usize>(simd: S, work: &mut Compose<'_>, fir
         let offset = [[simd.splat_f32s(work.offset); 2]; ROWS];
         let outer = Operand { values: work.outer.as_ptr(), pitch: columns };
         let inner = work.inner.as_ptr().add(first);
-        let sums = accumulate(simd, offset, inner, 1, X_PITCH, outer, work.terms);
+        let sums = accumulate::<S, ROWS>(simd, offset, inner, 1, X_PITCH, outer, work.terms);
         for (row, sums) in sums.into_iter().enumerate() {
             for (half, sum) in sums.into_iter().enumerate() {
                 let at = (first + row) * columns + half * S::F32_LANES;
@@ -226,40 +337,26 @@ struct Operand {
 /// `sums[i] += Σ_step left[i · row_pitch + step · step_pitch] · right[step]`, in rising order of the steps.
 ///
 /// # Safety
-/// `left` holds ROWS × `steps` numbers at those pitches, `right` `steps` runs of VECTORS vectors.
+/// `left` holds ROWS × `steps` numbers at those pitches, `right` `steps` pairs of vectors.
 #[inline(always)]
-unsafe fn accumulate<S: Simd, const ROWS: usize, const VECTORS: usize>(
+unsafe fn accumulate<S: Simd, const ROWS: usize>(
     simd: S,
-    mut sums: [[S::f32s; VECTORS]; ROWS],
+    mut sums: [[S::f32s; 2]; ROWS],
     left: *const f32,
     row_pitch: usize,
     step_pitch: usize,
     right: Operand,
     steps: usize,
-) -> [[S::f32s; VECTORS]; ROWS] {
+) -> [[S::f32s; 2]; ROWS] {
     for step in 0..steps {
         // SAFETY: by the caller's promise.
         unsafe {
             let right = right.values.add(step * right.pitch);
-            let right = |at: usize| load::<S>(right.add(at * S::F32_LANES));
-            let left = |row: usize| simd.splat_f32s(*left.add(row * row_pitch + step * step_pitch));
-            // What there is less of stays in registers.
-            if ROWS < VECTORS {
-                let lefts: [S::f32s; ROWS] = std::array::from_fn(left);
-                for at in 0..VECTORS {
-                    let right = right(at);
-                    for row in 0..ROWS {
-                        sums[row][at] = simd.mul_add_e_f32s(lefts[row], right, sums[row][at]);
-                    }
-                }
-            } else {
-                let rights: [S::f32s; VECTORS] = std::array::from_fn(right);
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let left = left(row);
-                    for (sum, right) in sums.iter_mut().zip(rights) {
-                        *sum = simd.mul_add_e_f32s(left, right, *sum);
-                    }
-                }
+            let (one, two) = (load::<S>(right), load::<S>(right.add(S::F32_LANES)));
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let left = simd.splat_f32s(*left.add(row * row_pitch + step * step_pitch));
+                sums[0] = simd.mul_add_e_f32s(left, one, sums[0]);
+                sums[1] = simd.mul_add_e_f32s(left, two, sums[1]);
             }
         }
     }

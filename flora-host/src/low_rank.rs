@@ -7,13 +7,13 @@ use flora_plan::schedule::LowRankRows;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::frame::{Frame, PARALLEL_MACS, even_tiles, panels, scatter};
+use crate::frame::{Frame, PANEL_COLUMNS, PARALLEL_MACS, even_tiles, panels, scatter};
 use crate::gemm::BLOCK_ROWS;
-use crate::kernel::{MOST_TILE_ROWS, Multiply, SLICE, X_PITCH, strip_columns, tile_rows};
+use crate::kernel::{MOST_TILE_ROWS, SLICE, X_PITCH, strip_columns, tile_rows};
 use crate::pack::Vectors;
-use crate::strips::{Piece, Strips};
+use crate::strips::{Strips, Tile};
 use crate::values::{Shared, Values};
-use crate::workspace::{Buffer, Pool, Scratch};
+use crate::workspace::{Pool, Scratch};
 
 /// Rows that are shrunk at a time, each with [`TILE_VECTORS`] vectors: as many sums as stay in the registers.
 const TILE_ROWS: usize = 4;
@@ -78,7 +78,7 @@ pub(crate) fn expand<S: Simd>(
     rows: usize,
     hidden: &[f32],
     sums: &mut [f32],
-    (x, outer, row): (&mut Buffer, &mut Buffer, &mut Buffer),
+    Scratch { x, outer, row, products, .. }: &mut Scratch,
 ) {
     let (rank, strip, width) = (run.rank as usize, strip_columns::<S>(), frame.width());
     let (row, mut places) = (row.floats(width), [0; MOST_TILE_ROWS]);
@@ -106,13 +106,10 @@ pub(crate) fn expand<S: Simd>(
             for (x, row) in x.chunks_exact_mut(X_PITCH).zip(tile.clone()) {
                 x[..ranks.len()].copy_from_slice(&hidden[row * rank..][ranks.clone()]);
             }
-            for Piece { first, vectors, weight } in strips.pieces::<S>(tile.len()) {
-                for (place, row) in places.iter_mut().zip(tile.clone()) {
-                    *place = row * width + first;
-                }
-                let places = &places[..tile.len()];
-                Multiply { x, depth: ranks.len(), weight, vectors, places, scales: None, sums }.run(frame.simd);
-            }
+            places.iter_mut().zip(tile.clone()).for_each(|(place, row)| *place = row * width);
+            let (places, sums) = (&places[..tile.len()], &mut *sums);
+            let tile = Tile { x, depth: ranks.len(), places, scales: None, sums };
+            strips.multiply(frame.simd, tile, products);
         }
     }
 }
@@ -128,16 +125,17 @@ pub(crate) fn expand_all<S: Simd>(
 ) {
     let k = out_pool.width;
     let outputs = Shared::new(outputs);
-    panels::<S>(k, hidden.len() as u64 * k as u64, |columns| {
+    panels::<S>(k, PANEL_COLUMNS, hidden.len() as u64 * k as u64, |columns| {
         let frame = Frame { simd, in_pool, out_pool, columns: columns.clone() };
-        scratches.lend(|Scratch { x, outer, sums, row, .. }| {
+        scratches.lend(|scratch| {
+            let mut buffer = std::mem::take(&mut scratch.sums);
             let mut hidden = hidden;
             for run in runs {
                 let (own, rest) = hidden.split_at(run.rows as usize * run.rank as usize);
                 hidden = rest;
                 for first in (0..run.rows as usize).step_by(BLOCK_ROWS) {
                     let rows = BLOCK_ROWS.min(run.rows as usize - first);
-                    let sums = sums.floats(rows * frame.width());
+                    let sums = buffer.floats(rows * frame.width());
                     // SAFETY: the outputs outlive the call, and no other task has these columns.
                     let output = |row: usize| unsafe {
                         outputs.slice((run.first_row as usize + first + row) * k + columns.start, columns.len())
@@ -146,12 +144,13 @@ pub(crate) fn expand_all<S: Simd>(
                         sums[..columns.len()].copy_from_slice(output(at));
                     }
                     let own = &own[first * run.rank as usize..];
-                    expand(&frame, run, rows, own, sums, (&mut *x, &mut *outer, &mut *row));
+                    expand(&frame, run, rows, own, sums, scratch);
                     for (at, sums) in sums.chunks_exact(frame.width()).enumerate() {
                         output(at).copy_from_slice(&sums[..columns.len()]);
                     }
                 }
             }
+            scratch.sums = buffer;
         });
     });
 }
@@ -224,9 +223,33 @@ impl WithSimd for Dot<'_> {
                 }
             }
         }
-        sums.map(|sums| sums.map(|sum| simd.reduce_sum_f32s(sum)))
+        let mut products = [[0.0; TILE_VECTORS]; TILE_ROWS];
+        for (products, sums) in products.iter_mut().zip(sums) {
+            for (product, sum) in products.iter_mut().zip(sums) {
+                *product = horizontal_sum::<S>(sum);
+            }
+        }
+        products
     }
 }
+
+/// The lanes' sum, halves on halves. In the open, because the library's is not compiled for the instruction set here.
+#[inline(always)]
+fn horizontal_sum<S: Simd>(vector: S::f32s) -> f32 {
+    let mut lanes = [0.0f32; MOST_LANES];
+    lanes[..S::F32_LANES].copy_from_slice(bytemuck::cast_slice(std::slice::from_ref(&vector)));
+    let mut half = S::F32_LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// Lanes of the longest vectors.
+const MOST_LANES: usize = 16;
 
 #[inline(always)]
 fn row_of<S: Simd>(values: &[f32], at: usize, steps: usize) -> &[S::f32s] {

@@ -3,7 +3,7 @@
 use flora_plan::schedule::{Materialised, MaterialisedAdapter, Scale};
 use pulp::Simd;
 
-use crate::frame::{Frame, panels};
+use crate::frame::{Frame, PANEL_COLUMNS, panels};
 use crate::kernel::{SLICE, strip_columns};
 use crate::pack::{Vectors, Weight, pack_panel, strip_pitch};
 use crate::values::Shared;
@@ -45,7 +45,7 @@ pub(crate) fn make<S: Simd>(simd: S, recipe: Recipe<'_>, out: &mut [f32], scratc
     let (d, k) = (recipe.in_pool.width, recipe.out_pool.width);
     let terms = recipe.scales.len() as u64 + u64::from(recipe.rank) + 1;
     let out = Shared::new(out);
-    panels::<S>(k, terms * d as u64 * k as u64, |columns| {
+    panels::<S>(k, PANEL_COLUMNS, terms * d as u64 * k as u64, |columns| {
         let frame = Frame { simd, in_pool: recipe.in_pool, out_pool: recipe.out_pool, columns };
         scratches.lend(|scratch| {
             for first in (0..d).step_by(SLICE) {

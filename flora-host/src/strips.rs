@@ -1,16 +1,20 @@
-//! A matrix `[depth, columns]` as the strips that the kernel multiplies by: where it lies, or packed.
+//! A matrix `[depth, columns]` that a tile of rows is multiplied by: where it lies, or packed into strips.
 
+use flora_plan::schedule::VirtualRow;
 use pulp::Simd;
 
-use crate::kernel::{Strip, strip_columns, vectors_at_once};
+use crate::frame::even_tiles;
+use crate::kernel::{
+    MOST_TILE_ROWS, Multiply, OutScales, Strip, Sweep, X_PITCH, add_scaled, products_pitch, strip_columns, tile_rows,
+};
+use crate::workspace::Buffer;
 
-/// The columns of a panel, the first `whole` where they lie and the others packed.
+/// The columns of a panel, the first `whole` strips of them where they lie and the others packed.
 #[derive(Clone, Copy)]
 pub(crate) struct Strips<'a> {
     /// From the first column on; `pitch` floats from one depth to the next.
     pub(crate) in_place: &'a [f32],
     pub(crate) pitch: usize,
-    /// Whole strips of them.
     pub(crate) whole: usize,
     /// The other strips, one after the other, padded to whole ones.
     pub(crate) packed: &'a [f32],
@@ -20,33 +24,49 @@ pub(crate) struct Strips<'a> {
     pub(crate) columns: usize,
 }
 
-/// Columns that are multiplied at once.
-pub(crate) struct Piece<'a> {
-    pub(crate) first: usize,
-    pub(crate) vectors: usize,
-    pub(crate) weight: Strip<'a>,
+/// A tile of rows and where their sums are.
+pub(crate) struct Tile<'a> {
+    /// Packed rows, [`X_PITCH`] apart.
+    pub(crate) x: &'a [f32],
+    pub(crate) depth: usize,
+    /// The first sum of each row.
+    pub(crate) places: &'a [usize],
+    /// `[rows, columns]`, and the rows, of which some may have no scales: their place in columns that are packed holds ones, and in
+    /// others anything. `None`: none has.
+    pub(crate) scales: Option<(&'a [f32], &'a [VirtualRow])>,
+    pub(crate) sums: &'a mut [f32],
 }
 
-impl<'a> Strips<'a> {
-    /// The columns in pieces that suit a tile of so many rows.
-    pub(crate) fn pieces<S: Simd>(&self, rows: usize) -> impl Iterator<Item = Piece<'a>> {
-        let (strips, strip, most) = (*self, strip_columns::<S>(), vectors_at_once::<S>(rows));
-        let in_place = strips.whole * strip;
-        let mut first = 0;
-        std::iter::from_fn(move || {
-            let own = first;
-            if own >= strips.columns {
-                return None;
+impl Strips<'_> {
+    /// Adds a tile's products to its sums.
+    pub(crate) fn multiply<S: Simd>(&self, simd: S, tile: Tile<'_>, products: &mut Buffer) {
+        let Tile { x, depth, places, scales, sums } = tile;
+        let (strip, rows) = (strip_columns::<S>(), places.len());
+        let in_place = self.whole * strip;
+        if in_place > 0 {
+            let products = products.floats(rows * products_pitch(in_place));
+            let weight = Strip { values: self.in_place, pitch: self.pitch };
+            Sweep { x, rows, depth, weight, columns: in_place, products }.run(simd);
+            for (row, (place, products)) in
+                places.iter().zip(products.chunks_exact(products_pitch(in_place))).enumerate()
+            {
+                let own = scales.filter(|(_, rows)| rows[row].out_slot > 0);
+                let scales = own.map(|(scales, _)| &scales[row * self.columns..][..in_place]);
+                add_scaled(simd, &products[..in_place], scales, &mut sums[*place..place + in_place]);
             }
-            let (vectors, weight) = if own < in_place {
-                let vectors = if in_place - own < most * S::F32_LANES { 2 } else { most };
-                (vectors, Strip { values: &strips.in_place[own..], pitch: strips.pitch })
-            } else {
-                let at = (own - in_place) / strip * strips.strip_pitch;
-                (2, Strip { values: &strips.packed[at..], pitch: strip })
-            };
-            first += vectors * S::F32_LANES;
-            Some(Piece { first: own, vectors, weight })
-        })
+        }
+        let mut own_places = [0; MOST_TILE_ROWS];
+        for first in (in_place..self.columns).step_by(strip) {
+            let weight = Strip { values: &self.packed[(first - in_place) / strip * self.strip_pitch..], pitch: strip };
+            for tile in even_tiles(rows, tile_rows::<S>()) {
+                own_places.iter_mut().zip(&places[tile.clone()]).for_each(|(own, place)| *own = place + first);
+                let scales = scales.map(|(scales, _)| OutScales {
+                    values: &scales[tile.start * self.columns + first..],
+                    pitch: self.columns,
+                });
+                let (x, places) = (&x[tile.start * X_PITCH..], &own_places[..tile.len()]);
+                Multiply { x, depth, weight, places, scales, sums }.run(simd);
+            }
+        }
     }
 }

@@ -45,6 +45,8 @@ pub(crate) struct Scratch {
     pub(crate) scales: Buffer,
     /// The outputs of a block of rows.
     pub(crate) sums: Buffer,
+    /// The products of a tile with a weight that is read where it lies.
+    pub(crate) products: Buffer,
     /// A row of the panel on its way.
     pub(crate) row: Buffer,
 }

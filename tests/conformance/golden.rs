@@ -8,8 +8,10 @@ use flora::runtime::adapters::{AdapterStore, StoreError};
 
 use super::case::{device, plans};
 
+/// The cases' folders: of `FLORA_GOLDEN` where the tests run away from the checkout that they were built in.
 fn cases() -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/peft");
+    let built_in = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/peft");
+    let folder = std::env::var_os("FLORA_GOLDEN").map_or_else(built_in, PathBuf::from);
     let mut cases: Vec<_> =
         folder.read_dir().expect("the golden folder").map(|entry| entry.expect("an entry").path()).collect();
     cases.sort();

@@ -1,7 +1,12 @@
-//! Runs `cargo test` so that its output stays readable and its outcome can be counted.
+//! Runs cargo: its tests, so that the output stays readable and the outcome can be counted, and its builds, so that what
+//! they make is found.
 
+use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use serde::Deserialize;
 
 /// What came of one `cargo test`.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -14,15 +19,80 @@ pub(crate) struct Tally {
     pub(crate) success: bool,
 }
 
-/// `cargo test` for the whole workspace in release, run in its root.
+/// Why a build left nothing to use.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BuildError {
+    #[error("cargo can't be run: {0}")]
+    Cargo(#[from] io::Error),
+    #[error("cargo build failed; see above")]
+    Failed,
+    #[error("cargo built no {0}; is it still a target of the workspace?")]
+    Missing(&'static str),
+}
+
+/// The workspace's root, where every path in it starts.
+pub(crate) fn root() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
+/// A cargo command for the whole workspace in release, run in its root.
 ///
-/// Every suite names the whole workspace and chooses by target or name, so that all share one build: with other packages
+/// Every one names the whole workspace and chooses by target or name, so that all share one build: with other packages
 /// chosen, other features would be on and the dependencies built again.
-pub(crate) fn test(arguments: &[&str]) -> Command {
+fn workspace(subcommand: &str) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
-    command.args(["test", "--workspace", "--release", "--no-fail-fast"]).args(arguments);
+    command.current_dir(root()).args([subcommand, "--workspace", "--release"]);
     command
+}
+
+/// `cargo test`.
+pub(crate) fn test(arguments: &[&str]) -> Command {
+    let mut command = workspace("test");
+    command.arg("--no-fail-fast").args(arguments);
+    command
+}
+
+/// Builds a command and a test; where both lie.
+///
+/// Naming a test brings in what only tests depend on, for the command too: the features are those of [`test`]'s build.
+///
+/// # Errors
+/// When cargo can't be run or fails, or makes one of the two no longer.
+pub(crate) fn build(binary: &'static str, test: &'static str) -> Result<[PathBuf; 2], BuildError> {
+    let mut command = workspace("build");
+    command.args(["--bin", binary, "--test", test, "--message-format=json-render-diagnostics"]);
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+    let mut made = BTreeMap::new();
+    if let Some(stdout) = child.stdout.take() {
+        for line in BufReader::new(stdout).lines() {
+            made.extend(executable(&line?));
+        }
+    }
+    if !child.wait()?.success() {
+        return Err(BuildError::Failed);
+    }
+    let mut taken =
+        |kind: &str, name: &'static str| made.remove(&(kind.into(), name.into())).ok_or(BuildError::Missing(name));
+    Ok([taken("bin", binary)?, taken("test", test)?])
+}
+
+/// A message of cargo about something that it made, as far as it matters here.
+#[derive(Deserialize)]
+struct Artifact {
+    target: Target,
+    executable: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    kind: Vec<String>,
+    name: String,
+}
+
+/// The executable that a line of cargo's messages reports, by its target's kind and name.
+fn executable(line: &str) -> Option<((String, String), PathBuf)> {
+    let Artifact { target, executable } = serde_json::from_str(line).ok()?;
+    Some(((target.kind.into_iter().next()?, target.name), executable?))
 }
 
 /// Runs `command`, passes its output on as it comes and counts the tests in it.
@@ -72,5 +142,19 @@ mod tests {
             tally.add(line);
         }
         assert_eq!(tally, Tally { passed: 11, failed: 2, success: false });
+    }
+
+    #[test]
+    fn executables_are_told_by_kind_and_name() {
+        let artifact = r#"{"reason":"compiler-artifact","target":{"kind":["KIND"],"name":"flora"},"executable":PATH}"#;
+        let found = |kind, path| executable(&artifact.replace("KIND", kind).replace("PATH", path));
+        assert_eq!(found("bin", "\"/t/flora\""), Some((("bin".into(), "flora".into()), PathBuf::from("/t/flora"))));
+        assert_eq!(
+            found("test", "\"/t/flora-1\""),
+            Some((("test".into(), "flora".into()), PathBuf::from("/t/flora-1")))
+        );
+        assert_eq!(found("lib", "null"), None);
+        assert_eq!(executable(r#"{"reason":"build-finished","success":true}"#), None);
+        assert_eq!(executable("   Compiling flora v0.1.0"), None);
     }
 }

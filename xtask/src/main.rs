@@ -3,6 +3,7 @@
 //! One file a task. Each gives the exit code of the process; what to say to people is said by the task itself.
 
 mod cargo;
+mod gpu;
 mod lavapipe;
 mod test;
 
@@ -22,6 +23,8 @@ struct Arguments {
 enum Command {
     /// Runs every test: on the host, on software Vulkan with cooperative matrices, and the fuzz tests for a minute.
     Test(test::Arguments),
+    /// Leaves a folder that checks, tunes and measures flora on a machine with a GPU but no Rust.
+    Gpu(gpu::Arguments),
     /// Runs a program with software Vulkan that has cooperative matrices; also usable as cargo's runner.
     Lavapipe(lavapipe::Arguments),
 }
@@ -29,6 +32,7 @@ enum Command {
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Test(arguments) => test::run(&arguments),
+        Command::Gpu(arguments) => gpu::run(&arguments),
         Command::Lavapipe(arguments) => lavapipe::run(&arguments),
     }
 }

@@ -46,17 +46,22 @@ fn poisoned(problem: &Problem, adapter: &AdapterSlots) -> Problem {
 }
 
 fn check(problem: &Problem) {
-    let engine = Engine::new();
+    for engine in Engine::all() {
+        check_on(problem, &engine);
+    }
+}
+
+fn check_on(problem: &Problem, engine: &Engine) {
     for plan in Plan::unmerged() {
-        let whole = problem.run(&engine, &plan).bits();
+        let whole = problem.run(engine, &plan).bits();
         let mut first = 0;
         for (position, segment) in problem.segments.iter().enumerate() {
             let adapter = &problem.adapters[segment.adapter as usize];
             let rows = segment.rows as usize * problem.shape.k as usize;
             let own = &whole[first..first + rows];
             let name = format!("{} + {}", plan.multiplicative(), plan.additive());
-            assert_eq!(alone(problem, position).run(&engine, &plan).bits(), own, "{name}, alone");
-            let poisoned = poisoned(problem, adapter).run(&engine, &plan).bits();
+            assert_eq!(alone(problem, position).run(engine, &plan).bits(), own, "{name}, alone");
+            let poisoned = poisoned(problem, adapter).run(engine, &plan).bits();
             assert_eq!(&poisoned[first..first + rows], own, "{name}, beside NaN");
             first += rows;
         }

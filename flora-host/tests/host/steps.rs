@@ -47,7 +47,9 @@ proptest! {
     ) {
         let d = if weight.fits(LayerShape { d, k }) { d } else { d.next_multiple_of(32) };
         let problem = Problem::new(LayerShape { d, k }, LayerFormat { activations, adapters, weight, ..LayerFormat::default() }, epilogue, seed);
-        check(&problem, &Engine::new());
+        for engine in Engine::all() {
+            check(&problem, &engine);
+        }
     }
 }
 
