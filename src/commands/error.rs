@@ -7,9 +7,12 @@ use flora::codegen::cost::CoefficientsError;
 use flora::codegen::plan::PlanError;
 use flora::codegen::schedule::ScheduleError;
 use flora::codegen::target::{EmitError, UnknownTarget};
+use flora::codegen::weight::WeightError;
 use flora::runtime::oracle::OracleError;
 use flora::runtime::{BatchError, DeviceError, ProjectionError, StoreError};
 use miette::Diagnostic;
+
+use super::bench::PeerError;
 
 /// An error with its mend, where the message doesn't say it already.
 #[derive(Debug, thiserror::Error, Diagnostic)]
@@ -103,11 +106,13 @@ below!(
     FileError,
     ModelError,
     OracleError,
+    PeerError,
     PlanError,
     ProjectionError,
     ScheduleError,
     StoreError,
     UnknownTarget,
+    WeightError,
     flora_toolchain::CompileError,
     flora_toolchain::FetchError,
 );

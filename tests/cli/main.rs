@@ -2,6 +2,7 @@
 //! Nothing here downloads.
 
 mod answers;
+mod bench;
 mod command;
 mod data;
 mod mistakes;
