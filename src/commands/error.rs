@@ -69,6 +69,9 @@ pub(crate) enum CommandError {
     #[error("the adapters adapt `{module}`, which {model} doesn't have")]
     #[diagnostic(help("use adapters of this model, or choose modules that it has with --targets"))]
     UnknownModule { module: String, model: String },
+    #[error("the base weight of `{module}` of {model} can't be kept as it is stored: {source}")]
+    #[diagnostic(help("--base f32 dequantises it"))]
+    Weight { model: String, module: String, source: WeightError },
     #[error("can't write the output: {0}")]
     Output(std::io::Error),
     #[error("{wrong} of {layers} layers differ from the f64 oracle by more than rounding; the worst is `{worst}`")]

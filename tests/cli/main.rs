@@ -5,5 +5,9 @@ mod answers;
 mod bench;
 mod command;
 mod data;
+#[allow(dead_code, reason = "it can write more than these tests want")]
+#[path = "../../flora-checkpoint/tests/checkpoint/gguf_writer.rs"]
+mod gguf_writer;
 mod mistakes;
+mod stored;
 mod world;
