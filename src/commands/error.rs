@@ -8,6 +8,7 @@ use flora::codegen::plan::PlanError;
 use flora::codegen::schedule::ScheduleError;
 use flora::codegen::target::{EmitError, UnknownTarget};
 use flora::codegen::weight::WeightError;
+use flora::prelude::WeightFormat;
 use flora::runtime::oracle::OracleError;
 use flora::runtime::{BatchError, DeviceError, ProjectionError, StoreError};
 use miette::Diagnostic;
@@ -44,6 +45,12 @@ pub(crate) enum CommandError {
     #[error("`{option}` is for CUDA targets, not for {target}")]
     #[diagnostic(help("use --target cuda:sm_80, cuda:sm_90 or cuda:sm_100"))]
     NotCuda { option: &'static str, target: String },
+    #[error("{format} keeps blocks of 32 inputs and the layer has {d}")]
+    #[diagnostic(help("choose a --d that 32 divides, or --weight int8"))]
+    PartialBlock { format: WeightFormat, d: u32 },
+    #[error("the machine code has defects, {defects} in {kernels} of {launches} kernels")]
+    #[diagnostic(help("they are in the answer, below each kernel's source, or as its `defects` in JSON"))]
+    Defects { defects: usize, kernels: usize, launches: usize },
     #[error("the CUDA compilers are not in the cache folder")]
     #[diagnostic(help("--fetch fetches them (139 MB, once)"))]
     NoCudaCompilers,

@@ -8,6 +8,7 @@ mod data;
 #[allow(dead_code, reason = "it can write more than these tests want")]
 #[path = "../../flora-checkpoint/tests/checkpoint/gguf_writer.rs"]
 mod gguf_writer;
+mod inspect;
 mod mistakes;
 mod stored;
 mod world;
