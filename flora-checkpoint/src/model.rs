@@ -195,14 +195,16 @@ impl Model {
         let stored = self.stored(path)?;
         let values = stored.tensor.to_finite_f32().map_err(|problem| table.error(name, problem))?;
         let values = if stored.rows_are_inputs { values } else { transpose(&values, k, d) };
-        let bias = match &projection.source.bias {
-            None => None,
-            Some(name) => {
-                let bias = projection.source.layout.in_order(table.get(name)?, k);
-                Some(bias.to_finite_f32().map_err(|problem| table.error(name, problem))?)
-            }
-        };
-        Ok(BaseWeight { d, k, values, bias })
+        Ok(BaseWeight { d, k, values, bias: self.bias(path)? })
+    }
+
+    /// The bias `[k]` of the projection at `path`, dequantised, if it has one; NaN and infinities are errors.
+    pub fn bias(&self, path: &str) -> Result<Option<Vec<f32>>, ModelError> {
+        let projection = self.projection(path)?;
+        let Some(name) = &projection.source.bias else { return Ok(None) };
+        let table = &projection.source.table;
+        let bias = projection.source.layout.in_order(table.get(name)?, projection.k);
+        Ok(Some(bias.to_finite_f32().map_err(|problem| table.error(name, problem))?))
     }
 
     /// The weight of the projection at `path` in its own encoding. Costs nothing, except that interleaved rows are copied.

@@ -7,9 +7,13 @@ use flora::codegen::cost::CoefficientsError;
 use flora::codegen::plan::PlanError;
 use flora::codegen::schedule::ScheduleError;
 use flora::codegen::target::{EmitError, UnknownTarget};
+use flora::codegen::weight::WeightError;
+use flora::prelude::WeightFormat;
 use flora::runtime::oracle::OracleError;
 use flora::runtime::{BatchError, DeviceError, ProjectionError, StoreError};
 use miette::Diagnostic;
+
+use super::bench::PeerError;
 
 /// An error with its mend, where the message doesn't say it already.
 #[derive(Debug, thiserror::Error, Diagnostic)]
@@ -41,6 +45,12 @@ pub(crate) enum CommandError {
     #[error("`{option}` is for CUDA targets, not for {target}")]
     #[diagnostic(help("use --target cuda:sm_80, cuda:sm_90 or cuda:sm_100"))]
     NotCuda { option: &'static str, target: String },
+    #[error("{format} keeps blocks of 32 inputs and the layer has {d}")]
+    #[diagnostic(help("choose a --d that 32 divides, or --weight int8"))]
+    PartialBlock { format: WeightFormat, d: u32 },
+    #[error("the machine code has defects, {defects} in {kernels} of {launches} kernels")]
+    #[diagnostic(help("they are in the answer, below each kernel's source, or as its `defects` in JSON"))]
+    Defects { defects: usize, kernels: usize, launches: usize },
     #[error("the CUDA compilers are not in the cache folder")]
     #[diagnostic(help("--fetch fetches them (139 MB, once)"))]
     NoCudaCompilers,
@@ -66,6 +76,9 @@ pub(crate) enum CommandError {
     #[error("the adapters adapt `{module}`, which {model} doesn't have")]
     #[diagnostic(help("use adapters of this model, or choose modules that it has with --targets"))]
     UnknownModule { module: String, model: String },
+    #[error("the base weight of `{module}` of {model} can't be kept as it is stored: {source}")]
+    #[diagnostic(help("--base f32 dequantises it"))]
+    Weight { model: String, module: String, source: WeightError },
     #[error("can't write the output: {0}")]
     Output(std::io::Error),
     #[error("{wrong} of {layers} layers differ from the f64 oracle by more than rounding; the worst is `{worst}`")]
@@ -103,11 +116,13 @@ below!(
     FileError,
     ModelError,
     OracleError,
+    PeerError,
     PlanError,
     ProjectionError,
     ScheduleError,
     StoreError,
     UnknownTarget,
+    WeightError,
     flora_toolchain::CompileError,
     flora_toolchain::FetchError,
 );

@@ -31,6 +31,8 @@ struct Report {
     terms: Vec<String>,
     bias: Option<String>,
     activation: &'static str,
+    /// What is added last.
+    residual: Option<String>,
     lowerings: Vec<LegalLowering>,
 }
 
@@ -65,6 +67,7 @@ fn report(source: String, compiled: &CompiledLayer) -> Report {
         to: step.rule.to_text,
         equation: step.after.clone(),
     });
+    let name = |operand| linear.layer.layer().operands[operand].name.clone();
     let lowerings = parts.iter().flat_map(|part| {
         lowerings_of(*part).map(|row| LegalLowering {
             part: part_name(*part),
@@ -78,8 +81,9 @@ fn report(source: String, compiled: &CompiledLayer) -> Report {
         equation: print_equation(written.layer()),
         derivation: steps.collect(),
         terms: linear.terms.iter().map(|term| term_text(linear, term)).collect(),
-        bias: linear.bias.map(|bias| linear.layer.layer().operands[bias].name.clone()),
+        bias: linear.bias.map(name),
         activation: linear.activation.name(),
+        residual: linear.residual.map(name),
         lowerings: lowerings.collect(),
     }
 }
@@ -95,7 +99,9 @@ fn human(report: &Report, compiled: &CompiledLayer) -> String {
     let mut text = format!("{}\nDerivation\n{}\n", report.source, compiled.derivation);
     text += &format!("Normal form: y = {}( sum of the terms", report.activation);
     text += &report.bias.as_ref().map(|bias| format!(" + {bias}")).unwrap_or_default();
-    text += " )\n";
+    text += " )";
+    text += &report.residual.as_ref().map(|residual| format!(" + {residual}")).unwrap_or_default();
+    text += "\n";
     for term in &report.terms {
         text += &format!("  {}\n", term.replace('\n', "\n  "));
     }

@@ -1,17 +1,15 @@
 //! `flora inspect`: the source of the kernels that a launch would run, and what it compiles to.
 
-use std::collections::BTreeMap;
-
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use flora::codegen::lowering::{Part, lowerings_of};
 use flora::codegen::target::{Capability, EmittedKernel};
 use flora::prelude::*;
-use flora_toolchain::{Architecture, CudaCompiler};
+use flora_toolchain::{Architecture, Class, Compiled, CudaCompiler, Defect, Expectations, MAX_WARPS, Mix, Occupancy};
 use serde::Serialize;
 
 use super::error::CommandError;
-use super::{layer, output};
+use super::{layer, output, types};
 
 /// Print the kernels that a batch would launch
 #[derive(Args)]
@@ -21,7 +19,8 @@ pub(crate) struct Arguments {
     /// cuda:sm_80, cuda:sm_90, cuda:sm_100, wgsl or spirv
     #[arg(long, default_value = "cuda:sm_90")]
     target: String,
-    /// stacked, bmm or segmented; the layer's first legal one unless given
+    /// stacked, on_chip, bmm or merged for what is multiplied into the weight (fLoRA, HiRA, IA3), fused, segmented, bmm or merged for
+    /// what is added (LoRA); the layer's first legal one unless given
     #[arg(long)]
     lowering: Option<String>,
     /// Inputs of the layer
@@ -33,13 +32,26 @@ pub(crate) struct Arguments {
     /// Rank of every adapter
     #[arg(long, default_value = "8", value_parser = RangedU64ValueParser::<u32>::new().range(1..=1024))]
     rank: u32,
-    /// Segments of the batch, each with an adapter of its own
-    #[arg(long, default_value = "4", value_parser = RangedU64ValueParser::<u32>::new().range(1..=256))]
-    segments: u32,
+    /// Segments of the batch, each with an adapter of its own; 4 unless given, 1 for `merged`
+    #[arg(long, value_parser = RangedU64ValueParser::<u32>::new().range(1..=256))]
+    segments: Option<u32>,
     /// Rows of a segment
     #[arg(long, default_value = "16", value_parser = RangedU64ValueParser::<u32>::new().range(1..=4096))]
     rows: u32,
-    /// Compile the CUDA source too: registers, spills, shared memory, instructions
+    /// The type of activations
+    #[arg(long, default_value = "f32", value_parser = types::element())]
+    dtype: Element,
+    /// The type of adapters; that of the activations unless given
+    #[arg(long, value_parser = types::element())]
+    adapter_dtype: Option<Element>,
+    /// The format of the base weight; the type of the activations unless given
+    #[arg(long, value_parser = types::weight_format())]
+    weight: Option<WeightFormat>,
+    /// Let cubes share the depth where the device would be short of work
+    #[arg(long)]
+    split: bool,
+    /// Compile the CUDA source too: registers, spills, shared memory, occupancy, instructions, and what is wrong with them, which is
+    /// an error
     #[arg(long)]
     check: bool,
     /// Fetch the CUDA compilers for --check, if they are missing
@@ -55,59 +67,157 @@ struct Report {
     #[serde(flatten)]
     kernel: EmittedKernel,
     #[serde(skip_serializing_if = "Option::is_none")]
-    compiled: Option<Compiled>,
+    compiled: Option<Checked>,
 }
 
-/// What the machine code of a kernel costs.
+/// What the machine code of a kernel costs, and what is wrong with it.
 #[derive(Serialize)]
-struct Compiled {
-    architecture: Architecture,
-    registers: u32,
-    spill_bytes: u32,
-    shared_bytes: u32,
-    instructions: BTreeMap<String, u32>,
-    global_loads: BTreeMap<String, u32>,
+struct Checked {
+    #[serde(flatten)]
+    code: Compiled,
+    /// `None` where the source doesn't say how it is launched.
+    occupancy: Option<Filling>,
+    defects: Vec<Found>,
+}
+
+#[derive(Serialize)]
+struct Filling {
+    #[serde(flatten)]
+    occupancy: Occupancy,
+    fraction: f64,
+}
+
+#[derive(Serialize)]
+struct Found {
+    #[serde(flatten)]
+    defect: Defect,
+    message: String,
 }
 
 pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
     let compiled = layer::open(&arguments.layer)?.compiled;
     let target: Target = arguments.target.parse()?;
     let plan = plan_of(&arguments.layer, &compiled.parts, arguments.lowering.as_deref())?;
+    let plan = if arguments.split { plan.with_split() } else { plan };
     let compiler = compiler(arguments, target)?;
-    let shape = LayerShape { d: arguments.d, k: arguments.k };
-    let kernels = compiled.emit(
-        target,
-        plan,
-        shape,
-        LayerFormat::default(),
-        arguments.rank,
-        arguments.segments,
-        arguments.rows,
-    )?;
+    let &Arguments { ref layer, d, k, rank, rows, dtype, .. } = arguments;
+    let segments = arguments.segments.unwrap_or(if plan.multiplicative() == Lowering::Merged { 1 } else { 4 });
+    let shape = LayerShape { d, k };
+    let format = LayerFormat {
+        adapters: arguments.adapter_dtype.unwrap_or(dtype),
+        weight: arguments.weight.unwrap_or(WeightFormat::Float(dtype)),
+        ..LayerFormat::uniform(dtype)
+    };
+    if !format.weight.fits(shape) {
+        return Err(CommandError::PartialBlock { format: format.weight, d });
+    }
+    let kernels = compiled.emit(target, plan, shape, format, rank, segments, rows)?;
     let mut reports = Vec::new();
     for kernel in kernels {
         let compiled = match &compiler {
-            Some((compiler, architecture)) => Some(compile(compiler, *architecture, &kernel)?),
+            Some((compiler, architecture)) => {
+                let code = compiler.compile(&kernel.source, *architecture)?;
+                Some(Checked::of(code, expectations(&kernel.name, format, k)))
+            }
             None => None,
         };
         reports.push(Report { kernel, compiled });
     }
     if arguments.json {
-        return output::print_json(&reports);
+        output::print_json(&reports)?;
+        return verdict(&reports);
     }
     let lowerings = match &compiled.parts[..] {
         [] => "base GEMM".to_owned(),
         parts => parts.iter().map(|part| plan.of(*part).name()).collect::<Vec<_>>().join(" + "),
     };
-    let Arguments { layer, d, k, rank, segments, rows, .. } = arguments;
+    let split = if arguments.split { ", split" } else { "" };
+    let launches = match reports.len() {
+        1 => "1 launch".to_owned(),
+        launches => format!("{launches} launches"),
+    };
     let mut text = format!(
-        "// {layer} by {lowerings} for {target}: d {d}, k {k}, {segments} segments of {rows} rows, rank {rank}, {} launches\n",
-        reports.len()
+        "// {layer} by {lowerings}{split} for {target}: d {d}, k {k}, {segments} segments of {rows} rows, rank {rank}, {launches}\n\
+         // activations {}, adapters {}, base weight {}\n",
+        format.activations, format.adapters, format.weight
     );
     for (position, report) in reports.iter().enumerate() {
         text += &human(position + 1, report);
     }
-    output::print(&text)
+    output::print(&text)?;
+    verdict(&reports)
+}
+
+/// An error if some kernel has a defect.
+fn verdict(reports: &[Report]) -> Result<(), CommandError> {
+    let defects = |report: &Report| report.compiled.as_ref().map_or(0, |checked| checked.defects.len());
+    let (defects, kernels) = (reports.iter().map(defects).sum(), reports.iter().filter(|one| defects(one) > 0).count());
+    match defects {
+        0 => Ok(()),
+        _ => Err(CommandError::Defects { defects, kernels, launches: reports.len() }),
+    }
+}
+
+/// What a kernel of that name should compile to.
+fn expectations(name: &str, format: LayerFormat, k: u32) -> Expectations {
+    let multiplies = ["tile", "shrink", "expand"].iter().any(|start| name.starts_with(start));
+    let line_bytes = u64::from(k) * if let WeightFormat::Float(element) = format.weight { element.bytes() } else { 4 };
+    Expectations {
+        half_types: multiplies && format.activations != Element::F32,
+        wide_weight_loads: name.starts_with("tile") && line_bytes % 16 == 0,
+    }
+}
+
+impl Checked {
+    fn of(code: Compiled, expectations: Expectations) -> Self {
+        let occupancy = code.occupancy().ok();
+        let occupancy = occupancy.map(|occupancy| Filling { fraction: occupancy.fraction(), occupancy });
+        let found = |defect: Defect| Found { message: defect.to_string(), defect };
+        let defects = code.defects(expectations).into_iter().map(found).collect();
+        Self { code, occupancy, defects }
+    }
+
+    /// Comments below the source.
+    fn human(&self) -> String {
+        let Self { code, occupancy, defects } = self;
+        let dynamic = code.dynamic_shared_bytes.map_or_else(|| "unknown".to_owned(), |bytes| bytes.to_string());
+        let mut text = format!(
+            "// {}: {} registers, {} bytes spilled, {} + {dynamic} bytes of static and dynamic shared memory\n",
+            code.architecture, code.registers, code.spill_bytes, code.shared_bytes
+        );
+        text += &match occupancy {
+            Some(Filling { occupancy: Occupancy { blocks, warps, limiter }, .. }) => {
+                format!("// occupancy: {blocks} cubes, {warps} of {MAX_WARPS} warps, limited by {limiter}\n")
+            }
+            None => "// occupancy: unknown\n".to_owned(),
+        };
+        text += &format!("// instructions: {}\n", code.mix);
+        text += &match &code.main_loop {
+            Some(main) => {
+                let products = match main.mix.count(Class::TensorCore) {
+                    0 => "without tensor cores",
+                    _ => "on tensor cores",
+                };
+                format!(
+                    "// main loop, {products}, at depth {}: {}\n// loads from global memory around it, by bits: {}\n",
+                    main.depth,
+                    main.mix,
+                    loads(&main.nest)
+                )
+            }
+            None => "// main loop: none multiplies\n".to_owned(),
+        };
+        text += &format!("// loads from global memory, by bits: {}\n", loads(&code.mix));
+        for Found { message, .. } in defects {
+            text += &format!("// DEFECT: {message}\n");
+        }
+        text
+    }
+}
+
+fn loads(mix: &Mix) -> String {
+    let loads: Vec<_> = mix.forms(Class::GlobalLoad).map(|(width, count)| format!("{width}×{count}")).collect();
+    if loads.is_empty() { "none".to_owned() } else { loads.join(" ") }
 }
 
 /// The plan in which every part of the layer that `lowering` can compute is computed by it.
@@ -130,12 +240,15 @@ fn plan_of(layer: &str, parts: &[Part], lowering: Option<&str>) -> Result<Plan, 
     {
         return Err(wrong(wanted.name()));
     }
+    if wanted == Some(Lowering::Merged) {
+        return Ok(Plan::MERGED);
+    }
     let choose = |part, fallback| {
         let first = legal(part).next().unwrap_or(fallback);
         wanted.filter(|wanted| legal(part).any(|lowering| lowering == *wanted)).unwrap_or(first)
     };
     let multiplicative = choose(Part::Multiplicative, Lowering::Stacked);
-    Ok(Plan::new(multiplicative, choose(Part::Additive, Lowering::Segmented))?)
+    Ok(Plan::new(multiplicative, choose(Part::Additive, Lowering::Fused))?)
 }
 
 /// The compilers for --check.
@@ -159,22 +272,6 @@ fn compiler(arguments: &Arguments, target: Target) -> Result<Option<(CudaCompile
     Ok(Some((compiler, architecture)))
 }
 
-fn compile(
-    compiler: &CudaCompiler,
-    architecture: Architecture,
-    kernel: &EmittedKernel,
-) -> Result<Compiled, CommandError> {
-    let compiled = compiler.compile(&kernel.source, architecture)?;
-    Ok(Compiled {
-        architecture,
-        registers: compiled.registers,
-        spill_bytes: compiled.spill_bytes,
-        shared_bytes: compiled.shared_bytes,
-        instructions: compiled.instructions,
-        global_loads: compiled.global_loads,
-    })
-}
-
 fn human(number: usize, Report { kernel, compiled }: &Report) -> String {
     let extents = |[x, y, z]: [u32; 3]| format!("{x} × {y} × {z}");
     let count = kernel.cube_count.map_or_else(|| "as many as the device decides".to_owned(), extents);
@@ -182,18 +279,63 @@ fn human(number: usize, Report { kernel, compiled }: &Report) -> String {
     text += &format!("// cubes of {} units, {count} cubes\n", extents(kernel.cube_dim));
     text += kernel.source.trim_end();
     text += "\n";
-    if let Some(compiled) = compiled {
-        text += &format!(
-            "// {}: {} registers, {} bytes spilled, {} bytes of static shared memory\n",
-            compiled.architecture, compiled.registers, compiled.spill_bytes, compiled.shared_bytes
-        );
-        let counts = |counts: &BTreeMap<String, u32>| {
-            let mut sorted: Vec<_> = counts.iter().collect();
-            sorted.sort_by(|one, other| other.1.cmp(one.1).then(one.0.cmp(other.0)));
-            sorted.into_iter().map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>().join(", ")
-        };
-        text += &format!("// instructions: {}\n", counts(&compiled.instructions));
-        text += &format!("// loads from global memory by bits: {}\n", counts(&compiled.global_loads));
+    if let Some(checked) = compiled {
+        text += &checked.human();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(spill_bytes: u32) -> Report {
+        let code = Compiled {
+            kernel: "tile_of_a_test".to_owned(),
+            architecture: Architecture::Sm90a,
+            registers: 255,
+            spill_bytes,
+            spill_store_bytes: spill_bytes / 2,
+            stack_bytes: spill_bytes,
+            shared_bytes: 0,
+            dynamic_shared_bytes: Some(1024),
+            threads: Some(256),
+            instructions: Default::default(),
+            global_loads: Default::default(),
+            mix: Mix::default(),
+            main_loop: None,
+        };
+        let (cube_dim, cube_count) = ([256, 1, 1], None);
+        let kernel = EmittedKernel { name: code.kernel.clone(), cube_dim, cube_count, source: String::new() };
+        Report { kernel, compiled: Some(Checked::of(code, expectations("reduce", LayerFormat::default(), 8))) }
+    }
+
+    #[test]
+    fn a_defect_is_an_error_after_the_answer() {
+        assert!(verdict(&[report(0)]).is_ok());
+        let reports = [report(0), report(12)];
+        let error = verdict(&reports).expect_err("it spills").to_text();
+        assert!(error.contains("1 in 1 of 2 kernels"), "{error}");
+        let text = human(1, &reports[1]);
+        assert!(
+            text.contains("DEFECT: registers spill") && text.contains("8 of 64 warps, limited by registers"),
+            "{text}"
+        );
+        let json = serde_json::to_value(&reports).expect("JSON");
+        assert_eq!(json[0]["compiled"]["defects"], serde_json::json!([]));
+        assert_eq!(json[1]["compiled"]["defects"][0]["defect"], "spills");
+        assert!(json[1]["compiled"]["defects"][0]["message"].is_string());
+    }
+
+    #[test]
+    fn what_is_expected_depends_on_the_kernel_and_its_types() {
+        let half = LayerFormat::uniform(Element::F16);
+        let both = |half_types, wide_weight_loads| Expectations { half_types, wide_weight_loads };
+        assert_eq!(expectations("tile_x", half, 8), both(true, true));
+        assert_eq!(expectations("tile_x", half, 4), both(true, false));
+        assert_eq!(expectations("tile_x", LayerFormat::default(), 4), both(false, true));
+        assert_eq!(expectations("tile_x", LayerFormat { weight: WeightFormat::Q4_0, ..half }, 4), both(true, true));
+        assert_eq!(expectations("shrink_x", half, 8), both(true, false));
+        assert_eq!(expectations("materialise", half, 8), both(false, false));
+    }
 }

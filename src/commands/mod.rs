@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand, each from its arguments to what it prints.
 
+mod bench;
 mod devices;
 mod error;
 mod explain;
@@ -10,6 +11,7 @@ mod plan;
 mod planner;
 mod run;
 mod tune;
+mod types;
 
 use std::process::ExitCode;
 
@@ -31,6 +33,7 @@ enum Command {
     Plan(plan::Arguments),
     Explain(explain::Arguments),
     Inspect(inspect::Arguments),
+    Bench(bench::Arguments),
 }
 
 /// Runs the command; 0, 1 for an error, 2 for wrong usage.
@@ -42,6 +45,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Plan(arguments) => plan::plan(&arguments),
         Command::Explain(arguments) => explain::explain(&arguments),
         Command::Inspect(arguments) => inspect::inspect(&arguments),
+        Command::Bench(arguments) => bench::bench(&arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

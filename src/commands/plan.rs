@@ -171,14 +171,16 @@ fn row(
     let c2 = coefficients.seconds_per_mac(Kernel::Matmul, batch.tokens);
     let eq7 = eq7(shape, u64::from(rank), c1, c2);
     let candidates = candidates(part, shape, &batch, coefficients);
-    let (chosen, why) = match &candidates[..] {
-        [best, next, ..] => {
+    // Whether a weight is worth merging is no question of one batch; its price is there to be compared with.
+    let mut choices = candidates.iter().filter(|candidate| candidate.lowering != Lowering::Merged);
+    let (chosen, why) = match (choices.next(), choices.next()) {
+        (Some(best), Some(next)) => {
             let times = next.predicted_seconds / best.predicted_seconds;
             (best.lowering, format!("{} takes {times:.2} times as long", next.lowering))
         }
-        [only] => (only.lowering, "there is no other".to_owned()),
+        (Some(only), None) => (only.lowering, "there is no other".to_owned()),
         // Every part has lowerings; see the table.
-        [] => (Lowering::Stacked, "there is none".to_owned()),
+        (None, _) => (Lowering::Stacked, "there is none".to_owned()),
     };
     Row {
         adapter,
@@ -228,6 +230,9 @@ fn human(arguments: &Arguments, coefficients: &Coefficients, plans: &[Row]) -> S
         ]);
     }
     text += &output::lines(&table);
+    if plans.iter().any(|row| row.candidates.iter().any(|candidate| candidate.lowering == Lowering::Merged)) {
+        text += "\nmerged is never chosen for a batch: it needs W_i made and kept, for an adapter that has every batch to itself.";
+    }
     text += "\nEq. 7 at 1 or more: fLoRA by stacked is cheaper than LoRA by bmm. Below the critical rank that holds.\n";
     text
 }

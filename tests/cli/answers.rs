@@ -38,13 +38,28 @@ fn plan_prices_every_lowering() {
         let candidates = array(&row["candidates"]);
         assert_eq!(candidates[0]["lowering"], row["chosen"]);
         assert!(candidates.iter().all(|candidate| candidate["predicted_seconds"].as_f64() > Some(0.0)));
-        let legal = if row["adapter"] == "flora" { ["stacked", "bmm"] } else { ["segmented", "bmm"] };
-        assert!(candidates.iter().all(|candidate| legal.iter().any(|name| candidate["lowering"] == *name)), "{row}");
+        let legal =
+            if row["adapter"] == "flora" { ["bmm", "on_chip", "stacked"] } else { ["bmm", "fused", "segmented"] };
+        let mut found: Vec<_> = candidates.iter().map(|candidate| candidate["lowering"].as_str()).collect();
+        found.sort_unstable();
+        assert_eq!(found, legal.map(Some), "{row}");
     }
     arguments.extend(["--targets", "all"]);
     let shapes: Vec<_> =
         array(&answer(&arguments)).iter().filter(|row| row["rank"] == 1).map(|row| row["layer"].clone()).collect();
     assert!(shapes.contains(&"attn.k, attn.v".into()) && shapes.contains(&"attn.q, attn.c_proj".into()), "{shapes:?}");
+}
+
+#[test]
+fn plan_prices_a_merged_weight_and_never_chooses_it() {
+    let fixed = ["plan", "--model", "starcoder-1b", "--ranks", "4", "--segments", "1", "--device", "host"];
+    for row in array(&answer(fixed.into_iter().chain(["--json"]))) {
+        let candidates = array(&row["candidates"]);
+        assert!(candidates.iter().any(|candidate| candidate["lowering"] == "merged"), "{row}");
+        assert!(row["chosen"] != "merged" && row["why"].as_str().is_some_and(|why| !why.contains("merged")), "{row}");
+    }
+    let text = flora(fixed);
+    assert!(String::from_utf8_lossy(&text.stdout).contains("merged is never chosen"));
 }
 
 #[test]
@@ -68,7 +83,7 @@ fn explain_derives_every_built_in_layer() {
         let explained = answer(["explain", layer, "--json"]);
         has_keys(
             &explained,
-            &["layer", "source", "equation", "derivation", "terms", "bias", "activation", "lowerings"],
+            &["layer", "source", "equation", "derivation", "terms", "bias", "activation", "residual", "lowerings"],
         );
         assert_eq!(array(&explained["lowerings"]).is_empty(), layer == "linear");
         let text = flora(["explain", layer]);
@@ -80,23 +95,15 @@ fn explain_derives_every_built_in_layer() {
         .write("mine.flora", "layer mine(x: input[tokens, D], w0: weight[D, K], l: adapter[K]) { silu(l * (x @ w0)) }");
     let explained = answer([std::ffi::OsStr::new("explain"), file.as_os_str(), "--json".as_ref()]);
     assert_eq!((&explained["layer"], &explained["activation"]), (&"mine".into(), &"silu".into()));
-}
+    assert_eq!(explained["residual"], Value::Null);
 
-#[test]
-fn inspect_prints_every_lowering_for_every_target() {
-    for (target, _) in flora::codegen::target::Target::ALL {
-        for (layer, lowerings) in [("flora", ["stacked", "bmm"]), ("lora", ["segmented", "bmm"])] {
-            for lowering in lowerings {
-                let kernels = answer(["inspect", layer, "--target", target, "--lowering", lowering, "--json"]);
-                assert!(!array(&kernels).is_empty());
-                array(&kernels)
-                    .iter()
-                    .for_each(|kernel| has_keys(kernel, &["name", "cube_dim", "cube_count", "source"]));
-            }
-        }
-    }
-    let kernels = answer(["inspect", "linear", "--json"]);
-    assert_eq!(array(&kernels).len(), 1, "a base GEMM");
+    let operands = "x: input[tokens, D], w0: weight[D, K], l: adapter[K], c: bias[K], before: residual[tokens, K]";
+    let source = format!("layer mine({operands}) {{ silu(l * (x @ w0) + c) + before }}");
+    let file = world.write("residual.flora", &source).to_string_lossy().into_owned();
+    let explained = answer(["explain", &file, "--json"]);
+    assert_eq!((&explained["bias"], &explained["residual"]), (&"c".into(), &"before".into()));
+    let text = String::from_utf8_lossy(&flora(["explain", &file]).stdout).into_owned();
+    assert!(text.contains("y = silu( sum of the terms + c ) + before"), "{text}");
 }
 
 const RUN_KEYS: [&str; 9] =

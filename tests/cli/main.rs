@@ -2,7 +2,13 @@
 //! Nothing here downloads.
 
 mod answers;
+mod bench;
 mod command;
 mod data;
+#[allow(dead_code, reason = "it can write more than these tests want")]
+#[path = "../../flora-checkpoint/tests/checkpoint/gguf_writer.rs"]
+mod gguf_writer;
+mod inspect;
 mod mistakes;
+mod stored;
 mod world;

@@ -123,12 +123,14 @@ fn layers_and_lowerings() {
     let world = World::new();
     refused(["explain", "lorra"], &["no layer `lorra`", "lora"]);
     refused(["inspect", "lorra"], &["no layer `lorra`"]);
-    refused(["inspect", "lora", "--lowering", "stacked"], &["`stacked`", "segmented or bmm"]);
-    refused(["inspect", "flora", "--lowering", "segmented"], &["`segmented`", "stacked or bmm"]);
-    refused(["inspect", "flora", "--lowering", "quickly"], &["`quickly`", "stacked or bmm"]);
+    refused(["inspect", "lora", "--lowering", "stacked"], &["`stacked`", "fused or segmented or bmm or merged"]);
+    refused(["inspect", "flora", "--lowering", "segmented"], &["`segmented`", "stacked or on_chip or bmm or merged"]);
+    refused(["inspect", "flora", "--lowering", "quickly"], &["`quickly`", "stacked or on_chip or bmm or merged"]);
     refused(["inspect", "linear", "--lowering", "bmm"], &["leave --lowering out"]);
     refused(["inspect", "flora", "--target", "metal"], &["`metal`", "cuda:sm_90"]);
     refused(["inspect", "flora", "--target", "wgsl", "--check"], &["--check"]);
+    refused(["inspect", "flora", "--lowering", "merged", "--segments", "2"], &["`merged` serves one adapter"]);
+    refused(["inspect", "flora", "--weight", "q8_0", "--d", "33"], &["blocks of 32", "--weight int8"]);
     // No compilers can be in a cache folder that can't be made.
     refused(["inspect", "flora", "--check"], &["--fetch"]);
 

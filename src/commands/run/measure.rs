@@ -12,7 +12,7 @@ use flora::runtime::{AdapterStore, Buffer, ProjectionError};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::weights::Module;
+use super::weights::{Base, Module};
 use crate::commands::error::CommandError;
 
 /// What came out of one projection.
@@ -21,6 +21,11 @@ pub(super) struct LayerReport {
     pub(super) layer: String,
     pub(super) d: usize,
     pub(super) k: usize,
+    /// The encoding in the model's file, or "random".
+    pub(super) stored: &'static str,
+    /// The format on the device, and its bytes there.
+    pub(super) weight: &'static str,
+    pub(super) base_bytes: u64,
     pub(super) lowerings: Lowerings,
     pub(super) seconds: f64,
     pub(super) base_seconds: f64,
@@ -39,37 +44,55 @@ pub(super) struct Lowerings {
 /// Outputs that are computed again for every sampled row, spread over the width.
 const COLUMNS: usize = 12;
 
+/// What all projections of a run have in common.
+pub(super) struct Setting<'a> {
+    pub(super) device: &'a Device,
+    pub(super) planner: &'a Planner,
+    pub(super) store: &'a AdapterStore,
+    pub(super) batch: &'a Batch,
+    /// The type of activations and adapters.
+    pub(super) dtype: Element,
+    pub(super) repetitions: usize,
+}
+
 /// Runs the batch through one projection; also returns its output, `[rows, k]`.
-#[expect(clippy::too_many_arguments, reason = "everything that a run holds")]
 pub(super) fn measure(
-    device: &Device,
-    planner: &Planner,
-    store: &AdapterStore,
-    batch: &Batch,
+    setting: &Setting,
     module: &Module,
-    base: &BaseWeight,
-    x: &[f32],
-    repetitions: usize,
+    base: &Base,
+    mut x: Vec<f32>,
 ) -> Result<(LayerReport, Vec<f32>), CommandError> {
-    let adapters = store.fold(&module.path, base)?;
-    let shape = LayerShape { d: extent(base.d)?, k: extent(base.k)? };
-    let mut projection = Projection::new(device, shape, &base.values, base.bias.as_deref(), Activation::Identity)?;
+    let Setting { device, planner, store, batch, dtype, repetitions } = *setting;
+    let Base { stored, packed, decoded } = base;
+    let adapters = store.fold(&module.path, decoded)?;
+    let options = ProjectionOptions {
+        bias: decoded.bias.as_deref(),
+        activations: dtype,
+        adapters: dtype,
+        ..ProjectionOptions::default()
+    };
+    let mut projection = Projection::from_packed(device, packed, options)?;
     projection.load(adapters.iter().map(|(name, loaded)| (*name, loaded.as_ref().map(|loaded| &loaded.folded))))?;
-    let batch_shape = projection.batch_shape(batch)?;
-    let plan = planner.plan(shape, &batch_shape, base.bias.is_some());
+    let (shape, batch_shape) = (projection.shape(), projection.batch_shape(batch)?);
+    let plan = planner.plan(shape, &batch_shape, decoded.bias.is_some());
     let schedule = projection.schedule(batch, &plan)?;
     let base_gemm = Schedule::base_gemm(shape, schedule.tokens()).map_err(ProjectionError::from)?;
 
-    let x_on_device = device.upload(x)?;
+    // The oracle gets what the device has.
+    x.iter_mut().for_each(|value| *value = dtype.round(*value));
+    let x_on_device = device.upload_as(&x, dtype)?;
     let y = device.read(&projection.execute(&schedule, &x_on_device, None)?)?;
     let [seconds, base_seconds] = time(device, &projection, [&schedule, &base_gemm], &x_on_device, repetitions)?;
 
-    let deviation = deviation(store, &adapters, batch, shape, base, x, &y)?;
+    let deviation = deviation(setting, &projection, &adapters, decoded, &x, &y)?;
     let used = |tokens: u64, lowering| (tokens > 0).then_some(lowering);
     let report = LayerReport {
         layer: module.path.clone(),
-        d: base.d,
-        k: base.k,
+        d: decoded.d,
+        k: decoded.k,
+        stored,
+        weight: packed.format().name(),
+        base_bytes: packed.format().bytes(shape),
         lowerings: Lowerings {
             multiplicative: used(batch_shape.multiplicative.tokens, plan.of(Part::Multiplicative)),
             additive: used(batch_shape.additive.tokens + batch_shape.scaled_additive.tokens, plan.of(Part::Additive)),
@@ -81,12 +104,6 @@ pub(super) fn measure(
         right: deviation.is_rounding(),
     };
     Ok((report, y))
-}
-
-fn extent(extent: usize) -> Result<u32, CommandError> {
-    let limit = u64::from(u32::MAX);
-    let too_many = |_| CommandError::TooMany { what: "the extents of a base weight", found: extent as u64, limit };
-    u32::try_from(extent).map_err(too_many)
 }
 
 /// The median seconds of each schedule, run in turn so that what disturbs one disturbs the other.
@@ -122,10 +139,9 @@ type Adapters<'a> = std::collections::BTreeMap<&'a str, Option<flora::runtime::L
 
 /// The worst deviation of the first, middle and last row of every segment.
 fn deviation(
-    store: &AdapterStore,
+    Setting { store, batch, .. }: &Setting,
+    projection: &Projection,
     adapters: &Adapters,
-    batch: &Batch,
-    shape: LayerShape,
     base: &BaseWeight,
     x: &[f32],
     y: &[f32],
@@ -152,8 +168,8 @@ fn deviation(
             },
         };
         let sample = Sample {
-            shape,
-            format: LayerFormat::default(),
+            shape: projection.shape(),
+            format: projection.operands().format,
             base_weight: &base.values,
             bias: base.bias.as_deref(),
             residual: None,

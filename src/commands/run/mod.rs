@@ -16,11 +16,12 @@ use flora::prelude::*;
 use flora::runtime::AdapterStore;
 
 use super::error::CommandError;
-use super::{output, planner};
+use super::{output, planner, types};
 use crate::models::is_target;
 use inputs::Inputs;
+use measure::Setting;
 use report::Report;
-use weights::{Module, Weights};
+use weights::{BaseForm, Module, Weights};
 
 /// Run a batch of mixed adapters through a model's projections and check it
 #[derive(Args)]
@@ -49,6 +50,12 @@ pub(crate) struct Arguments {
     /// Only the modules whose path ends so, separated by commas
     #[arg(long, value_delimiter = ',')]
     targets: Vec<String>,
+    /// The form in which the device keeps base weights
+    #[arg(long, value_enum, default_value = "stored")]
+    base: BaseForm,
+    /// The type of activations and adapters
+    #[arg(long, default_value = "f32", value_parser = types::element())]
+    dtype: Element,
     /// The device, as `flora devices` lists it
     #[arg(long, default_value = "auto")]
     device: String,
@@ -85,13 +92,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), CommandError> {
     };
     let (planner, coefficients) = planner::for_device(&device)?;
 
+    let (dtype, repetitions) = (arguments.dtype, arguments.repetitions);
+    let setting = Setting { device: &device, planner: &planner, store: &store, batch: &batch, dtype, repetitions };
     let bar = output::progress(modules.len(), "running");
     let mut layers = Vec::with_capacity(modules.len());
     let mut outputs = BTreeMap::new();
     for module in &modules {
         let x = inputs.take(module);
-        let base = weights.weight(&module.path)?;
-        let (layer, y) = measure::measure(&device, &planner, &store, &batch, module, &base, &x, arguments.repetitions)?;
+        let base = weights.base(&module.path, arguments.base, &device)?;
+        let (layer, y) = measure::measure(&setting, module, &base, x)?;
         layers.push(layer);
         if arguments.outputs.is_some() {
             outputs.insert(module.path.clone(), Matrix { rows, columns: module.k, values: y });
@@ -102,7 +111,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), CommandError> {
     if let Some(path) = &arguments.outputs {
         write_matrices(path, &outputs)?;
     }
-    let report = Report::new(&device, &weights, coefficients, &store, &batch, rows, arguments.repetitions, layers);
+    let report = Report::new(&setting, &weights, coefficients, rows, layers);
     if arguments.json {
         output::print_json(&report)?;
     } else {

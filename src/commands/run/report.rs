@@ -2,12 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use flora::prelude::*;
-use flora::runtime::AdapterStore;
 use flora::runtime::oracle::Deviation;
 use serde::Serialize;
 
-use super::measure::{LayerReport, Lowerings};
+use super::measure::{LayerReport, Lowerings, Setting};
 use super::weights::Weights;
 use crate::commands::error::CommandError;
 use crate::commands::output;
@@ -25,6 +23,8 @@ pub(super) struct Report {
     segments: usize,
     adapters: BTreeMap<&'static str, usize>,
     repetitions: usize,
+    dtype: &'static str,
+    base: Vec<Form>,
     max_relative_error: f64,
     max_rounding_units: f64,
     seconds: f64,
@@ -33,16 +33,50 @@ pub(super) struct Report {
     layers: Vec<LayerReport>,
 }
 
+/// Base weights of one form.
+#[derive(Debug, Serialize)]
+struct Form {
+    stored: &'static str,
+    weight: &'static str,
+    layers: usize,
+    bytes: u64,
+}
+
+/// The forms in which base weights are kept, the one with most layers first.
+fn forms(layers: &[LayerReport]) -> Vec<Form> {
+    let mut forms: Vec<Form> = Vec::new();
+    for &LayerReport { stored, weight, base_bytes, .. } in layers {
+        match forms.iter_mut().find(|form| (form.stored, form.weight) == (stored, weight)) {
+            Some(form) => {
+                form.layers += 1;
+                form.bytes += base_bytes;
+            }
+            None => forms.push(Form { stored, weight, layers: 1, bytes: base_bytes }),
+        }
+    }
+    forms.sort_by_key(|form| std::cmp::Reverse(form.layers));
+    forms
+}
+
+impl Form {
+    fn human(&self) -> String {
+        let Self { stored, weight, layers, bytes } = self;
+        let form = match (stored.eq_ignore_ascii_case(weight), *weight) {
+            (true, _) => format!("{weight} as stored"),
+            (false, weight) if *stored == "random" => format!("{weight}, random"),
+            (false, weight) => format!("{stored} dequantised to {weight}"),
+        };
+        let plural = if *layers == 1 { "" } else { "s" };
+        format!("{form}: {layers} layer{plural}, {}", output::bytes(*bytes))
+    }
+}
+
 impl Report {
-    #[expect(clippy::too_many_arguments, reason = "everything that a run holds")]
     pub(super) fn new(
-        device: &Device,
+        Setting { device, store, batch, dtype, repetitions, .. }: &Setting,
         weights: &Weights,
         coefficients: &'static str,
-        store: &AdapterStore,
-        batch: &Batch,
         rows: usize,
-        repetitions: usize,
         layers: Vec<LayerReport>,
     ) -> Self {
         let worst = worst(layers.iter());
@@ -55,7 +89,9 @@ impl Report {
             rows,
             segments: batch.segments().len(),
             adapters: store.kinds().into_iter().map(|(kind, count)| (kind.name(), count)).collect(),
-            repetitions,
+            repetitions: *repetitions,
+            dtype: dtype.name(),
+            base: forms(&layers),
             max_relative_error: worst.relative_error,
             max_rounding_units: worst.rounding_units,
             seconds: layers.iter().map(|layer| layer.seconds).sum(),
@@ -94,7 +130,10 @@ impl Report {
         let adapters = self.adapters.iter().map(|(kind, count)| format!("{count} {kind}")).collect::<Vec<_>>();
         let adapters = if adapters.is_empty() { "none".to_owned() } else { adapters.join(", ") };
         let mut text = format!("model     {} ({} weights)\n", self.model, self.weights);
-        text += &format!("device    {} ({})\n", self.device_name, self.device);
+        for (position, form) in self.base.iter().enumerate() {
+            text += &format!("{:<10}{}\n", if position == 0 { "base" } else { "" }, form.human());
+        }
+        text += &format!("device    {} ({}), in {}\n", self.device_name, self.device, self.dtype);
         text += &format!("batch     {} requests, {} rows\nadapters  {adapters}\n\n", self.segments, self.rows);
 
         let columns =

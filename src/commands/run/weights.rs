@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use flora::checkpoint::{BaseWeight, Model, ModelError};
+use clap::ValueEnum;
+use flora::checkpoint::{BaseWeight, Encoding, Model, ModelError};
+use flora::prelude::*;
 
 use super::samples::{self, Random};
 use crate::commands::error::CommandError;
@@ -20,6 +22,35 @@ pub(super) struct Module {
     pub(super) k: usize,
     /// Whether the layer has a bias.
     pub(super) has_bias: bool,
+}
+
+/// The form in which a device keeps base weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum BaseForm {
+    /// As the model's file has them, where the device can decode that as it multiplies
+    Stored,
+    /// Dequantised
+    F32,
+}
+
+/// The encodings that are kept as they are.
+const KEPT: [(Encoding, WeightFormat); 6] = [
+    (Encoding::F32, WeightFormat::Float(Element::F32)),
+    (Encoding::F16, WeightFormat::Float(Element::F16)),
+    (Encoding::BF16, WeightFormat::Float(Element::Bf16)),
+    (Encoding::Q8_0, WeightFormat::Q8_0),
+    (Encoding::Q4_0, WeightFormat::Q4_0),
+    (Encoding::Q4_1, WeightFormat::Q4_1),
+];
+
+/// The weight of one projection.
+pub(super) struct Base {
+    /// How the file has it; "random" where there is none.
+    pub(super) stored: &'static str,
+    /// What goes to the device.
+    pub(super) packed: PackedWeight,
+    /// The numbers that it decodes to, for the oracle and for adapters that are made of them; forgotten with the projection.
+    pub(super) decoded: BaseWeight,
 }
 
 /// Where base weights come from.
@@ -106,8 +137,37 @@ impl Weights {
         }
     }
 
-    /// The weight of one projection.
-    pub(super) fn weight(&self, path: &str) -> Result<BaseWeight, ModelError> {
+    /// The weight of one projection, for `device` in the form that is asked for.
+    pub(super) fn base(&self, path: &str, form: BaseForm, device: &Device) -> Result<Base, CommandError> {
+        let (stored, format) = match self {
+            Self::Seeded { .. } => ("random", WeightFormat::default()),
+            Self::Stored(model) => {
+                let encoding = model.projection(path)?.encoding;
+                (encoding.name(), format(encoding, form, device))
+            }
+        };
+        let unusable = |source| {
+            let (model, module) = (self.name().to_owned(), path.to_owned());
+            CommandError::Weight { model, module, source }
+        };
+        if let (Self::Stored(model), Some(_)) = (self, format.quantisation()) {
+            let blocks = model.stored(path)?;
+            // Rows that are inputs never come in blocks; were it otherwise, they would be dequantised below.
+            if let ([k, d], false) = (blocks.tensor.shape(), blocks.rows_are_inputs) {
+                let shape = LayerShape { d: extent(*d)?, k: extent(*k)? };
+                let packed = PackedWeight::from_blocks(format, shape, blocks.tensor.bytes()).map_err(unusable)?;
+                let decoded = BaseWeight { d: *d, k: *k, values: packed.to_f32(), bias: model.bias(path)? };
+                return Ok(Base { stored, packed, decoded });
+            }
+        }
+        let decoded = self.dequantised(path)?;
+        let shape = LayerShape { d: extent(decoded.d)?, k: extent(decoded.k)? };
+        let format = if format.quantisation().is_some() { WeightFormat::default() } else { format };
+        let packed = PackedWeight::from_f32(format, shape, &decoded.values).map_err(unusable)?;
+        Ok(Base { stored, packed, decoded })
+    }
+
+    fn dequantised(&self, path: &str) -> Result<BaseWeight, ModelError> {
         match self {
             Self::Stored(model) => model.weight(path),
             Self::Seeded { modules, seed } => {
@@ -123,4 +183,23 @@ impl Weights {
             }
         }
     }
+}
+
+/// What becomes of an encoding: f32 where it isn't kept, or where the device has no such buffers.
+fn format(encoding: Encoding, form: BaseForm, device: &Device) -> WeightFormat {
+    let kept = KEPT.iter().find(|(kept, _)| *kept == encoding).map(|(_, format)| *format);
+    let has = |format: &WeightFormat| match format {
+        WeightFormat::Float(element) => device.info().element_types.iter().any(|name| name == element.name()),
+        _ => true,
+    };
+    match form {
+        BaseForm::Stored => kept.filter(has).unwrap_or_default(),
+        BaseForm::F32 => WeightFormat::default(),
+    }
+}
+
+fn extent(extent: usize) -> Result<u32, CommandError> {
+    let limit = u64::from(u32::MAX);
+    let too_many = |_| CommandError::TooMany { what: "the extents of a base weight", found: extent as u64, limit };
+    u32::try_from(extent).map_err(too_many)
 }

@@ -1,0 +1,31 @@
+//! `flora bench`: measured tables.
+
+mod case;
+mod layers;
+mod peaks;
+mod peer;
+mod report;
+mod timed;
+
+use clap::{Args, Subcommand};
+
+use super::error::CommandError;
+pub(crate) use peer::PeerError;
+
+/// Measure, and compare with other programs
+#[derive(Args)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    table: Table,
+}
+
+#[derive(Subcommand)]
+enum Table {
+    Layers(layers::Arguments),
+}
+
+pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
+    match &arguments.table {
+        Table::Layers(arguments) => layers::layers(arguments),
+    }
+}

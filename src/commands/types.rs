@@ -1,0 +1,25 @@
+//! Types and lowerings as arguments: the names that the crates below give them.
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use flora::codegen::lowering::TABLE;
+use flora::prelude::*;
+
+/// Parses the name of an element type.
+pub(crate) fn element() -> impl TypedValueParser<Value = Element> {
+    let named = |name: String| Element::ALL.into_iter().find(|element| element.name() == name);
+    PossibleValuesParser::new(Element::ALL.map(Element::name)).try_map(move |name| named(name).ok_or("no such type"))
+}
+
+/// Parses the name of a weight format.
+pub(crate) fn weight_format() -> impl TypedValueParser<Value = WeightFormat> {
+    PossibleValuesParser::new(WeightFormat::ALL.map(|(name, _)| name))
+        .try_map(|name| WeightFormat::from_name(&name).ok_or("no such format"))
+}
+
+/// Parses the name of a lowering.
+pub(crate) fn lowering() -> impl TypedValueParser<Value = Lowering> {
+    let mut names: Vec<_> = TABLE.iter().map(|row| row.lowering.name()).collect();
+    let mut seen = std::collections::BTreeSet::new();
+    names.retain(|name| seen.insert(*name));
+    PossibleValuesParser::new(names).try_map(|name| Lowering::from_name(&name).ok_or("no such lowering"))
+}
