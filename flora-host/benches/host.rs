@@ -1,7 +1,7 @@
 //! Every lowering against the base GEMM of as many rows, and that against the `gemm` crate. The runs of all cases take turns, so
 //! that whatever else the machine does falls on all of them; medians are printed.
 //!
-//! `cargo bench -p flora-host -- [rounds] [filter]`
+//! `cargo bench -p flora-host --bench host -- [rounds] [filter]`, where a filter is parts of names, with `|` between them.
 
 use std::time::Instant;
 
@@ -140,7 +140,7 @@ fn main() {
                 .skip(1)
                 .flat_map(|(_, format)| [1, 32, 256].map(|rows| Case::base(rows, format))),
         )
-        .filter(|case| case.name.contains(&filter))
+        .filter(|case| filter.split('|').any(|part| case.name.contains(part)))
         .collect();
 
     let (d, k) = (SHAPE.d as usize, SHAPE.k as usize);
