@@ -8,5 +8,6 @@ pub mod launch;
 pub mod pipeline;
 pub mod routine;
 pub mod target;
+pub mod traffic;
 
 pub use flora_plan::{batch, cost, layer, lowering, plan, schedule, weight};

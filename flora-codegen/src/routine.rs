@@ -25,6 +25,9 @@ pub struct Hardware {
     pub vector: usize,
     /// Multiprocessors; where the device doesn't tell, what a small GPU has.
     pub multiprocessors: u32,
+    /// Bytes of the cache that all multiprocessors share: less than the least of the cards that tell how many those are (40 MiB
+    /// on an A100), little where nothing is known.
+    pub cache_bytes: u64,
     /// The fragment of each half type that sums in f32.
     fragments: [Option<Multiply>; 3],
 }
@@ -60,6 +63,7 @@ impl Hardware {
             units: properties.hardware.max_units_per_cube,
             vector: properties.hardware.max_vector_size,
             multiprocessors: properties.hardware.num_streaming_multiprocessors.unwrap_or(16),
+            cache_bytes: if properties.hardware.num_streaming_multiprocessors.is_some() { 32 << 20 } else { 1 << 20 },
             fragments: Element::ALL.map(fragment),
         }
     }
@@ -315,7 +319,7 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
     let on_chip = rows.groups.iter().any(|group| group.unscaled > 0 || group.first_scale < group.end_scale);
     let longest = rows.groups.iter().map(|group| group.end - group.first).max().unwrap_or(0);
     let widest = widest(&rows.rows);
-    let splits = if wanted.splits && !on_chip && !wanted.accumulate { hardware.splits(shape) } else { 1 };
+    let splits = if wanted.splits && !wanted.accumulate { hardware.splits(shape) } else { 1 };
     let highest_rank = rows.rows.iter().map(|row| row.rank).max().unwrap_or(0);
     let blueprint = TileBlueprint {
         multiply: hardware.multiply(format),
@@ -464,3 +468,85 @@ fn cut(rows: &Rows, blueprint: &TileBlueprint, tables: &mut Vec<u32>) {
 }
 
 const _: () = assert!(RANK_CHUNK == TASK_SIDE);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::target::{Capability, hardware};
+
+    /// Virtual rows of output rows with these widths, and a low-rank sum of `rank` on every second output row.
+    fn gemm_of(widths: &[u32], rank: u32) -> Gemm {
+        let mut gemm = Gemm::default();
+        for (row, width) in widths.iter().enumerate() {
+            let row = row as u32;
+            gemm.rows.extend((0..*width).map(|at| VirtualRow {
+                row,
+                in_slot: 1,
+                out_slot: 1,
+                last: u32::from(at + 1 == *width),
+            }));
+            if row % 2 == 1 && rank > 0 {
+                gemm.low_rank.push(LowRankRows {
+                    first_row: row,
+                    rows: 1,
+                    shrink: row * rank,
+                    expand: row * rank,
+                    rank,
+                });
+            }
+        }
+        gemm
+    }
+
+    #[test]
+    fn items_are_whole_rows_and_cover_all() {
+        let hardware = hardware(Capability::Sm90);
+        for activations in [Element::F32, Element::F16] {
+            for widths in [vec![1], vec![65; 40], vec![1; 300], vec![3, 64, 1, 200, 7], vec![17; 33], vec![700, 1, 600]]
+            {
+                for rank in [0, 1, 16, 100] {
+                    let gemm = gemm_of(&widths, rank);
+                    let (shape, epilogue) = (LayerShape { d: 512, k: 192 }, Epilogue::default());
+                    let format = LayerFormat::uniform(activations);
+                    let wanted = Wanted { shape, format, epilogue, accumulate: false, splits: false };
+                    let launch = super::gemm(&hardware, wanted, &gemm).expect("it fits");
+                    let items = &launch.tables[launch.items as usize..launch.scales as usize];
+                    let mut next = 0;
+                    for item in items.chunks_exact(ITEM_WORDS as usize) {
+                        assert_eq!(item[0], next, "{widths:?}");
+                        assert_eq!(gemm.rows[item[1] as usize - 1].last, 1, "{widths:?}");
+                        assert!(item[7] <= launch.blueprint.hidden, "{widths:?} rank {rank}");
+                        assert!(launch.blueprint.carries || item[1] - item[0] <= launch.blueprint.tile.rows);
+                        next = item[1];
+                    }
+                    assert_eq!(next as usize, gemm.rows.len());
+                    let stage = hardware.stage(format).bytes() as u32;
+                    assert!(launch.blueprint.shared_bytes(stage) <= hardware.shared_bytes);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_low_rank_sum_has_one_task() {
+        let hardware = hardware(Capability::Sm80);
+        let runs = vec![
+            LowRankRows { first_row: 0, rows: 40, shrink: 0, expand: 0, rank: 5 },
+            LowRankRows { first_row: 40, rows: 1, shrink: 5, expand: 5, rank: 33 },
+        ];
+        let rows = (0..41).map(|row| VirtualRow { row, in_slot: 0, out_slot: 0, last: 1 }).collect();
+        let gemm = Gemm { rows, low_rank: runs, ..Gemm::default() };
+        let (shape, epilogue) = (LayerShape { d: 64, k: 64 }, Epilogue::default());
+        let wanted = Wanted { shape, format: LayerFormat::default(), epilogue, accumulate: false, splits: false };
+        let launch = super::gemm(&hardware, wanted, &gemm).expect("it fits");
+        let mut written = vec![0; launch.hidden as usize];
+        for task in launch.tables[launch.tasks as usize..].chunks_exact(TASK_WORDS as usize) {
+            for row in 0..task[1] {
+                for rank in 0..task[3] {
+                    written[(task[4] + row * task[5] + rank) as usize] += 1;
+                }
+            }
+        }
+        assert_eq!(written, vec![1; 40 * 5 + 33]);
+    }
+}

@@ -8,7 +8,7 @@ use proptest::test_runner::RngSeed;
 use super::case::{Adapter, Case, Loaded, device, kinds, plans};
 
 /// A batch with adapters of every kind; the rows in question are in the middle, split over two segments.
-fn crowd(format: LayerFormat, seed: u64, own: Adapter, others: Vec<(usize, u32)>) -> Case {
+fn crowd(format: LayerFormat, d: usize, seed: u64, own: Adapter, others: Vec<(usize, u32)>) -> Case {
     let mut adapters = vec![own];
     adapters.extend(kinds().into_iter().enumerate().map(|(position, kind)| Adapter {
         name: format!("other{position}"),
@@ -20,13 +20,18 @@ fn crowd(format: LayerFormat, seed: u64, own: Adapter, others: Vec<(usize, u32)>
     segments.insert(half, (0, 3));
     segments.push((0, 2));
     let activation = Activation::GeluErf;
-    Case { d: 61, k: 45, bias: true, activation, residual: false, format, adapters, segments, seed }
+    Case { d, k: 45, bias: true, activation, residual: false, format, adapters, segments, seed }
 }
 
 /// f32, and f16 where the device has it.
 fn formats() -> Vec<LayerFormat> {
     let has = |element: &Element| device().info().element_types.iter().any(|name| name == element.name());
     [Element::F32, Element::F16].into_iter().filter(has).map(LayerFormat::uniform).collect()
+}
+
+/// Inputs of the layer: enough for the depth to be split where the plan splits it.
+fn inputs(plan: &Plan) -> usize {
+    if plan.splits() { 521 } else { 61 }
 }
 
 /// The rows of adapter 0.
@@ -64,13 +69,22 @@ fn nan_in_every_other_adapter_changes_no_bit() {
     for (seed, kind) in kinds().into_iter().enumerate() {
         for format in formats() {
             let own = Adapter { name: "own".to_owned(), kind, rank: 6 };
-            let others = (1..kinds().len() + 2).map(|adapter| (adapter, 1 + adapter as u32 % 4)).collect();
-            let mut loaded = crowd(format, seed as u64, own, others).load(device());
-            loaded.folded[1..].iter_mut().for_each(poison);
-            let Loaded { case, base_weight, bias, folded, .. } = &loaded;
-            let poisoned = case.projection(device(), &case.weight(base_weight), bias.as_deref(), folded);
+            let others: Vec<_> = (1..kinds().len() + 2).map(|adapter| (adapter, 1 + adapter as u32 % 4)).collect();
+            let load = |d: usize| {
+                let mut loaded = crowd(format, d, seed as u64, Clone::clone(&own), Vec::clone(&others)).load(device());
+                loaded.folded[1..].iter_mut().for_each(poison);
+                let Loaded { case, base_weight, bias, folded, .. } = &loaded;
+                let poisoned = case.projection(device(), &case.weight(base_weight), bias.as_deref(), folded);
+                (loaded, poisoned)
+            };
+            let depths = [false, true].map(|splits| {
+                let plan = if splits { Plan::default().with_split() } else { Plan::default() };
+                load(inputs(&plan))
+            });
             for plan in plans() {
-                let (clean, other) = (loaded.run(&plan), loaded.run_of(&poisoned, &plan));
+                let (loaded, poisoned) = &depths[usize::from(plan.splits())];
+                let case = &loaded.case;
+                let (clean, other) = (loaded.run(&plan), loaded.run_of(poisoned, &plan));
                 let (clean, other) = (own_rows(case, &clean, case.k), own_rows(case, &other, case.k));
                 assert!(other.iter().all(|value| value.is_finite()), "{format} {kind} {plan:?}");
                 assert_eq!(bits(&clean), bits(&other), "{format} {kind} {plan:?}");
@@ -102,9 +116,11 @@ fn the_rest_of_the_batch_changes_no_bit() {
             }
             others
         };
-        let (one, other) = (crowd(format, seed, own(), with_both(one)), crowd(format, seed, own(), with_both(other)));
-        let own_x: Vec<f32> = super::case::Numbers::new(seed ^ 1).take(5 * one.d);
+        let (one, other) = (with_both(one), with_both(other));
         for plan in plans() {
+            let d = inputs(&plan);
+            let own_x = super::case::Numbers::new(seed ^ 1).take(5 * d);
+            let [one, other] = [&one, &other].map(|others| crowd(format, d, seed, own(), others.clone()));
             let run = |case: &Case| {
                 let mut loaded = case.clone().load(device());
                 put_own_rows(case, &own_x, &mut loaded.x);

@@ -1,6 +1,7 @@
 //! What flora generates, held in files that are reviewed like code: `cargo insta review` shows what a change to a lowering or a
 //! kernel does to every target's source.
 
+mod compilations;
 mod cuda;
 mod kernels;
 mod plan;

@@ -16,6 +16,7 @@ use crate::batch::{AdapterSlots, Segment};
 use crate::launch::{LaunchError, LayerBuffers, Merged, Pool, launch};
 use crate::layer::{Epilogue, LayerFormat, LayerShape};
 use crate::plan::Plan;
+use crate::routine::Hardware;
 use crate::schedule::{ScheduleError, Step, schedule};
 use cuda::Cuda;
 use recorder::{Offline, OfflineDevice};
@@ -121,6 +122,11 @@ pub struct Emission<'a> {
     pub segments: &'a [Segment],
     /// Its adapters.
     pub adapters: &'a [AdapterSlots],
+}
+
+/// What a routine sees of a card.
+pub fn hardware(capability: Capability) -> Hardware {
+    Hardware::of(&<Cuda as recorder::Dialect>::properties(capability.version()))
 }
 
 /// The launches that `emission` would make on `target`, in order.

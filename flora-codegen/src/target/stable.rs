@@ -10,7 +10,7 @@ use std::collections::HashMap;
 pub(super) fn stable_source(source: &str) -> String {
     let lines: Vec<&str> = source.lines().collect();
     let lines = sort_blocks(lines, type_definition, |block| block.join("\n"));
-    let lines = sort_blocks(lines, variable, |block| number_after(block[0], "_"));
+    let lines = sort_blocks(lines, variable, |block| variable_number(block[0]));
     renumber_temporaries(&place_shared_arrays(lines))
 }
 
@@ -49,12 +49,21 @@ fn type_definition(lines: &[&str]) -> Option<usize> {
     Some(lines.iter().position(|line| line.contains("};"))? + 1)
 }
 
+/// What names of variables start with, after the blank before them.
+const VARIABLES: [&str; 4] = [" l_mut_", " l_arr_", " a_", " shared_memory_"];
+
 /// `type l_mut_1;`, `type l_arr_1[4];`, `var l_mut_1: type;`, `var a_1: array<…>;`, `var<workgroup> shared_memory_1: array<…>;`
 fn variable(lines: &[&str]) -> Option<usize> {
     let line = lines.first()?;
     let (_, name) = line.split_once(' ')?;
-    let named = ["l_mut_", "l_arr_", "a_", "shared_memory_"].iter().any(|prefix| name.starts_with(prefix));
+    let named = VARIABLES.iter().any(|prefix| name.starts_with(&prefix[1..]));
     (named && name.ends_with(';') && !name.contains('=')).then_some(1)
+}
+
+/// The number in a variable's name; that of a vector type before it is none.
+fn variable_number(line: &str) -> u64 {
+    let name = VARIABLES.into_iter().find_map(|prefix| line.split_once(prefix)).map_or("", |(_, rest)| rest);
+    number_after(name, "")
 }
 
 /// The first number that directly follows `prefix`.
@@ -126,11 +135,11 @@ mod tests {
 
     #[test]
     fn accidents_are_put_in_order() {
-        let one = "struct __align__(8) b {\n  x;\n};\nstruct __align__(8) a {\n  x;\n};\nint l_mut_10;\n\nint l_mut_9;\n\
+        let one = "struct __align__(8) b {\n  x;\n};\nstruct __align__(8) a {\n  x;\n};\nfloat_8 l_mut_10;\n\n__half_8 l_mut_9;\n\
                    // Shared array size: 4, 16 bytes\nfloat *shared_memory_1 = cast(&dynamic_shared_mem[0]);\n\
                    // Shared array size: 8, 32 bytes\nfloat *shared_memory_0 = cast(&dynamic_shared_mem[16]);\n\
                    a _tmp_7 = _tmp_9 + _tmp_7;\n";
-        let expected = "struct __align__(8) a {\n  x;\n};\nstruct __align__(8) b {\n  x;\n};\nint l_mut_9;\nint l_mut_10;\n\
+        let expected = "struct __align__(8) a {\n  x;\n};\nstruct __align__(8) b {\n  x;\n};\n__half_8 l_mut_9;\nfloat_8 l_mut_10;\n\
                         // Shared array size: 8, 32 bytes\nfloat *shared_memory_0 = cast(&dynamic_shared_mem[0]);\n\
                         // Shared array size: 4, 16 bytes\nfloat *shared_memory_1 = cast(&dynamic_shared_mem[128]);\n\
                         a _tmp_0 = _tmp_1 + _tmp_0;\n";

@@ -1,0 +1,187 @@
+//! What a launch of the tile kernel moves and multiplies, counted from the launch itself: its blueprint, its items and its tables
+//! are what the kernel walks, so that the count can't say something else than the code does.
+//!
+//! Bytes are those of global memory. Cubes of one column tile run together (items are the fastest axis), so that a tile of w0
+//! comes from memory once for as many items as the device runs at once, and from the second-level cache after. Rows, vectors and
+//! sums are read again by every column tile; they come from the cache too where all of them fit half of it, and count once for
+//! every column tile where they don't.
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+
+use crate::kernels::shrink::TASK_WORDS;
+use crate::kernels::tile::{ITEM_WORDS, ROW_WORDS};
+use crate::layer::{LayerFormat, LayerShape};
+use crate::routine::{Hardware, TileLaunch};
+
+/// Bytes of global memory and MACs of one launch, and of the one that adds up where the depth is split.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Traffic {
+    /// w0, or the made weights.
+    pub weight_bytes: u64,
+    /// x.
+    pub input_bytes: u64,
+    /// In-scales, out-scales, shrink and expand vectors.
+    pub adapter_bytes: u64,
+    /// y and the residual.
+    pub output_bytes: u64,
+    /// Index tables, low-rank sums, partial sums.
+    pub other_bytes: u64,
+    /// Multiply-accumulates of the products, padding of tiles left out.
+    pub macs: u64,
+    /// Each input and each output once.
+    pub floor_bytes: u64,
+}
+
+impl Traffic {
+    /// All bytes.
+    pub fn bytes(&self) -> u64 {
+        self.weight_bytes + self.input_bytes + self.adapter_bytes + self.output_bytes + self.other_bytes
+    }
+}
+
+impl TileLaunch {
+    /// What this launch moves for a layer of this shape and these types.
+    pub fn traffic(&self, hardware: &Hardware, shape: LayerShape, format: LayerFormat) -> Traffic {
+        let (d, k) = (u64::from(shape.d), u64::from(shape.k));
+        let (activation, adapter) = (format.activations.bytes(), format.adapters.bytes());
+        let blocks = |words: &[u32], width: u32| -> Vec<Vec<u32>> {
+            words.chunks_exact(width as usize).map(<[u32]>::to_vec).collect()
+        };
+        let rows = blocks(&self.tables[..self.items as usize], ROW_WORDS);
+        let items = blocks(&self.tables[self.items as usize..self.scales as usize], ITEM_WORDS);
+        let scales = &self.tables[self.scales as usize..self.tasks as usize];
+        let tasks = blocks(&self.tables[self.tasks as usize..], TASK_WORDS);
+
+        let mut input_rows = BTreeSet::new();
+        let (mut in_slots, mut out_slots) = (BTreeSet::new(), BTreeSet::new());
+        let (mut outputs, mut low_rank_macs) = (0u64, 0u64);
+        for row in &rows {
+            input_rows.insert(row[0]);
+            in_slots.extend((row[1] > 0).then_some(row[1]));
+            out_slots.extend((row[2] > 0).then_some(row[2]));
+            if row[3] == 1 {
+                outputs += 1;
+                out_slots.extend((row[4] + 1..).take(row[5] as usize));
+                low_rank_macs += u64::from(row[5]) * (d + k);
+            }
+        }
+        for scale in scales.chunks_exact(2) {
+            in_slots.extend((scale[0] > 0).then_some(scale[0]));
+            out_slots.extend((scale[1] > 0).then_some(scale[1]));
+        }
+        for task in &tasks {
+            in_slots.extend((task[2] + 1..).take(task[3] as usize));
+        }
+        let made: u64 = items.iter().map(|item| u64::from(item[4] - item[3]) * d * k).sum();
+        let items_of_most = {
+            let mut counts = std::collections::BTreeMap::new();
+            items.iter().for_each(|item| *counts.entry(item[2]).or_insert(0u64) += 1);
+            counts
+        };
+        // Each weight once for as many of its items as run together.
+        let together = u64::from(hardware.multiprocessors).max(1);
+        let passes: u64 = items_of_most.values().map(|count| count.div_ceil(together)).sum();
+
+        let once_inputs = input_rows.len() as u64 * d * activation;
+        let once_in_vectors = in_slots.len() as u64 * d * adapter;
+        let out_vectors = out_slots.len() as u64 * k * adapter;
+        let again =
+            if once_inputs + once_in_vectors <= hardware.cache_bytes / 2 { 1 } else { u64::from(self.column_tiles) };
+        // Out-vectors and outputs belong to one column tile each; an item of rows that share an adapter reads them by itself.
+        let output = outputs * k * activation;
+        let residual = if self.blueprint.epilogue.residual { output } else { 0 };
+        let accumulated = if self.blueprint.accumulate { output } else { 0 };
+        let partial = if self.blueprint.split { 2 * 4 * u64::from(self.splits) * rows.len() as u64 * k } else { 0 };
+        let weight = format.weight.bytes(shape);
+        Traffic {
+            weight_bytes: passes * weight,
+            input_bytes: again * once_inputs,
+            adapter_bytes: again * once_in_vectors + out_vectors,
+            output_bytes: output + residual + accumulated,
+            other_bytes: 4 * self.tables.len() as u64 + 8 * u64::from(self.hidden) + partial,
+            macs: rows.len() as u64 * d * k + made + low_rank_macs,
+            floor_bytes: items_of_most.len() as u64 * weight
+                + once_inputs
+                + once_in_vectors
+                + out_vectors
+                + output
+                + residual
+                + accumulated,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
+    use crate::layer::{Element, Epilogue, WeightFormat};
+    use crate::lowering::Lowering;
+    use crate::plan::Plan;
+    use crate::routine::{self, Wanted};
+    use crate::schedule::{Step, schedule};
+    use crate::target::{Capability, hardware};
+
+    fn adapter(lowering: Lowering, rank: u32, first: u32) -> AdapterSlots {
+        let slots = (first..).take(rank as usize);
+        match lowering {
+            Lowering::Stacked => AdapterSlots {
+                virtual_rows: slots
+                    .map(|slot| VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) })
+                    .collect(),
+                low_rank: LowRankSlots::default(),
+            },
+            _ => AdapterSlots { low_rank: LowRankSlots { shrink: first, expand: first, rank }, ..AdapterSlots::base() },
+        }
+    }
+
+    /// 32 requests that decode, each with an adapter of its own, at StarCoder 15B's width: all bytes are within a tenth of the
+    /// floor of each input and each output once.
+    #[test]
+    fn decode_moves_little_more_than_the_floor() {
+        let shape = LayerShape { d: 6144, k: 6144 };
+        for capability in [Capability::Sm80, Capability::Sm90, Capability::Sm100] {
+            let hardware = hardware(capability);
+            for weight in WeightFormat::ALL.map(|(_, weight)| weight) {
+                let half = [Element::F16, Element::Bf16];
+                for activations in half {
+                    let format = LayerFormat { weight, ..LayerFormat::uniform(activations) };
+                    for (lowering, rank) in [Lowering::Stacked, Lowering::Fused]
+                        .into_iter()
+                        .flat_map(|one| [1, 2, 4, 8, 16].map(|rank| (one, rank)))
+                    {
+                        let adapters: Vec<_> = (0..32).map(|own| adapter(lowering, rank, own * rank)).collect();
+                        let segments: Vec<_> = (0..32).map(|adapter| Segment { rows: 1, adapter }).collect();
+                        let schedule = schedule(&Plan::default(), shape, &segments, &adapters, false).unwrap();
+                        let [Step::Gemm(gemm)] = schedule.steps() else { panic!("one launch") };
+                        let epilogue = Epilogue::default();
+                        let wanted = Wanted { shape, format, epilogue, accumulate: false, splits: false };
+                        let launch = routine::gemm(&hardware, wanted, gemm).unwrap();
+                        let traffic = launch.traffic(&hardware, shape, format);
+                        let ratio = traffic.bytes() as f64 / traffic.floor_bytes as f64;
+                        assert!(ratio <= 1.1, "{lowering} {format} rank {rank}: {ratio} {traffic:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_base_gemm_reads_and_writes_everything_once() {
+        let shape = LayerShape { d: 512, k: 256 };
+        let format = LayerFormat::uniform(Element::F16);
+        let segments = [Segment { rows: 16, adapter: 0 }];
+        let schedule = schedule(&Plan::default(), shape, &segments, &[AdapterSlots::base()], false).unwrap();
+        let [Step::Gemm(gemm)] = schedule.steps() else { panic!("one launch") };
+        let hardware = hardware(Capability::Sm90);
+        let wanted = Wanted { shape, format, epilogue: Epilogue::default(), accumulate: false, splits: false };
+        let traffic = routine::gemm(&hardware, wanted, gemm).unwrap().traffic(&hardware, shape, format);
+        assert_eq!(traffic.weight_bytes, 2 * 512 * 256);
+        assert_eq!(traffic.input_bytes, 2 * 16 * 512);
+        assert_eq!(traffic.output_bytes, 2 * 16 * 256);
+        assert_eq!(traffic.adapter_bytes, 0);
+        assert_eq!(traffic.macs, 16 * 512 * 256);
+    }
+}
