@@ -114,6 +114,7 @@ impl CompiledLayer {
     ///
     /// # Errors
     /// Whatever keeps the batch from being launched there.
+    #[expect(clippy::too_many_arguments, reason = "a layer and a batch of equal segments, each by its few numbers")]
     pub fn emit(
         &self,
         target: Target,

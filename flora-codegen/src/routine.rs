@@ -50,11 +50,11 @@ impl Hardware {
             let own = storage(element);
             let fits = |config: &&MmaConfig| {
                 let types = config.a_type == own && config.b_type == own && config.cd_type == storage(Element::F32);
-                types && [config.m, config.n, config.k].iter().all(|side| *side >= 8 && TASK_SIDE % *side as u32 == 0)
+                types && [config.m, config.n, config.k].iter().all(|side| *side >= 8 && TASK_SIDE.is_multiple_of(*side))
             };
             let configs = properties.features.matmul.cmma.iter().filter(fits);
             let largest = configs.max_by_key(|config| (config.m.min(config.n), config.k))?;
-            let (m, n, k) = (largest.m as u32, largest.n as u32, largest.k as u32);
+            let (m, n, k) = (largest.m, largest.n, largest.k);
             (element != Element::F32).then_some(Multiply::Cmma { m, n, k })
         };
         Self {
@@ -92,7 +92,10 @@ impl Hardware {
         let widest = format.activations.bytes().max(format.adapters.bytes()).max(weight);
         // Units sum four columns in their registers.
         let most = if self.multiply(format) == Multiply::Fma { 4 } else { 16 / widest as usize };
-        [8, 4, 2].into_iter().find(|size| *size <= most.min(self.vector) && width as usize % size == 0).unwrap_or(1)
+        [8, 4, 2]
+            .into_iter()
+            .find(|size| *size <= most.min(self.vector) && (width as usize).is_multiple_of(*size))
+            .unwrap_or(1)
     }
 
     /// How many cubes share the depth of a layer: as many as fill the device where its column tiles don't. Not a matter of the

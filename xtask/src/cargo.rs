@@ -54,7 +54,7 @@ pub(crate) fn test(arguments: &[&str]) -> Command {
 
 /// Builds a command and a test; where both lie.
 ///
-/// Naming a test brings in what only tests depend on, for the command too: the features are those of [`test`]'s build.
+/// Naming a test brings in what only tests depend on, for the command too: the features are those of [`fn@test`]'s build.
 ///
 /// # Errors
 /// When cargo can't be run or fails, or makes one of the two no longer.

@@ -505,8 +505,10 @@ fn write_strip<A: Float, Y: Float, N: Size>(
                     }
                     y[output as usize] =
                         finish::<Y, N>(value, bias, residual, column, output, comptime!(blueprint.epilogue));
-                } else if comptime!(blueprint.carries) {
-                    if at + 1 == chunk + tile.rows {
+                }
+                if comptime!(blueprint.carries) {
+                    let breaks_off = open && at + 1 == chunk + tile.rows;
+                    if breaks_off {
                         carry[tile_column as usize] = value;
                         open = false;
                     }
