@@ -78,7 +78,7 @@ const MANY_VIRTUAL_ROWS: usize = 17;
 /// The device fails at a timed step.
 pub fn tune(device: &Device, effort: Effort, mut progress: impl FnMut(usize, usize)) -> Result<Tuning, DeviceError> {
     let bench = Bench::new(device, effort)?;
-    let total = 3 + TIMED.len() * effort.regimes.len();
+    let total = 3 + timed().count() * effort.regimes.len();
     let mut done = 0;
     let mut advance = || {
         done += 1;
@@ -126,7 +126,7 @@ pub fn tune(device: &Device, effort: Effort, mut progress: impl FnMut(usize, usi
     advance();
 
     for &regime in effort.regimes {
-        for kernel in TIMED {
+        for kernel in timed() {
             let (sample, work) = bench.kernel(kernel, regime)?;
             let (macs, rest) = unexplained(&work, kernel, &coefficients);
             point(&mut coefficients, kernel, regime, sample, macs, rest + wait);
@@ -145,15 +145,10 @@ pub fn tune(device: &Device, effort: Effort, mut progress: impl FnMut(usize, usi
 }
 
 /// The kernels with a curve over regimes, in the order in which one's time explains another's.
-const TIMED: [Kernel; 7] = [
-    Kernel::Matmul,
-    Kernel::Stacked,
-    Kernel::OnChip,
-    Kernel::Bmm,
-    Kernel::Fused,
-    Kernel::LowRankBmm,
-    Kernel::Segmented,
-];
+fn timed() -> impl Iterator<Item = Kernel> {
+    Coefficients::KERNELS.into_iter().filter(|kernel| *kernel != Kernel::Materialise)
+}
+
 /// Launches of the schedule whose time less one launch's gives c0.
 const MANY_LAUNCHES: usize = 9;
 /// More than the last-level caches of most devices.

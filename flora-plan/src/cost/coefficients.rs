@@ -105,7 +105,7 @@ pub enum CoefficientsError {
 }
 
 impl Coefficients {
-    /// The kernels that a complete set has a curve for.
+    /// The kernels that a complete set has a curve for, in the order in which one's time explains another's.
     pub const KERNELS: [Kernel; 8] = [
         Kernel::Matmul,
         Kernel::Stacked,
