@@ -7,7 +7,6 @@ use cubecl::ir::{DeviceProperties, ElemType, FloatKind, StorageType};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::schedule::{Gemm, LowRankRows, Materialised, VirtualRow};
 
-use crate::kernels::blueprint::RANK_CHUNK;
 use crate::kernels::shrink::{TASK_SIDE, TASK_WORDS};
 use crate::kernels::tile::{ITEM_WORDS, ROW_WORDS};
 use crate::kernels::{Multiply, Tile, TileBlueprint};
@@ -469,8 +468,6 @@ fn cut(rows: &Rows, blueprint: &TileBlueprint, tables: &mut Vec<u32>) {
         }
     }
 }
-
-const _: () = assert!(RANK_CHUNK == TASK_SIDE);
 
 #[cfg(test)]
 mod tests {

@@ -174,9 +174,10 @@ where
     let rows = u64::from(schedule.tokens().max(1));
     let x = buffer(activations.bytes() * rows * u64::from(d));
     let residual = emission.epilogue.residual.then(|| buffer(activations.bytes() * rows * u64::from(k)));
+    let hardware = Hardware::of(client.properties());
     client.info().record(|| {
         // SAFETY: a recorder has no memory that a kernel could miss.
-        let launched = unsafe { launch(&client, &layer, &schedule, &x, residual.as_ref()) };
+        let launched = unsafe { launch(&client, &hardware, &layer, &schedule, &x, residual.as_ref()) };
         // Launches are handed to the recorder's own thread; a read waits for it.
         let _ = client.read_one(x.clone());
         launched.map(|_| ()).map_err(EmitError::from)

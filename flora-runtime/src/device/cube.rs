@@ -4,6 +4,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use flora_codegen::launch::{LayerBuffers, Merged, Pool, launch, merge};
 use flora_codegen::layer::{Element, WeightFormat};
+use flora_codegen::routine::Hardware;
 use flora_codegen::schedule::{Materialised, Schedule};
 use flora_codegen::weight::{PackedWeight, WeightValues};
 use half::slice::HalfFloatSliceExt;
@@ -12,7 +13,15 @@ use half::{bf16, f16};
 use super::{Backend, DeviceError, LayerOperands, PoolBuffer, Storage, WeightBuffer, WeightStorage};
 
 pub(super) struct CubeBackend<R: Runtime> {
-    pub(super) client: ComputeClient<R>,
+    client: ComputeClient<R>,
+    /// What routines ask of the device, read once.
+    hardware: Hardware,
+}
+
+impl<R: Runtime> CubeBackend<R> {
+    pub(super) fn new(client: ComputeClient<R>) -> Self {
+        Self { hardware: Hardware::of(client.properties()), client }
+    }
 }
 
 /// [`super::Device`] lets no other backend's storage through.
@@ -114,12 +123,14 @@ impl<R: Runtime> Backend for CubeBackend<R> {
     ) -> Result<Storage, DeviceError> {
         let residual = residual.map(handle).transpose()?;
         // SAFETY: `Device::execute` has checked every buffer's owner, type and length.
-        Ok(Storage::Device(unsafe { launch(&self.client, &buffers(layer)?, schedule, handle(x)?, residual) }?))
+        Ok(Storage::Device(unsafe {
+            launch(&self.client, &self.hardware, &buffers(layer)?, schedule, handle(x)?, residual)
+        }?))
     }
 
     fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<(WeightStorage, WeightFormat), DeviceError> {
         // SAFETY: `Device::merge` has checked every buffer's owner, type and length, and the slots.
-        let values = unsafe { merge(&self.client, &buffers(layer)?, step) }?;
+        let values = unsafe { merge(&self.client, &self.hardware, &buffers(layer)?, step) }?;
         Ok((WeightStorage::Device { values, scales: None }, WeightFormat::Float(layer.format.activations)))
     }
 

@@ -56,7 +56,7 @@ fn start<R: Runtime>(info: DeviceInfo, device: &R::Device) -> Result<Device, Dev
         DeviceError::Start { id: info.id.clone(), reason }
     })?;
     let info = with_features(info, &client);
-    let device = Device { info: Arc::new(info), backend: Arc::new(CubeBackend { client }) };
+    let device = Device { info: Arc::new(info), backend: Arc::new(CubeBackend::new(client)) };
     try_out(&device).map_err(|reason| DeviceError::Start { id: device.info.id.clone(), reason })?;
     Ok(device)
 }
