@@ -293,7 +293,6 @@ pub(crate) struct Wanted {
     pub(crate) shape: LayerShape,
     pub(crate) format: LayerFormat,
     pub(crate) epilogue: Epilogue,
-    pub(crate) accumulate: bool,
     pub(crate) splits: bool,
 }
 
@@ -321,7 +320,7 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
     let on_chip = rows.groups.iter().any(|group| group.unscaled > 0 || group.first_scale < group.end_scale);
     let longest = rows.groups.iter().map(|group| group.end - group.first).max().unwrap_or(0);
     let widest = widest(&rows.rows);
-    let splits = if wanted.splits && !wanted.accumulate { hardware.splits(shape) } else { 1 };
+    let splits = if wanted.splits { hardware.splits(shape) } else { 1 };
     let highest_rank = rows.rows.iter().map(|row| row.rank).max().unwrap_or(0);
     let blueprint = TileBlueprint {
         multiply: hardware.multiply(format),
@@ -333,7 +332,6 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
         hidden: 0,
         carries: false,
         split: splits > 1,
-        accumulate: wanted.accumulate,
         epilogue: wanted.epilogue,
     };
     let stage = hardware.stage(format).bytes() as u32;
@@ -508,7 +506,7 @@ mod tests {
                     let gemm = gemm_of(&widths, rank);
                     let (shape, epilogue) = (LayerShape { d: 512, k: 192 }, Epilogue::default());
                     let format = LayerFormat::uniform(activations);
-                    let wanted = Wanted { shape, format, epilogue, accumulate: false, splits: false };
+                    let wanted = Wanted { shape, format, epilogue, splits: false };
                     let launch = super::gemm(&hardware, wanted, &gemm).expect("it fits");
                     let items = &launch.tables[launch.items as usize..launch.scales as usize];
                     let mut next = 0;
@@ -537,7 +535,7 @@ mod tests {
         let rows = (0..41).map(|row| VirtualRow { row, in_slot: 0, out_slot: 0, last: 1 }).collect();
         let gemm = Gemm { rows, low_rank: runs, ..Gemm::default() };
         let (shape, epilogue) = (LayerShape { d: 64, k: 64 }, Epilogue::default());
-        let wanted = Wanted { shape, format: LayerFormat::default(), epilogue, accumulate: false, splits: false };
+        let wanted = Wanted { shape, format: LayerFormat::default(), epilogue, splits: false };
         let launch = super::gemm(&hardware, wanted, &gemm).expect("it fits");
         let mut written = vec![0; launch.hidden as usize];
         for task in launch.tables[launch.tasks as usize..].chunks_exact(TASK_WORDS as usize) {

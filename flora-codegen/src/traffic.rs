@@ -92,14 +92,13 @@ impl TileLaunch {
         // Out-vectors and outputs belong to one column tile each; an item of rows that share an adapter reads them by itself.
         let output = outputs * k * activation;
         let residual = if self.blueprint.epilogue.residual { output } else { 0 };
-        let accumulated = if self.blueprint.accumulate { output } else { 0 };
         let partial = if self.blueprint.split { 2 * 4 * u64::from(self.splits) * rows.len() as u64 * k } else { 0 };
         let weight = format.weight.bytes(shape);
         Traffic {
             weight_bytes: passes * weight,
             input_bytes: again * once_inputs,
             adapter_bytes: again * once_in_vectors + out_vectors,
-            output_bytes: output + residual + accumulated,
+            output_bytes: output + residual,
             other_bytes: 4 * self.tables.len() as u64 + 8 * u64::from(self.hidden) + partial,
             macs: rows.len() as u64 * d * k + made + low_rank_macs,
             floor_bytes: items_of_most.len() as u64 * weight
@@ -107,8 +106,7 @@ impl TileLaunch {
                 + once_in_vectors
                 + out_vectors
                 + output
-                + residual
-                + accumulated,
+                + residual,
         }
     }
 }
@@ -157,7 +155,7 @@ mod tests {
                         let schedule = schedule(&Plan::default(), shape, &segments, &adapters, false).unwrap();
                         let [Step::Gemm(gemm)] = schedule.steps() else { panic!("one launch") };
                         let epilogue = Epilogue::default();
-                        let wanted = Wanted { shape, format, epilogue, accumulate: false, splits: false };
+                        let wanted = Wanted { shape, format, epilogue, splits: false };
                         let launch = routine::gemm(&hardware, wanted, gemm).unwrap();
                         let traffic = launch.traffic(&hardware, shape, format);
                         let ratio = traffic.bytes() as f64 / traffic.floor_bytes as f64;
@@ -176,7 +174,7 @@ mod tests {
         let schedule = schedule(&Plan::default(), shape, &segments, &[AdapterSlots::base()], false).unwrap();
         let [Step::Gemm(gemm)] = schedule.steps() else { panic!("one launch") };
         let hardware = hardware(Capability::Sm90);
-        let wanted = Wanted { shape, format, epilogue: Epilogue::default(), accumulate: false, splits: false };
+        let wanted = Wanted { shape, format, epilogue: Epilogue::default(), splits: false };
         let traffic = routine::gemm(&hardware, wanted, gemm).unwrap().traffic(&hardware, shape, format);
         assert_eq!(traffic.weight_bytes, 2 * 512 * 256);
         assert_eq!(traffic.input_bytes, 2 * 16 * 512);

@@ -54,8 +54,6 @@ pub struct TileBlueprint {
     pub carries: bool,
     /// Whether cubes share the depth and write partial sums.
     pub split: bool,
-    /// Whether the output is added to.
-    pub accumulate: bool,
     /// What is applied before the write.
     pub epilogue: Epilogue,
 }

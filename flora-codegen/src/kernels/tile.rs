@@ -500,9 +500,6 @@ fn write_strip<A: Float, Y: Float, N: Size>(
                         }
                     }
                     let output = tables[words] * columns + column;
-                    if comptime!(blueprint.accumulate) {
-                        value += Vector::cast_from(y[output as usize]);
-                    }
                     y[output as usize] =
                         finish::<Y, N>(value, bias, residual, column, output, comptime!(blueprint.epilogue));
                 }

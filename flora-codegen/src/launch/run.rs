@@ -118,7 +118,7 @@ impl<'a, R: Runtime> Run<'a, R> {
 
     fn wanted(&self, finishes: bool, splits: bool) -> Wanted {
         let epilogue = if finishes { self.layer.epilogue } else { Epilogue::default() };
-        Wanted { shape: self.layer.shape, format: self.layer.format, epilogue, accumulate: false, splits }
+        Wanted { shape: self.layer.shape, format: self.layer.format, epilogue, splits }
     }
 
     fn base_operands(&self) -> Operands<'_> {
@@ -441,7 +441,7 @@ impl<'a, R: Runtime> Run<'a, R> {
             (&hidden, &expand, LayerShape { d: rank, k: self.k }, &outputs),
         ] {
             // The pools' vectors are of the layer's lengths, which these matrices' aren't; without scales they aren't read.
-            let wanted = Wanted { shape, format, epilogue: Epilogue::default(), accumulate: false, splits: false };
+            let wanted = Wanted { shape, format, epilogue: Epilogue::default(), splits: false };
             let launch = routine::matrices(self.hardware, wanted, count, block)?;
             let operands = Operands { x, x_rows: all, weight, weights: count as usize, shape, format, y, y_rows: all };
             self.tiles(&launch, &operands)?;
