@@ -98,6 +98,11 @@ impl TileBlueprint {
         }
     }
 
+    /// Whether an item may have more virtual rows than the tile.
+    pub(crate) fn chunks(&self) -> bool {
+        self.carries || self.split
+    }
+
     /// Columns of sums that the epilogue sees at once.
     pub(crate) fn strip(&self) -> u32 {
         match self.multiply {

@@ -6,6 +6,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{ALIGNMENT, Multiply, PAD};
 use super::shrink::{SegmentedBlueprint, TASK_SIDE};
+use super::units::{plane, staged_at, staged_column, staged_row, stages};
 
 /// Words of an item: first row, rows, first expand slot, rank, where the first row's h lies.
 pub(crate) const EXPAND_WORDS: u32 = 5;
@@ -57,8 +58,9 @@ fn by_units<A: Float, Y: Float, N: Size>(
     let width = y.vector_size();
     let k_vectors = k / comptime!(width as u32);
     let columns = comptime!(blueprint.units() / TASK_SIDE);
-    let row = UNIT_POS / columns;
-    let column = CUBE_POS_X * columns + UNIT_POS % columns;
+    let unit = UNIT_POS_X;
+    let row = unit / columns;
+    let column = CUBE_POS_X * columns + unit % columns;
     let rank = tables[(item + 3) as usize];
     if row < tables[(item + 1) as usize] && column < k_vectors {
         let mut sum = Vector::<f32, N>::new(0.0);
@@ -118,10 +120,10 @@ fn by_fragments<A: Float, S: Float, Y: Float, N: Size>(
             0.0,
         ));
     }
-    let plane_column = UNIT_POS_Y * TASK_SIDE;
+    let plane_column = plane(units, comptime!(blueprint.planes())) * comptime!(TASK_SIDE / width);
     let mut q0 = 0u32;
     while q0 < rank {
-        let mut load = UNIT_POS;
+        let mut load = UNIT_POS_X;
         while load < comptime!(TASK_SIDE * CHUNK) {
             let row = load / CHUNK;
             let q = q0 + load % CHUNK;
@@ -134,15 +136,14 @@ fn by_fragments<A: Float, S: Float, Y: Float, N: Size>(
         }
         #[unroll]
         for pass in 0..comptime!((CHUNK * line).div_ceil(units)) {
-            let load = UNIT_POS + comptime!(pass * units);
-            if load < comptime!(CHUNK * line) {
-                let q = q0 + load / line;
-                let column = column0 + load % line;
+            if stages(pass, line, CHUNK, units) {
+                let q = staged_row(q0, pass, line, units);
+                let column = column0 + staged_column(pass, line, units);
                 let mut value = Vector::<S, N>::new(S::new(0.0));
                 if q < rank && column < k_vectors {
                     value = Vector::cast_from(out_pool[((slot + q) * k_vectors + column) as usize]);
                 }
-                right[(load / line * comptime!(pitch / width) + load % line) as usize] = value;
+                right[staged_at(pass, line, comptime!(pitch / width), units) as usize] = value;
             }
         }
         sync_cube();
@@ -162,7 +163,7 @@ fn by_fragments<A: Float, S: Float, Y: Float, N: Size>(
                 );
                 #[unroll]
                 for j in 0..across {
-                    let at = (plane_column + comptime!((step * depth) as u32 * pitch + (j * n) as u32)) / width;
+                    let at = plane_column + comptime!(((step * depth) as u32 * pitch + (j * n) as u32) / width);
                     let b = cmma::Matrix::<Vector<S, N>>::from_slice(
                         cmma::MatrixIdent::B,
                         m,
@@ -184,14 +185,14 @@ fn by_fragments<A: Float, S: Float, Y: Float, N: Size>(
     for i in 0..down {
         #[unroll]
         for j in 0..across {
-            let at = (plane_column + comptime!((i * m) as u32 * pitch + (j * n) as u32)) / width;
+            let at = plane_column + comptime!(((i * m) as u32 * pitch + (j * n) as u32) / width);
             let end = out.len();
             let sum = sums.index(comptime!(i * across + j));
             cmma::store(&mut out.slice_mut(at as usize, end), sum, pitch, cmma::MatrixLayout::RowMajor);
         }
     }
     sync_cube();
-    let mut load = UNIT_POS;
+    let mut load = UNIT_POS_X;
     while load < comptime!(TASK_SIDE * line) {
         let row = load / line;
         let column = column0 + load % line;

@@ -11,6 +11,7 @@ pub(crate) mod reduce;
 pub(crate) mod rows;
 pub(crate) mod shrink;
 pub(crate) mod tile;
+mod units;
 
 pub use blueprint::{Multiply, Tile, TileBlueprint};
 pub use reduce::ReduceBlueprint;

@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{COLUMNS_PER_UNIT, Multiply, PAD, ROWS_PER_UNIT, SUM_PAD, TileBlueprint};
+use super::units::plane;
 
 /// The sums of a cube: fragments of its planes, or vectors in its units' registers; the other kind is empty.
 #[derive(CubeType)]
@@ -68,6 +69,18 @@ pub(crate) fn multiply<S: Float, M: Size, N: Size>(
     }
 }
 
+/// Which of a tile's `row_planes` the unit's plane is.
+#[cube]
+fn plane_row(#[comptime] blueprint: TileBlueprint) -> u32 {
+    plane(comptime!(blueprint.units()), comptime!(blueprint.planes())) % comptime!(blueprint.tile.row_planes)
+}
+
+/// Which of its `column_planes`.
+#[cube]
+fn plane_column(#[comptime] blueprint: TileBlueprint) -> u32 {
+    plane(comptime!(blueprint.units()), comptime!(blueprint.planes())) / comptime!(blueprint.tile.row_planes)
+}
+
 #[cube]
 fn multiply_fragments<S: Float, M: Size, N: Size>(
     rows: &SharedMemory<Vector<S, M>>,
@@ -79,37 +92,41 @@ fn multiply_fragments<S: Float, M: Size, N: Size>(
     let weight_width = weights.vector_size();
     let (m, n, k) = comptime!(fragment(blueprint.multiply));
     let (down, across) = comptime!(blueprint.fragments());
+    let row_width = comptime!(row_width as u32);
+    let weight_width = comptime!(weight_width as u32);
     let row_pitch = comptime!(blueprint.tile.depth + PAD);
     let weight_pitch = comptime!(blueprint.tile.columns + PAD);
-    let row0 = UNIT_POS_Y / comptime!(blueprint.tile.column_planes) * comptime!(down * m as u32);
-    let column0 = UNIT_POS_Y % comptime!(blueprint.tile.column_planes) * comptime!(across * n as u32);
+    let row0 = plane_row(blueprint) * comptime!(down * m as u32 * row_pitch / row_width);
+    let column0 = plane_column(blueprint) * comptime!(across * n as u32 / weight_width);
     // Devices with small fragments expand each into scalars, and would compile for seconds.
     #[unroll(k >= 16)]
     for step in 0..comptime!(blueprint.tile.depth / k as u32) {
         let mut right = Sequence::<cmma::Matrix<Vector<S, N>>>::new();
         #[unroll]
         for j in 0..across {
-            let at = step * comptime!(k as u32 * weight_pitch) + comptime!(j * n as u32) + column0;
+            let at = column0
+                + step * comptime!(k as u32 * weight_pitch / weight_width)
+                + comptime!(j * n as u32 / weight_width);
             right.push(cmma::Matrix::<Vector<S, N>>::from_slice(
                 cmma::MatrixIdent::B,
                 m,
                 n,
                 k,
                 cmma::MatrixLayout::RowMajor,
-                &weights.slice((at / weight_width as u32) as usize, weights.len()),
+                &weights.slice(at as usize, weights.len()),
                 weight_pitch,
             ));
         }
         #[unroll]
         for i in 0..down {
-            let at = step * comptime!(k as u32) + comptime!(i * m as u32 * row_pitch) + row0 * row_pitch;
+            let at = row0 + step * comptime!(k as u32 / row_width) + comptime!(i * m as u32 * row_pitch / row_width);
             let left = cmma::Matrix::<Vector<S, M>>::from_slice(
                 cmma::MatrixIdent::A,
                 m,
                 n,
                 k,
                 cmma::MatrixLayout::RowMajor,
-                &rows.slice((at / row_width as u32) as usize, rows.len()),
+                &rows.slice(at as usize, rows.len()),
                 row_pitch,
             );
             #[unroll]
@@ -136,8 +153,8 @@ fn multiply_registers<S: Float, M: Size, N: Size>(
     let weight_pitch = comptime!((blueprint.tile.columns + PAD) / weight_width);
     let vectors = comptime!(COLUMNS_PER_UNIT / weight_width);
     let across = comptime!(blueprint.tile.columns / COLUMNS_PER_UNIT);
-    let row0 = UNIT_POS / across * ROWS_PER_UNIT;
-    let column0 = UNIT_POS % across * vectors;
+    let row0 = UNIT_POS_X / across * ROWS_PER_UNIT;
+    let column0 = UNIT_POS_X % across * vectors;
     // As many as the tile is deep, in a form that keeps CUDA's compiler from unrolling the loop into spills.
     let steps = CUBE_DIM / comptime!(blueprint.units() * row_width / blueprint.tile.depth);
     for step in 0..steps {
@@ -178,8 +195,8 @@ pub(crate) fn store_strip<N: Size>(
     if comptime!(matches!(blueprint.multiply, Multiply::Fma)) {
         let vectors = comptime!(COLUMNS_PER_UNIT / width);
         let across = comptime!(blueprint.tile.columns / COLUMNS_PER_UNIT);
-        let row0 = UNIT_POS / across * ROWS_PER_UNIT;
-        let column0 = UNIT_POS % across * vectors;
+        let row0 = UNIT_POS_X / across * ROWS_PER_UNIT;
+        let column0 = UNIT_POS_X % across * vectors;
         #[unroll]
         for i in 0..ROWS_PER_UNIT {
             #[unroll]
@@ -191,14 +208,14 @@ pub(crate) fn store_strip<N: Size>(
     } else {
         let (m, n, _) = comptime!(fragment(blueprint.multiply));
         let (down, across) = comptime!(blueprint.fragments());
-        let row0 = UNIT_POS_Y / comptime!(blueprint.tile.column_planes) * comptime!(down * m as u32);
-        let column0 = UNIT_POS_Y % comptime!(blueprint.tile.column_planes) * comptime!(n as u32);
+        let first = plane_row(blueprint) * comptime!(down * m as u32 * pitch / width)
+            + plane_column(blueprint) * comptime!(n as u32 / width);
         #[unroll]
         for i in 0..down {
-            let at = comptime!(i * m as u32 * pitch) + row0 * pitch + column0;
+            let at = first + comptime!(i * m as u32 * pitch / width);
             let end = out.len();
             let sum = sums.fragments.index(comptime!((i * across + strip) as usize));
-            cmma::store(&mut out.slice_mut((at / width) as usize, end), sum, pitch, cmma::MatrixLayout::RowMajor);
+            cmma::store(&mut out.slice_mut(at as usize, end), sum, pitch, cmma::MatrixLayout::RowMajor);
         }
     }
 }

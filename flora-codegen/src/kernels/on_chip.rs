@@ -7,6 +7,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{ALIGNMENT, Multiply, PAD, RANK_CHUNK, SUM_PAD, TileBlueprint};
 use super::tile::Layout;
+use super::units::{plane, staged_at, staged_column, staged_row, stages};
 
 /// The factor of every weight of the tile, `[depth, columns + SUM_PAD]`; 1 for an item without a W_i.
 #[cube]
@@ -50,6 +51,7 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
     // Fragments of the factor, shared out among the planes.
     let planes = comptime!(blueprint.planes());
     let across = comptime!(tile.columns / n);
+    let plane = plane(units, planes);
     let own = comptime!(if is_fma { 0 } else { (tile.depth / m * across).div_ceil(planes) });
     let mut products = Sequence::<cmma::Matrix<f32>>::new();
     #[unroll]
@@ -68,10 +70,9 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
     while chunk < end {
         #[unroll]
         for pass in 0..comptime!((RANK_CHUNK * in_line).div_ceil(units)) {
-            let load = UNIT_POS + comptime!(pass * units);
-            if load < comptime!(RANK_CHUNK * in_line) {
-                let rank = chunk + load / in_line;
-                let depth = depth0 / row_width + load % in_line;
+            if stages(pass, in_line, RANK_CHUNK, units) {
+                let rank = staged_row(chunk, pass, in_line, units);
+                let depth = depth0 / row_width + staged_column(pass, in_line, units);
                 let mut value = Vector::<S, M>::new(S::new(0.0));
                 if rank < end && depth < depth_vectors {
                     value = Vector::new(S::new(1.0));
@@ -80,17 +81,16 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
                         value = Vector::cast_from(in_pool[((slot - 1) * depth_vectors + depth) as usize]);
                     }
                 }
-                in_tile[(load / in_line * in_pitch + load % in_line) as usize] = value;
+                in_tile[staged_at(pass, in_line, in_pitch, units) as usize] = value;
             }
         }
         // An adapter whose vectors fit one chunk keeps its out-vectors from the first step of d on.
         if is_first || end - first > RANK_CHUNK {
             #[unroll]
             for pass in 0..comptime!((RANK_CHUNK * line).div_ceil(units)) {
-                let load = UNIT_POS + comptime!(pass * units);
-                if load < comptime!(RANK_CHUNK * line) {
-                    let rank = chunk + load / line;
-                    let column = column0 + load % line;
+                if stages(pass, line, RANK_CHUNK, units) {
+                    let rank = staged_row(chunk, pass, line, units);
+                    let column = column0 + staged_column(pass, line, units);
                     let mut value = Vector::<S, N>::new(S::new(0.0));
                     if rank < end && column < columns {
                         value = Vector::new(S::new(1.0));
@@ -99,13 +99,13 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
                             value = Vector::cast_from(out_pool[((slot - 1) * columns + column) as usize]);
                         }
                     }
-                    out_tile[(load / line * pitch + load % line) as usize] = value;
+                    out_tile[staged_at(pass, line, pitch, units) as usize] = value;
                 }
             }
         }
         sync_cube();
         if is_fma {
-            let mut at = UNIT_POS;
+            let mut at = UNIT_POS_X;
             while at < comptime!(tile.depth * line) {
                 let depth = at / line;
                 let mut sum = Vector::<f32, N>::new(0.0);
@@ -129,16 +129,16 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
         } else {
             #[unroll]
             for position in 0..own {
-                let fragment = UNIT_POS_Y + comptime!(position * planes);
+                let fragment = plane + comptime!(position * planes);
                 if comptime!((tile.depth / m * across).is_multiple_of(planes))
                     || fragment < comptime!(tile.depth / m * across)
                 {
-                    let down = fragment / across * m;
-                    let right = fragment % across * n;
+                    let down = fragment_at(plane, position, across, planes, comptime!(m / row_width), 0u32);
+                    let right = fragment_at(plane, position, across, planes, 0u32, comptime!(n / width));
                     let product = products.index(comptime!(position as usize));
                     #[unroll]
                     for step in 0..comptime!(RANK_CHUNK / k) {
-                        let a_at = (comptime!(step * k * in_pitch * row_width) + down) / row_width;
+                        let a_at = down + comptime!(step * k * in_pitch);
                         let a = cmma::Matrix::<Vector<S, M>>::from_slice(
                             cmma::MatrixIdent::A,
                             comptime!(m as usize),
@@ -148,7 +148,7 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
                             &in_tile.slice(a_at as usize, in_tile.len()),
                             comptime!(in_pitch * row_width),
                         );
-                        let b_at = (comptime!(step * k * pitch * width) + right) / width;
+                        let b_at = right + comptime!(step * k * pitch);
                         let b = cmma::Matrix::<Vector<S, N>>::from_slice(
                             cmma::MatrixIdent::B,
                             comptime!(m as usize),
@@ -169,11 +169,12 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
     if !is_fma {
         #[unroll]
         for position in 0..own {
-            let fragment = UNIT_POS_Y + comptime!(position * planes);
+            let fragment = plane + comptime!(position * planes);
             if comptime!((tile.depth / m * across).is_multiple_of(planes))
                 || fragment < comptime!(tile.depth / m * across)
             {
-                let at = (fragment / across * comptime!(m * factor_pitch * width) + fragment % across * n) / width;
+                let at =
+                    fragment_at(plane, position, across, planes, comptime!(m * factor_pitch), comptime!(n / width));
                 let len = factor.len();
                 cmma::store(
                     &mut factor.slice_mut(at as usize, len),
@@ -186,7 +187,7 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
         sync_cube();
     }
     // Every unit reads again what it writes here, and the fragments' sums that others stored.
-    let mut at = UNIT_POS;
+    let mut at = UNIT_POS_X;
     while at < comptime!(tile.depth * line) {
         let place = (at / line * factor_pitch + at % line) as usize;
         let mut sum = plain;
@@ -200,4 +201,23 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
     }
     sync_cube();
     factor
+}
+
+/// Where the fragment that the unit's plane makes as its `position`th lies, where fragments are `below` apart downwards and
+/// `beside` sideways, `across` in a line.
+#[cube]
+fn fragment_at(
+    plane: u32,
+    #[comptime] position: u32,
+    #[comptime] across: u32,
+    #[comptime] planes: u32,
+    #[comptime] below: u32,
+    #[comptime] beside: u32,
+) -> u32 {
+    if comptime!(planes.is_multiple_of(across)) {
+        plane / across * below + plane % across * beside + comptime!(position * (planes / across) * below)
+    } else {
+        let fragment = plane + comptime!(position * planes);
+        fragment / across * below + fragment % across * beside
+    }
 }

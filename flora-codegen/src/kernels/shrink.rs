@@ -7,6 +7,7 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{ALIGNMENT, Multiply, PAD};
+use super::units::{plane, staged_at, staged_column, staged_row, stages};
 
 /// Rows of a task, and ranks of a task.
 pub(crate) const TASK_SIDE: u32 = 16;
@@ -68,10 +69,10 @@ fn by_units<X: Float, A: Float, M: Size>(
     let ranks = tables[(task + 3) as usize];
     let mut parts = SharedMemory::<f32>::new(comptime!(units as usize));
     let mut result = SharedMemory::<f32>::new(comptime!(SIDE * SIDE));
-    let lane = UNIT_POS % LANES;
+    let lane = UNIT_POS_X % LANES;
     let at_once = comptime!(units / LANES);
     for pass in 0..comptime!((TASK_SIDE * TASK_SIDE).div_ceil(units / LANES)) {
-        let pair = pass * at_once + UNIT_POS / LANES;
+        let pair = pass * at_once + UNIT_POS_X / LANES;
         let row = pair / TASK_SIDE;
         let rank = pair % TASK_SIDE;
         let mut sums = Vector::<f32, M>::new(0.0);
@@ -89,12 +90,12 @@ fn by_units<X: Float, A: Float, M: Size>(
         for part in 0..width {
             sum += sums[part as usize];
         }
-        parts[UNIT_POS as usize] = sum;
+        parts[UNIT_POS_X as usize] = sum;
         sync_cube();
         if lane == 0 && pair < comptime!(TASK_SIDE * TASK_SIDE) {
             let mut total = 0.0f32;
             for part in 0..LANES {
-                total += parts[(UNIT_POS + part) as usize];
+                total += parts[(UNIT_POS_X + part) as usize];
             }
             result[pair as usize] = total;
         }
@@ -153,33 +154,34 @@ fn by_fragments<X: Float, A: Float, S: Float, M: Size>(
     while depth0 < vectors {
         #[unroll]
         for pass in 0..comptime!((TASK_SIDE * line).div_ceil(units)) {
-            let load = UNIT_POS + comptime!(pass * units);
-            if load < comptime!(TASK_SIDE * line) {
-                let side = load / line;
-                let depth = depth0 + load % line;
-                let at = (side * comptime!(pitch / width) + load % line) as usize;
+            if stages(pass, line, TASK_SIDE, units) {
+                let side = staged_row(0u32, pass, line, units);
+                let depth = depth0 + staged_column(pass, line, units);
+                let at = staged_at(pass, line, comptime!(pitch / width), units) as usize;
                 let mut value = Vector::<S, M>::new(S::new(0.0));
                 if side < rows && depth < vectors {
-                    value = Vector::cast_from(x[((first_row + side) * vectors + depth) as usize]);
+                    value = Vector::cast_from(x[(staged_row(first_row, pass, line, units) * vectors + depth) as usize]);
                 }
                 left[at] = value;
                 let mut value = Vector::<S, M>::new(S::new(0.0));
                 if side < ranks && depth < vectors {
-                    value = Vector::cast_from(in_pool[((slot + side) * vectors + depth) as usize]);
+                    value =
+                        Vector::cast_from(in_pool[(staged_row(slot, pass, line, units) * vectors + depth) as usize]);
                 }
                 right[at] = value;
             }
         }
         sync_cube();
-        if UNIT_POS_Y < STRIPS {
+        if plane(units, planes) < STRIPS {
             #[unroll]
             for strip in 0..own {
                 #[unroll]
                 for step in 0..comptime!(STRIP as usize / k) {
-                    let start = (UNIT_POS_Y + comptime!(strip * planes)) * STRIP + comptime!((step * k) as u32);
+                    let start = plane(units, planes) * comptime!(STRIP / width);
+                    let along = comptime!(strip * planes * STRIP + (step * k) as u32);
                     #[unroll]
                     for i in 0..down {
-                        let at = (start + comptime!((i * m) as u32 * pitch)) / width;
+                        let at = start + comptime!((along + (i * m) as u32 * pitch) / width);
                         let a = cmma::Matrix::<Vector<S, M>>::from_slice(
                             cmma::MatrixIdent::A,
                             m,
@@ -191,7 +193,7 @@ fn by_fragments<X: Float, A: Float, S: Float, M: Size>(
                         );
                         #[unroll]
                         for j in 0..across {
-                            let at = (start + comptime!((j * n) as u32 * pitch)) / width;
+                            let at = start + comptime!((along + (j * n) as u32 * pitch) / width);
                             let b = cmma::Matrix::<Vector<S, M>>::from_slice(
                                 cmma::MatrixIdent::B,
                                 m,
@@ -211,15 +213,15 @@ fn by_fragments<X: Float, A: Float, S: Float, M: Size>(
         sync_cube();
         depth0 += line;
     }
-    if UNIT_POS_Y < STRIPS {
+    if plane(units, planes) < STRIPS {
         #[unroll]
         for strip in 0..own {
             #[unroll]
             for i in 0..down {
                 #[unroll]
                 for j in 0..across {
-                    let at = (UNIT_POS_Y + comptime!(strip * planes)) * comptime!(TASK_SIDE * TASK_SIDE)
-                        + comptime!((i * m * SIDE + j * n) as u32);
+                    let at = plane(units, planes) * comptime!(TASK_SIDE * TASK_SIDE)
+                        + comptime!(strip * planes * TASK_SIDE * TASK_SIDE + (i * m * SIDE + j * n) as u32);
                     let end = parts.len();
                     let sum = sums.index(comptime!((strip as usize * down + i) * across + j));
                     cmma::store(&mut parts.slice_mut(at as usize, end), sum, TASK_SIDE, cmma::MatrixLayout::RowMajor);
@@ -228,7 +230,7 @@ fn by_fragments<X: Float, A: Float, S: Float, M: Size>(
         }
     }
     sync_cube();
-    let mut pair = UNIT_POS;
+    let mut pair = UNIT_POS_X;
     while pair < comptime!(TASK_SIDE * TASK_SIDE) {
         let mut total = 0.0f32;
         #[unroll]
@@ -292,7 +294,7 @@ pub(crate) fn shrink<X: Float, A: Float, S: Float, M: Size>(
         units,
         comptime!(blueprint.planes()),
     );
-    let mut pair = UNIT_POS;
+    let mut pair = UNIT_POS_X;
     while pair < comptime!(TASK_SIDE * TASK_SIDE) {
         let row = pair / TASK_SIDE;
         let rank = pair % TASK_SIDE;

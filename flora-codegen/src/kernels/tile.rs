@@ -19,6 +19,7 @@ use super::epilogue::finish;
 use super::multiply::{multiply, no_sums, store_strip, strip_column};
 use super::on_chip::multiplier;
 use super::shrink::{TASK_SIDE, TASK_WORDS, shrink_task};
+use super::units::{staged_at, staged_column, staged_row, stages};
 
 /// Words of a virtual row: input row, in-slot + 1 or 0, out-slot + 1 or 0, 1 if it is the last of its output row, first expand
 /// slot, rank, where its h lies, unused.
@@ -26,6 +27,11 @@ pub(crate) const ROW_WORDS: u32 = 8;
 /// Words of an item: first virtual row, one past the last, which weight, first scale of its W_i, one past the last, how many of
 /// its virtual rows are unscaled, where its rows' h lies, how many numbers that is.
 pub(crate) const ITEM_WORDS: u32 = 8;
+/// Where a cube keeps its column tile, behind the words of its item.
+const COLUMN_TILE: usize = ITEM_WORDS as usize;
+/// Where it keeps its split.
+const SPLIT: usize = COLUMN_TILE + 1;
+const ENTRY_WORDS: u32 = ITEM_WORDS + 2;
 /// What an entry of h holds before it is there: a NaN that no sum is.
 pub(crate) const NO_SUM: u32 = u32::MAX;
 /// Words before the first entry of h: the next ticket.
@@ -78,7 +84,7 @@ pub(crate) fn tile<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, 
     if comptime!(blueprint.hidden > 0) {
         // Cubes are numbered as they start, so that whoever waits for h waits for cubes that run.
         let mut ticket = SharedMemory::<u32>::new(1usize);
-        if UNIT_POS == 0 {
+        if UNIT_POS_X == 0 {
             ticket[0] = h[0].fetch_add(1u32);
         }
         sync_cube();
@@ -151,7 +157,7 @@ fn make_hidden<X: Float, A: Float, S: Float, M: Size>(
         units,
         comptime!(blueprint.planes()),
     );
-    let mut pair = UNIT_POS;
+    let mut pair = UNIT_POS_X;
     while pair < comptime!(TASK_SIDE * TASK_SIDE) {
         let row = pair / TASK_SIDE;
         let rank = pair % TASK_SIDE;
@@ -208,15 +214,22 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
     let mut hidden = SharedMemory::<f32>::new(comptime!(blueprint.hidden.max(1) as usize));
 
     // In shared memory, so that no register keeps through the main loop what the epilogue needs.
-    let mut entry = SharedMemory::<u32>::new(comptime!(ITEM_WORDS as usize));
-    if UNIT_POS < ITEM_WORDS {
-        entry[UNIT_POS as usize] = tables[(layout.items + item * ITEM_WORDS + UNIT_POS) as usize];
+    let mut entry = SharedMemory::<u32>::new(comptime!(ENTRY_WORDS as usize));
+    let unit = UNIT_POS_X;
+    if unit < ITEM_WORDS {
+        entry[unit as usize] = tables[(layout.items + item * ITEM_WORDS + unit) as usize];
+    }
+    if comptime!(blueprint.hidden > 0) {
+        if unit == 0 {
+            entry[COLUMN_TILE] = column_tile;
+            entry[SPLIT] = split;
+        }
     }
     sync_cube();
     let first = entry[0];
     let end = entry[1];
-    let column0 = column_tile * comptime!(tile.columns / width);
-    let depth_start = split * layout.depth;
+    let column0 = column_tile_of(&entry, blueprint) * comptime!(tile.columns / width);
+    let depth_start = split_of(&entry, blueprint) * layout.depth;
     let depth_end = min(depth_start + layout.depth, layout.d);
 
     let mut chunk = first;
@@ -279,6 +292,11 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
             sync_cube();
             depth0 += tile.depth;
         }
+        let mut start = chunk;
+        if comptime!(!blueprint.chunks()) {
+            // The only chunk starts where the item does, which needn't stay in a register through the main loop.
+            start = entry[0];
+        }
         if comptime!(blueprint.hidden > 0 && !blueprint.split) {
             take_hidden(&mut hidden, h, &entry);
         }
@@ -287,17 +305,32 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
             store_strip::<N>(&sums, &mut sum_tile, strip, blueprint);
             sync_cube();
             if comptime!(blueprint.split) {
-                write_partial::<Y, N>(&sum_tile, y, layout, chunk, end, column0, split, strip, blueprint);
+                write_partial::<Y, N>(&sum_tile, y, layout, &entry, start, end, strip, blueprint);
             } else {
                 write_strip::<A, Y, N>(
-                    &sum_tile, &mut carry, &hidden, out_pool, tables, bias, residual, y, layout, &entry, chunk, end,
-                    column0, strip, blueprint,
+                    &sum_tile, &mut carry, &hidden, out_pool, tables, bias, residual, y, layout, &entry, start, end,
+                    strip, blueprint,
                 );
             }
             sync_cube();
         }
-        chunk += tile.rows;
+        if comptime!(blueprint.chunks()) {
+            chunk += tile.rows;
+        } else {
+            // An item is one tile, and a compiler that sees it keeps nothing for a next one through the loop over d.
+            chunk = end;
+        }
     }
+}
+
+#[cube]
+fn column_tile_of(entry: &SharedMemory<u32>, #[comptime] blueprint: TileBlueprint) -> u32 {
+    if comptime!(blueprint.hidden > 0) { entry[COLUMN_TILE] } else { CUBE_POS_Y }
+}
+
+#[cube]
+fn split_of(entry: &SharedMemory<u32>, #[comptime] blueprint: TileBlueprint) -> u32 {
+    if comptime!(blueprint.hidden > 0) { entry[SPLIT] } else { CUBE_POS_Z }
 }
 
 /// Stages the virtual rows from `chunk`, scaled.
@@ -319,16 +352,16 @@ fn load_rows<X: Float, A: Float, S: Float, M: Size>(
     let width = comptime!(width as u32);
     let line = comptime!(tile.depth / width);
     let units = comptime!(blueprint.units());
+    let pitch = comptime!((tile.depth + PAD) / width);
     let vectors = d / width;
     #[unroll]
     for pass in 0..comptime!((tile.rows * line).div_ceil(units)) {
-        let load = UNIT_POS + comptime!(pass * units);
-        if comptime!((tile.rows * line).is_multiple_of(units)) || load < comptime!(tile.rows * line) {
-            let row = load / line;
-            let depth = depth0 / width + load % line;
+        if stages(pass, line, tile.rows, units) {
+            let row = staged_row(chunk, pass, line, units);
+            let depth = depth0 / width + staged_column(pass, line, units);
             let mut value = Vector::<S, M>::new(S::new(0.0));
-            if chunk + row < end && depth * width < depth_end {
-                let entry = (chunk + row) * ROW_WORDS;
+            if row < end && depth < depth_end / width {
+                let entry = row * ROW_WORDS;
                 let input = x[(tables[entry as usize] * vectors + depth) as usize];
                 value = Vector::cast_from(input);
                 if comptime!(blueprint.scaled) {
@@ -339,7 +372,7 @@ fn load_rows<X: Float, A: Float, S: Float, M: Size>(
                     }
                 }
             }
-            row_tile[(row * comptime!((tile.depth + PAD) / width) + load % line) as usize] = value;
+            row_tile[staged_at(pass, line, pitch, units) as usize] = value;
         }
     }
 }
@@ -367,27 +400,26 @@ fn load_weight<W: Numeric, S: Float, N: Size>(
     let units = comptime!(blueprint.units());
     let columns = layout.k / width;
     let per_value = comptime!(blueprint.quantisation.map_or(1, |quantisation| quantisation.per_word()));
-    let total = comptime!(tile.depth / per_value * line);
+    let lines = comptime!(tile.depth / per_value);
     #[unroll]
-    for pass in 0..comptime!(total.div_ceil(units)) {
-        let load = UNIT_POS + comptime!(pass * units);
-        if comptime!(total.is_multiple_of(units)) || load < total {
-            let at = load / line;
-            let column = column0 + load % line;
-            let depth = depth0 + at * per_value;
+    for pass in 0..comptime!((lines * line).div_ceil(units)) {
+        if stages(pass, line, lines, units) {
+            let column = column0 + staged_column(pass, line, units);
+            let depth = staged_row(depth0 / per_value, pass, line, units) * per_value;
             let inside = depth < depth_end && column < columns;
             if comptime!(blueprint.quantisation.is_none()) {
                 let mut value = Vector::<S, N>::new(S::new(0.0));
                 if inside {
+                    // Read again where it is used, and so not kept in a register.
                     let first = entry[2] * layout.d;
                     let raw = weight[((first + depth) * columns + column) as usize];
                     value = Vector::cast_from(raw);
                     if comptime!(blueprint.on_chip) {
-                        let scale = factor[(at * factor_pitch + load % line) as usize];
+                        let scale = factor[staged_at(pass, line, factor_pitch, units) as usize];
                         value = Vector::cast_from(Vector::<f32, N>::cast_from(raw) * scale);
                     }
                 }
-                weight_tile[(at * pitch + load % line) as usize] = value;
+                weight_tile[staged_at(pass, line, pitch, units) as usize] = value;
             } else {
                 let quantisation = comptime!(blueprint.quantisation.unwrap());
                 let mut words = Vector::<u32, N>::new(0u32);
@@ -403,11 +435,12 @@ fn load_weight<W: Numeric, S: Float, N: Size>(
                 for position in 0..per_value {
                     let number = stored::<N>(words, position, comptime!(quantisation.bits));
                     let mut value = slope * (number - zero) + least;
-                    let line_at = at * per_value + position;
                     if comptime!(blueprint.on_chip) {
-                        value *= factor[(line_at * factor_pitch + load % line) as usize];
+                        let at = staged_at(pass, line, comptime!(per_value * factor_pitch), units);
+                        value *= factor[(at + position * factor_pitch) as usize];
                     }
-                    weight_tile[(line_at * pitch + load % line) as usize] = Vector::cast_from(value);
+                    let at = staged_at(pass, line, comptime!(per_value * pitch), units);
+                    weight_tile[(at + position * pitch) as usize] = Vector::cast_from(value);
                 }
             }
         }
@@ -418,7 +451,7 @@ fn load_weight<W: Numeric, S: Float, N: Size>(
 #[cube]
 fn take_hidden(hidden: &mut SharedMemory<f32>, h: &mut Array<Atomic<u32>>, entry: &SharedMemory<u32>) {
     let first = H_START + entry[6];
-    let mut at = UNIT_POS;
+    let mut at = UNIT_POS_X;
     while at < entry[7] {
         let mut bits = h[(first + at) as usize].load();
         while bits == NO_SUM {
@@ -445,7 +478,6 @@ fn write_strip<A: Float, Y: Float, N: Size>(
     entry: &SharedMemory<u32>,
     chunk: u32,
     end: u32,
-    column0: u32,
     #[comptime] strip: u32,
     #[comptime] blueprint: TileBlueprint,
 ) {
@@ -457,10 +489,12 @@ fn write_strip<A: Float, Y: Float, N: Size>(
     let units = comptime!(blueprint.units());
     let columns = layout.k / width;
 
+    let column0 = column_tile_of(entry, blueprint) * comptime!(tile.columns / width);
     // Units beyond the last whole line of units have nothing to do.
     let lanes = comptime!(if units < line { 1 } else { units / line });
-    let lane = UNIT_POS / line;
-    let tile_column = strip_column(UNIT_POS % line * width, strip, blueprint) / width;
+    let unit = UNIT_POS_X;
+    let lane = unit / line;
+    let tile_column = strip_column(unit % line * width, strip, blueprint) / width;
     let column = column0 + tile_column;
     let mut row = lane;
     while lane < lanes && column < columns && row < tile.rows && chunk + row < end {
@@ -480,7 +514,7 @@ fn write_strip<A: Float, Y: Float, N: Size>(
             let mut open = true;
             while open {
                 let words = (at * ROW_WORDS) as usize;
-                let mut sum = sum_tile[((at - chunk) * pitch + UNIT_POS % line) as usize];
+                let mut sum = sum_tile[((at - chunk) * pitch + unit % line) as usize];
                 if comptime!(blueprint.scaled) {
                     let slot = tables[words + 2];
                     if slot > 0 {
@@ -523,10 +557,9 @@ fn write_partial<Y: Float, N: Size>(
     sum_tile: &SharedMemory<Vector<f32, N>>,
     partial: &mut Array<Vector<Y, N>>,
     layout: Layout,
+    entry: &SharedMemory<u32>,
     chunk: u32,
     end: u32,
-    column0: u32,
-    split: u32,
     #[comptime] strip: u32,
     #[comptime] blueprint: TileBlueprint,
 ) {
@@ -536,7 +569,9 @@ fn write_partial<Y: Float, N: Size>(
     let line = comptime!(blueprint.strip() / width);
     let pitch = comptime!((blueprint.strip() + SUM_PAD) / width);
     let columns = layout.k / width;
-    let mut load = UNIT_POS;
+    let column0 = column_tile_of(entry, blueprint) * comptime!(tile.columns / width);
+    let split = split_of(entry, blueprint);
+    let mut load = UNIT_POS_X;
     while load < comptime!(tile.rows * line) {
         let row = chunk + load / line;
         let column = column0 + strip_column(load % line * width, strip, blueprint) / width;

@@ -216,10 +216,7 @@ impl<'a, R: Runtime> Run<'a, R> {
             );
             CubeCount::Static(items, columns, launch.splits)
         };
-        let dim = match blueprint.multiply {
-            Multiply::Fma => CubeDim::new_1d(blueprint.units()),
-            Multiply::Cmma { .. } => CubeDim::new_2d(blueprint.plane_size, blueprint.planes()),
-        };
+        let dim = CubeDim::new_1d(blueprint.units());
         let layout = LayoutLaunch::new(
             shape.d,
             shape.k,
@@ -373,10 +370,7 @@ impl<'a, R: Runtime> Run<'a, R> {
         let tables = self.table(&words);
         let blueprint =
             SegmentedBlueprint { multiply: self.hardware.multiply(format), plane_size: self.hardware.plane_size };
-        let dim = match blueprint.multiply {
-            Multiply::Fma => CubeDim::new_1d(blueprint.units()),
-            Multiply::Cmma { .. } => CubeDim::new_2d(blueprint.plane_size, blueprint.planes()),
-        };
+        let dim = CubeDim::new_1d(blueprint.units());
         let (lanes_d, lanes_k) = (self.hardware.vector_size(self.d, format), self.hardware.vector_size(self.k, format));
         let (adapters, stage) = (storage(format.adapters), storage(self.hardware.stage(format)));
         let activations = storage(format.activations);
