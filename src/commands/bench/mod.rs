@@ -2,6 +2,7 @@
 
 mod case;
 mod layers;
+pub(crate) mod paper;
 mod peaks;
 mod peer;
 mod report;
@@ -22,10 +23,12 @@ pub(crate) struct Arguments {
 #[derive(Subcommand)]
 enum Table {
     Layers(layers::Arguments),
+    Paper(paper::Arguments),
 }
 
 pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
     match &arguments.table {
         Table::Layers(arguments) => layers::layers(arguments),
+        Table::Paper(arguments) => paper::paper(arguments),
     }
 }
