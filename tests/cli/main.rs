@@ -10,5 +10,6 @@ mod data;
 mod gguf_writer;
 mod inspect;
 mod mistakes;
+mod report;
 mod stored;
 mod world;

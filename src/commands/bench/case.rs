@@ -17,7 +17,7 @@ use crate::commands::layer;
 /// The adapters that are measured alone, with whether their rank can be chosen; each is a built-in layer.
 pub(super) const ADAPTERS: [(&str, bool); 4] = [("lora", true), ("flora", true), ("hira", true), ("ia3", false)];
 /// What base rows are called.
-pub(super) const BASE: &str = "none";
+pub(crate) const BASE: &str = "none";
 /// What the base rows of a mixed batch are called.
 pub(super) const MIXED: &str = "mixed";
 /// The name of the base GEMM where a lowering's would stand.

@@ -53,6 +53,11 @@ impl Coordinates {
         Self { device, dtype, weight, segments, tokens, model, layer, d, k }
     }
 
+    /// Whether a record is of this panel.
+    pub(crate) fn holds(&self, record: &Record) -> bool {
+        *self == Self::of(record)
+    }
+
     /// The batch in words.
     pub(crate) fn batch(&self) -> String {
         match self.tokens == self.segments {
@@ -104,22 +109,22 @@ impl std::fmt::Display for Crossing {
     }
 }
 
-/// The panels of these records, in order.
+/// The panels of these records, in the order in which they come first.
 pub(crate) fn panels(records: &[Record]) -> Vec<Panel> {
-    let mut panels = BTreeMap::<Coordinates, Panel>::new();
+    let mut panels = Vec::<Panel>::new();
+    let mut positions = BTreeMap::new();
     for record in records {
-        let coordinates = Coordinates::of(record);
-        let panel = panels.entry(coordinates.clone()).or_insert_with(|| Panel {
-            coordinates,
-            base_seconds: record.base_seconds,
-            curves: Curves::default(),
+        let position = *positions.entry(Coordinates::of(record)).or_insert_with_key(|coordinates| {
+            let (coordinates, base_seconds) = (coordinates.clone(), record.base_seconds);
+            panels.push(Panel { coordinates, base_seconds, curves: Curves::default() });
+            panels.len() - 1
         });
         // The base GEMM has no rank, and every other record has its time too.
         if record.rank > 0 {
-            panel.curves.insert(&record.adapter, &record.lowering, record.rank, record.seconds);
+            panels[position].curves.insert(&record.adapter, &record.lowering, record.rank, record.seconds);
         }
     }
-    panels.into_values().collect()
+    panels
 }
 
 impl Curves {

@@ -9,6 +9,7 @@ use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
 use flora::prelude::*;
 use flora::runtime::device::BackendKind;
 
+pub(crate) use super::case::BASE;
 use super::case::{Case, Tokens, Variant, Wanted, variants};
 use super::layers::tokens;
 use super::report::Times;
@@ -16,7 +17,7 @@ use super::timed::{Clock, Residence};
 use crate::commands::error::CommandError;
 use crate::commands::{output, types};
 use crate::models::{self, QUERY_AND_KEY, is_target};
-use analysis::{Choice, Coordinates, Record, panels};
+pub(crate) use analysis::{Choice, Coordinates, Crossing, Curves, Record, panels};
 
 /// Redo the paper's analysis: throughput of fLoRA and of LoRA against rank, and where they cross
 ///
