@@ -11,4 +11,5 @@ mod gguf_writer;
 mod inspect;
 mod mistakes;
 mod stored;
+mod tuning;
 mod world;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use flora::codegen::batch::{AdapterSlots, BatchShape, Segment};
-use flora::codegen::cost::work;
+use flora::codegen::cost::{PricedLayer, work};
 use flora::codegen::lowering::{Part, lowerings_of};
 use flora::codegen::schedule::{Materialised, Schedule, ScheduleError, schedule};
 use flora::prelude::*;
@@ -314,14 +314,14 @@ impl Bench<'_> {
             timed.operands = Arc::new(LayerOperands { merged: Some((0, weight)), ..(*self.operands).clone() });
         }
         let pads = self.device.info().backend != BackendKind::Host;
-        let work = work(&plan, shape, &BatchShape::of(segments, adapters), false, pads);
+        let work = work(&plan, PricedLayer { shape, format }, &BatchShape::of(segments, adapters), false, pads);
         Ok(Variant {
             adapter,
             lowering: lowering.name().to_owned(),
             rank,
             tokens: tokens.all(),
             segments: tokens.segments,
-            macs: work.terms.iter().map(|term| term.macs).sum(),
+            macs: work.macs(),
             bytes: operand_bytes + self.row_bytes(tokens.all()),
             terms: vec![(1.0, timed)],
         })

@@ -1,9 +1,11 @@
 //! `flora bench`: measured tables.
 
 mod case;
+mod grid;
 mod layers;
 mod peaks;
 mod peer;
+mod planner;
 mod report;
 mod timed;
 
@@ -22,10 +24,12 @@ pub(crate) struct Arguments {
 #[derive(Subcommand)]
 enum Table {
     Layers(layers::Arguments),
+    Planner(planner::Arguments),
 }
 
 pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
     match &arguments.table {
         Table::Layers(arguments) => layers::layers(arguments),
+        Table::Planner(arguments) => planner::planner(arguments),
     }
 }
