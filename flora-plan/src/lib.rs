@@ -8,6 +8,7 @@ pub mod batch;
 pub mod cost;
 pub mod layer;
 pub mod lowering;
+pub mod model_planner;
 pub mod plan;
 pub mod schedule;
 pub mod weight;

@@ -12,4 +12,5 @@ mod inspect;
 mod mistakes;
 mod report;
 mod stored;
+mod tuning;
 mod world;

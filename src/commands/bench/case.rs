@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use flora::codegen::batch::{AdapterSlots, BatchShape, Segment};
-use flora::codegen::cost::work;
+use flora::codegen::cost::{PricedLayer, work};
 use flora::codegen::lowering::{Part, lowerings_of};
 use flora::codegen::schedule::{Materialised, Schedule, ScheduleError, schedule};
 use flora::prelude::*;
@@ -252,7 +252,7 @@ fn unless_impossible(
 }
 
 /// The plan that computes `part` by `lowering`; the other part is fused, which is what a plan costs that hasn't got it: nothing.
-fn plan(part: Part, lowering: Lowering, split: bool) -> Result<Plan, CommandError> {
+pub(crate) fn plan(part: Part, lowering: Lowering, split: bool) -> Result<Plan, CommandError> {
     let plan = match (part, lowering) {
         (_, Lowering::Merged) => Plan::MERGED,
         (Part::Multiplicative, _) => Plan::new(lowering, Lowering::Fused)?,
@@ -332,14 +332,14 @@ impl Bench<'_> {
             operand_bytes = format.activations.bytes() * u64::from(shape.d) * u64::from(shape.k);
         }
         let pads = self.device.info().backend != BackendKind::Host;
-        let work = work(&plan, shape, &BatchShape::of(segments, adapters), false, pads);
+        let work = work(&plan, PricedLayer { shape, format }, &BatchShape::of(segments, adapters), false, pads);
         Ok(Variant {
             adapter,
             lowering: lowering.name().to_owned(),
             rank,
             tokens: tokens.all(),
             segments: tokens.segments,
-            macs: work.terms.iter().map(|term| term.macs).sum(),
+            macs: work.macs(),
             bytes: operand_bytes + self.row_bytes(tokens.all()),
             first_seconds: f64::NAN,
             terms: vec![(1.0, timed)],

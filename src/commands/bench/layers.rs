@@ -101,14 +101,10 @@ impl Arguments {
         };
         let shapes = if self.shape.is_empty() { vec![LayerShape { d: 2048, k: 2048 }] } else { self.shape.clone() };
         let mut cases = Vec::new();
-        for dtype in &self.dtype {
-            let own = [WeightFormat::Float(*dtype)];
-            for weight in if self.weight.is_empty() { &own[..] } else { &self.weight } {
-                let format = LayerFormat { weight: *weight, ..LayerFormat::uniform(*dtype) };
-                for shape in &shapes {
-                    let case = |tokens| Case { shape: *shape, tokens, format };
-                    cases.extend(given(&self.tokens).into_iter().map(case));
-                }
+        for format in types::formats(&self.dtype, &self.weight) {
+            for shape in &shapes {
+                let case = |tokens| Case { shape: *shape, tokens, format };
+                cases.extend(given(&self.tokens).into_iter().map(case));
             }
         }
         cases

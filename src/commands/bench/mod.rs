@@ -1,10 +1,12 @@
 //! `flora bench`: measured tables.
 
 mod case;
+mod grid;
 mod layers;
 pub(crate) mod paper;
 mod peaks;
 mod peer;
+mod planner;
 mod report;
 mod timed;
 
@@ -24,11 +26,13 @@ pub(crate) struct Arguments {
 enum Table {
     Layers(layers::Arguments),
     Paper(paper::Arguments),
+    Planner(planner::Arguments),
 }
 
 pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
     match &arguments.table {
         Table::Layers(arguments) => layers::layers(arguments),
         Table::Paper(arguments) => paper::paper(arguments),
+        Table::Planner(arguments) => planner::planner(arguments),
     }
 }

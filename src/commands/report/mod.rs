@@ -16,7 +16,6 @@ use std::path::{Path, PathBuf};
 
 use askama::Template;
 use clap::Args;
-use flora::codegen::cost::CoefficientsError;
 use flora::prelude::*;
 use serde::Serialize;
 
@@ -84,7 +83,7 @@ pub(crate) fn report(arguments: &Arguments) -> Result<(), CommandError> {
 /// Everything that was given.
 fn read(arguments: &Arguments) -> Result<Page, CommandError> {
     let coefficients = match &arguments.coefficients {
-        Some(path) => Some(Coefficients::read(path)?),
+        Some(path) => Some(DeviceCoefficients::read(path)?),
         None => saved(&Device::open(&arguments.device)?)?,
     };
     let mut records = Vec::new();
@@ -116,17 +115,16 @@ fn read(arguments: &Arguments) -> Result<Page, CommandError> {
     });
     Ok(Page {
         paper: paper.collect::<Result<_, CommandError>>()?,
-        model: coefficients.as_ref().map(model::model),
+        model: coefficients.as_ref().map(model::model).transpose()?,
         planner: arguments.planner.iter().map(|path| input::planner(path)).collect::<Result<_, _>>()?,
     })
 }
 
 /// The device's own coefficients, if it has any that can be used.
-fn saved(device: &Device) -> Result<Option<Coefficients>, CommandError> {
-    let path = Planner::file(&planner::config_folder()?, device);
-    match Coefficients::read_for(&path, &device.info().fingerprint(), env!("CARGO_PKG_VERSION")) {
+fn saved(device: &Device) -> Result<Option<DeviceCoefficients>, CommandError> {
+    match Planner::saved(&planner::config_folder()?, device) {
         Ok(coefficients) => Ok(Some(coefficients)),
-        Err(CoefficientsError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.is_missing() => Ok(None),
         Err(error) => {
             output::note(&format!("warning: {error}\nthe page has no coefficients"));
             Ok(None)

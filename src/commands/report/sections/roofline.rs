@@ -28,7 +28,7 @@ pub(super) fn section(model: Option<&Model>) -> Section {
         return missing(id, TITLE, sentence, &["flora tune", "flora report"]);
     };
     let mut blocks = Vec::new();
-    for Format { name, kernels } in &model.formats {
+    for Format { name, kernels, .. } in &model.formats {
         let of = |kernel: &KernelPoints| Kernel {
             name: kernel.name.clone(),
             points: kernel.points.iter().filter_map(attained).collect(),
@@ -40,7 +40,7 @@ pub(super) fn section(model: Option<&Model>) -> Section {
         }
     }
     if blocks.is_empty() {
-        let sentence = "The file of coefficients doesn't say how many bytes its points move. This measures again:";
+        let sentence = "The file of coefficients has no point that is a rate. This measures again:";
         return missing(id, TITLE, sentence, &["flora tune", "flora report"]);
     }
     let words = "Each mark is a measured point: the MACs a second that the kernel attains at so many MACs for each byte that it must \
@@ -52,7 +52,7 @@ pub(super) fn section(model: Option<&Model>) -> Section {
 
 fn attained(point: &Point) -> Option<Attained> {
     let is_rate = |rate: f64| rate.is_finite() && rate > 0.0;
-    let attained = Attained { macs_per_byte: point.macs_per_byte?, macs_per_second: 1.0 / point.seconds_per_mac };
+    let attained = Attained { macs_per_byte: point.macs_per_byte, macs_per_second: 1.0 / point.seconds_per_mac };
     (is_rate(attained.macs_per_byte) && is_rate(attained.macs_per_second)).then_some(attained)
 }
 
