@@ -77,6 +77,11 @@ impl<'a> LayerBench<'a> {
         })
     }
 
+    /// What it is timed on.
+    pub fn device(&self) -> &'a Device {
+        self.device
+    }
+
     /// The layer.
     pub fn layer(&self) -> PricedLayer {
         self.layer
@@ -97,10 +102,10 @@ impl<'a> LayerBench<'a> {
         Ok(x)
     }
 
-    fn call(&self, schedule: &Schedule, x: &Buffer) -> Result<Buffer, DeviceError> {
+    fn call(&self, device: &Device, schedule: &Schedule, x: &Buffer) -> Result<Buffer, DeviceError> {
         let at = self.next.get();
         self.next.set((at + 1) % self.copies.len());
-        self.device.execute(&self.copies[at], schedule, x, None)
+        device.execute(&self.copies[at], schedule, x, None)
     }
 
     /// Seconds of a call: one repetition, after an untimed call that wakes the threads.
@@ -108,20 +113,28 @@ impl<'a> LayerBench<'a> {
     /// # Errors
     /// The device fails.
     pub fn seconds(&self, schedule: &Schedule) -> Result<f64, DeviceError> {
+        self.seconds_on(self.device, schedule)
+    }
+
+    /// The same on the device as it is tuned otherwise ([`Device::tuned`]).
+    ///
+    /// # Errors
+    /// The device fails, or is another.
+    pub fn seconds_on(&self, device: &Device, schedule: &Schedule) -> Result<f64, DeviceError> {
         let x = self.input(schedule.tokens())?;
         let start = Instant::now();
-        drop(self.call(schedule, &x)?);
-        self.device.synchronize()?;
-        let calls = match self.device.info().backend {
+        drop(self.call(device, schedule, &x)?);
+        device.synchronize()?;
+        let calls = match device.info().backend {
             BackendKind::Host => 1,
             _ => ((REPETITION_SECONDS / start.elapsed().as_secs_f64()) as usize).clamp(1, MOST_CALLS),
         };
         let start = Instant::now();
-        let mut last = self.call(schedule, &x)?;
+        let mut last = self.call(device, schedule, &x)?;
         for _ in 1..calls {
-            last = self.call(schedule, &x)?;
+            last = self.call(device, schedule, &x)?;
         }
-        self.device.synchronize()?;
+        device.synchronize()?;
         let elapsed = start.elapsed().as_secs_f64();
         drop(last);
         Ok((elapsed - self.wait.get()).max(0.1 * elapsed) / calls as f64)

@@ -1,10 +1,13 @@
 //! Devices of cubecl: one implementation for every runtime.
 
+use std::sync::Arc;
+
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use flora_codegen::blueprints::{Blueprints, Tile};
 use flora_codegen::launch::{LayerBuffers, Merged, Pool, launch, merge};
-use flora_codegen::layer::{Element, WeightFormat};
-use flora_codegen::routine::Hardware;
+use flora_codegen::layer::{Element, LayerFormat, WeightFormat};
+use flora_codegen::routine::{Hardware, table};
 use flora_codegen::schedule::{Materialised, Schedule};
 use flora_codegen::weight::{PackedWeight, WeightValues};
 use half::slice::HalfFloatSliceExt;
@@ -132,6 +135,14 @@ impl<R: Runtime> Backend for CubeBackend<R> {
         // SAFETY: `Device::merge` has checked every buffer's owner, type and length, and the slots.
         let values = unsafe { merge(&self.client, &self.hardware, &buffers(layer)?, step) }?;
         Ok((WeightStorage::Device { values, scales: None }, WeightFormat::Float(layer.format.activations)))
+    }
+
+    fn tuned(&self, blueprints: &Blueprints) -> Arc<dyn Backend> {
+        Arc::new(Self { client: self.client.clone(), hardware: self.hardware.tuned(blueprints) })
+    }
+
+    fn tiles(&self, format: LayerFormat) -> Vec<Tile> {
+        table(self.hardware.multiply(format))
     }
 
     fn synchronize(&self) -> Result<(), DeviceError> {

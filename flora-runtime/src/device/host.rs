@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use flora_codegen::layer::{Element, WeightFormat};
+use flora_codegen::blueprints::{Blueprints, Tile};
+use flora_codegen::layer::{Element, LayerFormat, WeightFormat};
 use flora_codegen::schedule::{Materialised, Schedule};
 use flora_codegen::weight::PackedWeight;
 use flora_host::{Engine, Operands, Values, ValuesMut};
@@ -151,6 +152,18 @@ impl Backend for HostBackend {
         let made = self.engine.materialise(&operands(layer)?, step, 0)?;
         let format = made.format();
         Ok((WeightStorage::Host(Arc::new(made)), format))
+    }
+
+    fn tuned(&self, blueprints: &Blueprints) -> Arc<dyn Backend> {
+        let engine = match blueprints.swept_rows {
+            Some(rows) => Engine::new().with_swept_rows(rows as usize),
+            None => Engine::new(),
+        };
+        Arc::new(Self { engine })
+    }
+
+    fn tiles(&self, _format: LayerFormat) -> Vec<Tile> {
+        Vec::new()
     }
 
     fn synchronize(&self) -> Result<(), DeviceError> {

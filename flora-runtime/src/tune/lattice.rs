@@ -7,7 +7,7 @@ use flora_codegen::cost::{Kernel, Place, PricedLayer, Surface, work};
 use flora_codegen::layer::{LayerFormat, LayerShape};
 use flora_codegen::lowering::{Lowering, Part};
 use flora_codegen::plan::Plan;
-use flora_codegen::schedule::{Schedule, schedule};
+use flora_codegen::schedule::{Schedule, can_hold, schedule};
 
 use super::Launch;
 use super::effort::{Effort, MOST_ROWS, MOST_SLOTS};
@@ -67,7 +67,7 @@ pub(super) fn measure(
     let mut points_of = Vec::with_capacity(effort.extents.len());
     for (position, extent) in effort.extents.iter().enumerate() {
         let layer = PricedLayer { shape: LayerShape { d: *extent, k: *extent }, format };
-        points_of.push((layer, points(layer, position, &surfaces, effort, launch)?));
+        points_of.push((layer, points(layer, position, &surfaces, effort, launch, device.info().largest_buffer_bytes)?));
     }
     let total = points_of.iter().flat_map(|(_, points)| points).map(|point| point.all_macs).sum::<f64>();
     let unit = total / 1000.0;
@@ -128,6 +128,7 @@ fn points(
     surfaces: &BTreeMap<Kernel, Surface>,
     effort: &Effort,
     launch: &Launch,
+    largest_buffer_bytes: Option<u64>,
 ) -> Result<Vec<Point>, DeviceError> {
     let mut points = Vec::new();
     for (kernel, surface) in surfaces {
@@ -140,7 +141,11 @@ fn points(
                 rank: surface.ranks[place.rank],
             };
             if equal.tokens() <= u64::from(MOST_ROWS) && equal.slots() <= u64::from(pool_slots(effort)) {
-                points.push(point(*kernel, place, layer, plan, equal, launch)?);
+                let (segments, adapters) = equal.batch();
+                let batch = BatchShape::of(&segments, &adapters);
+                if can_hold(&plan, layer.shape, &batch, largest_buffer_bytes) {
+                    points.push(point(*kernel, place, layer, plan, equal, launch)?);
+                }
             }
         }
     }

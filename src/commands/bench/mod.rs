@@ -8,6 +8,7 @@ mod peer;
 mod planner;
 mod report;
 mod timed;
+mod tuning;
 
 use clap::{Args, Subcommand};
 
@@ -25,11 +26,13 @@ pub(crate) struct Arguments {
 enum Table {
     Layers(layers::Arguments),
     Planner(planner::Arguments),
+    Tuning(tuning::Arguments),
 }
 
 pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
     match &arguments.table {
         Table::Layers(arguments) => layers::layers(arguments),
         Table::Planner(arguments) => planner::planner(arguments),
+        Table::Tuning(arguments) => tuning::tuning(arguments),
     }
 }
