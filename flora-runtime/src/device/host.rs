@@ -11,7 +11,9 @@ use flora_host::{Engine, Operands, Values, ValuesMut};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::{Backend, BackendKind, DeviceError, DeviceInfo, LayerOperands, Storage, WeightBuffer, WeightStorage};
+use super::{
+    Backend, BackendKind, DeviceError, DeviceInfo, LayerOperands, Queueing, Storage, WeightBuffer, WeightStorage,
+};
 
 /// Numbers in the host's memory.
 #[derive(Debug)]
@@ -152,6 +154,10 @@ impl Backend for HostBackend {
         let made = self.engine.materialise(&operands(layer)?, step, 0)?;
         let format = made.format();
         Ok((WeightStorage::Host(Arc::new(made)), format))
+    }
+
+    fn device_seconds(&self, _work: &mut Queueing<'_>) -> Option<Result<f64, DeviceError>> {
+        None
     }
 
     fn tuned(&self, blueprints: &Blueprints) -> Arc<dyn Backend> {

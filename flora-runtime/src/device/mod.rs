@@ -223,6 +223,9 @@ pub enum DeviceError {
     },
 }
 
+/// Queues something on a device.
+pub(crate) type Queueing<'a> = dyn FnMut() -> Result<(), DeviceError> + Send + 'a;
+
 /// How a device does what [`Device`] offers. Implemented by the host and by every cubecl runtime.
 /// [`Device`] has checked that all storage is the backend's own and as long as the layer and the schedule say.
 trait Backend: Send + Sync {
@@ -238,6 +241,8 @@ trait Backend: Send + Sync {
     ) -> Result<Storage, DeviceError>;
     fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<(WeightStorage, WeightFormat), DeviceError>;
     fn synchronize(&self) -> Result<(), DeviceError>;
+    /// Seconds of what `work` queues, by the device's own clock; `None`, and nothing done, where it has none.
+    fn device_seconds(&self, work: &mut Queueing<'_>) -> Option<Result<f64, DeviceError>>;
     /// The same backend with what tuning chose.
     fn tuned(&self, blueprints: &Blueprints) -> Arc<dyn Backend>;
     /// Tiles to choose from; none where there is no choice.
@@ -444,6 +449,11 @@ impl Device {
             return Err(DeviceError::WrongElement { what, expected: element, found: buffer.element });
         }
         Ok(())
+    }
+
+    /// Seconds of what `work` queues, by the device's own clock; `None`, and nothing done, where it has none.
+    pub(crate) fn device_seconds(&self, work: &mut Queueing<'_>) -> Option<Result<f64, DeviceError>> {
+        self.backend.device_seconds(work)
     }
 
     /// The same device, sharing every buffer, with what tuning chose.

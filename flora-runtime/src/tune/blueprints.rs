@@ -58,9 +58,7 @@ fn bench<'a>(
 ) -> Result<LayerBench<'a>, DeviceError> {
     let extent = effort.extents[effort.extents.len() / 2];
     let shape = LayerShape { d: extent, k: extent };
-    let bench = LayerBench::new(device, PricedLayer { shape, format }, RANK)?;
-    bench.leave_out(launch.wait);
-    Ok(bench)
+    Ok(LayerBench::new(device, PricedLayer { shape, format }, RANK)?.without_wait(launch.wait))
 }
 
 /// `rows` rows of one adapter.

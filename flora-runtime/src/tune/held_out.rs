@@ -118,8 +118,7 @@ fn run(
     if plans.iter().any(|(_, plan)| !holds(plan) || predict(plan) > 2.0 * effort.longest_call) {
         return Ok(None);
     }
-    let bench = LayerBench::new(device, layer, equal.slots() as u32)?;
-    bench.leave_out(launch.wait);
+    let bench = LayerBench::new(device, layer, equal.slots() as u32)?.without_wait(launch.wait);
     let mut timed = Vec::with_capacity(plans.len());
     for (lowering, plan) in plans {
         let steps = schedule(&plan, layer.shape, &segments, &adapters, false).map_err(unscheduled)?;
