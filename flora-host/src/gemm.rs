@@ -38,9 +38,10 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// The most rows that read the weight where it lies. Up to here it is quicker than packing the weight: packing waits for memory,
-/// a sweep multiplies meanwhile. Measured at d = k = 2048: 1.6 times as fast at 16 rows, 1.2 at 32, the same at 64.
-const MOST_SWEPT_ROWS: usize = 64;
+/// The most rows that can read the weight where it lies. Few rows are quicker so than by packing the weight: packing waits for
+/// memory, a sweep multiplies meanwhile. Measured at d = k = 2048: 1.6 times as fast at 16 rows, 1.2 at 32, the same at 64; tuning
+/// says up to how many rows a sweep is worth it on a processor.
+pub(crate) const MOST_SWEPT_ROWS: usize = 64;
 
 /// Columns of a panel for so many rows: at most a page of each of the weight's, and products that stay in cache.
 fn swept_columns(rows: usize) -> usize {
@@ -64,6 +65,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) finish: Option<Finish<'a>>,
     /// `[tokens, k]`
     pub(crate) sink: Sink,
+    /// Virtual rows up to which the weight is read where it lies, at most [`MOST_SWEPT_ROWS`].
+    pub(crate) swept_rows: usize,
 }
 
 /// Runs a pass.
@@ -73,7 +76,7 @@ pub(crate) fn run<S: Simd>(simd: S, pass: Pass<'_>, scratches: &Pool<Scratch>) {
         pass.rows.rows.len() as u64 + pass.rows.segments.iter().map(|segment| u64::from(segment.rows)).sum::<u64>();
     let macs = rows * pass.x.width as u64 * k as u64;
     let rows = pass.rows;
-    let in_place = rows.segments.is_empty() && rows.rows.len() <= MOST_SWEPT_ROWS && pass.weight.floats().is_some();
+    let in_place = rows.segments.is_empty() && rows.rows.len() <= pass.swept_rows && pass.weight.floats().is_some();
     let widest = if in_place { swept_columns(rows.rows.len()) } else { PANEL_COLUMNS };
     panels::<S>(k, widest, macs, |columns| {
         let frame = Frame { simd, in_pool: pass.in_pool, out_pool: pass.out_pool, columns };
@@ -109,8 +112,8 @@ impl<'a> Block<'a> {
     }
 
     /// Whether its rows are few enough to read the weight once, and where it lies.
-    fn sweeps(&self) -> bool {
-        self.segments.is_empty() && self.rows.len() <= MOST_SWEPT_ROWS
+    fn sweeps(&self, swept_rows: usize) -> bool {
+        self.segments.is_empty() && self.rows.len() <= swept_rows
     }
 
     fn rows_of(&self, segment: &OnChipSegment) -> Range<usize> {
@@ -151,7 +154,7 @@ impl<S: Simd> Panel<'_, S> {
         let (k, strip) = (self.pass.out_pool.width, strip_columns::<S>());
         // Rows of a single tile need the weight once, and read it where it lies: all but the strip that isn't whole.
         let (in_place, whole) = match self.pass.weight.floats() {
-            Some(values) if block.sweeps() => (
+            Some(values) if block.sweeps(self.pass.swept_rows) => (
                 values.get(depth.start * k + self.frame.columns.start..).unwrap_or_default(),
                 self.frame.columns.len() / strip,
             ),
@@ -164,7 +167,7 @@ impl<S: Simd> Panel<'_, S> {
             pack_panel(self.frame.simd, self.pass.weight, k, depth.clone(), columns, row, packed);
         }
         let (mut places, width) = ([0; MOST_SWEPT_ROWS], self.frame.width());
-        let most = if block.sweeps() { MOST_SWEPT_ROWS } else { tile_rows::<S>() };
+        let most = if block.sweeps(self.pass.swept_rows) { MOST_SWEPT_ROWS } else { tile_rows::<S>() };
         let strips = Strips { in_place, pitch: k, whole, packed, strip_pitch: strip_pitch::<S>(), columns: width };
         for tile in even_tiles(block.rows.len(), most) {
             let rows = &block.rows[tile];

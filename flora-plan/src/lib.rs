@@ -5,6 +5,7 @@
 //! Per batch: [`plan::plan`] prices the legal lowerings and [`schedule::schedule`] lays out rows and vectors.
 
 pub mod batch;
+pub mod blueprints;
 pub mod cost;
 pub mod layer;
 pub mod lowering;

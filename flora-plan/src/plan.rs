@@ -186,7 +186,12 @@ pub fn plan(prices: &LayerPrices, batch: &BatchShape, finishes: bool) -> Plan {
             }
         }
     }
-    best.1
+    let chosen = best.1;
+    let stacked = match chosen.multiplicative() {
+        Lowering::Stacked => batch.plain_rows + batch.multiplicative.tokens_times_width,
+        _ => u64::MAX,
+    };
+    if stacked <= prices.split_rows() { chosen.with_split() } else { chosen }
 }
 
 /// What computes low-rank sums for a batch of several adapters.

@@ -424,7 +424,7 @@ fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str
 }
 
 /// Whether a plan's buffers can be indexed and are no longer than the device's longest.
-pub(crate) fn can_hold(plan: &Plan, shape: LayerShape, batch: &BatchShape, largest_buffer_bytes: Option<u64>) -> bool {
+pub fn can_hold(plan: &Plan, shape: LayerShape, batch: &BatchShape, largest_buffer_bytes: Option<u64>) -> bool {
     let longest = largest_buffer_bytes.map_or(u64::MAX, |bytes| bytes / size_of::<f32>() as u64).min(INDEX_LIMIT);
     buffers(plan, shape, batch).into_iter().all(|(_, elements)| elements <= longest)
 }

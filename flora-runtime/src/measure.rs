@@ -1,8 +1,9 @@
 //! Times one layer on a device, as a model would run it: the threads awake, the base weight in memory and not in a cache, because
 //! the layers before it have been there.
 
-use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use flora_codegen::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
@@ -31,10 +32,10 @@ pub struct LayerBench<'a> {
     device: &'a Device,
     layer: PricedLayer,
     copies: Vec<LayerOperands>,
-    next: Cell<usize>,
-    inputs: RefCell<BTreeMap<u32, Buffer>>,
+    next: AtomicUsize,
+    inputs: Mutex<BTreeMap<u32, Buffer>>,
     /// Seconds from the last launch of a repetition until the device says that it is done.
-    wait: Cell<f64>,
+    wait: f64,
 }
 
 impl<'a> LayerBench<'a> {
@@ -71,10 +72,15 @@ impl<'a> LayerBench<'a> {
             device,
             layer,
             copies: copies.collect::<Result<_, _>>()?,
-            next: Cell::new(0),
-            inputs: RefCell::default(),
-            wait: Cell::new(0.0),
+            next: AtomicUsize::new(0),
+            inputs: Mutex::default(),
+            wait: 0.0,
         })
+    }
+
+    /// What it is timed on.
+    pub fn device(&self) -> &'a Device {
+        self.device
     }
 
     /// The layer.
@@ -82,49 +88,63 @@ impl<'a> LayerBench<'a> {
         self.layer
     }
 
-    /// Sets what a repetition spends on waiting for the device, to be left out of what is measured.
-    pub fn leave_out(&self, seconds: f64) {
-        self.wait.set(seconds);
+    /// The same, with what a repetition spends on waiting for the device left out of what is measured.
+    #[must_use]
+    pub fn without_wait(self, seconds: f64) -> Self {
+        Self { wait: seconds, ..self }
     }
 
     fn input(&self, tokens: u32) -> Result<Buffer, DeviceError> {
-        if let Some(x) = self.inputs.borrow().get(&tokens) {
+        let mut inputs = self.inputs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(x) = inputs.get(&tokens) {
             return Ok(x.clone());
         }
         let values = numbers(tokens as usize * self.layer.shape.d as usize, 3f32.sqrt());
         let x = self.device.upload_as(&values, self.layer.format.activations)?;
-        self.inputs.borrow_mut().insert(tokens, x.clone());
+        inputs.insert(tokens, x.clone());
         Ok(x)
     }
 
-    fn call(&self, schedule: &Schedule, x: &Buffer) -> Result<Buffer, DeviceError> {
-        let at = self.next.get();
-        self.next.set((at + 1) % self.copies.len());
-        self.device.execute(&self.copies[at], schedule, x, None)
+    fn call(&self, device: &Device, schedule: &Schedule, x: &Buffer) -> Result<Buffer, DeviceError> {
+        let at = self.next.fetch_add(1, Ordering::Relaxed) % self.copies.len();
+        device.execute(&self.copies[at], schedule, x, None)
     }
 
-    /// Seconds of a call: one repetition, after an untimed call that wakes the threads.
+    /// Seconds of a call: one repetition, after an untimed call that wakes the threads; by the device's own clock where it has one.
     ///
     /// # Errors
     /// The device fails.
     pub fn seconds(&self, schedule: &Schedule) -> Result<f64, DeviceError> {
+        self.seconds_on(self.device, schedule)
+    }
+
+    /// The same on the device as it is tuned otherwise ([`Device::tuned`]).
+    ///
+    /// # Errors
+    /// The device fails, or is another.
+    pub fn seconds_on(&self, device: &Device, schedule: &Schedule) -> Result<f64, DeviceError> {
         let x = self.input(schedule.tokens())?;
         let start = Instant::now();
-        drop(self.call(schedule, &x)?);
-        self.device.synchronize()?;
-        let calls = match self.device.info().backend {
+        drop(self.call(device, schedule, &x)?);
+        device.synchronize()?;
+        let calls = match device.info().backend {
             BackendKind::Host => 1,
             _ => ((REPETITION_SECONDS / start.elapsed().as_secs_f64()) as usize).clamp(1, MOST_CALLS),
         };
-        let start = Instant::now();
-        let mut last = self.call(schedule, &x)?;
-        for _ in 1..calls {
-            last = self.call(schedule, &x)?;
+        let mut queue = || -> Result<(), DeviceError> {
+            for _ in 0..calls {
+                self.call(device, schedule, &x)?;
+            }
+            Ok(())
+        };
+        if let Some(seconds) = device.device_seconds(&mut queue) {
+            return Ok(seconds? / calls as f64);
         }
-        self.device.synchronize()?;
+        let start = Instant::now();
+        queue()?;
+        device.synchronize()?;
         let elapsed = start.elapsed().as_secs_f64();
-        drop(last);
-        Ok((elapsed - self.wait.get()).max(0.1 * elapsed) / calls as f64)
+        Ok((elapsed - self.wait).max(0.1 * elapsed) / calls as f64)
     }
 }
 

@@ -96,6 +96,12 @@ impl Planner {
         &self.coefficients
     }
 
+    /// `device` as its tuning found that it runs fastest.
+    #[must_use]
+    pub fn tuned(&self, device: &Device) -> Device {
+        device.tuned(&self.coefficients.blueprints)
+    }
+
     /// The prices of a layer.
     pub fn prices(&self, layer: PricedLayer) -> LayerPrices {
         LayerPrices::new(&self.coefficients, layer)

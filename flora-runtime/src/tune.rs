@@ -5,6 +5,7 @@
 //! A kernel's coefficient is what a batch that needs it takes beyond what the rest of it takes, divided by the kernel's MACs. The
 //! rest of a batch of additive adapters is its base GEMM, which is measured beside it every time.
 
+mod blueprints;
 mod effort;
 mod held_out;
 mod lattice;
@@ -52,6 +53,9 @@ pub fn tune(
 ) -> Result<Tuning, DeviceError> {
     let launch = launch(device, effort)?;
     let bandwidth = bandwidth(device, effort, &launch)?;
+    let blueprints = blueprints::measure(device, formats, effort, &launch)?;
+    // What follows is measured as it will run.
+    let device = &device.tuned(&blueprints);
     let mut coefficients = DeviceCoefficients {
         schema: SCHEMA,
         flora: env!("CARGO_PKG_VERSION").to_owned(),
@@ -63,6 +67,7 @@ pub fn tune(
         launch_spread: launch.spread,
         seconds_per_byte: bandwidth.median(),
         bandwidth_spread: bandwidth.spread(),
+        blueprints,
         formats: BTreeMap::new(),
     };
     let mut held_out = BTreeMap::new();

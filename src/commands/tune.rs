@@ -38,13 +38,23 @@ pub(crate) struct Arguments {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum HowMuch {
+pub(crate) enum HowMuch {
     /// Some minutes a format
     Full,
     /// Under a minute
     Quick,
     /// About a second: what other commands do where nothing was saved
     Least,
+}
+
+impl HowMuch {
+    pub(crate) fn effort(self) -> Effort {
+        match self {
+            HowMuch::Full => Effort::FULL,
+            HowMuch::Quick => Effort::QUICK,
+            HowMuch::Least => Effort::LEAST,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -61,11 +71,7 @@ pub(crate) fn tune(arguments: &Arguments) -> Result<(), CommandError> {
         Err(error) if !error.is_missing() => output::note(&format!("warning: {error}\nit will be replaced")),
         _ => {}
     }
-    let effort = match (arguments.quick, arguments.effort) {
-        (true, _) | (_, HowMuch::Quick) => Effort::QUICK,
-        (_, HowMuch::Full) => Effort::FULL,
-        (_, HowMuch::Least) => Effort::LEAST,
-    };
+    let effort = if arguments.quick { HowMuch::Quick } else { arguments.effort }.effort();
     let bar = output::progress(0, "measuring");
     let formats = types::formats(&arguments.dtype, &arguments.weight);
     let tuning = flora::runtime::tune::tune(&device, &formats, &effort, |done, total| {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Kernel, Surface};
+use crate::blueprints::Blueprints;
 use crate::layer::LayerFormat;
 
 /// The version of the file's meaning; a file of another version is measured again, never trusted.
@@ -40,6 +41,8 @@ pub struct DeviceCoefficients {
     pub seconds_per_byte: f64,
     /// Of the bandwidth, as [`Surface::spread`].
     pub bandwidth_spread: f64,
+    /// How kernels cut their work.
+    pub blueprints: Blueprints,
     /// By the layer's types, `activations/adapters/weight` as a [`LayerFormat`] is printed. At least one.
     pub formats: BTreeMap<String, Coefficients>,
 }

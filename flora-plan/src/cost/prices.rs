@@ -13,6 +13,7 @@ pub struct LayerPrices {
     seconds_per_byte: f64,
     pads_blocks: bool,
     largest_buffer_bytes: Option<u64>,
+    split_rows: u64,
 }
 
 impl LayerPrices {
@@ -30,6 +31,7 @@ impl LayerPrices {
             seconds_per_byte: coefficients.seconds_per_byte,
             pads_blocks: coefficients.pads_blocks,
             largest_buffer_bytes: coefficients.largest_buffer_bytes,
+            split_rows: u64::from(coefficients.blueprints.split_rows),
         }
     }
 
@@ -46,6 +48,11 @@ impl LayerPrices {
     /// The most bytes of one buffer.
     pub(crate) fn largest_buffer_bytes(&self) -> Option<u64> {
         self.largest_buffer_bytes
+    }
+
+    /// Virtual rows up to which cubes share the depth.
+    pub(crate) fn split_rows(&self) -> u64 {
+        self.split_rows
     }
 
     /// Seconds of some work: launches·c0 + Σ max(MACs·c, bytes·c_bw).

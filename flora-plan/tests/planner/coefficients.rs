@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use flora_plan::blueprints::Blueprints;
 use flora_plan::cost::{Coefficients, DeviceCoefficients, FitError, Kernel, SCHEMA, Surface};
 
 fn surface(random: &mut fastrand::Rng, kernel: Kernel) -> Surface {
@@ -38,6 +39,7 @@ pub(crate) fn device(seed: u64, pads_blocks: bool) -> DeviceCoefficients {
         launch_spread: 0.1,
         seconds_per_byte: 1e-11 * random.f64(),
         bandwidth_spread: 0.1,
+        blueprints: Blueprints::default(),
         formats: BTreeMap::from([("f32/f32/f32".to_owned(), Coefficients { seconds_per_mac, error })]),
     }
 }

@@ -19,6 +19,8 @@ pub struct Effort {
     pub(super) longest_call: f64,
     /// Batches that are held out.
     pub(super) held_out: usize,
+    /// Whether tiles and the like are compared.
+    pub(super) blueprints: bool,
 }
 
 /// No batch of more rows is timed: where there are so many, a MAC takes what it takes with fewer.
@@ -37,6 +39,7 @@ impl Effort {
         passes: 5,
         longest_call: 0.1,
         held_out: 32,
+        blueprints: true,
     };
     /// Under a minute on a host.
     pub const QUICK: Self = Self {
@@ -48,6 +51,7 @@ impl Effort {
         passes: 3,
         longest_call: 0.03,
         held_out: 12,
+        blueprints: true,
     };
     /// About a second; where a command needs coefficients and none were saved.
     pub const LEAST: Self = Self {
@@ -59,5 +63,6 @@ impl Effort {
         passes: 3,
         longest_call: 0.01,
         held_out: 0,
+        blueprints: false,
     };
 }

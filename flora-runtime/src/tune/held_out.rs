@@ -5,7 +5,7 @@ use flora_codegen::cost::{DeviceCoefficients, LayerPrices, PricedLayer, work};
 use flora_codegen::layer::{LayerFormat, LayerShape};
 use flora_codegen::lowering::{Lowering, Part};
 use flora_codegen::plan::Plan;
-use flora_codegen::schedule::schedule;
+use flora_codegen::schedule::{can_hold, schedule};
 use serde::Serialize;
 
 use super::Launch;
@@ -114,11 +114,11 @@ fn run(
     let predict = |plan: &Plan| prices.price(&work(plan, layer, &batch, false, coefficients.pads_blocks));
     let plans: Vec<(Lowering, Plan)> =
         lowerings.iter().filter_map(|lowering| Some((*lowering, plan_of(*lowering).ok()?))).collect();
-    if plans.iter().any(|(_, plan)| predict(plan) > 2.0 * effort.longest_call) {
+    let holds = |plan: &Plan| can_hold(plan, layer.shape, &batch, device.info().largest_buffer_bytes);
+    if plans.iter().any(|(_, plan)| !holds(plan) || predict(plan) > 2.0 * effort.longest_call) {
         return Ok(None);
     }
-    let bench = LayerBench::new(device, layer, equal.slots() as u32)?;
-    bench.leave_out(launch.wait);
+    let bench = LayerBench::new(device, layer, equal.slots() as u32)?.without_wait(launch.wait);
     let mut timed = Vec::with_capacity(plans.len());
     for (lowering, plan) in plans {
         let steps = schedule(&plan, layer.shape, &segments, &adapters, false).map_err(unscheduled)?;

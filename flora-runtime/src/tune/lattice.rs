@@ -7,7 +7,7 @@ use flora_codegen::cost::{Kernel, Place, PricedLayer, Surface, work};
 use flora_codegen::layer::{LayerFormat, LayerShape};
 use flora_codegen::lowering::{Lowering, Part};
 use flora_codegen::plan::Plan;
-use flora_codegen::schedule::{Schedule, schedule};
+use flora_codegen::schedule::{Schedule, can_hold, schedule};
 
 use super::Launch;
 use super::effort::{Effort, MOST_ROWS, MOST_SLOTS};
@@ -67,15 +67,15 @@ pub(super) fn measure(
     let mut points_of = Vec::with_capacity(effort.extents.len());
     for (position, extent) in effort.extents.iter().enumerate() {
         let layer = PricedLayer { shape: LayerShape { d: *extent, k: *extent }, format };
-        points_of.push((layer, points(layer, position, &surfaces, effort, launch)?));
+        points_of
+            .push((layer, points(layer, position, &surfaces, effort, launch, device.info().largest_buffer_bytes)?));
     }
     let total = points_of.iter().flat_map(|(_, points)| points).map(|point| point.all_macs).sum::<f64>();
     let unit = total / 1000.0;
     let all = ((effort.passes + 1) * 1000) as u64;
     let mut done = 0.0;
     for (layer, points) in &mut points_of {
-        let bench = LayerBench::new(device, *layer, pool_slots(effort))?;
-        bench.leave_out(launch.wait);
+        let bench = LayerBench::new(device, *layer, pool_slots(effort))?.without_wait(launch.wait);
         survey(&bench, points, effort, |macs| {
             done += macs;
             progress((done / unit) as u64, all);
@@ -128,6 +128,7 @@ fn points(
     surfaces: &BTreeMap<Kernel, Surface>,
     effort: &Effort,
     launch: &Launch,
+    largest_buffer_bytes: Option<u64>,
 ) -> Result<Vec<Point>, DeviceError> {
     let mut points = Vec::new();
     for (kernel, surface) in surfaces {
@@ -140,7 +141,11 @@ fn points(
                 rank: surface.ranks[place.rank],
             };
             if equal.tokens() <= u64::from(MOST_ROWS) && equal.slots() <= u64::from(pool_slots(effort)) {
-                points.push(point(*kernel, place, layer, plan, equal, launch)?);
+                let (segments, adapters) = equal.batch();
+                let batch = BatchShape::of(&segments, &adapters);
+                if can_hold(&plan, layer.shape, &batch, largest_buffer_bytes) {
+                    points.push(point(*kernel, place, layer, plan, equal, launch)?);
+                }
             }
         }
     }
@@ -173,8 +178,11 @@ fn point(
     Ok(Point { kernel, place, schedule, base, macs, all_macs, launches, taken: Sample::default(), is_measured: false })
 }
 
-/// Runs every point once, and leaves out those that take too long: what a point takes is no more than its MACs by what a MAC took
-/// at the last smaller point of the kernel.
+/// A point is tried where the last smaller one of its kernel says that it takes no more than so many times the longest call: more
+/// work at once is usually cheaper a MAC.
+const HOPE: f64 = 4.0;
+
+/// Runs every point once, and leaves out those that take too long.
 fn survey(
     bench: &LayerBench<'_>,
     points: &mut [Point],
@@ -184,9 +192,10 @@ fn survey(
     let mut taken: BTreeMap<Kernel, f64> = BTreeMap::new();
     for point in points {
         let expected = taken.get(&point.kernel).map_or(0.0, |seconds_per_mac| point.all_macs * seconds_per_mac);
-        if expected <= effort.longest_call {
+        if expected <= HOPE * effort.longest_call {
             let (seconds, _) = point.take(bench)?;
-            point.is_measured = true;
+            // A kernel has a point, however slow the device.
+            point.is_measured = seconds <= effort.longest_call || !taken.contains_key(&point.kernel);
             taken.insert(point.kernel, seconds / point.all_macs);
         }
         done(point.all_macs);

@@ -9,6 +9,7 @@ mod peer;
 mod planner;
 mod report;
 mod timed;
+mod tuning;
 
 use clap::{Args, Subcommand};
 
@@ -27,6 +28,7 @@ enum Table {
     Layers(layers::Arguments),
     Paper(paper::Arguments),
     Planner(planner::Arguments),
+    Tuning(tuning::Arguments),
 }
 
 pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
@@ -34,5 +36,6 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
         Table::Layers(arguments) => layers::layers(arguments),
         Table::Paper(arguments) => paper::paper(arguments),
         Table::Planner(arguments) => planner::planner(arguments),
+        Table::Tuning(arguments) => tuning::tuning(arguments),
     }
 }

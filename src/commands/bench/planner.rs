@@ -7,7 +7,7 @@ use clap::builder::RangedU64ValueParser;
 use flora::codegen::batch::BatchShape;
 use flora::codegen::cost::{Kernel, LayerPrices, PricedLayer, work};
 use flora::codegen::plan::plan;
-use flora::codegen::schedule::{Schedule, schedule};
+use flora::codegen::schedule::{Schedule, can_hold, schedule};
 use flora::prelude::*;
 use flora::runtime::ProjectionError;
 use flora::runtime::measure::{LayerBench, Sample};
@@ -104,6 +104,7 @@ pub(super) fn planner(arguments: &Arguments) -> Result<(), CommandError> {
         Some(path) => DeviceCoefficients::read(path)?,
         None => planner::for_device(&device)?.0.coefficients().clone(),
     };
+    let device = device.tuned(&coefficients.blueprints);
     let uniform = LayerFormat::uniform(arguments.dtype);
     let format = LayerFormat { weight: arguments.weight.unwrap_or(uniform.weight), ..uniform };
     let is_timed = |point: &Point| is_timed(&coefficients, format, point);
@@ -165,7 +166,9 @@ fn outcome(
     let chosen = plan(prices, &batch, false);
     // Plans that lay the batch out alike are one.
     let mut timed: Vec<(Plan, Schedule, f64, Sample)> = Vec::new();
-    for plan in std::iter::once(chosen).chain(Plan::unmerged()) {
+    let largest = bench.device().info().largest_buffer_bytes;
+    let held = Plan::unmerged().filter(|plan| can_hold(plan, layer.shape, &batch, largest));
+    for plan in std::iter::once(chosen).chain(held) {
         let schedule = schedule_of(&plan)?;
         if timed.iter().all(|(_, own, _, _)| *own != schedule) {
             let first = bench.seconds(&schedule)?;
