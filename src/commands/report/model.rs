@@ -17,7 +17,8 @@ pub(super) fn model(coefficients: &DeviceCoefficients) -> Result<Model, CommandE
             Kernel::TIMED.iter().filter_map(|(name, kernel)| Some((*name, *kernel, own.seconds_per_mac.get(kernel)?)));
         let kernels = kernels.map(|(kernel_name, kernel, surface)| {
             let points = points(kernel, surface, format(name).unwrap_or_default(), coefficients.pads_blocks)?;
-            Ok(KernelPoints { name: kernel_name.to_owned(), points })
+            let multiplies_weight = matches!(kernel, Kernel::Matmul | Kernel::Stacked | Kernel::OnChip | Kernel::Bmm);
+            Ok(KernelPoints { name: kernel_name.to_owned(), multiplies_weight, points })
         });
         Ok(Format { name: name.clone(), kernels: kernels.collect::<Result<_, CommandError>>()?, error: own.error })
     });

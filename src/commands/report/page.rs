@@ -46,6 +46,8 @@ pub(super) struct Format {
 pub(super) struct KernelPoints {
     /// As the tuning file has it.
     pub(super) name: String,
+    /// Whether its MACs are those of rows by W0 or W_i; those of other kernels are of low-rank sums, timed as what they add.
+    pub(super) multiplies_weight: bool,
     pub(super) points: Vec<Point>,
 }
 

@@ -67,7 +67,7 @@ fn picoseconds(seconds: f64) -> String {
 fn summary(kernels: &[KernelPoints]) -> Table {
     let mut table =
         Table::new(&["<kernel", ">points", ">rows", ">fastest, ps/MAC", ">slowest, ps/MAC", ">median spread"]);
-    for KernelPoints { name, points } in kernels {
+    for KernelPoints { name, points, .. } in kernels {
         let times = || points.iter().map(|point| point.seconds_per_mac);
         let rows = points.iter().map(|point| point.rows);
         let spread = median(points.iter().map(|point| point.spread));
@@ -106,7 +106,7 @@ fn figures(kernels: &[KernelPoints]) -> Option<Block> {
     }
     let mut several = false;
     let mut figures = Vec::new();
-    for KernelPoints { name, points } in kernels.iter().filter(|kernel| kernel.points.len() > 1) {
+    for KernelPoints { name, points, .. } in kernels.iter().filter(|kernel| kernel.points.len() > 1) {
         let mut series = Vec::new();
         for (adapters, look) in &looks {
             let mut by_rows = BTreeMap::<u64, Vec<f64>>::new();
@@ -150,7 +150,7 @@ fn points(kernels: &[KernelPoints]) -> Table {
         ["<kernel", ">rows", ">rank", ">adapters", ">√(d·k)", ">ps/MAC", ">GMAC/s", ">MACs a byte", ">spread"];
     let mut table = Table::new(&columns);
     let or_dash = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), |value| value.to_string());
-    for KernelPoints { name, points } in kernels {
+    for KernelPoints { name, points, .. } in kernels {
         table.rows.extend(points.iter().map(|point| {
             vec![
                 name.clone(),

@@ -22,7 +22,7 @@ fn lattice(name: &str, seconds: impl Fn(u64, u64, u64) -> f64) -> KernelPoints {
             }
         }
     }
-    KernelPoints { name: name.to_owned(), points }
+    KernelPoints { name: name.to_owned(), multiplies_weight: true, points }
 }
 
 fn model(kernels: Vec<KernelPoints>) -> Model {
@@ -67,7 +67,7 @@ fn what_no_device_has_is_drawn_without_a_panic() {
     for seconds in odd {
         for bytes_per_second in odd {
             let mut kernels = vec![lattice("<i>", |_, _, _| seconds), lattice("bmm", |rows, _, _| rows as f64)];
-            kernels.push(KernelPoints { name: "none".to_owned(), points: Vec::new() });
+            kernels.push(KernelPoints { name: "none".to_owned(), multiplies_weight: false, points: Vec::new() });
             let page = Page { model: Some(Model { bytes_per_second, ..model(kernels) }), ..Page::default() };
             let html = document(&page).render().expect("the template renders");
             assert!(!html.contains("<i>") && html.contains("i&#62;"));
