@@ -1,7 +1,6 @@
 //! One shape, batch and choice of types, with everything that is measured on it.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use flora::codegen::batch::{AdapterSlots, BatchShape, Segment};
 use flora::codegen::cost::{PricedLayer, work};
@@ -11,14 +10,14 @@ use flora::prelude::*;
 use flora::runtime::device::{BackendKind, LayerOperands};
 use flora::runtime::{Buffer, DeviceError, ProjectionError};
 
-use super::timed::{Clock, Timed, random_input, random_operands};
+use super::timed::{Clock, Layers, Residence, Timed, random_input, random_layers};
 use crate::commands::error::CommandError;
 use crate::commands::layer;
 
 /// The adapters that are measured alone, with whether their rank can be chosen; each is a built-in layer.
 pub(super) const ADAPTERS: [(&str, bool); 4] = [("lora", true), ("flora", true), ("hira", true), ("ia3", false)];
 /// What base rows are called.
-pub(super) const BASE: &str = "none";
+pub(crate) const BASE: &str = "none";
 /// What the base rows of a mixed batch are called.
 pub(super) const MIXED: &str = "mixed";
 /// The name of the base GEMM where a lowering's would stand.
@@ -49,9 +48,21 @@ pub(super) struct Case {
 #[derive(Clone, Debug)]
 pub(super) struct Wanted {
     pub(super) ranks: Vec<u32>,
-    pub(super) adapters: Vec<String>,
-    pub(super) lowerings: Vec<Lowering>,
+    /// Adapters of [`ADAPTERS`], or [`MIXED`], by lowerings.
+    pub(super) variants: Vec<(String, Lowering)>,
     pub(super) split: bool,
+    pub(super) residence: Residence,
+}
+
+impl Wanted {
+    /// Whether an adapter is measured at all.
+    pub(super) fn has(&self, adapter: &str) -> bool {
+        self.variants.iter().any(|(wanted, _)| wanted == adapter)
+    }
+
+    fn has_by(&self, adapter: &str, lowering: Lowering) -> bool {
+        self.variants.iter().any(|(wanted, by)| wanted == adapter && *by == lowering)
+    }
 }
 
 /// Something that is measured: a sum of times, which for all but mixed batches is one time.
@@ -66,6 +77,8 @@ pub(super) struct Variant {
     pub(super) macs: u64,
     /// Bytes of operands, each read once, and of y, written once.
     pub(super) bytes: u64,
+    /// The repetition that showed that the device can run it.
+    pub(super) first_seconds: f64,
     terms: Vec<(f64, Timed)>,
 }
 
@@ -161,7 +174,7 @@ pub(super) fn variants(
 
     // Every batch before any tensor, because the pools hold the vectors of the one that has most.
     let mut batches = Vec::new();
-    for (adapter, has_rank) in ADAPTERS.iter().filter(|(name, _)| wanted.adapters.iter().any(|wanted| wanted == name)) {
+    for (adapter, has_rank) in ADAPTERS.iter().filter(|(name, _)| wanted.has(name)) {
         let compiled = layer::open(adapter)?.compiled;
         let ranks = if *has_rank { &wanted.ranks[..] } else { &[1] };
         for rank in ranks {
@@ -170,7 +183,7 @@ pub(super) fn variants(
         }
     }
     let mut mixtures = Vec::new();
-    if wanted.adapters.iter().any(|wanted| wanted == MIXED) {
+    if wanted.has(MIXED) {
         let kinds = ADAPTERS.iter().map(|(name, _)| Ok(layer::open(name)?.compiled));
         let kinds = kinds.collect::<Result<Vec<_>, CommandError>>()?;
         let mixed = |rank: &u32| (*rank, Rows::mixed(&kinds, *rank, tokens.all(), adapted_rows(tokens.all())));
@@ -186,14 +199,15 @@ pub(super) fn variants(
         mixtures.iter().map(|(_, rows)| rows.virtual_rows()).max().unwrap_or(0) * widest,
     )?;
 
-    let operands = Arc::new(random_operands(device, shape, format, slots)?);
-    let mut bench = Bench { device, case, operands, inputs: BTreeMap::new() };
-    let base = bench.base()?;
+    let layers = random_layers(device, shape, format, slots, wanted.residence)?;
+    let mut bench = Bench { device, case, layers, inputs: BTreeMap::new() };
+    let mut base = bench.base()?;
+    base.first_seconds = base.seconds(clock)?;
     let mut variants = vec![base.clone()];
     for (adapter, rank, part, rows) in &batches {
         for lowering in lowerings_of(*part).map(|row| row.lowering) {
             let merged = lowering == Lowering::Merged;
-            if !wanted.lowerings.contains(&lowering) || merged && tokens.segments != 1 {
+            if !wanted.has_by(adapter, lowering) || merged && tokens.segments != 1 {
                 continue;
             }
             let plan = plan(*part, lowering, wanted.split)?;
@@ -203,7 +217,7 @@ pub(super) fn variants(
         }
     }
     for (rank, rows) in &mixtures {
-        for lowering in [Lowering::Stacked, Lowering::OnChip].into_iter().filter(|one| wanted.lowerings.contains(one)) {
+        for lowering in [Lowering::Stacked, Lowering::OnChip].into_iter().filter(|one| wanted.has_by(MIXED, *one)) {
             let plan = plan(Part::Multiplicative, lowering, wanted.split)?;
             let variant = bench.mixed(*rank, plan, rows, &base);
             let title = || format!("a mixed batch of rank {rank} by {lowering}");
@@ -227,7 +241,7 @@ fn unless_impossible(
         }
         _ => false,
     };
-    match variant.and_then(|variant| variant.seconds(clock).map(|_| variant)) {
+    match variant.and_then(|variant| variant.seconds(clock).map(|first_seconds| Variant { first_seconds, ..variant })) {
         Ok(variant) => Ok(Some(variant)),
         Err(error) if impossible(&error) => {
             left_out.push(format!("{}: {error}", title()));
@@ -251,7 +265,7 @@ fn plan(part: Part, lowering: Lowering, split: bool) -> Result<Plan, CommandErro
 struct Bench<'a> {
     device: &'a Device,
     case: Case,
-    operands: Arc<LayerOperands>,
+    layers: Layers,
     /// By rows.
     inputs: BTreeMap<u32, Buffer>,
 }
@@ -267,7 +281,7 @@ impl Bench<'_> {
                 x
             }
         };
-        Ok(Timed { operands: self.operands.clone(), schedule, x })
+        Ok(Timed { layers: self.layers.clone(), schedule, x })
     }
 
     fn base_gemm(&mut self, rows: u32) -> Result<Timed, CommandError> {
@@ -291,6 +305,7 @@ impl Bench<'_> {
             segments: tokens.segments,
             macs: u64::from(rows) * u64::from(shape.d) * u64::from(shape.k),
             bytes: format.weight.bytes(shape) + self.row_bytes(rows),
+            first_seconds: f64::NAN,
             terms: vec![(1.0, self.base_gemm(rows)?)],
         })
     }
@@ -309,9 +324,12 @@ impl Bench<'_> {
         let mut timed = self.timed(schedule)?;
         let mut operand_bytes = format.weight.bytes(shape) + format.adapters.bytes() * rows.numbers(shape);
         if lowering == Lowering::Merged {
-            let weight = self.device.merge(&self.operands, &Materialised::weight_of(&adapters[0]))?;
+            let materialised = Materialised::weight_of(&adapters[0]);
+            timed.layers = self.layers.try_map(|operands| -> Result<_, DeviceError> {
+                let weight = self.device.merge(operands, &materialised)?;
+                Ok(LayerOperands { merged: Some((0, weight)), ..operands.clone() })
+            })?;
             operand_bytes = format.activations.bytes() * u64::from(shape.d) * u64::from(shape.k);
-            timed.operands = Arc::new(LayerOperands { merged: Some((0, weight)), ..(*self.operands).clone() });
         }
         let pads = self.device.info().backend != BackendKind::Host;
         let work = work(&plan, PricedLayer { shape, format }, &BatchShape::of(segments, adapters), false, pads);
@@ -323,6 +341,7 @@ impl Bench<'_> {
             segments: tokens.segments,
             macs: work.macs(),
             bytes: operand_bytes + self.row_bytes(tokens.all()),
+            first_seconds: f64::NAN,
             terms: vec![(1.0, timed)],
         })
     }

@@ -4,13 +4,12 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
 use flora::codegen::lowering::TABLE;
 use flora::prelude::*;
-use flora::runtime::device::BackendKind;
 
 use super::case::{ADAPTERS, BASE, Case, MIXED, Tokens, Variant, Wanted, variants};
 use super::peaks::Peaks;
 use super::peer::{Peer, Prepared};
 use super::report::{Group, Record, Times, human};
-use super::timed::Clock;
+use super::timed::{Clock, Residence};
 use crate::commands::error::CommandError;
 use crate::commands::{output, types};
 
@@ -89,7 +88,8 @@ fn shape(text: &str) -> Result<LayerShape, String> {
     pair(text, ',', [65536; 2]).map(|[d, k]| LayerShape { d, k })
 }
 
-fn tokens(text: &str) -> Result<Tokens, String> {
+/// `SEGMENTSxTOKENS`
+pub(super) fn tokens(text: &str) -> Result<Tokens, String> {
     pair(text, 'x', [4096, 65536]).map(|[segments, rows]| Tokens { segments, rows })
 }
 
@@ -114,15 +114,18 @@ impl Arguments {
         let mut ranks = self.ranks.clone();
         ranks.sort_unstable();
         ranks.dedup();
-        let adapters = match &self.adapters[..] {
+        let adapters: Vec<_> = match &self.adapters[..] {
             [] => ADAPTERS.iter().map(|(name, _)| *name).chain([MIXED]).map(str::to_owned).collect(),
             adapters => adapters.to_vec(),
         };
-        let lowerings = match &self.lowerings[..] {
+        let lowerings: Vec<_> = match &self.lowerings[..] {
             [] => TABLE.iter().map(|row| row.lowering).collect(),
             lowerings => lowerings.to_vec(),
         };
-        Wanted { ranks, adapters, lowerings, split: self.split }
+        let by_all =
+            |adapter: &String| lowerings.iter().map(|lowering| (adapter.clone(), *lowering)).collect::<Vec<_>>();
+        let variants = adapters.iter().flat_map(by_all).collect();
+        Wanted { ranks, variants, split: self.split, residence: Residence::Warm }
     }
 }
 
@@ -135,12 +138,7 @@ struct Taken {
 
 pub(super) fn layers(arguments: &Arguments) -> Result<(), CommandError> {
     let device = Device::open(&arguments.device)?;
-    let calls = match (arguments.calls, device.info().backend) {
-        (Some(calls), _) => [calls; 2],
-        (None, BackendKind::Host) => [1, 1],
-        (None, _) => [1, 20],
-    };
-    let clock = Clock { device: &device, calls };
+    let clock = Clock::new(&device, arguments.calls);
     let (cases, wanted) = (arguments.cases(), arguments.wanted());
     let mut peer = arguments.peer.as_deref().map(Peer::start).transpose()?;
     let mut peaks = Peaks::default();
@@ -184,7 +182,7 @@ fn measure(
     let mut theirs = Vec::new();
     if let Some(peer) = &mut peer {
         for (position, rank) in wanted.ranks.iter().enumerate() {
-            let is_wanted = |name: &&str| wanted.adapters.iter().any(|wanted| wanted == name);
+            let is_wanted = |name: &&str| wanted.has(name);
             let base = (position == 0).then_some("base");
             let names: Vec<_> = base.into_iter().chain(["lora", "flora"].into_iter().filter(is_wanted)).collect();
             if !names.is_empty() {

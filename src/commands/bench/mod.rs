@@ -3,6 +3,7 @@
 mod case;
 mod grid;
 mod layers;
+pub(crate) mod paper;
 mod peaks;
 mod peer;
 mod planner;
@@ -27,6 +28,7 @@ enum Table {
     Layers(layers::Arguments),
     Planner(planner::Arguments),
     Tuning(tuning::Arguments),
+    Paper(paper::Arguments),
 }
 
 pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
@@ -34,5 +36,6 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
         Table::Layers(arguments) => layers::layers(arguments),
         Table::Planner(arguments) => planner::planner(arguments),
         Table::Tuning(arguments) => tuning::tuning(arguments),
+        Table::Paper(arguments) => paper::paper(arguments),
     }
 }

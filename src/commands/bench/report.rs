@@ -63,7 +63,12 @@ impl Times {
         self.quartiles()[1]
     }
 
-    fn spread(&self) -> f64 {
+    pub(super) fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// (third quartile − first quartile) / median.
+    pub(super) fn spread(&self) -> f64 {
         let [first, median, third] = self.quartiles();
         (third - first) / median
     }
