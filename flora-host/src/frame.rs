@@ -59,6 +59,13 @@ impl<S: Simd> Frame<'_, S> {
         padding.fill(0.0);
     }
 
+    /// Asks for an out-vector of slot 1 or more.
+    pub(crate) fn fetch_out_vector(&self, slot: u32) {
+        if let Some(slot) = slot.checked_sub(1) {
+            self.out_pool.fetch(slot as usize, self.columns.start, self.columns.len());
+        }
+    }
+
     /// Gathers the factors of Σ_v in_v out_vᵀ within the panel and a slice of the depth.
     pub(crate) fn factors<'b>(
         &self,

@@ -14,7 +14,7 @@ use crate::finish::Finish;
 use crate::frame::{Frame, PANEL_COLUMNS, even_tiles, panels};
 use crate::kernel::{MOST_TILE_ROWS, Multiply, SLICE, Strip, X_PITCH, strip_columns, tile_rows};
 use crate::low_rank::expand;
-use crate::pack::{Vectors, Weight, pack_panel, pack_rows, strip_pitch};
+use crate::pack::{Vectors, Weight, fetch_row, pack_panel, pack_rows, strip_pitch};
 use crate::strips::{Strips, Tile};
 use crate::values::Sink;
 use crate::workspace::{Pool, Scratch};
@@ -167,15 +167,17 @@ impl<S: Simd> Panel<'_, S> {
         let most = if block.sweeps() { MOST_SWEPT_ROWS } else { tile_rows::<S>() };
         let strips = Strips { in_place, pitch: k, whole, packed, strip_pitch: strip_pitch::<S>(), columns: width };
         for tile in even_tiles(block.rows.len(), most) {
+            // The next tile's operands are fetched a few at a time while this one is multiplied.
+            let share = (tile.len() + 1).div_ceil(self.frame.strips());
+            let mut next = block.rows[tile.end..].iter().take(tile.len() + 1);
             let rows = &block.rows[tile];
             let x = x.floats(rows.len() * X_PITCH);
             let sources = rows.iter().map(|row| (row.row, row.in_slot));
             pack_rows(self.frame.simd, self.pass.x, self.pass.in_pool, sources, depth.clone(), x);
             let scaled = rows.iter().any(|row| row.out_slot > 0);
             let scales = scales.floats(if scaled { rows.len() * width } else { 0 });
-            let all_in_place = whole == self.frame.strips();
             let needed = rows.iter().zip(scales.chunks_exact_mut(width));
-            for (row, scales) in needed.filter(|(row, _)| row.out_slot > 0 || !all_in_place) {
+            for (row, scales) in needed.filter(|(row, _)| row.out_slot > 0) {
                 self.frame.out_vector(row.out_slot, scales);
             }
             let sums = sums.floats(block.range.len() * width);
@@ -183,7 +185,13 @@ impl<S: Simd> Panel<'_, S> {
                 *place = (row.row as usize - block.range.start) * width;
             }
             let (places, scales) = (&places[..rows.len()], scaled.then_some((&*scales, rows)));
-            strips.multiply(self.frame.simd, Tile { x, depth: depth.len(), places, scales, sums }, products);
+            let tile = Tile { x, depth: depth.len(), places, scales, sums };
+            strips.multiply(self.frame.simd, tile, products, || {
+                for row in next.by_ref().take(share) {
+                    fetch_row(self.pass.x, self.pass.in_pool, (row.row, row.in_slot), &depth);
+                    self.frame.fetch_out_vector(row.out_slot);
+                }
+            });
         }
         for segment in block.segments {
             self.segment(block, segment, depth.clone(), scratch);
