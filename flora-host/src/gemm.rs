@@ -19,7 +19,8 @@ use crate::strips::{Strips, Tile};
 use crate::values::Sink;
 use crate::workspace::{Pool, Scratch};
 
-/// Rows of a block: with a panel's columns their outputs fill half of a second-level cache of 1 MiB.
+/// Rows of a block. With a panel's columns their outputs are as large as a second-level cache of 1 MiB, but a tile touches its own
+/// alone, once for every slice; fewer rows would have W0 packed more often.
 pub(crate) const BLOCK_ROWS: usize = 512;
 
 /// The rows of a pass; the fields are those of [`Gemm`](flora_plan::schedule::Gemm).
