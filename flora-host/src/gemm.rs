@@ -14,12 +14,13 @@ use crate::finish::Finish;
 use crate::frame::{Frame, PANEL_COLUMNS, even_tiles, panels};
 use crate::kernel::{MOST_TILE_ROWS, Multiply, SLICE, Strip, X_PITCH, strip_columns, tile_rows};
 use crate::low_rank::expand;
-use crate::pack::{Vectors, Weight, pack_panel, pack_rows, strip_pitch};
+use crate::pack::{Vectors, Weight, fetch_row, pack_panel, pack_rows, strip_pitch};
 use crate::strips::{Strips, Tile};
 use crate::values::Sink;
 use crate::workspace::{Pool, Scratch};
 
-/// Rows of a block: with a panel's columns their outputs fill half of a second-level cache of 1 MiB.
+/// Rows of a block. With a panel's columns their outputs are as large as a second-level cache of 1 MiB, but a tile touches its own
+/// alone, once for every slice; fewer rows would have W0 packed more often.
 pub(crate) const BLOCK_ROWS: usize = 512;
 
 /// The rows of a pass; the fields are those of [`Gemm`](flora_plan::schedule::Gemm).
@@ -39,9 +40,9 @@ impl<'a> Rows<'a> {
 }
 
 /// The most rows that can read the weight where it lies. Few rows are quicker so than by packing the weight: packing waits for
-/// memory, a sweep multiplies meanwhile. Measured at d = k = 2048: 1.6 times as fast at 16 rows, 1.2 at 32, the same at 64; tuning
-/// says up to how many rows a sweep is worth it on a processor.
-pub(crate) const MOST_SWEPT_ROWS: usize = 64;
+/// memory, a sweep multiplies meanwhile. Measured at d = k = 2048: 1.6 times as fast at 16 rows, 1.2 at 32, 1.02 at 96 and 128, and
+/// no longer at 160, where the products don't stay in cache. Tuning says up to how many rows a sweep is worth it on a processor.
+pub(crate) const MOST_SWEPT_ROWS: usize = 128;
 
 /// Columns of a panel for so many rows: at most a page of each of the weight's, and products that stay in cache.
 fn swept_columns(rows: usize) -> usize {
@@ -170,15 +171,17 @@ impl<S: Simd> Panel<'_, S> {
         let most = if block.sweeps(self.pass.swept_rows) { MOST_SWEPT_ROWS } else { tile_rows::<S>() };
         let strips = Strips { in_place, pitch: k, whole, packed, strip_pitch: strip_pitch::<S>(), columns: width };
         for tile in even_tiles(block.rows.len(), most) {
+            // The next tile's operands are fetched a few at a time while this one is multiplied.
+            let share = (tile.len() + 1).div_ceil(self.frame.strips());
+            let mut next = block.rows[tile.end..].iter().take(tile.len() + 1);
             let rows = &block.rows[tile];
             let x = x.floats(rows.len() * X_PITCH);
             let sources = rows.iter().map(|row| (row.row, row.in_slot));
             pack_rows(self.frame.simd, self.pass.x, self.pass.in_pool, sources, depth.clone(), x);
             let scaled = rows.iter().any(|row| row.out_slot > 0);
             let scales = scales.floats(if scaled { rows.len() * width } else { 0 });
-            let all_in_place = whole == self.frame.strips();
             let needed = rows.iter().zip(scales.chunks_exact_mut(width));
-            for (row, scales) in needed.filter(|(row, _)| row.out_slot > 0 || !all_in_place) {
+            for (row, scales) in needed.filter(|(row, _)| row.out_slot > 0) {
                 self.frame.out_vector(row.out_slot, scales);
             }
             let sums = sums.floats(block.range.len() * width);
@@ -186,7 +189,13 @@ impl<S: Simd> Panel<'_, S> {
                 *place = (row.row as usize - block.range.start) * width;
             }
             let (places, scales) = (&places[..rows.len()], scaled.then_some((&*scales, rows)));
-            strips.multiply(self.frame.simd, Tile { x, depth: depth.len(), places, scales, sums }, products);
+            let tile = Tile { x, depth: depth.len(), places, scales, sums };
+            strips.multiply(self.frame.simd, tile, products, || {
+                for row in next.by_ref().take(share) {
+                    fetch_row(self.pass.x, self.pass.in_pool, (row.row, row.in_slot), &depth);
+                    self.frame.fetch_out_vector(row.out_slot);
+                }
+            });
         }
         for segment in block.segments {
             self.segment(block, segment, depth.clone(), scratch);

@@ -19,6 +19,7 @@ use serde::Serialize;
 
 pub use self::effort::Effort;
 pub use self::held_out::HeldOut;
+pub use self::lattice::needed_by;
 use crate::device::{BackendKind, Device, DeviceError};
 use crate::measure::{LayerBench, Sample, unscheduled};
 

@@ -185,7 +185,8 @@ while read -r line; do
         printf '{"id": 7, "variants": {'
         described base 0 none matmul; printf ', '
         described lora 2 lora bmm; printf ', '
-        described flora 2 flora stacked
+        described flora 2 flora stacked; printf ', '
+        described flora_einsum 2 flora einsum
         echo '}}' ;;
     *) exit 1 ;;
     esac
@@ -204,7 +205,7 @@ fn a_peer_is_measured_beside_flora() {
     };
     let records = answer(with(&["--json"]));
     let records = records.as_array().expect("an array");
-    let (own, theirs) = records.split_at(records.len() - 3);
+    let (own, theirs) = records.split_at(records.len() - 4);
     assert!(own.iter().all(|record| text(record, "device").ends_with("(host)")), "{own:?}");
     let theirs: Vec<_> = theirs
         .iter()
@@ -214,12 +215,14 @@ fn a_peer_is_measured_beside_flora() {
             (key, record["seconds"].as_f64(), record["ratio_to_base"].as_f64())
         })
         .collect();
-    let expected = [("none matmul", 0.5, 1.0), ("lora bmm", 2.0, 4.0), ("flora stacked", 2.0, 4.0)];
-    assert_eq!(theirs, expected.map(|(key, seconds, ratio)| (key.to_owned(), Some(seconds), Some(ratio))));
+    let adapted = ["lora bmm", "flora stacked", "flora einsum"].map(|key| (key, 2.0, 4.0));
+    let expected: Vec<_> = [("none matmul", 0.5, 1.0)].into_iter().chain(adapted).collect();
+    let expected = expected.into_iter().map(|(key, seconds, ratio)| (key.to_owned(), Some(seconds), Some(ratio)));
+    assert_eq!(theirs, expected.collect::<Vec<_>>());
 
     let output = flora(with(&[]));
     let table = String::from_utf8_lossy(&output.stdout).into_owned();
-    for expected in ["peer: the fake", "peer / flora", "2.00 s"] {
+    for expected in ["peer: the fake", "peer / flora", "2.00 s", "einsum"] {
         assert!(table.contains(expected), "`{expected}` is not in: {table}");
     }
     for (dtype, expected) in [("bf16", "refuses: no bf16 here"), ("f16", "doesn't know: \"what?")] {

@@ -17,7 +17,7 @@ use crate::measure::{EqualSegments, LayerBench, Sample, unscheduled};
 /// What is faster by less than this share is left as it was.
 const WORTHWHILE: f64 = 0.03;
 /// Rows that the host's two ways to read a weight are compared at, and that split and whole depth are.
-const FEW_ROWS: [u32; 6] = [4, 8, 16, 32, 48, 64];
+const FEW_ROWS: [u32; 8] = [4, 8, 16, 32, 48, 64, 96, 128];
 /// The rank of the tiles of W_i that are timed.
 const RANK: u32 = 8;
 

@@ -14,8 +14,8 @@ use super::effort::{Effort, MOST_ROWS, MOST_SLOTS};
 use crate::device::{Device, DeviceError};
 use crate::measure::{EqualSegments, LayerBench, Sample, unscheduled};
 
-/// The part, and the plan, that need a kernel.
-fn needed_by(kernel: Kernel) -> (Part, Plan) {
+/// The part of an adapter, and the plan, that need a kernel: what its coefficients are measured by.
+pub fn needed_by(kernel: Kernel) -> (Part, Plan) {
     let plan = |multiplicative, additive| Plan::new(multiplicative, additive).unwrap_or_default();
     match kernel {
         Kernel::Matmul | Kernel::Stacked | Kernel::Move => (Part::Multiplicative, Plan::default()),

@@ -129,6 +129,9 @@ impl Arguments {
     }
 }
 
+/// The peer's variants beside its base, and the adapter that each computes.
+const PEER_VARIANTS: [(&str, &str); 3] = [("lora", "lora"), ("flora", "flora"), ("flora_einsum", "flora")];
+
 /// The repetitions of a case, before the peaks of the whole run are known.
 struct Taken {
     case: Case,
@@ -182,9 +185,10 @@ fn measure(
     let mut theirs = Vec::new();
     if let Some(peer) = &mut peer {
         for (position, rank) in wanted.ranks.iter().enumerate() {
-            let is_wanted = |name: &&str| wanted.has(name);
+            let is_wanted = |(_, adapter): &(&str, &str)| wanted.has(adapter);
+            let adapted = PEER_VARIANTS.into_iter().filter(is_wanted).map(|(name, _)| name);
             let base = (position == 0).then_some("base");
-            let names: Vec<_> = base.into_iter().chain(["lora", "flora"].into_iter().filter(is_wanted)).collect();
+            let names: Vec<_> = base.into_iter().chain(adapted).collect();
             if !names.is_empty() {
                 theirs.extend(peer.prepare(case, *rank, &names)?.into_iter().map(|one| (one, Times::default())));
             }

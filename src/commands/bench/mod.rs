@@ -26,16 +26,16 @@ pub(crate) struct Arguments {
 #[derive(Subcommand)]
 enum Table {
     Layers(layers::Arguments),
-    Paper(paper::Arguments),
     Planner(planner::Arguments),
     Tuning(tuning::Arguments),
+    Paper(paper::Arguments),
 }
 
 pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
     match &arguments.table {
         Table::Layers(arguments) => layers::layers(arguments),
-        Table::Paper(arguments) => paper::paper(arguments),
         Table::Planner(arguments) => planner::planner(arguments),
         Table::Tuning(arguments) => tuning::tuning(arguments),
+        Table::Paper(arguments) => paper::paper(arguments),
     }
 }

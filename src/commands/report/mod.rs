@@ -115,7 +115,7 @@ fn read(arguments: &Arguments) -> Result<Page, CommandError> {
     });
     Ok(Page {
         paper: paper.collect::<Result<_, CommandError>>()?,
-        model: coefficients.as_ref().map(model::model).transpose()?,
+        model: coefficients.as_ref().map(model::model),
         planner: arguments.planner.iter().map(|path| input::planner(path)).collect::<Result<_, _>>()?,
     })
 }

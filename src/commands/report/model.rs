@@ -1,9 +1,10 @@
 //! From a file of coefficients to what the page shows of it: the only place that knows how the cost model keeps them.
 
 use flora::codegen::batch::{AdapterSlots, BatchShape, Segment};
-use flora::codegen::cost::{Kernel, LayerPrices, PricedLayer, Regime, Surface, eq7, work};
-use flora::codegen::lowering::Part;
+use flora::codegen::cost::{Kernel, LayerPrices, Place, PricedLayer, Regime, Surface, eq7, work};
 use flora::prelude::*;
+use flora::runtime::measure::EqualSegments;
+use flora::runtime::tune::needed_by;
 
 use super::page::{CriticalRank, Format, KernelPoints, Model, Point, Prediction};
 use crate::commands::bench::paper::{Coordinates, Crossing, Curves, plan};
@@ -11,26 +12,27 @@ use crate::commands::error::CommandError;
 use crate::commands::layer;
 
 /// The coefficients as measured points.
-pub(super) fn model(coefficients: &DeviceCoefficients) -> Result<Model, CommandError> {
+pub(super) fn model(coefficients: &DeviceCoefficients) -> Model {
     let formats = coefficients.formats.iter().map(|(name, own)| {
+        let types = format(name).unwrap_or_default();
         let kernels =
             Kernel::TIMED.iter().filter_map(|(name, kernel)| Some((*name, *kernel, own.seconds_per_mac.get(kernel)?)));
-        let kernels = kernels.map(|(kernel_name, kernel, surface)| {
-            let points = points(kernel, surface, format(name).unwrap_or_default(), coefficients.pads_blocks)?;
-            let multiplies_weight = matches!(kernel, Kernel::Matmul | Kernel::Stacked | Kernel::OnChip | Kernel::Bmm);
-            Ok(KernelPoints { name: kernel_name.to_owned(), multiplies_weight, points })
+        let kernels = kernels.map(|(name, kernel, surface)| KernelPoints {
+            name: name.to_owned(),
+            multiplies_weight: matches!(kernel, Kernel::Matmul | Kernel::Stacked | Kernel::OnChip | Kernel::Bmm),
+            points: points(kernel, surface, types),
         });
-        Ok(Format { name: name.clone(), kernels: kernels.collect::<Result<_, CommandError>>()?, error: own.error })
+        Format { name: name.clone(), kernels: kernels.collect(), error: own.error }
     });
-    Ok(Model {
+    Model {
         device: coefficients.device.clone(),
         flora: coefficients.flora.clone(),
         seconds_per_launch: coefficients.seconds_per_launch,
         launch_spread: coefficients.launch_spread,
         bytes_per_second: 1.0 / coefficients.seconds_per_byte,
         bandwidth_spread: coefficients.bandwidth_spread,
-        formats: formats.collect::<Result<_, CommandError>>()?,
-    })
+        formats: formats.collect(),
+    }
 }
 
 /// The types that `activations/adapters/weight` names.
@@ -43,46 +45,46 @@ fn format(name: &str) -> Option<LayerFormat> {
 }
 
 /// The measured points of a surface.
-fn points(kernel: Kernel, surface: &Surface, format: LayerFormat, pads: bool) -> Result<Vec<Point>, CommandError> {
+fn points(kernel: Kernel, surface: &Surface, format: LayerFormat) -> Vec<Point> {
     let knows_adapters = !kernel.is_gemm();
     let measured = surface.places().filter(|place| surface.measured[surface.index(*place)]);
-    let point = |place: flora::codegen::cost::Place| {
+    let point = |place: Place| {
         let at = surface.index(place);
         let (rows, rank) = (surface.rows[place.rows], surface.ranks[place.rank]);
         let (adapters, extent) = (surface.adapters[place.adapters], surface.extents[place.extent]);
         let layer = PricedLayer { shape: LayerShape { d: extent, k: extent }, format };
-        Ok(Point {
+        Point {
             rows: rows.into(),
             rank: knows_adapters.then_some(rank.into()),
             adapters: knows_adapters.then_some(adapters.into()),
             extent: extent.into(),
             seconds_per_mac: surface.seconds_per_mac[at],
-            macs_per_byte: intensity(kernel, layer, [adapters, rows, rank], pads)?,
+            macs_per_byte: intensity(kernel, layer, adapters, rows, rank),
             spread: surface.spread[at],
-        })
+        }
     };
     measured.map(point).collect()
 }
 
-/// The MACs of a kernel for each byte that it moves in a batch of `adapters` with `rows` each.
-fn intensity(kernel: Kernel, layer: PricedLayer, batch: [u32; 3], pads: bool) -> Result<f64, CommandError> {
-    let [adapters, rows, rank] = batch;
-    let (name, part, lowering) = match kernel {
-        Kernel::Matmul | Kernel::Move => ("linear", Part::Multiplicative, Lowering::Stacked),
-        Kernel::Stacked => ("flora", Part::Multiplicative, Lowering::Stacked),
-        Kernel::OnChip => ("flora", Part::Multiplicative, Lowering::OnChip),
-        Kernel::Bmm => ("flora", Part::Multiplicative, Lowering::Bmm),
-        Kernel::Fused => ("lora", Part::Additive, Lowering::Fused),
-        Kernel::LowRankBmm => ("lora", Part::Additive, Lowering::Bmm),
-        Kernel::Segmented => ("lora", Part::Additive, Lowering::Segmented),
+/// The largest batch that tuning may have run: its segments times their rank, and its rows.
+const MOST_VECTORS: u64 = 1 << 20;
+const MOST_ROWS: u64 = 1 << 22;
+const LARGEST_EXTENT: u32 = 1 << 16;
+
+/// The MACs of a kernel for each byte that it moves, in the batch that tuning ran; NaN where none would run such a batch.
+fn intensity(kernel: Kernel, layer: PricedLayer, adapters: u32, rows: u32, rank: u32) -> f64 {
+    let within = |one: u32, other: u32, most: u64| u64::from(one) * u64::from(other) <= most;
+    if !within(adapters, rank, MOST_VECTORS) || !within(adapters, rows, MOST_ROWS) || layer.shape.d > LARGEST_EXTENT {
+        return f64::NAN;
+    }
+    let (part, plan) = needed_by(kernel);
+    let (segments, slots) = match kernel {
+        Kernel::Matmul => (vec![Segment { rows, adapter: 0 }], vec![AdapterSlots::base()]),
+        _ => EqualSegments { part, adapters, rows, rank }.batch(),
     };
-    let batch = match name {
-        "linear" => BatchShape::of(&[Segment { rows, adapter: 0 }], &[AdapterSlots::base()]),
-        adapter => distinct(&layer::open(adapter)?.compiled, adapters, rows, rank),
-    };
-    let work = work(&plan(part, lowering, false)?, layer, &batch, false, pads);
+    let work = work(&plan, layer, &BatchShape::of(&segments, &slots), false, false);
     let own = work.terms.iter().find(|term| term.kernel == kernel);
-    Ok(own.map_or(f64::NAN, |term| term.macs as f64 / term.bytes as f64))
+    own.map_or(f64::NAN, |term| term.macs as f64 / term.bytes as f64)
 }
 
 /// A batch of equal segments, each with an adapter of its own.

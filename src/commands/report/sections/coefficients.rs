@@ -160,7 +160,7 @@ fn points(kernels: &[KernelPoints]) -> Table {
                 point.extent.to_string(),
                 picoseconds(point.seconds_per_mac),
                 format!("{:.1}", 1e-9 / point.seconds_per_mac),
-                format!("{:.2}", point.macs_per_byte),
+                if point.macs_per_byte.is_finite() { format!("{:.2}", point.macs_per_byte) } else { "-".to_owned() },
                 percent(point.spread),
             ]
         }));
