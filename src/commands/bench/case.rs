@@ -1,6 +1,7 @@
 //! One shape, batch and choice of types, with everything that is measured on it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use flora::codegen::batch::{AdapterSlots, BatchShape, Segment};
 use flora::codegen::cost::{PricedLayer, work};
@@ -10,7 +11,7 @@ use flora::prelude::*;
 use flora::runtime::device::{BackendKind, LayerOperands};
 use flora::runtime::{Buffer, DeviceError, ProjectionError};
 
-use super::timed::{Clock, Layers, Residence, Timed, random_input, random_layers};
+use super::timed::{Clock, Timed, random_input, random_operands};
 use crate::commands::error::CommandError;
 use crate::commands::layer;
 
@@ -21,7 +22,7 @@ pub(crate) const BASE: &str = "none";
 /// What the base rows of a mixed batch are called.
 pub(super) const MIXED: &str = "mixed";
 /// The name of the base GEMM where a lowering's would stand.
-const MATMUL: &str = "matmul";
+pub(super) const MATMUL: &str = "matmul";
 
 /// Segments of equal length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,21 +49,9 @@ pub(super) struct Case {
 #[derive(Clone, Debug)]
 pub(super) struct Wanted {
     pub(super) ranks: Vec<u32>,
-    /// Adapters of [`ADAPTERS`], or [`MIXED`], by lowerings.
-    pub(super) variants: Vec<(String, Lowering)>,
+    pub(super) adapters: Vec<String>,
+    pub(super) lowerings: Vec<Lowering>,
     pub(super) split: bool,
-    pub(super) residence: Residence,
-}
-
-impl Wanted {
-    /// Whether an adapter is measured at all.
-    pub(super) fn has(&self, adapter: &str) -> bool {
-        self.variants.iter().any(|(wanted, _)| wanted == adapter)
-    }
-
-    fn has_by(&self, adapter: &str, lowering: Lowering) -> bool {
-        self.variants.iter().any(|(wanted, by)| wanted == adapter && *by == lowering)
-    }
 }
 
 /// Something that is measured: a sum of times, which for all but mixed batches is one time.
@@ -77,8 +66,6 @@ pub(super) struct Variant {
     pub(super) macs: u64,
     /// Bytes of operands, each read once, and of y, written once.
     pub(super) bytes: u64,
-    /// The repetition that showed that the device can run it.
-    pub(super) first_seconds: f64,
     terms: Vec<(f64, Timed)>,
 }
 
@@ -91,6 +78,14 @@ impl Variant {
 
 /// The largest tables and tensors of a case, in numbers.
 const LARGEST: u64 = 1 << 28;
+
+/// Whether so many numbers are few enough to be measured.
+pub(super) fn fits(what: &'static str, found: u64) -> Result<(), CommandError> {
+    match found <= LARGEST {
+        true => Ok(()),
+        false => Err(CommandError::TooMany { what, found, limit: LARGEST }),
+    }
+}
 
 /// A batch as the scheduler sees it.
 struct Rows {
@@ -166,15 +161,11 @@ pub(super) fn variants(
 ) -> Result<Vec<Variant>, CommandError> {
     let (Case { shape, tokens, format }, device) = (case, clock.device);
     let widest = u64::from(shape.d.max(shape.k));
-    let fits = |what: &'static str, found: u64| match found <= LARGEST {
-        true => Ok(()),
-        false => Err(CommandError::TooMany { what, found, limit: LARGEST }),
-    };
     fits("the numbers of the base weight", u64::from(shape.d) * u64::from(shape.k))?;
 
     // Every batch before any tensor, because the pools hold the vectors of the one that has most.
     let mut batches = Vec::new();
-    for (adapter, has_rank) in ADAPTERS.iter().filter(|(name, _)| wanted.has(name)) {
+    for (adapter, has_rank) in ADAPTERS.iter().filter(|(name, _)| wanted.adapters.iter().any(|wanted| wanted == name)) {
         let compiled = layer::open(adapter)?.compiled;
         let ranks = if *has_rank { &wanted.ranks[..] } else { &[1] };
         for rank in ranks {
@@ -183,7 +174,7 @@ pub(super) fn variants(
         }
     }
     let mut mixtures = Vec::new();
-    if wanted.has(MIXED) {
+    if wanted.adapters.iter().any(|wanted| wanted == MIXED) {
         let kinds = ADAPTERS.iter().map(|(name, _)| Ok(layer::open(name)?.compiled));
         let kinds = kinds.collect::<Result<Vec<_>, CommandError>>()?;
         let mixed = |rank: &u32| (*rank, Rows::mixed(&kinds, *rank, tokens.all(), adapted_rows(tokens.all())));
@@ -199,15 +190,14 @@ pub(super) fn variants(
         mixtures.iter().map(|(_, rows)| rows.virtual_rows()).max().unwrap_or(0) * widest,
     )?;
 
-    let layers = random_layers(device, shape, format, slots, wanted.residence)?;
-    let mut bench = Bench { device, case, layers, inputs: BTreeMap::new() };
-    let mut base = bench.base()?;
-    base.first_seconds = base.seconds(clock)?;
+    let operands = Arc::new(random_operands(device, shape, format, slots)?);
+    let mut bench = Bench { device, case, operands, inputs: BTreeMap::new() };
+    let base = bench.base()?;
     let mut variants = vec![base.clone()];
     for (adapter, rank, part, rows) in &batches {
         for lowering in lowerings_of(*part).map(|row| row.lowering) {
             let merged = lowering == Lowering::Merged;
-            if !wanted.has_by(adapter, lowering) || merged && tokens.segments != 1 {
+            if !wanted.lowerings.contains(&lowering) || merged && tokens.segments != 1 {
                 continue;
             }
             let plan = plan(*part, lowering, wanted.split)?;
@@ -217,7 +207,7 @@ pub(super) fn variants(
         }
     }
     for (rank, rows) in &mixtures {
-        for lowering in [Lowering::Stacked, Lowering::OnChip].into_iter().filter(|one| wanted.has_by(MIXED, *one)) {
+        for lowering in [Lowering::Stacked, Lowering::OnChip].into_iter().filter(|one| wanted.lowerings.contains(one)) {
             let plan = plan(Part::Multiplicative, lowering, wanted.split)?;
             let variant = bench.mixed(*rank, plan, rows, &base);
             let title = || format!("a mixed batch of rank {rank} by {lowering}");
@@ -234,20 +224,24 @@ fn unless_impossible(
     title: impl Fn() -> String,
     left_out: &mut Vec<String>,
 ) -> Result<Option<Variant>, CommandError> {
-    let impossible = |error: &CommandError| match error {
+    match variant.and_then(|variant| variant.seconds(clock).map(|_| variant)) {
+        Ok(variant) => Ok(Some(variant)),
+        Err(error) if is_impossible(&error) => {
+            left_out.push(format!("{}: {error}", title()));
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether a batch's buffers or launches are more than the device takes.
+pub(super) fn is_impossible(error: &CommandError) -> bool {
+    match error {
         CommandError::Below(below) => {
             let batch = matches!(below.downcast_ref(), Some(ProjectionError::Schedule(ScheduleError::TooLarge { .. })));
             batch || matches!(below.downcast_ref(), Some(DeviceError::Launch(_)))
         }
         _ => false,
-    };
-    match variant.and_then(|variant| variant.seconds(clock).map(|first_seconds| Variant { first_seconds, ..variant })) {
-        Ok(variant) => Ok(Some(variant)),
-        Err(error) if impossible(&error) => {
-            left_out.push(format!("{}: {error}", title()));
-            Ok(None)
-        }
-        Err(error) => Err(error),
     }
 }
 
@@ -265,7 +259,7 @@ pub(crate) fn plan(part: Part, lowering: Lowering, split: bool) -> Result<Plan, 
 struct Bench<'a> {
     device: &'a Device,
     case: Case,
-    layers: Layers,
+    operands: Arc<LayerOperands>,
     /// By rows.
     inputs: BTreeMap<u32, Buffer>,
 }
@@ -281,7 +275,7 @@ impl Bench<'_> {
                 x
             }
         };
-        Ok(Timed { layers: self.layers.clone(), schedule, x })
+        Ok(Timed { operands: self.operands.clone(), schedule, x })
     }
 
     fn base_gemm(&mut self, rows: u32) -> Result<Timed, CommandError> {
@@ -305,7 +299,6 @@ impl Bench<'_> {
             segments: tokens.segments,
             macs: u64::from(rows) * u64::from(shape.d) * u64::from(shape.k),
             bytes: format.weight.bytes(shape) + self.row_bytes(rows),
-            first_seconds: f64::NAN,
             terms: vec![(1.0, self.base_gemm(rows)?)],
         })
     }
@@ -324,12 +317,9 @@ impl Bench<'_> {
         let mut timed = self.timed(schedule)?;
         let mut operand_bytes = format.weight.bytes(shape) + format.adapters.bytes() * rows.numbers(shape);
         if lowering == Lowering::Merged {
-            let materialised = Materialised::weight_of(&adapters[0]);
-            timed.layers = self.layers.try_map(|operands| -> Result<_, DeviceError> {
-                let weight = self.device.merge(operands, &materialised)?;
-                Ok(LayerOperands { merged: Some((0, weight)), ..operands.clone() })
-            })?;
+            let weight = self.device.merge(&self.operands, &Materialised::weight_of(&adapters[0]))?;
             operand_bytes = format.activations.bytes() * u64::from(shape.d) * u64::from(shape.k);
+            timed.operands = Arc::new(LayerOperands { merged: Some((0, weight)), ..(*self.operands).clone() });
         }
         let pads = self.device.info().backend != BackendKind::Host;
         let work = work(&plan, PricedLayer { shape, format }, &BatchShape::of(segments, adapters), false, pads);
@@ -341,7 +331,6 @@ impl Bench<'_> {
             segments: tokens.segments,
             macs: work.macs(),
             bytes: operand_bytes + self.row_bytes(tokens.all()),
-            first_seconds: f64::NAN,
             terms: vec![(1.0, timed)],
         })
     }

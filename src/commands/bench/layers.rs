@@ -4,12 +4,13 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
 use flora::codegen::lowering::TABLE;
 use flora::prelude::*;
+use flora::runtime::device::BackendKind;
 
 use super::case::{ADAPTERS, BASE, Case, MIXED, Tokens, Variant, Wanted, variants};
 use super::peaks::Peaks;
 use super::peer::{Peer, Prepared};
 use super::report::{Group, Record, Times, human};
-use super::timed::{Clock, Residence};
+use super::timed::Clock;
 use crate::commands::error::CommandError;
 use crate::commands::{output, types};
 
@@ -114,18 +115,15 @@ impl Arguments {
         let mut ranks = self.ranks.clone();
         ranks.sort_unstable();
         ranks.dedup();
-        let adapters: Vec<_> = match &self.adapters[..] {
+        let adapters = match &self.adapters[..] {
             [] => ADAPTERS.iter().map(|(name, _)| *name).chain([MIXED]).map(str::to_owned).collect(),
             adapters => adapters.to_vec(),
         };
-        let lowerings: Vec<_> = match &self.lowerings[..] {
+        let lowerings = match &self.lowerings[..] {
             [] => TABLE.iter().map(|row| row.lowering).collect(),
             lowerings => lowerings.to_vec(),
         };
-        let by_all =
-            |adapter: &String| lowerings.iter().map(|lowering| (adapter.clone(), *lowering)).collect::<Vec<_>>();
-        let variants = adapters.iter().flat_map(by_all).collect();
-        Wanted { ranks, variants, split: self.split, residence: Residence::Warm }
+        Wanted { ranks, adapters, lowerings, split: self.split }
     }
 }
 
@@ -141,7 +139,12 @@ struct Taken {
 
 pub(super) fn layers(arguments: &Arguments) -> Result<(), CommandError> {
     let device = Device::open(&arguments.device)?;
-    let clock = Clock::new(&device, arguments.calls);
+    let calls = match (arguments.calls, device.info().backend) {
+        (Some(calls), _) => [calls; 2],
+        (None, BackendKind::Host) => [1, 1],
+        (None, _) => [1, 20],
+    };
+    let clock = Clock { device: &device, calls };
     let (cases, wanted) = (arguments.cases(), arguments.wanted());
     let mut peer = arguments.peer.as_deref().map(Peer::start).transpose()?;
     let mut peaks = Peaks::default();
@@ -185,7 +188,7 @@ fn measure(
     let mut theirs = Vec::new();
     if let Some(peer) = &mut peer {
         for (position, rank) in wanted.ranks.iter().enumerate() {
-            let is_wanted = |(_, adapter): &(&str, &str)| wanted.has(adapter);
+            let is_wanted = |(_, adapter): &(&str, &str)| wanted.adapters.iter().any(|wanted| wanted == adapter);
             let adapted = PEER_VARIANTS.into_iter().filter(is_wanted).map(|(name, _)| name);
             let base = (position == 0).then_some("base");
             let names: Vec<_> = base.into_iter().chain(adapted).collect();

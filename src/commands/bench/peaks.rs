@@ -2,12 +2,13 @@
 //! second of what only moves them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use flora::codegen::schedule::Schedule;
 use flora::prelude::*;
 use flora::runtime::ProjectionError;
 
-use super::timed::{Clock, Residence, Timed, random_input, random_layers};
+use super::timed::{Clock, Timed, random_input, random_operands};
 use crate::commands::error::CommandError;
 
 /// A GEMM is large when it takes this long, or at this extent.
@@ -36,7 +37,7 @@ struct Large {
 /// A layer with a schedule.
 fn timed(device: &Device, shape: LayerShape, format: LayerFormat, schedule: Schedule) -> Result<Timed, CommandError> {
     let x = random_input(device, shape, format, schedule.tokens())?;
-    Ok(Timed { layers: random_layers(device, shape, format, 1, Residence::Warm)?, schedule, x })
+    Ok(Timed { operands: Arc::new(random_operands(device, shape, format, 1)?), schedule, x })
 }
 
 /// What only moves numbers, with the bytes that it moves.

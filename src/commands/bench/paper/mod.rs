@@ -6,14 +6,17 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
+use flora::codegen::cost::PricedLayer;
+use flora::codegen::lowering::Part;
+use flora::codegen::schedule::{Schedule, ScheduleError, schedule};
 use flora::prelude::*;
-use flora::runtime::device::BackendKind;
+use flora::runtime::ProjectionError;
+use flora::runtime::measure::{EqualSegments, LayerBench};
 
 pub(crate) use super::case::{BASE, plan};
-use super::case::{Case, Tokens, Variant, Wanted, variants};
+use super::case::{Case, MATMUL, Tokens, fits, is_impossible};
 use super::layers::tokens;
 use super::report::Times;
-use super::timed::{Clock, Residence};
 use crate::commands::error::CommandError;
 use crate::commands::{output, types};
 use crate::models::{self, QUERY_AND_KEY, is_target};
@@ -21,9 +24,9 @@ pub(crate) use analysis::{Choice, Coordinates, Crossing, Curves, Record, panels}
 
 /// Redo the paper's analysis: throughput of fLoRA and of LoRA against rank, and where they cross
 ///
-/// Every adapter of a layer has its turn, round after round; the median counts. Each call takes the next of so many layers that
-/// no cache holds their base weights, as a model does. A way to compute an adapter that takes long has fewer turns, and one that
-/// takes over 8 times as long as the fastest is measured twice.
+/// Every adapter of a layer has its turn, round after round; the median counts. Each call takes the next of several copies of
+/// the layer, which no cache holds together, as a model's layers follow one another. A way to compute an adapter that takes long
+/// has fewer turns, and one that takes over 8 times as long as the fastest is measured twice.
 #[derive(Args)]
 pub(super) struct Arguments {
     /// The device, as `flora devices` lists it
@@ -53,16 +56,18 @@ pub(super) struct Arguments {
 }
 
 /// What is compared: the paper's two formulations, and the best that flora has for each adapter.
-const VARIANTS: [(&str, Lowering); 4] =
-    [("flora", Lowering::Stacked), ("flora", Lowering::OnChip), ("lora", Lowering::Bmm), ("lora", Lowering::Fused)];
+const VARIANTS: [(&str, Part, Lowering); 4] = [
+    ("flora", Part::Multiplicative, Lowering::Stacked),
+    ("flora", Part::Multiplicative, Lowering::OnChip),
+    ("lora", Part::Additive, Lowering::Bmm),
+    ("lora", Part::Additive, Lowering::Fused),
+];
 /// How many times as long as the fastest adapter a variant may take to be measured more than twice.
 const SLOW: f64 = 8.0;
 /// All repetitions of a variant take no longer, unless they are [`LEAST`].
 const VARIANT_SECONDS: f64 = 1.0;
 /// Repetitions of a variant that takes long.
 const LEAST: usize = 3;
-/// A host's call of this length is a repetition by itself.
-const LONG_CALL: f64 = 0.1;
 
 /// A projection of a model.
 struct Layer {
@@ -100,23 +105,18 @@ impl Arguments {
 
 pub(super) fn paper(arguments: &Arguments) -> Result<(), CommandError> {
     let device = Device::open(&arguments.device)?;
-    let long_call = if device.info().backend == BackendKind::Host { LONG_CALL } else { f64::INFINITY };
-    let clock = Clock { long_call, ..Clock::new(&device, None) };
     let mut ranks = arguments.ranks.clone();
     ranks.sort_unstable();
     ranks.dedup();
-    let variants = VARIANTS.iter().map(|(adapter, lowering)| ((*adapter).to_owned(), *lowering)).collect();
-    let wanted = Wanted { ranks, variants, split: false, residence: Residence::Cold };
     let name = format!("{} ({})", device.info().name, device.info().id);
-
     let layers = arguments.layers();
     let bar = output::progress(layers.len() * (arguments.rounds + 1), "measuring");
     let mut records = Vec::new();
     for layer in &layers {
         let note = |text: &str| bar.suspend(|| output::note(&format!("note: {}: {text}", title(layer))));
-        let measured = measure(clock, layer.case, &wanted, arguments.rounds, note, &bar)?;
-        let base = measured.first().map_or(f64::NAN, |(_, times)| times.median());
-        records.extend(measured.iter().map(|(variant, times)| record(&name, layer, variant, times, base)));
+        let measured = measure(&device, layer.case, &ranks, arguments.rounds, note, &bar)?;
+        let base = measured.first().map_or(f64::NAN, |base| base.times.median());
+        records.extend(measured.iter().map(|variant| record(&name, layer, variant, base)));
     }
     bar.finish_and_clear();
     if arguments.json { output::print_json(&records) } else { output::print(&human(&name, &records)) }
@@ -127,29 +127,72 @@ fn title(Layer { model, name, case }: &Layer) -> String {
     format!("{model} {name}, {segments}x{rows} tokens, weight {}", format.weight)
 }
 
-/// Every variant in turn, the base GEMM first; slow ones every few rounds, very slow ones not at all after two repetitions.
-fn measure(
-    clock: Clock,
+/// A way to compute a layer.
+struct Variant {
+    adapter: &'static str,
+    lowering: &'static str,
+    rank: u32,
+    schedule: Schedule,
+    first_seconds: f64,
+    times: Times,
+}
+
+/// Every variant that the device can run, after a call of each; the base GEMM first.
+fn variants(
+    bench: &LayerBench<'_>,
     case: Case,
-    wanted: &Wanted,
+    ranks: &[u32],
+    note: impl Fn(&str),
+) -> Result<Vec<Variant>, CommandError> {
+    let Case { shape, tokens: Tokens { segments: adapters, rows }, .. } = case;
+    let time = |adapter, lowering, rank, schedule: Result<Schedule, ScheduleError>| -> Result<_, CommandError> {
+        let schedule = schedule.map_err(ProjectionError::from)?;
+        let first_seconds = bench.seconds(&schedule)?;
+        Ok(Variant { adapter, lowering, rank, schedule, first_seconds, times: Times::default() })
+    };
+    let mut variants = vec![time(BASE, MATMUL, 0, Schedule::base_gemm(shape, case.tokens.all()))?];
+    for (adapter, part, lowering) in VARIANTS {
+        let plan = plan(part, lowering, false)?;
+        for rank in ranks {
+            let (segments, slots) = EqualSegments { part, adapters, rows, rank: *rank }.batch();
+            match time(adapter, lowering.name(), *rank, schedule(&plan, shape, &segments, &slots, false)) {
+                Ok(variant) => variants.push(variant),
+                Err(error) if is_impossible(&error) => {
+                    note(&format!("left out: {adapter} of rank {rank} by {lowering}: {error}"));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(variants)
+}
+
+/// Every variant in turn; slow ones every few rounds, very slow ones not at all after two repetitions.
+fn measure(
+    device: &Device,
+    case: Case,
+    ranks: &[u32],
     rounds: usize,
     note: impl Fn(&str),
     bar: &indicatif::ProgressBar,
-) -> Result<Vec<(Variant, Times)>, CommandError> {
-    let mut left_out = Vec::new();
-    let variants = variants(clock, case, wanted, &mut left_out)?;
-    left_out.iter().for_each(|variant| note(&format!("left out: {variant}")));
+) -> Result<Vec<Variant>, CommandError> {
+    let Case { shape, tokens, format } = case;
+    let (widest, highest) = (u64::from(shape.d.max(shape.k)), u64::from(ranks.last().copied().unwrap_or(1)));
+    fits("the numbers of the adapters", u64::from(tokens.segments) * highest * widest)?;
+    fits("the numbers of the batch's rows", u64::from(tokens.all()) * widest.max(4 * highest))?;
+    let slots = u64::from(tokens.segments) * highest;
+    let bench = LayerBench::new(device, PricedLayer { shape, format }, slots as u32)?;
+    let mut variants = variants(&bench, case, ranks, &note)?;
     bar.inc(1);
-    let mut measured: Vec<_> = variants.into_iter().map(|variant| (variant, Times::default())).collect();
+    let fastest = variants.iter().skip(1).map(|variant| variant.first_seconds).fold(f64::INFINITY, f64::min);
     let mut slow = BTreeMap::<_, Vec<_>>::new();
-    let fastest = measured.iter().skip(1).map(|(variant, _)| variant.first_seconds).fold(f64::INFINITY, f64::min);
-    for (variant, times) in measured.iter_mut().filter(|(variant, _)| variant.first_seconds > SLOW * fastest) {
+    for variant in variants.iter_mut().filter(|variant| variant.first_seconds > SLOW * fastest) {
         // Something else may have slowed the first repetition down.
-        let second = variant.seconds(clock)?;
+        let second = bench.seconds(&variant.schedule)?;
         if second > SLOW * fastest {
-            times.push(variant.first_seconds);
-            times.push(second);
-            slow.entry((variant.adapter, variant.lowering.clone())).or_default().push(variant.rank.to_string());
+            variant.times.push(variant.first_seconds);
+            variant.times.push(second);
+            slow.entry((variant.adapter, variant.lowering)).or_default().push(variant.rank.to_string());
         }
     }
     if !slow.is_empty() {
@@ -159,22 +202,22 @@ fn measure(
         let slow: Vec<_> = slow.into_iter().map(of).collect();
         note(&format!("measured twice only, over {SLOW} times as slow as the fastest adapter: {}", slow.join("; ")));
     }
-    let mut others: Vec<_> = measured.iter_mut().filter(|(_, times)| times.count() == 0).collect();
+    let mut others: Vec<_> = variants.iter_mut().filter(|variant| variant.times.count() == 0).collect();
     for round in 0..rounds {
-        for (variant, times) in &mut others {
+        for variant in &mut others {
             let affordable = (VARIANT_SECONDS / variant.first_seconds) as usize;
             if round % rounds.div_ceil(affordable.max(LEAST)) == 0 {
-                times.push(variant.seconds(clock)?);
+                variant.times.push(bench.seconds(&variant.schedule)?);
             }
         }
         bar.inc(1);
     }
-    Ok(measured)
+    Ok(variants)
 }
 
-fn record(device: &str, layer: &Layer, variant: &Variant, times: &Times, base_seconds: f64) -> Record {
-    let Case { shape, format, .. } = layer.case;
-    let seconds = times.median();
+fn record(device: &str, layer: &Layer, variant: &Variant, base_seconds: f64) -> Record {
+    let Case { shape, tokens, format } = layer.case;
+    let seconds = variant.times.median();
     Record {
         device: device.to_owned(),
         model: layer.model.clone(),
@@ -183,16 +226,16 @@ fn record(device: &str, layer: &Layer, variant: &Variant, times: &Times, base_se
         k: shape.k,
         dtype: format.activations.name().to_owned(),
         weight: format.weight.name().to_owned(),
-        tokens: variant.tokens,
-        segments: variant.segments,
+        tokens: tokens.all(),
+        segments: tokens.segments,
         rank: variant.rank,
         adapter: variant.adapter.to_owned(),
-        lowering: variant.lowering.clone(),
+        lowering: variant.lowering.to_owned(),
         seconds,
-        spread: times.spread(),
-        repetitions: times.count(),
+        spread: variant.times.spread(),
+        repetitions: variant.times.count(),
         base_seconds,
-        tokens_per_second: f64::from(variant.tokens) / seconds,
+        tokens_per_second: f64::from(tokens.all()) / seconds,
     }
 }
 
