@@ -252,7 +252,7 @@ fn unless_impossible(
 }
 
 /// The plan that computes `part` by `lowering`; the other part is fused, which is what a plan costs that hasn't got it: nothing.
-fn plan(part: Part, lowering: Lowering, split: bool) -> Result<Plan, CommandError> {
+pub(crate) fn plan(part: Part, lowering: Lowering, split: bool) -> Result<Plan, CommandError> {
     let plan = match (part, lowering) {
         (_, Lowering::Merged) => Plan::MERGED,
         (Part::Multiplicative, _) => Plan::new(lowering, Lowering::Fused)?,

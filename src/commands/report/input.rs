@@ -65,6 +65,7 @@ pub(super) fn planner(path: &Path) -> Result<Regret, InputError> {
         share("mean_regret", regret.mean_regret, f64::MAX),
         share("p95_regret", regret.p95_regret, f64::MAX),
         share("max_regret", regret.max_regret, f64::MAX),
+        share("median_error", regret.median_error.unwrap_or(0.0), f64::MAX),
     ];
     whole.into_iter().collect::<Result<(), _>>().map_err(|reason| foreign(path, PLANNER, reason))?;
     for (position, result) in regret.results.iter().chain(&regret.worst).enumerate() {
@@ -75,7 +76,6 @@ pub(super) fn planner(path: &Path) -> Result<Regret, InputError> {
 }
 
 fn choice(choice: &Choice) -> Result<(), String> {
-    adapter(&choice.adapter)?;
     extents(choice.d, choice.k, choice.tokens, choice.segments, choice.rank)?;
     share("regret", choice.regret, f64::MAX)?;
     for candidate in &choice.candidates {

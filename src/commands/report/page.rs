@@ -1,6 +1,8 @@
 //! What the page says, before it is laid out: plain data that the inputs are turned into and nothing else is asked for.
 
-use crate::commands::bench::paper::{Coordinates, Curves, Record};
+use flora::codegen::cost::FitError;
+
+use crate::commands::bench::paper::{Coordinates, Crossing, Curves, Record};
 
 /// Everything on the page; what wasn't given is empty.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -22,8 +24,10 @@ pub(super) struct Model {
     pub(super) flora: String,
     /// c0
     pub(super) seconds_per_launch: f64,
+    pub(super) launch_spread: f64,
     /// The effective bandwidth.
     pub(super) bytes_per_second: f64,
+    pub(super) bandwidth_spread: f64,
     pub(super) formats: Vec<Format>,
 }
 
@@ -33,6 +37,8 @@ pub(super) struct Format {
     /// activations/adapters/weight
     pub(super) name: String,
     pub(super) kernels: Vec<KernelPoints>,
+    /// How far predictions were off on batches that the points weren't made from.
+    pub(super) error: Option<FitError>,
 }
 
 /// The measured points of a kernel.
@@ -40,10 +46,12 @@ pub(super) struct Format {
 pub(super) struct KernelPoints {
     /// As the tuning file has it.
     pub(super) name: String,
+    /// Whether its MACs are those of rows by W0 or W_i; those of other kernels are of low-rank sums, timed as what they add.
+    pub(super) multiplies_weight: bool,
     pub(super) points: Vec<Point>,
 }
 
-/// A measured point of a kernel; an extent that its time doesn't depend on is `None`.
+/// A measured point of a kernel; a coordinate that its time doesn't depend on is `None`.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Point {
     /// Rows of the batch, or of an adapter.
@@ -51,13 +59,13 @@ pub(super) struct Point {
     pub(super) rank: Option<u64>,
     /// Adapters in the batch.
     pub(super) adapters: Option<u64>,
-    /// d and k of the layer.
-    pub(super) extent: Option<u64>,
+    /// √(d·k) of the layer.
+    pub(super) extent: u64,
     pub(super) seconds_per_mac: f64,
     /// Multiply-accumulates for each byte of global memory.
-    pub(super) macs_per_byte: Option<f64>,
-    /// (largest − smallest) / median.
-    pub(super) spread: Option<f64>,
+    pub(super) macs_per_byte: f64,
+    /// (largest − smallest) / median over the passes.
+    pub(super) spread: f64,
 }
 
 /// Throughput against rank at one layer.
@@ -81,15 +89,15 @@ pub(super) enum Prediction {
     Of { curves: Curves, eq7: CriticalRank },
 }
 
-/// Eq. 7 solved for the rank.
+/// Eq. 7 solved for the rank, within the ranks that were measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct CriticalRank {
-    /// Seconds per MAC of batched low-rank matmuls.
+    /// Up to which fLoRA by `stacked` is cheaper than LoRA by `bmm`.
+    pub(super) rank: Crossing,
+    /// Seconds per MAC of batched low-rank matmuls of that rank.
     pub(super) c1: f64,
     /// Seconds per MAC of the base GEMM.
     pub(super) c2: f64,
-    /// The rank up to which fLoRA by `stacked` is cheaper than LoRA by `bmm`; `None`: any.
-    pub(super) rank: Option<f64>,
 }
 
 /// What `flora bench planner` measured. A regret is a share: 0.03 is 3 % slower than the fastest candidate.
@@ -103,6 +111,8 @@ pub(super) struct Regret {
     pub(super) mean_regret: f64,
     pub(super) p95_regret: f64,
     pub(super) max_regret: f64,
+    /// |predicted / measured − 1| of the chosen plans, where it was asked for.
+    pub(super) median_error: Option<f64>,
     /// The worst results, worst first.
     pub(super) worst: Vec<Choice>,
     pub(super) results: Vec<Choice>,
@@ -117,8 +127,10 @@ pub(super) struct Choice {
     pub(super) segments: u32,
     pub(super) rank: u32,
     pub(super) adapter: String,
-    /// One adapter for all segments.
+    /// Whether segments have adapters in common.
     pub(super) shared: bool,
+    /// Distinct ones, where that is known.
+    pub(super) adapters: Option<u32>,
     pub(super) chosen: String,
     pub(super) fastest: String,
     pub(super) regret: f64,

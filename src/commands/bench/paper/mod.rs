@@ -9,7 +9,7 @@ use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
 use flora::prelude::*;
 use flora::runtime::device::BackendKind;
 
-pub(crate) use super::case::BASE;
+pub(crate) use super::case::{BASE, plan};
 use super::case::{Case, Tokens, Variant, Wanted, variants};
 use super::layers::tokens;
 use super::report::Times;

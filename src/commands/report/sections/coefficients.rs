@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use flora::codegen::cost::FitError;
+
 use super::{count, median, missing, percent};
 use crate::commands::output;
 use crate::commands::report::document::{Block, Figure, Key, Section, Table, Tile};
@@ -20,17 +22,27 @@ pub(super) fn section(model: Option<&Model>) -> Section {
     let mut blocks = vec![
         Block::Tiles(vec![
             Tile { value: output::seconds(model.seconds_per_launch), label: "c0, a launch" },
+            Tile { value: percent(model.launch_spread), label: "spread of c0" },
             Tile { value: bandwidth(model.bytes_per_second), label: "effective bandwidth" },
-            Tile { value: model.formats.len().to_string(), label: "layer formats" },
+            Tile { value: percent(model.bandwidth_spread), label: "spread of the bandwidth" },
         ]),
         Block::Paragraph(format!(
             "Measured by flora {} on {}. The planner prices a lowering as its launches times c0 and, for each of its kernels, the \
-             greater of its multiply-accumulates (MACs) times the kernel's time per MAC and its bytes over the bandwidth.",
+             greater of its multiply-accumulates (MACs) times the kernel's time per MAC and its bytes over the bandwidth. Spreads are \
+             the largest of all passes less the smallest, over the median.",
             model.flora, model.device
         )),
     ];
-    for Format { name, kernels } in &model.formats {
+    for Format { name, kernels, error } in &model.formats {
         blocks.push(Block::Heading(format!("Layers of {name} (activations/adapters/weight)")));
+        blocks.extend(error.map(|FitError { points, median, p95, largest }| {
+            let [median, p95, largest] = [median, p95, largest].map(percent);
+            let held_out = count(points, "prediction", "predictions");
+            Block::Paragraph(format!(
+                "On batches that were held out, {held_out} were off by {median} in the median, {p95} at the 95th percentile and \
+                 {largest} at most."
+            ))
+        }));
         blocks.push(Block::Table(summary(kernels)));
         blocks.extend(figures(kernels));
         let summary = format!("Every measured point of {name}");
@@ -55,10 +67,10 @@ fn picoseconds(seconds: f64) -> String {
 fn summary(kernels: &[KernelPoints]) -> Table {
     let mut table =
         Table::new(&["<kernel", ">points", ">rows", ">fastest, ps/MAC", ">slowest, ps/MAC", ">median spread"]);
-    for KernelPoints { name, points } in kernels {
+    for KernelPoints { name, points, .. } in kernels {
         let times = || points.iter().map(|point| point.seconds_per_mac);
         let rows = points.iter().map(|point| point.rows);
-        let spread = median(points.iter().filter_map(|point| point.spread));
+        let spread = median(points.iter().map(|point| point.spread));
         table.rows.push(vec![
             name.clone(),
             points.len().to_string(),
@@ -68,7 +80,7 @@ fn summary(kernels: &[KernelPoints]) -> Table {
             },
             times().reduce(f64::min).map_or_else(|| "-".to_owned(), picoseconds),
             times().reduce(f64::max).map_or_else(|| "-".to_owned(), picoseconds),
-            spread.map_or_else(|| "-".to_owned(), |spread| format!("±{}", percent(spread / 2.0))),
+            spread.map_or_else(|| "-".to_owned(), percent),
         ]);
     }
     table
@@ -94,7 +106,7 @@ fn figures(kernels: &[KernelPoints]) -> Option<Block> {
     }
     let mut several = false;
     let mut figures = Vec::new();
-    for KernelPoints { name, points } in kernels.iter().filter(|kernel| kernel.points.len() > 1) {
+    for KernelPoints { name, points, .. } in kernels.iter().filter(|kernel| kernel.points.len() > 1) {
         let mut series = Vec::new();
         for (adapters, look) in &looks {
             let mut by_rows = BTreeMap::<u64, Vec<f64>>::new();
@@ -125,31 +137,31 @@ fn caption(kernel: &str) -> &'static str {
         "matmul" => "The base GEMM, the paper's c2, over rows of the batch.",
         "stacked" => "The GEMM over virtual rows (Eq. 6).",
         "on_chip" => "The GEMM that makes W_i tile by tile, over rows of an adapter.",
-        "bmm" => "Matmul with a dense W_i, over rows of an adapter.",
+        "bmm" => "Making a dense W_i and multiplying by it, over rows of an adapter.",
         "fused" => "Shrink and expand inside the base GEMM, over rows of an adapter.",
         "segmented" => "Shrink and expand by segment, over rows of an adapter.",
         "low_rank_bmm" => "Batched matmuls with low-rank factors (A.2), the paper's c1, over rows of an adapter.",
-        "materialise" => "Making W_i.",
         _ => "",
     }
 }
 
 fn points(kernels: &[KernelPoints]) -> Table {
-    let columns = ["<kernel", ">rows", ">rank", ">adapters", ">d, k", ">ps/MAC", ">GMAC/s", ">MACs a byte", ">spread"];
+    let columns =
+        ["<kernel", ">rows", ">rank", ">adapters", ">√(d·k)", ">ps/MAC", ">GMAC/s", ">MACs a byte", ">spread"];
     let mut table = Table::new(&columns);
     let or_dash = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), |value| value.to_string());
-    for KernelPoints { name, points } in kernels {
+    for KernelPoints { name, points, .. } in kernels {
         table.rows.extend(points.iter().map(|point| {
             vec![
                 name.clone(),
                 point.rows.to_string(),
                 or_dash(point.rank),
                 or_dash(point.adapters),
-                or_dash(point.extent),
+                point.extent.to_string(),
                 picoseconds(point.seconds_per_mac),
                 format!("{:.1}", 1e-9 / point.seconds_per_mac),
-                point.macs_per_byte.map_or_else(|| "-".to_owned(), |intensity| format!("{intensity:.2}")),
-                point.spread.map_or_else(|| "-".to_owned(), |spread| format!("±{}", percent(spread / 2.0))),
+                if point.macs_per_byte.is_finite() { format!("{:.2}", point.macs_per_byte) } else { "-".to_owned() },
+                percent(point.spread),
             ]
         }));
     }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{count, missing};
 use crate::commands::bench::paper::{Choice, Coordinates, Crossing, Curves};
 use crate::commands::report::document::{Block, Figure, Key, Section, Table};
-use crate::commands::report::page::{CriticalRank, PaperPanel, Prediction};
+use crate::commands::report::page::{PaperPanel, Prediction};
 use crate::commands::report::plot::{Chart, GREY, INK, Look, Series};
 use crate::commands::report::scale::Axis;
 
@@ -21,7 +21,7 @@ pub(super) fn section(panels: &[PaperPanel]) -> Section {
     }
     let words = "Throughput of one adapted layer, every segment of the batch with an adapter of its own. LoRA by bmm and fLoRA by stacked \
                  are the paper's (A.2, Eq. 6); on_chip and fused are flora's own. fLoRA wins left of where its curve crosses that of \
-                 LoRA by bmm. Eq. 7 puts that at the rank 1 / (1 − c1·(d + k) / (c2·d·k)), with the coefficients of this device. Marks are measured, with bars for the spread between quartiles; lines are what the cost model predicts, or join the marks where it can't.";
+                 LoRA by bmm. Eq. 7 puts that at the rank 1 / (1 − c1·(d + k) / (c2·d·k)), with c1 at that rank and c2 as this device has them. Marks are measured, with bars for the spread between quartiles; lines are what the cost model predicts, or join the marks where it can't.";
     let mut blocks = vec![Block::Paragraph(words.to_owned()), Block::Table(crossings(panels))];
     let words = "Batches are segments × tokens of each. “< 1” says that LoRA by bmm is the faster at every measured rank, \
                  of which 1 is the lowest, “> 16” that fLoRA is, up to rank 16.";
@@ -125,8 +125,10 @@ fn figure(panel: &PaperPanel) -> Figure {
     }
     let mut caption = format!("d {d}, k {k}. Crossing: measured {}", shown(crossing));
     if let Prediction::Of { eq7, .. } = &panel.prediction {
-        verticals.extend(eq7.rank.map(|rank| (rank, Look::line(INK).dashed())));
-        caption += &format!(", by Eq. 7 {}", critical(eq7));
+        if let Crossing::At(rank) = eq7.rank {
+            verticals.push((rank, Look::line(INK).dashed()));
+        }
+        caption += &format!(", by Eq. 7 {}", eq7.rank);
     }
     let title = format!("{model}, {layer}");
     Figure { title, svg: Chart { x, y, series, verticals }.svg(), caption: caption + "." }
@@ -134,10 +136,6 @@ fn figure(panel: &PaperPanel) -> Figure {
 
 fn shown(crossing: Option<Crossing>) -> String {
     crossing.map_or_else(|| "-".to_owned(), |crossing| crossing.to_string())
-}
-
-fn critical(eq7: &CriticalRank) -> String {
-    eq7.rank.map_or_else(|| "none".to_owned(), |rank| format!("{rank:.2}"))
 }
 
 /// Measured, predicted and Eq. 7's crossings, with and without on_chip.
@@ -171,7 +169,7 @@ fn crossings(panels: &[PaperPanel]) -> Table {
             Prediction::Of { curves, eq7 } => row.extend([
                 format!("{:.2}", eq7.c1 * 1e12),
                 format!("{:.2}", eq7.c2 * 1e12),
-                critical(eq7),
+                eq7.rank.to_string(),
                 shown(curves.crossing(Choice::Stacked)),
                 measured(Choice::Stacked),
                 shown(curves.crossing(Choice::Best)),

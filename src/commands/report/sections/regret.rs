@@ -22,13 +22,16 @@ pub(super) fn section(planner: &[Regret]) -> Section {
     let mut blocks = vec![Block::Paragraph(words.to_owned())];
     for regret in planner {
         blocks.push(Block::Heading(format!("{}, {}", regret.device, regret.format)));
-        blocks.push(Block::Tiles(vec![
+        let mut tiles = vec![
             Tile { value: regret.points.to_string(), label: "points" },
             Tile { value: percent(regret.top1), label: "chose the fastest" },
             Tile { value: percent(regret.mean_regret), label: "mean regret" },
             Tile { value: percent(regret.p95_regret), label: "95th percentile" },
             Tile { value: percent(regret.max_regret), label: "worst" },
-        ]));
+        ];
+        let error = regret.median_error.map(percent);
+        tiles.extend(error.map(|value| Tile { value, label: "prediction off by, median" }));
+        blocks.push(Block::Tiles(tiles));
         if !regret.results.is_empty() {
             blocks.push(Block::Figures { keys: Vec::new(), figures: vec![histogram(&regret.results)] });
             blocks.push(Block::Heading("By what was chosen".to_owned()));
@@ -97,7 +100,7 @@ fn choices(results: &[Choice]) -> Table {
         ">k",
         ">tokens",
         ">segments",
-        "<adapters",
+        ">adapters",
         ">rank",
         ">regret",
         "<chosen",
@@ -115,7 +118,11 @@ fn choices(results: &[Choice]) -> Table {
             result.k.to_string(),
             result.tokens.to_string(),
             result.segments.to_string(),
-            if result.shared { "one" } else { "distinct" }.to_owned(),
+            match (result.adapters, result.shared) {
+                (Some(adapters), _) => adapters.to_string(),
+                (None, true) => "shared".to_owned(),
+                (None, false) => "distinct".to_owned(),
+            },
             result.rank.to_string(),
             percent(result.regret),
             result.chosen.clone(),

@@ -18,6 +18,7 @@ struct Attained {
 /// A kernel's points, of which there is one at least.
 struct Kernel {
     name: String,
+    multiplies_weight: bool,
     points: Vec<Attained>,
 }
 
@@ -28,9 +29,10 @@ pub(super) fn section(model: Option<&Model>) -> Section {
         return missing(id, TITLE, sentence, &["flora tune", "flora report"]);
     };
     let mut blocks = Vec::new();
-    for Format { name, kernels } in &model.formats {
+    for Format { name, kernels, .. } in &model.formats {
         let of = |kernel: &KernelPoints| Kernel {
             name: kernel.name.clone(),
+            multiplies_weight: kernel.multiplies_weight,
             points: kernel.points.iter().filter_map(attained).collect(),
         };
         let kernels: Vec<_> = kernels.iter().map(of).filter(|kernel| !kernel.points.is_empty()).collect();
@@ -40,25 +42,27 @@ pub(super) fn section(model: Option<&Model>) -> Section {
         }
     }
     if blocks.is_empty() {
-        let sentence = "The file of coefficients doesn't say how many bytes its points move. This measures again:";
+        let sentence = "The file of coefficients has no point that is a rate. This measures again:";
         return missing(id, TITLE, sentence, &["flora tune", "flora report"]);
     }
     let words = "Each mark is a measured point: the MACs a second that the kernel attains at so many MACs for each byte that it must \
-                 move. The roof is the lesser of the bandwidth times that and the highest rate that any kernel of the format attains. \
-                 Marks above the slope found their operands in a cache.";
+                 move. The roof is the lesser of the bandwidth times that and the highest rate of any kernel that multiplies by a \
+                 weight. Marks above it found their operands in a cache, or are low-rank sums, timed as what they add to a GEMM, \
+                 that the GEMM hides.";
     blocks.insert(0, Block::Paragraph(words.to_owned()));
     Section { id, title: TITLE, blocks }
 }
 
 fn attained(point: &Point) -> Option<Attained> {
     let is_rate = |rate: f64| rate.is_finite() && rate > 0.0;
-    let attained = Attained { macs_per_byte: point.macs_per_byte?, macs_per_second: 1.0 / point.seconds_per_mac };
+    let attained = Attained { macs_per_byte: point.macs_per_byte, macs_per_second: 1.0 / point.seconds_per_mac };
     (is_rate(attained.macs_per_byte) && is_rate(attained.macs_per_second)).then_some(attained)
 }
 
 fn roofline(kernels: &[Kernel], bytes_per_second: f64) -> [Block; 2] {
     let all = || kernels.iter().flat_map(|kernel| &kernel.points);
-    let peak = all().map(|point| point.macs_per_second).fold(0.0, f64::max);
+    let weights = kernels.iter().filter(|kernel| kernel.multiplies_weight).flat_map(|kernel| &kernel.points);
+    let peak = weights.map(|point| point.macs_per_second).fold(0.0, f64::max);
     // The ridge belongs on the axis: left of it memory limits, right of it arithmetic.
     let ridge = peak / bytes_per_second;
     let x = Axis::over("MACs per byte", all().map(|point| point.macs_per_byte).chain([ridge]));
@@ -72,7 +76,7 @@ fn roofline(kernels: &[Kernel], bytes_per_second: f64) -> [Block; 2] {
     let look = Look::of(0).dots();
     let mut figures = Vec::new();
     let mut table = Table::new(&["<kernel", ">best, GMAC/s", ">at MACs per byte", ">of the roof there"]);
-    for Kernel { name, points } in kernels {
+    for Kernel { name, points, .. } in kernels {
         let marks = points.iter().map(|point| [point.macs_per_byte, point.macs_per_second * 1e-9]).collect();
         let series = vec![roof_line.clone(), Series { look, points: marks, bars: Vec::new() }];
         let chart = Chart { x: x.clone(), y: y.clone(), series, verticals: Vec::new() };

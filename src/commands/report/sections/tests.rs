@@ -14,15 +14,15 @@ fn lattice(name: &str, seconds: impl Fn(u64, u64, u64) -> f64) -> KernelPoints {
                     rows,
                     rank: Some(rank),
                     adapters: Some(adapters),
-                    extent: Some(2048),
+                    extent: 2048,
                     seconds_per_mac: seconds(rows, rank, adapters),
-                    macs_per_byte: Some(rows as f64 / 4.0),
-                    spread: Some(0.04),
+                    macs_per_byte: rows as f64 / 4.0,
+                    spread: 0.04,
                 });
             }
         }
     }
-    KernelPoints { name: name.to_owned(), points }
+    KernelPoints { name: name.to_owned(), multiplies_weight: true, points }
 }
 
 fn model(kernels: Vec<KernelPoints>) -> Model {
@@ -30,8 +30,10 @@ fn model(kernels: Vec<KernelPoints>) -> Model {
         device: "a device".to_owned(),
         flora: "0.0.0".to_owned(),
         seconds_per_launch: 1e-7,
+        launch_spread: 0.02,
         bytes_per_second: 2e10,
-        formats: vec![Format { name: "f32/f32/f32".to_owned(), kernels }],
+        bandwidth_spread: 0.05,
+        formats: vec![Format { name: "f32/f32/f32".to_owned(), kernels, error: None }],
     }
 }
 
@@ -51,9 +53,9 @@ fn a_lattice_is_summed_up_and_listed() {
     let [coefficients, roofline, ..] = &document.sections[..] else { panic!("four sections") };
     let [summary, points] = &tables(coefficients)[..] else { panic!("two tables") };
     // Fastest: 256 rows, rank 1, an adapter; slowest: a row, rank 8, 32 adapters.
-    assert_eq!(summary.rows, [["segmented", "12", "1 to 256", "0.078", "400", "±2.0 %"]]);
+    assert_eq!(summary.rows, [["segmented", "12", "1 to 256", "0.078", "400", "4.0 %"]]);
     assert_eq!(points.rows.len(), 12);
-    assert_eq!(points.rows[3], ["segmented", "1", "8", "32", "2048", "400", "2.5", "0.25", "±2.0 %"]);
+    assert_eq!(points.rows[3], ["segmented", "1", "8", "32", "2048", "400", "2.5", "0.25", "4.0 %"]);
     // Memory allows 64 MACs a byte at 2e10 bytes a second: this kernel is above the slope.
     let [roof] = &tables(roofline)[..] else { panic!("one table") };
     assert_eq!(roof.rows, [["segmented", "12800.0", "64.00", "1000 %"]]);
@@ -65,7 +67,7 @@ fn what_no_device_has_is_drawn_without_a_panic() {
     for seconds in odd {
         for bytes_per_second in odd {
             let mut kernels = vec![lattice("<i>", |_, _, _| seconds), lattice("bmm", |rows, _, _| rows as f64)];
-            kernels.push(KernelPoints { name: "none".to_owned(), points: Vec::new() });
+            kernels.push(KernelPoints { name: "none".to_owned(), multiplies_weight: false, points: Vec::new() });
             let page = Page { model: Some(Model { bytes_per_second, ..model(kernels) }), ..Page::default() };
             let html = document(&page).render().expect("the template renders");
             assert!(!html.contains("<i>") && html.contains("i&#62;"));
