@@ -208,7 +208,8 @@ pub(super) fn variants(
     }
     for (rank, rows) in &mixtures {
         for lowering in [Lowering::Stacked, Lowering::OnChip].into_iter().filter(|one| wanted.lowerings.contains(one)) {
-            let plan = plan(Part::Multiplicative, lowering, wanted.split)?;
+            // The planner stacks single rows, whatever it does with longer segments.
+            let plan = plan(Part::Multiplicative, lowering, wanted.split)?.with_on_chip_from(2);
             let variant = bench.mixed(*rank, plan, rows, &base);
             let title = || format!("a mixed batch of rank {rank} by {lowering}");
             variants.extend(unless_impossible(clock, variant, title, left_out)?);

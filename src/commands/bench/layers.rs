@@ -23,7 +23,8 @@ use crate::commands::{output, types};
 /// of the best large epilogue or one-row GEMM, both measured in the same run; each operand is read once and y written once.
 ///
 /// mixed: what base rows cost among rows of other kinds. As many base rows as the other variants have tokens, and between them a
-/// few single rows (one for each 32, at least 4), each with an adapter of its own: LoRA, fLoRA, HiRA, IA3 in turn. Its time is
+/// few single rows (one for each 32, at least 4), each with an adapter of its own: LoRA, fLoRA, HiRA, IA3 in turn. Single rows are
+/// stacked under on_chip too, as the planner has it. Its time is
 /// T(base rows alone) + T(mixed batch) − T(a base GEMM over as many rows as the mixed batch has virtual rows), the three taken one
 /// after the other. So whatever the batch costs beyond a plain GEMM is charged to the base rows, the reading of the adapters' own
 /// vectors too.
