@@ -181,7 +181,19 @@ mod tests {
         let Crossing::At(rank) = critical_rank(1, 16, left) else { panic!("within the ranks") };
         assert!((rank - 5.0).abs() < 1e-6, "{rank}");
         assert_eq!((critical_rank(1, 4, left), critical_rank(6, 8, left)), (Crossing::Above(4), Crossing::Below(6)));
-        assert_eq!(critical_rank(2, 2, |_| f64::NAN), Crossing::Above(2));
+    }
+
+    #[test]
+    fn batches_that_nobody_runs_are_not_made() {
+        let layer = |extent| PricedLayer { shape: LayerShape { d: extent, k: extent }, format: LayerFormat::default() };
+        for (extent, [adapters, rows, rank]) in
+            [(64, [u32::MAX, 1, 1]), (64, [2, u32::MAX, 1]), (64, [1 << 10, 1, 1 << 11]), (u32::MAX, [1, 1, 1])]
+        {
+            assert!(intensity(Kernel::Bmm, layer(extent), adapters, rows, rank).is_nan());
+        }
+        // Rows by W0 alone: 64² MACs a row, and 64² numbers of W0 with 2·64 of each row, all of 4 bytes.
+        let (macs, bytes) = (8.0 * 4096.0, 4.0 * (4096.0 + 8.0 * 128.0));
+        assert_eq!(intensity(Kernel::Matmul, layer(64), 1, 8, 1), macs / bytes);
     }
 
     #[test]
