@@ -66,7 +66,7 @@ const VARIANTS: [(&str, Part, Lowering); 4] = [
 const SLOW: f64 = 8.0;
 /// All repetitions of a variant take no longer, unless they are [`LEAST`].
 const VARIANT_SECONDS: f64 = 1.0;
-/// Repetitions of a variant that takes long.
+/// Repetitions of a variant that takes long, its first among them.
 const LEAST: usize = 3;
 
 /// A projection of a model.
@@ -202,11 +202,19 @@ fn measure(
         let slow: Vec<_> = slow.into_iter().map(of).collect();
         note(&format!("measured twice only, over {SLOW} times as slow as the fastest adapter: {}", slow.join("; ")));
     }
-    let mut others: Vec<_> = variants.iter_mut().filter(|variant| variant.times.count() == 0).collect();
+    // The others, with after how many rounds their turn comes again.
+    let mut others = Vec::new();
+    for variant in variants.iter_mut().filter(|variant| variant.times.count() == 0) {
+        let affordable = (VARIANT_SECONDS / variant.first_seconds) as usize;
+        let turns = if affordable < LEAST { LEAST - 1 } else { affordable };
+        if affordable < LEAST {
+            variant.times.push(variant.first_seconds);
+        }
+        others.push((rounds.div_ceil(turns), variant));
+    }
     for round in 0..rounds {
-        for variant in &mut others {
-            let affordable = (VARIANT_SECONDS / variant.first_seconds) as usize;
-            if round % rounds.div_ceil(affordable.max(LEAST)) == 0 {
+        for (every, variant) in &mut others {
+            if round % *every == 0 {
                 variant.times.push(bench.seconds(&variant.schedule)?);
             }
         }
