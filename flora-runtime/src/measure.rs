@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use flora_codegen::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
@@ -14,9 +14,9 @@ use flora_codegen::schedule::{Schedule, ScheduleError};
 use flora_codegen::weight::PackedWeight;
 use flora_ir::Activation;
 
-use crate::device::{BackendKind, Buffer, Device, DeviceError, LayerOperands, PoolBuffer};
+use crate::device::{BackendKind, Buffer, Device, DeviceError, LayerOperands, PoolBuffer, WeightBuffer};
 
-/// Copies of a layer's operands are taken in turn until they are this large together: three times the third-level cache of most
+/// Copies of a weight, and of a pool, are taken in turn until they are this large together: three times the third-level cache of most
 /// processors' slices, and more than the second-level cache of a GPU.
 const ROTATED_BYTES: u64 = 96 << 20;
 /// No more copies than this, however small the layer: a layer so small is in a cache in a model, too.
@@ -31,9 +31,10 @@ const MOST_CALLS: usize = 20;
 pub struct LayerBench<'a> {
     device: &'a Device,
     layer: PricedLayer,
+    weights: Vec<WeightBuffer>,
     copies: Vec<LayerOperands>,
     next: AtomicUsize,
-    inputs: Mutex<BTreeMap<u32, Buffer>>,
+    inputs: Arc<Mutex<BTreeMap<u32, Buffer>>>,
     /// Seconds from the last launch of a repetition until the device says that it is done.
     wait: f64,
 }
@@ -45,36 +46,60 @@ impl<'a> LayerBench<'a> {
     /// The device can't hold it, or hasn't got its types.
     pub fn new(device: &'a Device, layer: PricedLayer, slots: u32) -> Result<Self, DeviceError> {
         let PricedLayer { shape, format } = layer;
-        let slots = slots.max(1);
-        let vectors = u64::from(slots) * (u64::from(shape.d) + u64::from(shape.k)) * format.adapters.bytes();
-        let bytes = format.weight.bytes(shape) + vectors;
-        let weight = numbers(shape.d as usize * shape.k as usize, (3.0 / shape.d.max(1) as f32).sqrt());
-        let weight = PackedWeight::from_f32(format.weight, shape, &weight)
+        let values = numbers(shape.d as usize * shape.k as usize, (3.0 / shape.d.max(1) as f32).sqrt());
+        let weight = PackedWeight::from_f32(format.weight, shape, &values)
             .map_err(|error| DeviceError::Execution(error.to_string()))?;
-        let pool = |width: u32| -> Result<_, DeviceError> {
-            let values = numbers(slots as usize * width as usize, 1.0);
-            Ok(PoolBuffer { buffer: device.upload_as(&values, format.adapters)?, slots })
-        };
-        let copy = |_| -> Result<_, DeviceError> {
-            Ok(LayerOperands {
-                shape,
-                format,
-                base_weight: device.upload_weight(&weight)?,
-                bias: Some(device.upload(&numbers(shape.k as usize, 1.0))?),
-                in_pool: pool(shape.d)?,
-                out_pool: pool(shape.k)?,
-                epilogue: Epilogue { bias: true, activation: Activation::Identity, residual: false },
-                merged: None,
-            })
-        };
-        let copies = (0..ROTATED_BYTES.div_ceil(bytes.max(1)).clamp(1, MOST_COPIES)).map(copy);
-        Ok(Self {
+        let weights = (0..copies(format.weight.bytes(shape))).map(|_| device.upload_weight(&weight));
+        let weights = weights.collect::<Result<Vec<_>, _>>()?;
+        Self {
             device,
             layer,
-            copies: copies.collect::<Result<_, _>>()?,
+            weights,
+            copies: Vec::new(),
             next: AtomicUsize::new(0),
-            inputs: Mutex::default(),
+            inputs: Arc::default(),
             wait: 0.0,
+        }
+        .with_slots(slots)
+    }
+
+    /// The same layer, sharing its weights and inputs, with pools of `slots` vectors. As few as a batch needs: the vectors of a
+    /// batch should come from memory too, and pools take turns only as far as they are small.
+    ///
+    /// # Errors
+    /// The device can't hold them.
+    pub fn with_slots(&self, slots: u32) -> Result<Self, DeviceError> {
+        let PricedLayer { shape, format } = self.layer;
+        let slots = slots.max(1);
+        let bias = self.device.upload(&numbers(shape.k as usize, 1.0))?;
+        let pool = |width: u32| -> Result<_, DeviceError> {
+            let values = numbers(slots as usize * width as usize, 1.0);
+            Ok(PoolBuffer { buffer: self.device.upload_as(&values, format.adapters)?, slots })
+        };
+        let bytes = u64::from(slots) * (u64::from(shape.d) + u64::from(shape.k)) * format.adapters.bytes();
+        let pools = (0..copies(bytes)).map(|_| Ok((pool(shape.d)?, pool(shape.k)?)));
+        let pools = pools.collect::<Result<Vec<_>, DeviceError>>()?;
+        let copy = |at: usize| {
+            let (in_pool, out_pool) = pools[at % pools.len()].clone();
+            LayerOperands {
+                shape,
+                format,
+                base_weight: self.weights[at % self.weights.len()].clone(),
+                bias: Some(bias.clone()),
+                in_pool,
+                out_pool,
+                epilogue: Epilogue { bias: true, activation: Activation::Identity, residual: false },
+                merged: None,
+            }
+        };
+        Ok(Self {
+            device: self.device,
+            layer: self.layer,
+            weights: self.weights.clone(),
+            copies: (0..self.weights.len().max(pools.len())).map(copy).collect(),
+            next: AtomicUsize::new(0),
+            inputs: self.inputs.clone(),
+            wait: self.wait,
         })
     }
 
@@ -146,6 +171,11 @@ impl<'a> LayerBench<'a> {
         let elapsed = start.elapsed().as_secs_f64();
         Ok((elapsed - self.wait).max(0.1 * elapsed) / calls as f64)
     }
+}
+
+/// How many operands of so many bytes take turns.
+fn copies(bytes: u64) -> usize {
+    ROTATED_BYTES.div_ceil(bytes.max(1)).clamp(1, MOST_COPIES) as usize
 }
 
 /// A failure to lay out a batch, as one of the device.

@@ -47,7 +47,8 @@ struct Point {
 
 impl Point {
     /// One measurement: seconds of the whole, and seconds per MAC of the kernel.
-    fn take(&self, bench: &LayerBench<'_>) -> Result<(f64, f64), DeviceError> {
+    fn take(&self, benches: &Benches<'_>) -> Result<(f64, f64), DeviceError> {
+        let bench = benches.of(self.schedule.in_slots());
         let base = self.base.as_ref().map_or(Ok(0.0), |base| bench.seconds(base))?;
         let seconds = bench.seconds(&self.schedule)?;
         Ok((seconds, (seconds - base - self.launches) / self.macs))
@@ -75,7 +76,7 @@ pub(super) fn measure(
     let all = ((effort.passes + 1) * 1000) as u64;
     let mut done = 0.0;
     for (layer, points) in &mut points_of {
-        let bench = LayerBench::new(device, *layer, pool_slots(effort))?.without_wait(launch.wait);
+        let bench = Benches::new(device, *layer, effort, launch)?;
         survey(&bench, points, effort, |macs| {
             done += macs;
             progress((done / unit) as u64, all);
@@ -97,6 +98,32 @@ pub(super) fn measure(
     }
     raise_differences(&mut surfaces);
     Ok(surfaces)
+}
+
+/// One layer with pools of several sizes.
+struct Benches<'a> {
+    /// Rising by their slots.
+    by_slots: Vec<(u32, LayerBench<'a>)>,
+}
+
+/// The next larger pool has so many times the vectors.
+const POOL_STEP: u32 = 8;
+
+impl<'a> Benches<'a> {
+    fn new(device: &'a Device, layer: PricedLayer, effort: &Effort, launch: &Launch) -> Result<Self, DeviceError> {
+        let most = pool_slots(effort);
+        let first = LayerBench::new(device, layer, 1)?.without_wait(launch.wait);
+        let sizes =
+            std::iter::successors(Some(1), |slots: &u32| (*slots < most).then_some((slots * POOL_STEP).min(most)));
+        let by_slots = sizes.map(|slots| Ok((slots, first.with_slots(slots)?)));
+        Ok(Self { by_slots: by_slots.collect::<Result<_, DeviceError>>()? })
+    }
+
+    /// The one with the smallest pools that have `slots` vectors.
+    fn of(&self, slots: u32) -> &LayerBench<'a> {
+        let at = self.by_slots.partition_point(|(own, _)| *own < slots);
+        &self.by_slots[at.min(self.by_slots.len() - 1)].1
+    }
 }
 
 fn pool_slots(effort: &Effort) -> u32 {
@@ -184,7 +211,7 @@ const HOPE: f64 = 4.0;
 
 /// Runs every point once, and leaves out those that take too long.
 fn survey(
-    bench: &LayerBench<'_>,
+    bench: &Benches<'_>,
     points: &mut [Point],
     effort: &Effort,
     mut done: impl FnMut(f64),

@@ -123,12 +123,11 @@ pub(super) fn planner(arguments: &Arguments) -> Result<(), CommandError> {
     let mut results = Vec::with_capacity(points.len());
     // Points of one layer follow one another, so that its operands are made once.
     for own in points.chunk_by(|one, other| one.shape() == other.shape()) {
-        let slots = own.iter().map(Point::slots).max().unwrap_or(1);
         let layer = PricedLayer { shape: own[0].shape(), format };
-        let bench = LayerBench::new(&device, layer, slots as u32)?;
+        let bench = LayerBench::new(&device, layer, 1)?;
         let prices = LayerPrices::new(&coefficients, layer);
         for point in own {
-            results.push(outcome(&bench, &prices, point, arguments.rounds)?);
+            results.push(outcome(&bench.with_slots(point.slots() as u32)?, &prices, point, arguments.rounds)?);
             bar.inc(1);
         }
     }
