@@ -258,7 +258,7 @@ fn raise_differences(surfaces: &mut BTreeMap<Kernel, Surface>) {
     let least = LEAST_SHARE * best;
     for surface in surfaces.values_mut() {
         for (value, spread) in surface.seconds_per_mac.iter_mut().zip(&mut surface.spread) {
-            if !(*value >= least) {
+            if value.is_nan() || *value < least {
                 // As far as the point was off, seen from what it counts as.
                 *spread = (*spread * value.abs() / least).min(1e6);
                 *value = least;
