@@ -191,7 +191,7 @@ pub fn plan(prices: &LayerPrices, batch: &BatchShape, finishes: bool) -> Plan {
         Lowering::Stacked => batch.plain_rows + batch.multiplicative.tokens_times_width,
         _ => u64::MAX,
     };
-    if stacked <= prices.split_rows() { chosen.with_split() } else { chosen }
+    if (1..=prices.split_rows()).contains(&stacked) { chosen.with_split() } else { chosen }
 }
 
 /// What computes low-rank sums for a batch of several adapters.
