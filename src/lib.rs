@@ -45,7 +45,7 @@ pub use flora_runtime as runtime;
 
 /// What a serving engine uses.
 pub mod prelude {
-    pub use flora_codegen::cost::Coefficients;
+    pub use flora_codegen::cost::DeviceCoefficients;
     pub use flora_codegen::layer::{Element, LayerFormat, LayerShape, WeightFormat};
     pub use flora_codegen::lowering::Lowering;
     pub use flora_codegen::pipeline::{CompiledLayer, compile, compile_verified};

@@ -25,6 +25,9 @@ pub(crate) struct ModelShapes {
 /// The names of the built-in shape tables.
 pub(crate) const NAMES: [&str; 4] = ["starcoder-15b", "starcoder-3b", "starcoder-1b", SMOLLM2];
 
+/// The projections that the paper adapts, query and key, by StarCoder's and by Llama's names.
+pub(crate) const QUERY_AND_KEY: [&str; 4] = ["attn.q", "attn.k", "q_proj", "k_proj"];
+
 /// The default model, whose weights can be fetched.
 pub(crate) const SMOLLM2: &str = "smollm2-135m";
 

@@ -53,13 +53,15 @@ class Serve(unittest.TestCase):
 
     def test_prepares_runs_and_drops(self):
         case = self.ask(CASE)
-        self.assertEqual(list(case["variants"]), ["base", "lora", "flora"])
+        self.assertEqual(list(case["variants"]), ["base", "lora", "flora", "flora_einsum"])
         kinds = {
             name: {key: type(value) for key, value in described.items()} for name, described in case["variants"].items()
         }
         self.assertEqual(kinds, dict.fromkeys(kinds, MEASUREMENT))
         ranks = {name: described["rank"] for name, described in case["variants"].items()}
-        self.assertEqual(ranks, {"base": 0, "lora": 3, "flora": 3})
+        self.assertEqual(ranks, {"base": 0, "lora": 3, "flora": 3, "flora_einsum": 3})
+        floras = [described for described in case["variants"].values() if described["adapter"] == "flora"]
+        self.assertEqual([described["lowering"] for described in floras], ["stacked", "einsum"])
         self.assertTrue(all(described["tokens"] == 17 for described in case["variants"].values()))
         other = self.ask(CASE | {"tokens_per_segment": 2, "variants": ["flora"]})
         self.assertEqual((other["id"], list(other["variants"])), (case["id"] + 1, ["flora"]))

@@ -3,10 +3,13 @@
 The layer has t tokens in s segments, l of them in the longest, each segment with an adapter of its own; d inputs, k
 outputs, rank r. Sections and equations are those of "Batched Low-Rank Adaptation of Foundation Models".
 
-    variant  adapter  lowering  what runs
-    base     none     matmul    x @ w0: one GEMM over the t rows
-    lora     lora     bmm       x @ w0 + bmm(bmm(x, b), a) (A.2): one GEMM over s·l rows, two bmm, an add
-    flora    flora    stacked   sum over r of a ∘ ((b ∘ x) @ w0), broadcasting (Eq. 6): one GEMM over r·s·l rows
+    variant       adapter  lowering  what runs
+    base          none     matmul    x @ w0: one GEMM over the t rows
+    lora          lora     bmm       x @ w0 + bmm(bmm(x, b), a) (A.2): one GEMM over s·l rows, two bmm, an add
+    flora         flora    stacked   sum over r of a ∘ ((b ∘ x) @ w0) (Eq. 6), its axes ordered for speed: one GEMM over
+                                     r·s·l rows
+    flora_einsum  flora    einsum    the same as Eq. 6 stands: b and x broadcast into [s, l, d, r], einsum with w0, a
+                                     broadcast, the last axis summed
 
 x is [s, l, d], shorter segments padded with zeros; adapters of mixed ranks would be padded to the largest, so that is
 the rank to give. Padding, making the tensors, and transposing adapters into the layout that is read fastest are done
@@ -22,7 +25,7 @@ A measurement has the fields device, d, k, dtype, tokens (t), segments, rank (0 
 and floor_seconds:
 
     floor_seconds = max(MACs / p, bytes / w)
-    MACs          = t·d·k  (matmul),   t·d·k + t·r·(d + k)  (bmm),   r·t·d·k  (stacked)
+    MACs          = t·d·k  (matmul),   t·d·k + t·r·(d + k)  (bmm),   r·t·d·k  (stacked, einsum)
     bytes         = bytes of an element × (d·k + t·d + t·k + s·r·(d + k))     r = 0 for base
 
 p and w are measured in the same run, each the best of at least five repetitions: p is the MACs a second of a large
@@ -48,7 +51,7 @@ Once started, which takes seconds, it greets, or says why it can't and ends with
     <  {"protocol": 1, "device": "AMD EPYC, 2 threads (PyTorch 2.9.1+cu128)", "threads": 2}
     <  {"error": "..."}
 
-Prepare a case. Only "variants" may be left out (then it is all three). "tokens_per_segment" is one number, or a list
+Prepare a case. Only "variants" may be left out (then it is all four). "tokens_per_segment" is one number, or a list
 with one for each segment. The answer comes after every variant has been called once. It names the case and has, for
 each variant, a measurement without its "seconds", "base_seconds" and "ratio_to_base". The first case of a dtype takes
 some seconds more, to measure p and w.
@@ -166,7 +169,7 @@ def check(bench, dtypes):
                 worst = max(worst, relative.nan_to_num(nan=math.inf).max().item())
             right &= worst <= bound
             verdict = "right" if worst <= bound else "WRONG"
-            print(f"{dtype:5} {name:6} deviation {worst:.1e} of at most {bound:.1e}  {verdict}")
+            print(f"{dtype:5} {name:12} deviation {worst:.1e} of at most {bound:.1e}  {verdict}")
     return right
 
 

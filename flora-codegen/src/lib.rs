@@ -10,4 +10,4 @@ pub mod routine;
 pub mod target;
 pub mod traffic;
 
-pub use flora_plan::{batch, cost, layer, lowering, plan, schedule, weight};
+pub use flora_plan::{batch, blueprints, cost, layer, lowering, model_planner, plan, schedule, weight};

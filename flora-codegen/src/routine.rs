@@ -2,8 +2,11 @@
 //! on the device, the layer's types and the batch's class of size alone, so that few kernels are compiled however many batches
 //! come.
 
+use std::sync::Arc;
+
 use cubecl::ir::features::MmaConfig;
 use cubecl::ir::{DeviceProperties, ElemType, FloatKind, StorageType};
+use flora_plan::blueprints::Blueprints;
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::schedule::{Gemm, LowRankRows, Materialised, VirtualRow};
 
@@ -29,6 +32,8 @@ pub struct Hardware {
     pub cache_bytes: u64,
     /// The fragment of each half type that sums in f32.
     fragments: [Option<Multiply>; 3],
+    /// What tuning chose in place of the choices below.
+    blueprints: Arc<Blueprints>,
 }
 
 /// The storage type of an element.
@@ -64,7 +69,14 @@ impl Hardware {
             multiprocessors: properties.hardware.num_streaming_multiprocessors.unwrap_or(16),
             cache_bytes: if properties.hardware.num_streaming_multiprocessors.is_some() { 32 << 20 } else { 1 << 20 },
             fragments: Element::ALL.map(fragment),
+            blueprints: Arc::default(),
         }
+    }
+
+    /// The same device with what tuning chose.
+    #[must_use]
+    pub fn tuned(&self, blueprints: &Blueprints) -> Self {
+        Self { blueprints: Arc::new(blueprints.clone()), ..self.clone() }
     }
 
     /// How matrices of `format` are multiplied.
@@ -348,9 +360,12 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
         carries: splits == 1 && widest > tile.rows / 2 && longest > tile.rows,
         ..blueprint
     };
+    let chosen = hardware.blueprints.tile(format.activations, on_chip, longest);
+    let chosen = chosen.filter(|tile| table(blueprint.multiply).contains(tile));
     let mut capacity = hidden;
     let blueprint = loop {
-        let found = tiles(blueprint.multiply, on_chip, longest).map(|tile| with(tile, capacity)).find(fits);
+        let own = tiles(blueprint.multiply, on_chip, longest);
+        let found = chosen.into_iter().chain(own).map(|tile| with(tile, capacity)).find(fits);
         match found {
             Some(found) => break found,
             None if capacity / 2 >= least && capacity > 1 => capacity /= 2,
@@ -400,30 +415,43 @@ fn widest(rows: &[Row]) -> u32 {
     widest
 }
 
+const fn tile(rows: u32, columns: u32, depth: u32, row_planes: u32, column_planes: u32) -> Tile {
+    Tile { rows, columns, depth, row_planes, column_planes }
+}
+
+/// Tiles by fragments, rising.
+const BY_FRAGMENTS: [Tile; 6] = [
+    // Few rows: a deep stage keeps many loads of w0 in flight.
+    tile(16, 64, 128, 1, 4),
+    tile(32, 64, 64, 1, 4),
+    tile(64, 64, 64, 2, 4),
+    tile(128, 64, 64, 4, 2),
+    // All virtual rows of a decode batch in one tile, so that w0 is read once.
+    tile(256, 64, 32, 8, 2),
+    tile(512, 64, 32, 16, 1),
+];
+/// Many rows: the most products for each number that is staged.
+const PREFILL: Tile = tile(128, 128, 32, 2, 4);
+/// Tiles by units, rising.
+const BY_UNITS: [Tile; 3] = [tile(16, 64, 16, 1, 1), tile(32, 64, 16, 1, 1), tile(64, 64, 16, 1, 1)];
+
+/// Every tile that a batch may be cut into, whatever its rows: what tuning chooses from.
+pub fn table(multiply: Multiply) -> Vec<Tile> {
+    match multiply {
+        Multiply::Fma => BY_UNITS.to_vec(),
+        Multiply::Cmma { .. } => BY_FRAGMENTS.into_iter().chain([PREFILL]).collect(),
+    }
+}
+
 /// Tiles for `rows` virtual rows that share a weight, the best first, down to one that every device holds.
 fn tiles(multiply: Multiply, on_chip: bool, rows: u32) -> impl Iterator<Item = Tile> {
-    let tile =
-        |rows, columns, depth, row_planes, column_planes| Tile { rows, columns, depth, row_planes, column_planes };
-    let by_fragments = [
-        // Few rows: a deep stage keeps many loads of w0 in flight.
-        tile(16, 64, 128, 1, 4),
-        tile(32, 64, 64, 1, 4),
-        tile(64, 64, 64, 2, 4),
-        tile(128, 64, 64, 4, 2),
-        // All virtual rows of a decode batch in one tile, so that w0 is read once.
-        tile(256, 64, 32, 8, 2),
-        tile(512, 64, 32, 16, 1),
-    ];
-    // Many rows: the most products for each number that is staged.
-    let prefill = tile(128, 128, 32, 2, 4);
-    let by_units = [tile(16, 64, 16, 1, 1), tile(32, 64, 16, 1, 1), tile(64, 64, 16, 1, 1)];
-    let (fit, most): (Vec<Tile>, u32) = match multiply {
-        Multiply::Fma => (by_units.to_vec(), 64),
-        Multiply::Cmma { .. } => (by_fragments.to_vec(), if on_chip { 128 } else { 512 }),
+    let (fit, most): (&[Tile], u32) = match multiply {
+        Multiply::Fma => (&BY_UNITS, 64),
+        Multiply::Cmma { .. } => (&BY_FRAGMENTS, if on_chip { 128 } else { 512 }),
     };
     let mut own: Vec<Tile> = Vec::new();
     if matches!(multiply, Multiply::Cmma { .. }) && rows > most.min(if on_chip { 64 } else { 512 }) {
-        own.push(prefill);
+        own.push(PREFILL);
     }
     let enough = fit.iter().position(|tile| tile.rows >= rows.min(most)).unwrap_or(0);
     own.extend(fit[enough..].iter().take(1));

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use crate::check::{check, check_recipe};
 use crate::error::HostError;
 use crate::finish::Finish;
-use crate::gemm::{self, Pass, Rows};
+use crate::gemm::{self, MOST_SWEPT_ROWS, Pass, Rows};
 use crate::low_rank::{self, Shrink};
 use crate::materialise::{self, Recipe};
 use crate::pack::{Vectors, Weight};
@@ -39,6 +39,7 @@ pub struct Operands<'a> {
 /// call needed is kept until the engine is dropped, and calls that need no more allocate nothing.
 pub struct Engine {
     arch: Arch,
+    swept_rows: usize,
     calls: Pool<CallMemory>,
     scratches: Pool<Scratch>,
 }
@@ -71,7 +72,14 @@ impl Engine {
     }
 
     fn of(arch: Arch) -> Self {
-        Self { arch, calls: Pool::default(), scratches: Pool::default() }
+        Self { arch, swept_rows: MOST_SWEPT_ROWS, calls: Pool::default(), scratches: Pool::default() }
+    }
+
+    /// The same engine, with the weight read where it lies for batches of up to so many virtual rows, and packed for more. Which is
+    /// quicker is the processor's affair; results have the same bits. More than the engine can is as much as it can.
+    #[must_use]
+    pub fn with_swept_rows(self, rows: usize) -> Self {
+        Self { swept_rows: rows.min(MOST_SWEPT_ROWS), ..self }
     }
 
     /// [`Engine::vectors`] of the best instruction set that this processor has.
@@ -180,6 +188,7 @@ struct Sources<'a, S> {
     out_pool: Vectors<'a>,
     finish: Finish<'a>,
     scratches: &'a Pool<Scratch>,
+    swept_rows: usize,
 }
 
 impl WithSimd for Call<'_> {
@@ -206,6 +215,7 @@ impl WithSimd for Call<'_> {
                 residual: residual.filter(|_| epilogue.residual),
             },
             scratches: &engine.scratches,
+            swept_rows: engine.swept_rows,
         };
         let CallMemory { stage, lent } = memory;
         if schedule.steps().iter().all(writes) && !schedule.steps().is_empty() {
@@ -269,9 +279,10 @@ impl<S: Simd> Sources<'_, S> {
     }
 
     fn pass(&self, weight: Weight<'_>, rows: Rows<'_>, hidden: &[f32], finishes: bool, sink: Sink) {
-        let Self { x, in_pool, out_pool, .. } = *self;
+        let Self { x, in_pool, out_pool, swept_rows, .. } = *self;
         let finish = finishes.then_some(self.finish);
-        gemm::run(self.simd, Pass { weight, x, in_pool, out_pool, rows, hidden, finish, sink }, self.scratches);
+        let pass = Pass { weight, x, in_pool, out_pool, rows, hidden, finish, sink, swept_rows };
+        gemm::run(self.simd, pass, self.scratches);
     }
 
     /// One weight after the other is made in the same memory.

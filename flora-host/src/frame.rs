@@ -10,8 +10,10 @@ use crate::kernel::{Compose, X_PITCH, strip_columns};
 use crate::pack::Vectors;
 use crate::workspace::Buffer;
 
-/// Columns of a panel: with a slice's depth a quarter of a second-level cache of 1 MiB.
-pub(crate) const PANEL_COLUMNS: usize = 256;
+/// Columns of a panel: with a slice's depth half of a second-level cache of 1 MiB. Rows of x are packed once for every panel, and
+/// the longer the runs of the weight's rows are, the less a slice waits for memory; more columns would leave two threads without a
+/// panel to take over where one of them is held up.
+pub(crate) const PANEL_COLUMNS: usize = 512;
 
 /// Fewer multiply-adds than this are done before other threads would have woken up.
 pub(crate) const PARALLEL_MACS: u64 = 1 << 18;
@@ -57,6 +59,13 @@ impl<S: Simd> Frame<'_, S> {
             None => own.fill(1.0),
         }
         padding.fill(0.0);
+    }
+
+    /// Asks for an out-vector of slot 1 or more.
+    pub(crate) fn fetch_out_vector(&self, slot: u32) {
+        if let Some(slot) = slot.checked_sub(1) {
+            self.out_pool.fetch(slot as usize, self.columns.start, self.columns.len());
+        }
     }
 
     /// Gathers the factors of Σ_v in_v out_vᵀ within the panel and a slice of the depth.

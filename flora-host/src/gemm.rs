@@ -14,12 +14,13 @@ use crate::finish::Finish;
 use crate::frame::{Frame, PANEL_COLUMNS, even_tiles, panels};
 use crate::kernel::{MOST_TILE_ROWS, Multiply, SLICE, Strip, X_PITCH, strip_columns, tile_rows};
 use crate::low_rank::expand;
-use crate::pack::{Vectors, Weight, pack_panel, pack_rows, strip_pitch};
+use crate::pack::{Vectors, Weight, fetch_row, pack_panel, pack_rows, strip_pitch};
 use crate::strips::{Strips, Tile};
 use crate::values::Sink;
 use crate::workspace::{Pool, Scratch};
 
-/// Rows of a block: with a panel's columns their outputs fill half of a second-level cache of 1 MiB.
+/// Rows of a block. With a panel's columns their outputs are as large as a second-level cache of 1 MiB, but a tile touches its own
+/// alone, once for every slice; fewer rows would have W0 packed more often.
 pub(crate) const BLOCK_ROWS: usize = 512;
 
 /// The rows of a pass; the fields are those of [`Gemm`](flora_plan::schedule::Gemm).
@@ -38,9 +39,10 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// The most rows that read the weight where it lies. Up to here it is quicker than packing the weight: packing waits for memory,
-/// a sweep multiplies meanwhile. Measured at d = k = 2048: 1.6 times as fast at 16 rows, 1.2 at 32, the same at 64.
-const MOST_SWEPT_ROWS: usize = 64;
+/// The most rows that can read the weight where it lies. Few rows are quicker so than by packing the weight: packing waits for
+/// memory, a sweep multiplies meanwhile. Measured at d = k = 2048: 1.6 times as fast at 16 rows, 1.2 at 32, 1.02 at 96 and 128, and
+/// no longer at 160, where the products don't stay in cache. Tuning says up to how many rows a sweep is worth it on a processor.
+pub(crate) const MOST_SWEPT_ROWS: usize = 128;
 
 /// Columns of a panel for so many rows: at most a page of each of the weight's, and products that stay in cache.
 fn swept_columns(rows: usize) -> usize {
@@ -64,6 +66,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) finish: Option<Finish<'a>>,
     /// `[tokens, k]`
     pub(crate) sink: Sink,
+    /// Virtual rows up to which the weight is read where it lies, at most [`MOST_SWEPT_ROWS`].
+    pub(crate) swept_rows: usize,
 }
 
 /// Runs a pass.
@@ -73,7 +77,7 @@ pub(crate) fn run<S: Simd>(simd: S, pass: Pass<'_>, scratches: &Pool<Scratch>) {
         pass.rows.rows.len() as u64 + pass.rows.segments.iter().map(|segment| u64::from(segment.rows)).sum::<u64>();
     let macs = rows * pass.x.width as u64 * k as u64;
     let rows = pass.rows;
-    let in_place = rows.segments.is_empty() && rows.rows.len() <= MOST_SWEPT_ROWS && pass.weight.floats().is_some();
+    let in_place = rows.segments.is_empty() && rows.rows.len() <= pass.swept_rows && pass.weight.floats().is_some();
     let widest = if in_place { swept_columns(rows.rows.len()) } else { PANEL_COLUMNS };
     panels::<S>(k, widest, macs, |columns| {
         let frame = Frame { simd, in_pool: pass.in_pool, out_pool: pass.out_pool, columns };
@@ -109,8 +113,8 @@ impl<'a> Block<'a> {
     }
 
     /// Whether its rows are few enough to read the weight once, and where it lies.
-    fn sweeps(&self) -> bool {
-        self.segments.is_empty() && self.rows.len() <= MOST_SWEPT_ROWS
+    fn sweeps(&self, swept_rows: usize) -> bool {
+        self.segments.is_empty() && self.rows.len() <= swept_rows
     }
 
     fn rows_of(&self, segment: &OnChipSegment) -> Range<usize> {
@@ -151,7 +155,7 @@ impl<S: Simd> Panel<'_, S> {
         let (k, strip) = (self.pass.out_pool.width, strip_columns::<S>());
         // Rows of a single tile need the weight once, and read it where it lies: all but the strip that isn't whole.
         let (in_place, whole) = match self.pass.weight.floats() {
-            Some(values) if block.sweeps() => (
+            Some(values) if block.sweeps(self.pass.swept_rows) => (
                 values.get(depth.start * k + self.frame.columns.start..).unwrap_or_default(),
                 self.frame.columns.len() / strip,
             ),
@@ -164,18 +168,20 @@ impl<S: Simd> Panel<'_, S> {
             pack_panel(self.frame.simd, self.pass.weight, k, depth.clone(), columns, row, packed);
         }
         let (mut places, width) = ([0; MOST_SWEPT_ROWS], self.frame.width());
-        let most = if block.sweeps() { MOST_SWEPT_ROWS } else { tile_rows::<S>() };
+        let most = if block.sweeps(self.pass.swept_rows) { MOST_SWEPT_ROWS } else { tile_rows::<S>() };
         let strips = Strips { in_place, pitch: k, whole, packed, strip_pitch: strip_pitch::<S>(), columns: width };
         for tile in even_tiles(block.rows.len(), most) {
+            // The next tile's operands are fetched a few at a time while this one is multiplied.
+            let share = (tile.len() + 1).div_ceil(self.frame.strips());
+            let mut next = block.rows[tile.end..].iter().take(tile.len() + 1);
             let rows = &block.rows[tile];
             let x = x.floats(rows.len() * X_PITCH);
             let sources = rows.iter().map(|row| (row.row, row.in_slot));
             pack_rows(self.frame.simd, self.pass.x, self.pass.in_pool, sources, depth.clone(), x);
             let scaled = rows.iter().any(|row| row.out_slot > 0);
             let scales = scales.floats(if scaled { rows.len() * width } else { 0 });
-            let all_in_place = whole == self.frame.strips();
             let needed = rows.iter().zip(scales.chunks_exact_mut(width));
-            for (row, scales) in needed.filter(|(row, _)| row.out_slot > 0 || !all_in_place) {
+            for (row, scales) in needed.filter(|(row, _)| row.out_slot > 0) {
                 self.frame.out_vector(row.out_slot, scales);
             }
             let sums = sums.floats(block.range.len() * width);
@@ -183,7 +189,13 @@ impl<S: Simd> Panel<'_, S> {
                 *place = (row.row as usize - block.range.start) * width;
             }
             let (places, scales) = (&places[..rows.len()], scaled.then_some((&*scales, rows)));
-            strips.multiply(self.frame.simd, Tile { x, depth: depth.len(), places, scales, sums }, products);
+            let tile = Tile { x, depth: depth.len(), places, scales, sums };
+            strips.multiply(self.frame.simd, tile, products, || {
+                for row in next.by_ref().take(share) {
+                    fetch_row(self.pass.x, self.pass.in_pool, (row.row, row.in_slot), &depth);
+                    self.frame.fetch_out_vector(row.out_slot);
+                }
+            });
         }
         for segment in block.segments {
             self.segment(block, segment, depth.clone(), scratch);

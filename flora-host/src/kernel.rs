@@ -41,6 +41,8 @@ pub(crate) struct OutScales<'a> {
     pub(crate) values: &'a [f32],
     /// Floats from one row to the next.
     pub(crate) pitch: usize,
+    /// A bit for every row, the first row's the lowest: 0 where it has no scales, and its place in `values` is not read.
+    pub(crate) rows: u32,
 }
 
 /// `sums[places[i]..] += scales[i] ∘ (x[i] @ weight)` for every row of a tile.
@@ -116,6 +118,7 @@ fn multiply<S: Simd, const ROWS: usize>(simd: S, work: Multiply<'_>) {
                 let weights = Operand { values: weight.values.as_ptr(), pitch: weight.pitch };
                 let own = accumulate::<S, ROWS>(simd, zero, x.as_ptr(), X_PITCH, 1, weights, depth);
                 for (row, own) in own.into_iter().enumerate() {
+                    let scales = scales.filter(|scales| scales.rows >> row & 1 == 1);
                     for (half, own) in own.into_iter().enumerate() {
                         let place = sums.as_mut_ptr().add(*places.get_unchecked(row) + half * S::F32_LANES);
                         let sum = load::<S>(place);

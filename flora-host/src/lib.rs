@@ -11,6 +11,7 @@
 mod check;
 mod engine;
 mod error;
+mod fetch;
 mod finish;
 mod frame;
 mod gemm;

@@ -109,7 +109,7 @@ pub(crate) fn expand<S: Simd>(
             places.iter_mut().zip(tile.clone()).for_each(|(place, row)| *place = row * width);
             let (places, sums) = (&places[..tile.len()], &mut *sums);
             let tile = Tile { x, depth: ranks.len(), places, scales: None, sums };
-            strips.multiply(frame.simd, tile, products);
+            strips.multiply(frame.simd, tile, products, || {});
         }
     }
 }

@@ -7,6 +7,7 @@ use flora_plan::weight::{PackedWeight, WeightValues};
 use half::{bf16, f16};
 use pulp::{Simd, WithSimd};
 
+use crate::fetch::fetch;
 use crate::kernel::{SLICE, X_PITCH, strip_columns};
 use crate::values::Values;
 
@@ -43,6 +44,16 @@ impl Vectors<'_> {
     /// The numbers of vector `slot` from `first` on.
     pub(crate) fn widen(&self, slot: usize, first: usize, out: &mut [f32]) {
         self.values.widen(slot * self.width + first, out);
+    }
+
+    /// Asks for `len` numbers of vector `slot` from `first` on.
+    pub(crate) fn fetch(&self, slot: usize, first: usize, len: usize) {
+        let range = slot * self.width + first..slot * self.width + first + len;
+        match self.values {
+            Values::F32(values) => fetch(&values[range]),
+            Values::F16(values) => fetch(&values[range]),
+            Values::Bf16(values) => fetch(&values[range]),
+        }
     }
 
     /// The same by `out`, number by number.
@@ -101,6 +112,14 @@ pub(crate) fn pack_rows<S: Simd>(
             }
         },
     );
+}
+
+/// Asks for what [`pack_rows`] reads of a row.
+pub(crate) fn fetch_row(x: Vectors<'_>, in_pool: Vectors<'_>, (row, in_slot): (u32, u32), depth: &Range<usize>) {
+    x.fetch(row as usize, depth.start, depth.len());
+    if let Some(slot) = in_slot.checked_sub(1) {
+        in_pool.fetch(slot as usize, depth.start, depth.len());
+    }
 }
 
 /// Floats from one strip of a packed panel to the next: a row more than a slice, so that strips don't share cache sets.
@@ -164,6 +183,10 @@ fn widen_bf16(value: bf16) -> f32 {
     f32::from_bits(u32::from(value.to_bits()) << 16)
 }
 
+/// Inputs of a weight that are asked for before they are packed. They lie far from one another, so that the processor doesn't
+/// foresee them by itself.
+const AHEAD: usize = 8;
+
 #[inline(always)]
 fn pack_halves<S: Simd, T: Copy>(
     values: &[T],
@@ -174,7 +197,11 @@ fn pack_halves<S: Simd, T: Copy>(
     out: &mut [f32],
     widen: impl Fn(T) -> f32,
 ) {
+    let end = depth.end;
     for (at, depth) in depth.enumerate() {
+        if depth + AHEAD < end {
+            fetch(&values[(depth + AHEAD) * k + columns.start..(depth + AHEAD) * k + columns.end]);
+        }
         let values = &values[depth * k + columns.start..depth * k + columns.end];
         row.iter_mut().zip(values).for_each(|(out, value)| *out = widen(*value));
         scatter::<S>(row, columns.len(), at, out);
@@ -183,9 +210,12 @@ fn pack_halves<S: Simd, T: Copy>(
 
 #[inline(always)]
 fn pack_f32<S: Simd>(values: &[f32], k: usize, depth: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
-    let width = strip_columns::<S>();
+    let (width, end) = (strip_columns::<S>(), depth.end);
     for (at, depth) in depth.enumerate() {
         let row = &values[depth * k + columns.start..depth * k + columns.end];
+        if depth + AHEAD < end {
+            fetch(&values[(depth + AHEAD) * k + columns.start..(depth + AHEAD) * k + columns.end]);
+        }
         let mut strips = out.chunks_mut(strip_pitch::<S>());
         let mut whole = row.chunks_exact(width);
         for (row, strip) in whole.by_ref().zip(strips.by_ref()) {
@@ -215,7 +245,9 @@ fn copy_vectors<S: Simd>(from: &[f32], to: &mut [f32]) {
     let (from, _) = S::as_simd_f32s(from);
     let (to, _) = S::as_mut_simd_f32s(to);
     if let ([one, other], [to_one, to_other]) = (from, to) {
-        (*to_one, *to_other) = (*one, *other);
+        // One after the other: as a pair they would go by way of the stack.
+        *to_one = *one;
+        *to_other = *other;
     }
 }
 

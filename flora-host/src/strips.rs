@@ -31,15 +31,14 @@ pub(crate) struct Tile<'a> {
     pub(crate) depth: usize,
     /// The first sum of each row.
     pub(crate) places: &'a [usize],
-    /// `[rows, columns]`, and the rows, of which some may have no scales: their place in columns that are packed holds ones, and in
-    /// others anything. `None`: none has.
+    /// `[rows, columns]`, and the rows, of which some may have no scales: their place holds anything. `None`: none has.
     pub(crate) scales: Option<(&'a [f32], &'a [VirtualRow])>,
     pub(crate) sums: &'a mut [f32],
 }
 
 impl Strips<'_> {
-    /// Adds a tile's products to its sums.
-    pub(crate) fn multiply<S: Simd>(&self, simd: S, tile: Tile<'_>, products: &mut Buffer) {
+    /// Adds a tile's products to its sums. `between` is called after every product with a packed strip.
+    pub(crate) fn multiply<S: Simd>(&self, simd: S, tile: Tile<'_>, products: &mut Buffer, mut between: impl FnMut()) {
         let Tile { x, depth, places, scales, sums } = tile;
         let (strip, rows) = (strip_columns::<S>(), places.len());
         let in_place = self.whole * strip;
@@ -60,13 +59,20 @@ impl Strips<'_> {
             let weight = Strip { values: &self.packed[(first - in_place) / strip * self.strip_pitch..], pitch: strip };
             for tile in even_tiles(rows, tile_rows::<S>()) {
                 own_places.iter_mut().zip(&places[tile.clone()]).for_each(|(own, place)| *own = place + first);
-                let scales = scales.map(|(scales, _)| OutScales {
+                let scales = scales.map(|(scales, rows)| OutScales {
                     values: &scales[tile.start * self.columns + first..],
                     pitch: self.columns,
+                    rows: scaled(&rows[tile.clone()]),
                 });
                 let (x, places) = (&x[tile.start * X_PITCH..], &own_places[..tile.len()]);
                 Multiply { x, depth, weight, places, scales, sums }.run(simd);
+                between();
             }
         }
     }
+}
+
+/// [`OutScales::rows`] of a tile.
+fn scaled(rows: &[VirtualRow]) -> u32 {
+    rows.iter().enumerate().fold(0, |bits, (at, row)| bits | u32::from(row.out_slot > 0) << at)
 }

@@ -1,8 +1,13 @@
 //! The batch as the planner and the scheduler see it: contiguous segments of rows, and where each adapter's vectors lie in the
 //! device's pools. No tensor data.
 
-/// Rows that share a tile of W_i in the cost of `on_chip` on a device; the host shares it among all rows of a segment.
-pub const ON_CHIP_TILE_ROWS: u64 = 64;
+/// Classes of segments by their rows: 1, 2 and 3, 4 to 7, 8 to 15, 16 and more.
+pub const ROW_CLASSES: usize = 5;
+
+/// The class of a segment of so many rows.
+fn row_class(rows: u32) -> usize {
+    (rows.max(1).ilog2() as usize).min(ROW_CLASSES - 1)
+}
 
 /// A run of rows that share one adapter; segments follow one another in the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -83,6 +88,9 @@ pub struct BatchShape {
     pub plain_rows: u64,
     /// Rows with scales or several virtual rows.
     pub multiplicative: GroupShape,
+    /// Of those, the rows of adapters with several virtual rows, by the class of their segment's rows. An adapter with segments of
+    /// two classes counts in both.
+    pub wide: [GroupShape; ROW_CLASSES],
     /// Rows with an additive part beside x @ w0 (LoRA); counted above too.
     pub additive: GroupShape,
     /// Rows with an additive part beside a scaled one (DoRA); counted above too.
@@ -100,8 +108,6 @@ pub struct GroupShape {
     pub adapters: u64,
     /// Σ over distinct adapters of the width.
     pub widths: u64,
-    /// Σ over distinct adapters of the width times the tiles of [`ON_CHIP_TILE_ROWS`] rows that its rows fill.
-    pub widths_by_tile: u64,
     /// The largest width.
     pub largest_width: u64,
     /// The rows of the adapter with the most rows.
@@ -116,20 +122,22 @@ impl GroupShape {
             tokens_times_width: self.tokens_times_width + other.tokens_times_width,
             adapters: self.adapters + other.adapters,
             widths: self.widths + other.widths,
-            widths_by_tile: self.widths_by_tile + other.widths_by_tile,
             largest_width: self.largest_width.max(other.largest_width),
             longest: self.longest.max(other.longest),
         }
     }
 
     fn add(&mut self, rows: u64, width: u64) {
-        self.tokens += rows;
-        self.tokens_times_width += rows * width;
-        self.adapters += 1;
-        self.widths += width;
-        self.widths_by_tile += width * rows.div_ceil(ON_CHIP_TILE_ROWS);
-        self.largest_width = self.largest_width.max(width);
-        self.longest = self.longest.max(rows);
+        if rows > 0 {
+            *self = self.and(Self {
+                tokens: rows,
+                tokens_times_width: rows * width,
+                adapters: 1,
+                widths: width,
+                largest_width: width,
+                longest: rows,
+            });
+        }
     }
 }
 
@@ -138,28 +146,73 @@ impl BatchShape {
     ///
     /// Segments that name no entry of `adapters` are ignored; [`schedule`](crate::schedule::schedule) reports them.
     pub fn of(segments: &[Segment], adapters: &[AdapterSlots]) -> Self {
-        let mut rows_of = vec![0u64; adapters.len()];
-        for segment in segments {
-            if let Some(rows) = rows_of.get_mut(segment.adapter as usize) {
-                *rows += u64::from(segment.rows);
+        BatchSummary::default().shape(segments, adapters)
+    }
+}
+
+/// Sums up one batch after the other in the same memory: no call allocates that has no more adapters than one before it.
+#[derive(Clone, Debug, Default)]
+pub struct BatchSummary {
+    /// Rows of every adapter by the class of their segment; all zero between calls.
+    rows_of: Vec<[u64; ROW_CLASSES]>,
+    /// The adapters with rows, in the order of their first segment.
+    present: Vec<u32>,
+}
+
+impl BatchSummary {
+    /// [`BatchShape::of`].
+    pub fn shape(&mut self, segments: &[Segment], adapters: &[AdapterSlots]) -> BatchShape {
+        if self.rows_of.len() < adapters.len() {
+            self.rows_of.resize(adapters.len(), [0; ROW_CLASSES]);
+        }
+        self.present.clear();
+        self.present.reserve(adapters.len());
+        for segment in segments.iter().filter(|segment| (segment.adapter as usize) < adapters.len()) {
+            let rows = &mut self.rows_of[segment.adapter as usize];
+            if segment.rows > 0 {
+                if *rows == [0; ROW_CLASSES] {
+                    self.present.push(segment.adapter);
+                }
+                rows[row_class(segment.rows)] += u64::from(segment.rows);
             }
         }
-        let mut shape = Self::default();
-        for (adapter, rows) in adapters.iter().zip(rows_of).filter(|(_, rows)| *rows > 0) {
-            shape.tokens += rows;
-            shape.adapters += 1;
-            if adapter.is_plain() {
-                shape.plain_rows += rows;
-            } else {
-                shape.multiplicative.add(rows, adapter.virtual_rows.len() as u64);
-            }
-            let rank = u64::from(adapter.low_rank.rank);
-            match (rank > 0, adapter.is_plain()) {
-                (false, _) => {}
-                (true, true) => shape.additive.add(rows, rank),
-                (true, false) => shape.scaled_additive.add(rows, rank),
-            }
+        let mut shape = BatchShape::default();
+        for position in &self.present {
+            let adapter = &adapters[*position as usize];
+            let by_class = std::mem::take(&mut self.rows_of[*position as usize]);
+            shape.add(adapter, &by_class);
         }
         shape
+    }
+}
+
+impl BatchShape {
+    fn add(&mut self, adapter: &AdapterSlots, rows_by_class: &[u64; ROW_CLASSES]) {
+        let rows = rows_by_class.iter().sum();
+        self.tokens += rows;
+        self.adapters += 1;
+        let width = adapter.virtual_rows.len() as u64;
+        if adapter.is_plain() {
+            self.plain_rows += rows;
+        } else {
+            self.multiplicative.add(rows, width);
+        }
+        if width > 1 {
+            self.wide.iter_mut().zip(rows_by_class).for_each(|(group, rows)| group.add(*rows, width));
+        }
+        let rank = u64::from(adapter.low_rank.rank);
+        match (rank > 0, adapter.is_plain()) {
+            (false, _) => {}
+            (true, true) => self.additive.add(rows, rank),
+            (true, false) => self.scaled_additive.add(rows, rank),
+        }
+    }
+
+    /// The rows of adapters with several virtual rows whose segments have at least `rows` rows, and those of the others; `rows`
+    /// is rounded up to the first of a class.
+    pub(crate) fn wide_from(&self, rows: u32) -> (GroupShape, GroupShape) {
+        let sum = |groups: &[GroupShape]| groups.iter().copied().fold(GroupShape::default(), GroupShape::and);
+        let (below, from) = self.wide.split_at(row_class(rows.next_power_of_two()));
+        (sum(from), sum(below))
     }
 }

@@ -5,9 +5,11 @@
 //! Per batch: [`plan::plan`] prices the legal lowerings and [`schedule::schedule`] lays out rows and vectors.
 
 pub mod batch;
+pub mod blueprints;
 pub mod cost;
 pub mod layer;
 pub mod lowering;
+pub mod model_planner;
 pub mod plan;
 pub mod schedule;
 pub mod weight;

@@ -22,7 +22,8 @@ pub enum Lowering {
 }
 
 /// A part of a folded adapter that is lowered by itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Part {
     /// Virtual rows with scales: fLoRA, HiRA, IA3.
     Multiplicative,

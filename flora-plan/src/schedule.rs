@@ -362,7 +362,7 @@ pub fn schedule(
         if !(gemm.rows.is_empty() && gemm.segments.is_empty()) {
             steps.push(Step::Gemm(gemm));
         }
-        if let Some(step) = materialised(segments, adapters, materialises, finishes && !adds_later) {
+        if let Some(step) = materialised(plan, segments, adapters, materialises, finishes && !adds_later) {
             steps.push(Step::Materialised(step));
         }
         if adds_later {
@@ -406,7 +406,11 @@ fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str
     let (d, k) = (u64::from(shape.d), u64::from(shape.k));
     let group = batch.multiplicative;
     let materialises = plan.multiplicative() == Lowering::Bmm;
-    let scaled = if plan.multiplicative() == Lowering::Stacked { group.tokens_times_width } else { 0 };
+    let scaled = match plan.multiplicative() {
+        Lowering::Stacked => group.tokens_times_width,
+        Lowering::OnChip => group.tokens_times_width - batch.wide_from(plan.on_chip_from()).0.tokens_times_width,
+        _ => 0,
+    };
     let additive = if materialises { batch.additive } else { batch.additive.and(batch.scaled_additive) };
     let packs = plan.additive() == Lowering::Bmm;
     let of = |used: bool, elements: u64| if used { elements } else { 0 };
@@ -420,7 +424,7 @@ fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str
 }
 
 /// Whether a plan's buffers can be indexed and are no longer than the device's longest.
-pub(crate) fn can_hold(plan: &Plan, shape: LayerShape, batch: &BatchShape, largest_buffer_bytes: Option<u64>) -> bool {
+pub fn can_hold(plan: &Plan, shape: LayerShape, batch: &BatchShape, largest_buffer_bytes: Option<u64>) -> bool {
     let longest = largest_buffer_bytes.map_or(u64::MAX, |bytes| bytes / size_of::<f32>() as u64).min(INDEX_LIMIT);
     buffers(plan, shape, batch).into_iter().all(|(_, elements)| elements <= longest)
 }
@@ -448,16 +452,30 @@ fn slot(slot: Option<u32>) -> u32 {
     slot.map_or(0, |slot| slot.saturating_add(1))
 }
 
-/// The segments with the row that each starts at, those of one adapter that follow one another joined.
-fn runs(segments: &[Segment]) -> Vec<(u32, Segment)> {
-    let mut runs: Vec<(u32, Segment)> = Vec::with_capacity(segments.len());
-    let mut row = 0;
+/// Segments of one adapter that follow one another.
+struct Run {
+    /// The row that it starts at.
+    first_row: u32,
+    /// All of them as one.
+    segment: Segment,
+    /// Whether each of them is long enough for [`Plan::on_chip_from`].
+    is_long: bool,
+}
+
+/// The segments, those of one adapter that follow one another joined, but none to one of another kind: what a row is computed by
+/// must not depend on its neighbours.
+fn runs(plan: &Plan, segments: &[Segment]) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::with_capacity(segments.len());
+    let mut first_row = 0;
     for segment in segments.iter().filter(|segment| segment.rows > 0) {
+        let is_long = segment.rows >= plan.on_chip_from();
         match runs.last_mut() {
-            Some((_, last)) if last.adapter == segment.adapter => last.rows += segment.rows,
-            _ => runs.push((row, *segment)),
+            Some(last) if last.segment.adapter == segment.adapter && last.is_long == is_long => {
+                last.segment.rows += segment.rows;
+            }
+            _ => runs.push(Run { first_row, segment: *segment, is_long }),
         }
-        row += segment.rows;
+        first_row += segment.rows;
     }
     runs
 }
@@ -477,13 +495,13 @@ fn gemm(
 ) -> Gemm {
     let mut gemm = Gemm::default();
     let mut scales_of = vec![None; adapters.len()];
-    for (first_row, segment) in runs(segments) {
+    for Run { first_row, segment, is_long } in runs(plan, segments) {
         let position = segment.adapter as usize;
         let adapter = &adapters[position];
         if materialises(adapter) {
             continue;
         }
-        if plan.multiplicative() == Lowering::OnChip && adapter.virtual_rows.len() > 1 {
+        if plan.multiplicative() == Lowering::OnChip && is_long && adapter.virtual_rows.len() > 1 {
             let (first_scale, end_scale) = *scales_of[position].get_or_insert_with(|| {
                 let first = gemm.scales.len() as u32;
                 gemm.scales.extend(adapter.virtual_rows.iter().map(scale));
@@ -533,6 +551,7 @@ impl Materialised {
 }
 
 fn materialised(
+    plan: &Plan,
     segments: &[Segment],
     adapters: &[AdapterSlots],
     materialises: impl Fn(&AdapterSlots) -> bool,
@@ -540,7 +559,7 @@ fn materialised(
 ) -> Option<Materialised> {
     let mut step = Materialised { adapters: Vec::new(), scales: Vec::new(), runs: Vec::new(), finishes };
     let mut weight_of = vec![None; adapters.len()];
-    for (first_row, segment) in runs(segments) {
+    for Run { first_row, segment, .. } in runs(plan, segments) {
         let position = segment.adapter as usize;
         if materialises(&adapters[position]) {
             let weight = *weight_of[position].get_or_insert_with(|| {

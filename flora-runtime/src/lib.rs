@@ -3,6 +3,7 @@
 pub mod adapters;
 pub mod batch;
 pub mod device;
+pub mod measure;
 pub mod oracle;
 pub mod planner;
 pub mod projection;

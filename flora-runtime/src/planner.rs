@@ -1,10 +1,13 @@
-//! Chooses plans with the coefficients of one device.
+//! Where the coefficients of a device are kept, and the planner that uses them.
 
+use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use flora_codegen::batch::BatchShape;
-use flora_codegen::cost::{Coefficients, CoefficientsError};
-use flora_codegen::layer::LayerShape;
+use flora_codegen::cost::{CoefficientsError, DeviceCoefficients, LayerPrices, PricedLayer};
+use flora_codegen::layer::LayerFormat;
+use flora_codegen::model_planner::ModelPlanner;
 use flora_codegen::plan::{Plan, plan};
 
 use crate::device::{Device, DeviceError};
@@ -13,7 +16,7 @@ use crate::tune::{Effort, tune};
 /// Plans batches for one device.
 #[derive(Debug)]
 pub struct Planner {
-    coefficients: Coefficients,
+    coefficients: DeviceCoefficients,
 }
 
 /// Where a planner's coefficients came from.
@@ -29,7 +32,7 @@ pub enum Source {
 
 impl Planner {
     /// A planner with these coefficients.
-    pub fn new(coefficients: Coefficients) -> Self {
+    pub fn new(coefficients: DeviceCoefficients) -> Self {
         Self { coefficients }
     }
 
@@ -40,45 +43,78 @@ impl Planner {
         folder.join(format!("{name}.json"))
     }
 
+    /// What is saved for `device` under `folder`.
+    ///
+    /// # Errors
+    /// No file, or one that can't be trusted: damaged, another device's, another version's.
+    pub fn saved(folder: &Path, device: &Device) -> Result<DeviceCoefficients, CoefficientsError> {
+        let path = Self::file(folder, device);
+        DeviceCoefficients::read_for(&path, &device.info().fingerprint(), env!("CARGO_PKG_VERSION"))
+    }
+
     /// A planner for `device`: the saved coefficients, else measured now with little effort and not saved.
     ///
     /// # Errors
     /// The device fails while it is measured.
     pub fn for_device(folder: &Path, device: &Device) -> Result<(Self, Source), DeviceError> {
-        let path = Self::file(folder, device);
-        let saved = Coefficients::read_for(&path, &device.info().fingerprint(), env!("CARGO_PKG_VERSION"));
-        let (coefficients, source) = match saved {
-            Ok(coefficients) => (coefficients, Source::Saved(path)),
+        let (coefficients, source) = match Self::saved(folder, device) {
+            Ok(coefficients) => (coefficients, Source::Saved(Self::file(folder, device))),
             Err(error) => {
-                let missing = matches!(&error, CoefficientsError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound);
-                let source = if missing { Source::Measured } else { Source::Replaced(error) };
-                (tune(device, Effort::QUICK, |_, _| {})?.coefficients, source)
+                let source = if error.is_missing() { Source::Measured } else { Source::Replaced(error) };
+                let formats = [LayerFormat::default()];
+                (tune(device, &formats, &Effort::LEAST, |_, _| {})?.coefficients, source)
             }
         };
         Ok((Self::new(coefficients), source))
     }
 
-    /// Saves coefficients for `device` under `folder`: written beside the file, then renamed over it.
+    /// Saves coefficients for `device` under `folder`, with those that a trustworthy file there has for other formats. One process
+    /// at a time: others wait. Written beside the file, then renamed over it, so that whoever reads sees one or the other.
     ///
     /// # Errors
-    /// The folder can't be made or written.
-    pub fn save(folder: &Path, device: &Device, coefficients: &Coefficients) -> std::io::Result<PathBuf> {
-        let path = Self::file(folder, device);
+    /// The folder can't be made, locked or written.
+    pub fn save(folder: &Path, device: &Device, coefficients: &DeviceCoefficients) -> std::io::Result<PathBuf> {
         std::fs::create_dir_all(folder)?;
+        let lock = File::create(folder.join("tuning.lock"))?;
+        lock.lock()?;
+        let others = Self::saved(folder, device).map_or_else(|_| BTreeMap::new(), |saved| saved.formats);
+        let mut all = coefficients.clone();
+        for (name, own) in others {
+            all.formats.entry(name).or_insert(own);
+        }
+        let path = Self::file(folder, device);
         let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        serde_json::to_writer_pretty(&mut file, coefficients)?;
+        serde_json::to_writer_pretty(&mut file, &all)?;
         file.as_file().sync_all()?;
         file.persist(&path).map_err(|error| error.error)?;
+        lock.unlock()?;
         Ok(path)
     }
 
     /// The coefficients.
-    pub fn coefficients(&self) -> &Coefficients {
+    pub fn coefficients(&self) -> &DeviceCoefficients {
         &self.coefficients
     }
 
-    /// The plan of a batch of this shape; `finishes` where the layer has a bias or an activation.
-    pub fn plan(&self, shape: LayerShape, batch: &BatchShape, finishes: bool) -> Plan {
-        plan(shape, batch, finishes, &self.coefficients)
+    /// `device` as its tuning found that it runs fastest.
+    #[must_use]
+    pub fn tuned(&self, device: &Device) -> Device {
+        device.tuned(&self.coefficients.blueprints)
+    }
+
+    /// The prices of a layer.
+    pub fn prices(&self, layer: PricedLayer) -> LayerPrices {
+        LayerPrices::new(&self.coefficients, layer)
+    }
+
+    /// The plan of a batch of this shape; `finishes` where the layer has a bias or an activation. For many batches, keep
+    /// [`Self::prices`] or a [`Self::model`].
+    pub fn plan(&self, layer: PricedLayer, batch: &BatchShape, finishes: bool) -> Plan {
+        plan(&self.prices(layer), batch, finishes)
+    }
+
+    /// A planner of all layers of a model, each with whether it has an epilogue.
+    pub fn model(&self, layers: impl IntoIterator<Item = (PricedLayer, bool)>) -> ModelPlanner {
+        ModelPlanner::new(&self.coefficients, layers)
     }
 }

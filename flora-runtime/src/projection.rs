@@ -4,8 +4,9 @@
 use std::collections::HashMap;
 
 use flora_codegen::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
+use flora_codegen::cost::{LayerPrices, PricedLayer};
 use flora_codegen::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
-use flora_codegen::plan::Plan;
+use flora_codegen::plan::{Plan, plan};
 use flora_codegen::schedule::{Materialised, Schedule, ScheduleError, schedule};
 use flora_codegen::weight::{PackedWeight, WeightError};
 use flora_ir::Activation;
@@ -225,6 +226,11 @@ impl Projection {
         self.operands.shape
     }
 
+    /// What its prices depend on.
+    pub fn layer(&self) -> PricedLayer {
+        PricedLayer { shape: self.operands.shape, format: self.operands.format }
+    }
+
     /// The operands on the device.
     pub fn operands(&self) -> &LayerOperands {
         &self.operands
@@ -278,6 +284,27 @@ impl Projection {
         let segments = self.segments(batch)?;
         let finishes = !self.operands.epilogue.is_identity();
         Ok(schedule(plan, self.operands.shape, &segments, &self.adapters, finishes)?)
+    }
+
+    /// Runs batches of zeros as they would be planned, so that their kernels are compiled and their memory is there when the first
+    /// of them comes. One batch of each size class is enough: rows from 1 to the most, few and many adapters.
+    ///
+    /// # Errors
+    /// As [`Self::schedule`] and [`Self::execute`], and whatever fails on the device.
+    pub fn warm_up(&self, prices: &LayerPrices, batches: &[Batch]) -> Result<(), ProjectionError> {
+        let LayerShape { d, k } = self.operands.shape;
+        let finishes = !self.operands.epilogue.is_identity();
+        for batch in batches {
+            let plan = plan(prices, &self.batch_shape(batch)?, finishes);
+            let schedule = self.schedule(batch, &plan)?;
+            let zeros = |width: u32| {
+                let numbers = vec![0.0; schedule.tokens() as usize * width as usize];
+                self.device.upload_as(&numbers, self.operands.format.activations)
+            };
+            let residual = if self.operands.epilogue.residual { Some(zeros(k)?) } else { None };
+            self.execute(&schedule, &zeros(d)?, residual.as_ref())?;
+        }
+        Ok(self.device.synchronize()?)
     }
 
     /// Queues a batch whose input, and residual where the layer adds one, is on the device already; the result is `[rows, k]`.

@@ -14,6 +14,7 @@ use flora::runtime::{BatchError, DeviceError, ProjectionError, StoreError};
 use miette::Diagnostic;
 
 use super::bench::PeerError;
+use super::report::InputError;
 
 /// An error with its mend, where the message doesn't say it already.
 #[derive(Debug, thiserror::Error, Diagnostic)]
@@ -114,6 +115,7 @@ below!(
     DeviceError,
     EmitError,
     FileError,
+    InputError,
     ModelError,
     OracleError,
     PeerError,

@@ -9,6 +9,7 @@ mod layer;
 mod output;
 mod plan;
 mod planner;
+mod report;
 mod run;
 mod tune;
 mod types;
@@ -34,6 +35,7 @@ enum Command {
     Explain(explain::Arguments),
     Inspect(inspect::Arguments),
     Bench(bench::Arguments),
+    Report(report::Arguments),
 }
 
 /// Runs the command; 0, 1 for an error, 2 for wrong usage.
@@ -46,6 +48,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Explain(arguments) => explain::explain(&arguments),
         Command::Inspect(arguments) => inspect::inspect(&arguments),
         Command::Bench(arguments) => bench::bench(&arguments),
+        Command::Report(arguments) => report::report(&arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -23,3 +23,16 @@ pub(crate) fn lowering() -> impl TypedValueParser<Value = Lowering> {
     names.retain(|name| seen.insert(*name));
     PossibleValuesParser::new(names).try_map(|name| Lowering::from_name(&name).ok_or("no such lowering"))
 }
+
+/// Layer formats of every type of activations and adapters with every format of the base weight; that of the activations where
+/// none is given.
+pub(crate) fn formats(dtypes: &[Element], weights: &[WeightFormat]) -> Vec<LayerFormat> {
+    let mut formats = Vec::new();
+    for dtype in dtypes {
+        let own = [WeightFormat::Float(*dtype)];
+        for weight in if weights.is_empty() { &own[..] } else { weights } {
+            formats.push(LayerFormat { weight: *weight, ..LayerFormat::uniform(*dtype) });
+        }
+    }
+    formats
+}

@@ -27,14 +27,14 @@ fn devices_lists_the_host() {
 #[test]
 fn plan_prices_every_lowering() {
     let mut arguments = vec!["plan", "--model", "starcoder-15b", "--ranks", "1,2,4,8,16", "--device", "host", "--json"];
-    let plans = answer(&arguments);
-    // Query and key, five ranks, fLoRA and LoRA.
-    assert_eq!(array(&plans).len(), 2 * 5 * 2);
-    for row in array(&plans) {
-        has_keys(
-            row,
-            &["layer", "d", "k", "rank", "eq7", "critical_rank", "chosen", "candidates", "adapter", "count", "why"],
-        );
+    let answered = answer(&arguments);
+    has_keys(&answered, &["device", "format", "measured_for", "plans", "train"]);
+    let plans = array(&answered["plans"]);
+    // Query and key, five ranks, fLoRA and LoRA, decode and prefill.
+    assert_eq!(plans.len(), 2 * 5 * 2 * 2);
+    for row in plans {
+        has_keys(row, &["layer", "d", "k", "rank", "tokens", "segments", "adapter", "count", "base_seconds"]);
+        has_keys(row, &["c1", "c2", "eq7", "critical_rank", "chosen", "candidates", "why"]);
         let candidates = array(&row["candidates"]);
         assert_eq!(candidates[0]["lowering"], row["chosen"]);
         assert!(candidates.iter().all(|candidate| candidate["predicted_seconds"].as_f64() > Some(0.0)));
@@ -44,16 +44,23 @@ fn plan_prices_every_lowering() {
         found.sort_unstable();
         assert_eq!(found, legal.map(Some), "{row}");
     }
+    // Of both phases and every rank, which kind costs less.
+    for advice in array(&answered["train"]) {
+        let seconds = |key: &str| advice[key].as_f64().expect("a time");
+        let cheaper = if seconds("flora_seconds") <= seconds("lora_seconds") { "flora" } else { "lora" };
+        assert!(advice["cheaper"] == cheaper && seconds("base_seconds") > 0.0, "{advice}");
+    }
+    assert_eq!(array(&answered["train"]).len(), 2 * 5);
     arguments.extend(["--targets", "all"]);
-    let shapes: Vec<_> =
-        array(&answer(&arguments)).iter().filter(|row| row["rank"] == 1).map(|row| row["layer"].clone()).collect();
+    let plans = &answer(&arguments)["plans"];
+    let shapes: Vec<_> = array(plans).iter().filter(|row| row["rank"] == 1).map(|row| row["layer"].clone()).collect();
     assert!(shapes.contains(&"attn.k, attn.v".into()) && shapes.contains(&"attn.q, attn.c_proj".into()), "{shapes:?}");
 }
 
 #[test]
 fn plan_prices_a_merged_weight_and_never_chooses_it() {
     let fixed = ["plan", "--model", "starcoder-1b", "--ranks", "4", "--segments", "1", "--device", "host"];
-    for row in array(&answer(fixed.into_iter().chain(["--json"]))) {
+    for row in array(&answer(fixed.into_iter().chain(["--json"]))["plans"]) {
         let candidates = array(&row["candidates"]);
         assert!(candidates.iter().any(|candidate| candidate["lowering"] == "merged"), "{row}");
         assert!(row["chosen"] != "merged" && row["why"].as_str().is_some_and(|why| !why.contains("merged")), "{row}");
@@ -63,14 +70,23 @@ fn plan_prices_a_merged_weight_and_never_chooses_it() {
 }
 
 #[test]
+fn plan_says_whose_coefficients_it_uses() {
+    let quantised = ["plan", "--model", "starcoder-1b", "--ranks", "2", "--weight", "q4_0", "--device", "host"];
+    let answered = answer(quantised.into_iter().chain(["--json"]));
+    assert_eq!((&answered["format"], &answered["measured_for"]), (&"f32/f32/q4_0".into(), &"f32/f32/f32".into()));
+    let text = flora(quantised);
+    assert!(String::from_utf8_lossy(&text.stdout).contains("flora tune --dtype f32 --weight q4_0"));
+}
+
+#[test]
 fn plan_reads_a_model_s_shapes_and_a_tuning_file() {
     let world = World::new();
-    let tuned = answer(["tune", "--quick", "--device", "host", "--json"]);
-    has_keys(&tuned, &["path", "coefficients", "measurements", "launch_spread", "bandwidth_spread"]);
+    let tuned = answer(["tune", "--effort", "least", "--device", "host", "--json"]);
+    has_keys(&tuned, &["path", "coefficients", "seconds_to_synchronize", "held_out"]);
     let model = world.path("model").to_string_lossy().into_owned();
     let file = tuned["path"].as_str().expect("a path");
     let plans = answer(["plan", "--model", &model, "--coefficients", file, "--ranks", "3", "--json"]);
-    let first = &array(&plans)[0];
+    let first = &array(&plans["plans"])[0];
     assert_eq!(
         (&first["layer"], &first["count"], &first["d"], &first["k"]),
         (&"self_attn.k_proj".into(), &2.into(), &12.into(), &5.into())
@@ -145,26 +161,6 @@ fn run_keeps_the_adapters_that_it_makes_up() {
     let read = answer(arguments.into_iter().chain(["--adapters", &kept]));
     assert_eq!(made["max_relative_error"], read["max_relative_error"]);
     assert_eq!(made["adapters"], read["adapters"]);
-}
-
-#[test]
-fn a_damaged_tuning_file_is_reported_and_replaced() {
-    let config = tempfile::tempdir().expect("a temporary folder");
-    let tune = || {
-        command(config.path())
-            .args(["tune", "--quick", "--device", "host", "--json"])
-            .output()
-            .expect("the binary starts")
-    };
-    let first: Value = serde_json::from_slice(&tune().stdout).expect("JSON");
-    let path = first["path"].as_str().expect("a path");
-    std::fs::write(path, "{").expect("a writable folder");
-    let plan =
-        command(config.path()).args(["plan", "--ranks", "1", "--device", "host"]).output().expect("the binary starts");
-    assert!(plan.status.success() && stderr(&plan).contains("not a tuning file"), "{}", stderr(&plan));
-    let again = tune();
-    assert!(stderr(&again).contains("it will be replaced"), "{}", stderr(&again));
-    assert!(flora::codegen::cost::Coefficients::read(path.as_ref()).is_ok());
 }
 
 #[test]

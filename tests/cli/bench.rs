@@ -107,6 +107,46 @@ fn types_and_choices_are_kept() {
 }
 
 #[test]
+fn the_papers_curves_are_measured() {
+    let paper = |more: &[&str]| {
+        let fixed =
+            ["bench", "paper", "--models", "smollm2-135m", "--ranks", "3,1", "--tokens", "2x3", "--rounds", "1"];
+        fixed.iter().chain(more).map(|argument| (*argument).to_owned()).collect::<Vec<_>>()
+    };
+    let records = answer(paper(&["--weight", "f32,q4_0", "--json"]));
+    let records = records.as_array().expect("an array");
+    let mut expected = BTreeSet::new();
+    for (layer, weight) in [("q", "f32"), ("q", "q4_0"), ("k", "f32"), ("k", "q4_0")] {
+        expected.insert(format!("self_attn.{layer}_proj {weight} none 0 matmul"));
+        for variant in ["flora 1 stacked", "flora 1 on_chip", "lora 1 bmm", "lora 1 fused"] {
+            expected.insert(format!("self_attn.{layer}_proj {weight} {variant}"));
+            expected.insert(format!("self_attn.{layer}_proj {weight} {}", variant.replace('1', "3")));
+        }
+    }
+    let of = |record: &Value| {
+        let [layer, weight, adapter, lowering] =
+            ["layer", "weight", "adapter", "lowering"].map(|key| text(record, key));
+        format!("{layer} {weight} {adapter} {} {lowering}", record["rank"])
+    };
+    assert_eq!(records.iter().map(of).collect::<BTreeSet<_>>(), expected);
+    assert_eq!(records.len(), expected.len());
+    for record in records {
+        let number = |key: &str| record[key].as_f64().expect("a number");
+        assert_eq!((number("tokens"), number("segments"), number("d")), (6.0, 2.0, 576.0));
+        assert!((number("tokens_per_second") * number("seconds") - 6.0).abs() < 1e-9);
+        assert!(number("base_seconds") > 0.0 && number("spread") >= 0.0 && number("repetitions") >= 1.0);
+    }
+
+    let output = flora(paper(&[]));
+    let table = String::from_utf8_lossy(&output.stdout).into_owned();
+    for expected in ["smollm2-135m self_attn.k_proj, d 576, k 192, f32", "flora on_chip", "than stacked"] {
+        assert!(table.contains(expected), "`{expected}` is not in: {table}");
+    }
+    let output = flora(paper(&["--models", "gpt-5"]));
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+}
+
+#[test]
 fn what_cannot_be_measured_is_refused() {
     let refused = |more: &[&str], code: i32, expected: &str| {
         let output = flora(bench(more));
@@ -145,7 +185,8 @@ while read -r line; do
         printf '{"id": 7, "variants": {'
         described base 0 none matmul; printf ', '
         described lora 2 lora bmm; printf ', '
-        described flora 2 flora stacked
+        described flora 2 flora stacked; printf ', '
+        described flora_einsum 2 flora einsum
         echo '}}' ;;
     *) exit 1 ;;
     esac
@@ -164,7 +205,7 @@ fn a_peer_is_measured_beside_flora() {
     };
     let records = answer(with(&["--json"]));
     let records = records.as_array().expect("an array");
-    let (own, theirs) = records.split_at(records.len() - 3);
+    let (own, theirs) = records.split_at(records.len() - 4);
     assert!(own.iter().all(|record| text(record, "device").ends_with("(host)")), "{own:?}");
     let theirs: Vec<_> = theirs
         .iter()
@@ -174,12 +215,14 @@ fn a_peer_is_measured_beside_flora() {
             (key, record["seconds"].as_f64(), record["ratio_to_base"].as_f64())
         })
         .collect();
-    let expected = [("none matmul", 0.5, 1.0), ("lora bmm", 2.0, 4.0), ("flora stacked", 2.0, 4.0)];
-    assert_eq!(theirs, expected.map(|(key, seconds, ratio)| (key.to_owned(), Some(seconds), Some(ratio))));
+    let adapted = ["lora bmm", "flora stacked", "flora einsum"].map(|key| (key, 2.0, 4.0));
+    let expected: Vec<_> = [("none matmul", 0.5, 1.0)].into_iter().chain(adapted).collect();
+    let expected = expected.into_iter().map(|(key, seconds, ratio)| (key.to_owned(), Some(seconds), Some(ratio)));
+    assert_eq!(theirs, expected.collect::<Vec<_>>());
 
     let output = flora(with(&[]));
     let table = String::from_utf8_lossy(&output.stdout).into_owned();
-    for expected in ["peer: the fake", "peer / flora", "2.00 s"] {
+    for expected in ["peer: the fake", "peer / flora", "2.00 s", "einsum"] {
         assert!(table.contains(expected), "`{expected}` is not in: {table}");
     }
     for (dtype, expected) in [("bf16", "refuses: no bf16 here"), ("f16", "doesn't know: \"what?")] {

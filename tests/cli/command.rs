@@ -8,7 +8,8 @@ use std::sync::LazyLock;
 /// A settings folder with coefficients of the host in it, so that no test measures.
 static CONFIG: LazyLock<PathBuf> = LazyLock::new(|| {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cli-config");
-    let output = command(&folder).args(["tune", "--quick", "--device", "host"]).output().expect("the binary starts");
+    let output =
+        command(&folder).args(["tune", "--effort", "least", "--device", "host"]).output().expect("the binary starts");
     assert!(output.status.success(), "{}", stderr(&output));
     folder
 });

@@ -10,5 +10,7 @@ mod data;
 mod gguf_writer;
 mod inspect;
 mod mistakes;
+mod report;
 mod stored;
+mod tuning;
 mod world;

@@ -19,7 +19,8 @@ pub(crate) fn device() -> &'static Device {
 
 /// Every plan there is.
 pub(crate) fn plans() -> Vec<Plan> {
-    Plan::unmerged().flat_map(|plan| [plan, plan.with_split()]).collect()
+    let short = Plan::new(Lowering::OnChip, Lowering::Fused).expect("lowerings of their parts").with_on_chip_from(4);
+    Plan::unmerged().flat_map(|plan| [plan, plan.with_split()]).chain([short]).collect()
 }
 
 /// Numbers between −1 and 1 from a seed.

@@ -5,6 +5,7 @@ mod compilations;
 mod cuda;
 mod kernels;
 mod plan;
+mod report;
 
 use flora::codegen::lowering::{Part, lowerings_of};
 use flora::codegen::pipeline::CompiledLayer;

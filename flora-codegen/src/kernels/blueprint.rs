@@ -1,5 +1,6 @@
 //! The comptime keys of the kernels: what changes the generated code, and nothing of a batch.
 
+pub use flora_plan::blueprints::Tile;
 use flora_plan::layer::{Epilogue, Quantisation};
 
 /// How a tile is multiplied.
@@ -16,21 +17,6 @@ pub enum Multiply {
         /// Depth.
         k: u32,
     },
-}
-
-/// What a cube multiplies at once, and how its planes share it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Tile {
-    /// Virtual rows.
-    pub rows: u32,
-    /// Columns of w0.
-    pub columns: u32,
-    /// Steps of d that are staged in shared memory.
-    pub depth: u32,
-    /// Planes that share the rows (with fragments).
-    pub row_planes: u32,
-    /// Planes that share the columns (with fragments).
-    pub column_planes: u32,
 }
 
 /// The comptime key of the tile kernel.

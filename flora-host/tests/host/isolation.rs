@@ -49,10 +49,15 @@ fn check(problem: &Problem) {
     for engine in Engine::all() {
         check_on(problem, &engine);
     }
+    // How the weight is read changes no bit.
+    let (packing, sweeping) = (Engine::new().with_swept_rows(0), Engine::new().with_swept_rows(1000));
+    for plan in Plan::unmerged() {
+        assert_eq!(problem.run(&packing, &plan).bits(), problem.run(&sweeping, &plan).bits());
+    }
 }
 
 fn check_on(problem: &Problem, engine: &Engine) {
-    for plan in Plan::unmerged() {
+    for plan in Plan::unmerged().flat_map(|plan| [plan, plan.with_on_chip_from(4)]) {
         let whole = problem.run(engine, &plan).bits();
         let mut first = 0;
         for (position, segment) in problem.segments.iter().enumerate() {

@@ -6,71 +6,80 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::Kernel;
+use super::{Kernel, Surface};
+use crate::blueprints::Blueprints;
+use crate::layer::LayerFormat;
 
 /// The version of the file's meaning; a file of another version is measured again, never trusted.
-pub const SCHEMA: u32 = 2;
+pub const SCHEMA: u32 = 3;
 
 /// Far more than a file of coefficients has; what is longer is cut, and so is no JSON.
-const MAX_BYTES: u64 = 1 << 20;
+const MAX_BYTES: u64 = 16 << 20;
 
-/// Seconds per MAC at measured points, interpolated on logarithmic axes and constant beyond the ends.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Curve {
-    /// (regime, seconds per MAC), regimes rising.
-    pub points: Vec<(u64, f64)>,
-}
+/// What a set without formats says; [`DeviceCoefficients::check`] lets none pass.
+static NOTHING: Coefficients = Coefficients { seconds_per_mac: BTreeMap::new(), error: None };
 
-impl Curve {
-    /// The value at `regime`; `None` for a curve without points.
-    pub fn at(&self, regime: u64) -> Option<f64> {
-        let (first, last) = (self.points.first()?, self.points.last()?);
-        if regime <= first.0 {
-            return Some(first.1);
-        }
-        let Some(next) = self.points.iter().position(|point| point.0 >= regime) else {
-            return Some(last.1);
-        };
-        let ((x0, y0), (x1, y1)) = (self.points[next - 1], self.points[next]);
-        let position = ((regime as f64).ln() - (x0 as f64).ln()) / ((x1 as f64).ln() - (x0 as f64).ln());
-        Some((y0.ln() + position * (y1.ln() - y0.ln())).exp())
-    }
-
-    fn check(&self) -> Result<(), String> {
-        if self.points.is_empty() {
-            return Err("has no points".to_owned());
-        }
-        if self.points.windows(2).any(|pair| pair[0].0 >= pair[1].0) || self.points[0].0 == 0 {
-            return Err("has regimes that don't rise from 1".to_owned());
-        }
-        match self.points.iter().find(|point| !(point.1.is_finite() && point.1 > 0.0)) {
-            Some(point) => Err(format!("holds {} at {}, which is no time", point.1, point.0)),
-            None => Ok(()),
-        }
-    }
-}
-
-/// The coefficients of one device and element type.
+/// The coefficients of one device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Coefficients {
+pub struct DeviceCoefficients {
     /// [`SCHEMA`] when this was written.
     pub schema: u32,
     /// The version of flora that measured.
     pub flora: String,
     /// What identifies the device: name, backend, driver.
     pub device: String,
-    /// Whether its batched matmul multiplies padding and its tiles of W_i serve a tile's rows only: false on the host.
+    /// Whether its batched matmul multiplies padding.
     pub pads_blocks: bool,
     /// The most bytes that the device takes in one buffer, which some plans would exceed; `None` where memory is the limit.
     pub largest_buffer_bytes: Option<u64>,
     /// c0
     pub seconds_per_launch: f64,
+    /// Of c0, as [`Surface::spread`].
+    pub launch_spread: f64,
     /// The reciprocal of the effective bandwidth.
     pub seconds_per_byte: f64,
+    /// Of the bandwidth, as [`Surface::spread`].
+    pub bandwidth_spread: f64,
+    /// How kernels cut their work.
+    pub blueprints: Blueprints,
+    /// By the layer's types, `activations/adapters/weight` as a [`LayerFormat`] is printed. At least one.
+    pub formats: BTreeMap<String, Coefficients>,
+}
+
+/// The coefficients of one device for layers of one format.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Coefficients {
     /// Seconds per MAC by kernel: c2 is `matmul`, c1 is `low_rank_bmm`.
-    pub seconds_per_mac: BTreeMap<Kernel, Curve>,
+    pub seconds_per_mac: BTreeMap<Kernel, Surface>,
+    /// How far predictions were off on batches that the surfaces weren't made from; `None` where none were held out.
+    pub error: Option<FitError>,
+}
+
+/// |predicted / measured − 1| over held-out batches and lowerings.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FitError {
+    /// How many predictions.
+    pub points: usize,
+    /// Their median error.
+    pub median: f64,
+    /// The 95th percentile.
+    pub p95: f64,
+    /// The largest.
+    pub largest: f64,
+}
+
+impl FitError {
+    /// Of predicted and measured seconds; `None` without any.
+    pub fn of(pairs: impl IntoIterator<Item = (f64, f64)>) -> Option<Self> {
+        let mut errors: Vec<f64> =
+            pairs.into_iter().map(|(predicted, measured)| (predicted / measured - 1.0).abs()).collect();
+        errors.sort_by(f64::total_cmp);
+        let at = |part: f64| errors.get(((errors.len().max(1) - 1) as f64 * part).round() as usize).copied();
+        Some(Self { points: errors.len(), median: at(0.5)?, p95: at(0.95)?, largest: at(1.0)? })
+    }
 }
 
 /// Why a file of coefficients can't be used.
@@ -105,39 +114,64 @@ pub enum CoefficientsError {
 }
 
 impl Coefficients {
-    /// The kernels that a complete set has a curve for, in the order in which one's time explains another's.
-    pub const KERNELS: [Kernel; 8] = [
-        Kernel::Matmul,
-        Kernel::Stacked,
-        Kernel::OnChip,
-        Kernel::Bmm,
-        Kernel::Fused,
-        Kernel::LowRankBmm,
-        Kernel::Segmented,
-        Kernel::Materialise,
-    ];
+    /// What makes a set unusable: a missing kernel, a value that is no time.
+    fn check(&self) -> Result<(), String> {
+        for (name, kernel) in Kernel::TIMED {
+            let surface = self.seconds_per_mac.get(&kernel).ok_or_else(|| format!("has no surface for `{name}`"))?;
+            surface.check().map_err(|reason| format!("has a surface for `{name}` that {reason}"))?;
+            let of_rows = surface.ranks == [1] && surface.adapters == [1];
+            if kernel.is_gemm() && !of_rows {
+                return Err(format!("has a surface for `{name}` that depends on more than rows"));
+            }
+        }
+        let is_error = |value: f64| value.is_finite() && value >= 0.0;
+        match self.error {
+            Some(FitError { median, p95, largest, .. }) if ![median, p95, largest].into_iter().all(is_error) => {
+                Err("has an error that is no number".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+}
 
-    /// Seconds per MAC; 0 for [`Kernel::Move`], whose cost is its bytes.
-    pub fn seconds_per_mac(&self, kernel: Kernel, regime: u64) -> f64 {
-        self.seconds_per_mac.get(&kernel).and_then(|curve| curve.at(regime)).unwrap_or(0.0)
+impl CoefficientsError {
+    /// Whether there is no file, rather than one that is wrong.
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
+    }
+}
+
+impl DeviceCoefficients {
+    /// The coefficients for layers of `format` and the name of the format that they were measured for: its own where there are
+    /// any, else those of the same activations, else the first.
+    pub fn of_format(&self, format: LayerFormat) -> (&str, &Coefficients) {
+        let own = format.to_string();
+        let activations = format!("{}/", format.activations);
+        let first = || self.formats.iter().next();
+        let found = self
+            .formats
+            .get_key_value(&own)
+            .or_else(|| self.formats.iter().find(|(name, _)| name.starts_with(&activations)))
+            .or_else(first);
+        found.map(|(name, own)| (name.as_str(), own)).unwrap_or(("", &NOTHING))
     }
 
-    /// What makes a set unusable: a missing curve, a value that is no time.
+    /// What makes a set unusable: nothing measured, a missing kernel, a value that is no time.
     pub fn check(&self) -> Result<(), String> {
-        for (name, value) in
-            [("seconds_per_launch", self.seconds_per_launch), ("seconds_per_byte", self.seconds_per_byte)]
-        {
+        for (name, value) in [
+            ("seconds_per_launch", self.seconds_per_launch),
+            ("launch_spread", self.launch_spread),
+            ("seconds_per_byte", self.seconds_per_byte),
+            ("bandwidth_spread", self.bandwidth_spread),
+        ] {
             if !(value.is_finite() && value >= 0.0) {
                 return Err(format!("{name} is {value}, which is no time"));
             }
         }
-        for kernel in Self::KERNELS {
-            match self.seconds_per_mac.get(&kernel) {
-                None => return Err(format!("no curve for {kernel:?}")),
-                Some(curve) => curve.check().map_err(|reason| format!("the curve of {kernel:?} {reason}"))?,
-            }
+        if self.formats.is_empty() {
+            return Err("no format was measured".to_owned());
         }
-        Ok(())
+        self.formats.iter().try_for_each(|(name, own)| own.check().map_err(|reason| format!("`{name}` {reason}")))
     }
 
     /// Reads a file of whatever device.

@@ -1,115 +1,167 @@
 //! What a plan does to a batch: launches, MACs and bytes, step by step as [`schedule`](crate::schedule::schedule) lays them out.
+//! The two parts of a plan don't touch one another's work, but for what a materialised weight holds already; so each is priced once.
 
-use super::{Kernel, Work};
+use super::{Kernel, MOST_TERMS, PricedLayer, Regime, Term, Work};
 use crate::batch::{BatchShape, GroupShape};
-use crate::layer::LayerShape;
 use crate::lowering::Lowering;
 use crate::plan::Plan;
 
-const F32: u64 = 4;
-
 /// The work of `plan` on a batch; `finishes` where the layer has an epilogue, `pads` on devices whose batched matmul multiplies
-/// padding and whose tiles of W_i serve no more rows than a tile has.
-pub fn work(plan: &Plan, shape: LayerShape, batch: &BatchShape, finishes: bool, pads: bool) -> Work {
-    let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-    let mut work = Work::default();
-    if batch.tokens == 0 {
-        return work;
-    }
-    let multiplicative = &batch.multiplicative;
-    let lowering = plan.multiplicative();
-    if lowering == Lowering::Merged {
-        work.gemm(Kernel::Matmul, shape, batch.tokens);
-        return work;
-    }
-    let materialises = lowering == Lowering::Bmm && multiplicative.tokens > 0;
-    let on_chip = lowering == Lowering::OnChip && multiplicative.tokens > 0;
-    let scaled = if lowering == Lowering::Stacked { multiplicative.tokens_times_width } else { 0 };
-    let kernel = if scaled == 0 { Kernel::Matmul } else { Kernel::Stacked };
-    // Rows of every kind that isn't materialised share one launch.
-    work.gemm(kernel, shape, batch.plain_rows + scaled);
-    if on_chip {
-        work.on_chip(shape, multiplicative, pads);
-    }
-    if !materialises {
-        work.add_bytes(F32 * multiplicative.widths * (d + k));
-    }
-    if materialises {
-        work.materialised(shape, multiplicative, &batch.scaled_additive);
-    }
-    let additive = if materialises { batch.additive } else { batch.additive.and(batch.scaled_additive) };
-    if additive.tokens > 0 {
-        match plan.additive() {
-            Lowering::Bmm => work.low_rank_bmm(shape, &additive, pads),
-            Lowering::Segmented => work.segmented(shape, &additive),
-            _ => work.fused(shape, &additive),
-        }
-        if plan.additive() != Lowering::Fused && finishes {
-            work.launches += 1;
-            work.term(Kernel::Move, 0, 0, 2 * F32 * batch.tokens * k);
-        }
-    }
+/// padding.
+pub fn work(plan: &Plan, layer: PricedLayer, batch: &BatchShape, finishes: bool, pads: bool) -> Work {
+    let parts = Parts { layer, batch, finishes, pads };
+    let mut work = parts.multiplicative(plan);
+    let additive = parts.additive(plan);
+    work.launches += additive.launches;
+    // Neither part has more than half of the terms.
+    work.terms.extend(additive.terms);
     work
 }
 
+/// A batch whose plans are priced part by part.
+#[derive(Clone, Copy)]
+pub(crate) struct Parts<'a> {
+    pub(crate) layer: PricedLayer,
+    pub(crate) batch: &'a BatchShape,
+    pub(crate) finishes: bool,
+    pub(crate) pads: bool,
+}
+
 impl Work {
-    fn gemm(&mut self, kernel: Kernel, shape: LayerShape, rows: u64) {
-        let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-        if rows > 0 {
-            self.launches += 1;
-            self.term(kernel, rows, rows * d * k, F32 * (d * k + rows * (d + k)));
+    fn term(&mut self, kernel: Kernel, regime: Regime, macs: u64, bytes: u64) {
+        debug_assert!(self.terms.len() < MOST_TERMS);
+        // Never full: no plan has more than the most terms.
+        let _ = self.terms.try_push(Term { kernel, regime, macs, bytes });
+    }
+}
+
+/// The regime of a kernel that serves a group of adapters.
+fn regime(group: &GroupShape) -> Regime {
+    let (rows, adapters) = (group.tokens.max(1) as f64, group.adapters.max(1) as f64);
+    Regime { rows: rows / adapters, rank: group.tokens_times_width as f64 / rows, adapters }
+}
+
+impl Parts<'_> {
+    fn weights(&self) -> u64 {
+        u64::from(self.layer.shape.d) * u64::from(self.layer.shape.k)
+    }
+
+    /// d + k
+    fn vectors(&self) -> u64 {
+        u64::from(self.layer.shape.d) + u64::from(self.layer.shape.k)
+    }
+
+    /// Bytes of so many rows of x and of y.
+    fn row_bytes(&self, rows: u64) -> u64 {
+        self.layer.format.activations.bytes() * rows * self.vectors()
+    }
+
+    /// Bytes of so many pairs of an in-vector and an out-vector.
+    fn vector_bytes(&self, pairs: u64) -> u64 {
+        self.layer.format.adapters.bytes() * pairs * self.vectors()
+    }
+
+    /// The passes over W0, base rows and the base rows of additive adapters among them.
+    pub(crate) fn multiplicative(&self, plan: &Plan) -> Work {
+        let Self { layer, batch, .. } = *self;
+        let (weights, weight_bytes) = (self.weights(), layer.format.weight.bytes(layer.shape));
+        let mut work = Work::default();
+        if batch.tokens == 0 {
+            return work;
         }
-    }
-
-    /// In the launch of the other rows, if there are any.
-    fn on_chip(&mut self, shape: LayerShape, group: &GroupShape, pads: bool) {
-        let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-        let made = if pads { group.widths_by_tile } else { group.widths };
-        let weight = if self.launches == 0 { d * k } else { 0 };
-        self.launches = 1;
-        let bytes = F32 * (weight + group.tokens * (d + k));
-        self.term(Kernel::OnChip, group.longest, (group.tokens + made) * d * k, bytes);
-    }
-
-    /// Make W_i, multiply.
-    fn materialised(&mut self, shape: LayerShape, group: &GroupShape, additive: &GroupShape) {
-        let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-        let products = group.widths + additive.widths + group.adapters;
-        self.launches += 2;
-        self.term(Kernel::Materialise, 1, products * d * k, F32 * (group.adapters + 1) * d * k);
-        let bytes = F32 * (group.adapters * d * k + group.tokens * (d + k));
-        self.term(Kernel::Bmm, group.longest, group.tokens * d * k, bytes);
-    }
-
-    /// In the launch of the base GEMM.
-    fn fused(&mut self, shape: LayerShape, group: &GroupShape) {
-        let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-        self.term(Kernel::Fused, group.longest, group.tokens_times_width * (d + k), F32 * group.widths * (d + k));
-    }
-
-    fn segmented(&mut self, shape: LayerShape, group: &GroupShape) {
-        let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-        let bytes = F32 * (group.tokens * (d + 2 * k) + group.widths * (d + k) + 2 * group.tokens_times_width);
-        self.launches += 2;
-        self.term(Kernel::Segmented, group.longest, group.tokens_times_width * (d + k), bytes);
-    }
-
-    /// Gather shrink and expand vectors, multiply twice: the paper's c1 is what all of that costs a MAC.
-    fn low_rank_bmm(&mut self, shape: LayerShape, group: &GroupShape, pads: bool) {
-        let (d, k) = (u64::from(shape.d), u64::from(shape.k));
-        let (rows, ranks, products) = if pads {
-            let padded = group.adapters * group.longest;
-            (padded, group.adapters * group.largest_width, padded * group.largest_width)
-        } else {
-            (group.tokens, group.widths, group.tokens_times_width)
+        let all = batch.multiplicative;
+        let lowering = plan.multiplicative();
+        // What is stacked, what is made on chip, what is made in memory.
+        let (stacked, on_chip, made) = match lowering {
+            Lowering::Merged => {
+                work.launches = 1;
+                let bytes = layer.format.activations.bytes() * weights + self.row_bytes(batch.tokens);
+                work.term(Kernel::Matmul, Regime::of_rows(batch.tokens), batch.tokens * weights, bytes);
+                return work;
+            }
+            Lowering::Bmm => (GroupShape::default(), GroupShape::default(), all),
+            Lowering::OnChip => {
+                let (wide, _) = batch.wide_from(plan.on_chip_from());
+                let stacked = GroupShape {
+                    tokens: all.tokens - wide.tokens,
+                    tokens_times_width: all.tokens_times_width - wide.tokens_times_width,
+                    widths: all.widths.saturating_sub(wide.widths),
+                    ..all
+                };
+                (stacked, wide, GroupShape::default())
+            }
+            _ => (all, GroupShape::default(), GroupShape::default()),
         };
-        self.launches += 6;
-        self.term(
-            Kernel::LowRankBmm,
-            group.longest,
-            products * (d + k),
-            F32 * ((rows + ranks) * (d + k) + 2 * products),
-        );
+        let rows = batch.plain_rows + stacked.tokens_times_width;
+        if rows > 0 {
+            work.launches = 1;
+            let kernel = if stacked.tokens_times_width == 0 { Kernel::Matmul } else { Kernel::Stacked };
+            let bytes =
+                weight_bytes + self.row_bytes(batch.plain_rows + stacked.tokens) + self.vector_bytes(stacked.widths);
+            work.term(kernel, Regime::of_rows(rows), rows * weights, bytes);
+        }
+        if on_chip.tokens > 0 {
+            // In the launch of the other rows, if there are any.
+            let weight_bytes = if work.launches == 0 { weight_bytes } else { 0 };
+            work.launches = 1;
+            let bytes = weight_bytes + self.row_bytes(on_chip.tokens) + self.vector_bytes(on_chip.widths);
+            work.term(Kernel::OnChip, regime(&on_chip), (on_chip.tokens + on_chip.widths) * weights, bytes);
+        }
+        if made.tokens > 0 {
+            work.launches += 2;
+            let products = made.tokens + made.widths + batch.scaled_additive.widths;
+            let made_bytes = 2 * layer.format.activations.bytes() * made.adapters * weights;
+            let vectors = self.vector_bytes(made.widths + batch.scaled_additive.widths);
+            let bytes = weight_bytes + made_bytes + self.row_bytes(made.tokens) + vectors;
+            work.term(Kernel::Bmm, regime(&made), products * weights, bytes);
+        }
+        work
+    }
+
+    /// The low-rank sums.
+    pub(crate) fn additive(&self, plan: &Plan) -> Work {
+        let Self { layer, batch, finishes, pads } = *self;
+        let mut work = Work::default();
+        let group = match plan.multiplicative() {
+            // The resident weight, or the one that is made, holds the additive part.
+            Lowering::Merged => GroupShape::default(),
+            Lowering::Bmm => batch.additive,
+            _ => batch.additive.and(batch.scaled_additive),
+        };
+        if group.tokens == 0 {
+            return work;
+        }
+        let products = group.tokens_times_width * self.vectors();
+        let activations = layer.format.activations.bytes();
+        match plan.additive() {
+            Lowering::Bmm => {
+                // Gather shrink and expand vectors, multiply twice: the paper's c1 is what all of that costs a MAC.
+                let (rows, ranks, products) = if pads {
+                    let padded = group.adapters * group.longest;
+                    (padded, group.adapters * group.largest_width, padded * group.largest_width * self.vectors())
+                } else {
+                    (group.tokens, group.widths, products)
+                };
+                work.launches = 6;
+                let bytes = self.row_bytes(rows) + self.vector_bytes(ranks);
+                work.term(Kernel::LowRankBmm, regime(&group), products, bytes);
+            }
+            Lowering::Segmented => {
+                work.launches = 2;
+                // y is read and written again.
+                let again = activations * group.tokens * u64::from(layer.shape.k);
+                let bytes = self.row_bytes(group.tokens) + again + self.vector_bytes(group.widths);
+                work.term(Kernel::Segmented, regime(&group), products, bytes);
+            }
+            // In the launch of the base GEMM.
+            _ => work.term(Kernel::Fused, regime(&group), products, self.vector_bytes(group.widths)),
+        }
+        if plan.additive() != Lowering::Fused && finishes {
+            work.launches += 1;
+            let bytes = 2 * activations * batch.tokens * u64::from(layer.shape.k);
+            work.term(Kernel::Move, Regime::of_rows(batch.tokens), 0, bytes);
+        }
+        work
     }
 }
 
@@ -117,6 +169,7 @@ impl Work {
 mod tests {
     use super::*;
     use crate::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
+    use crate::layer::{LayerFormat, LayerShape};
     use crate::schedule::{Step, schedule};
 
     /// Every plan's work has as many launches as its schedule makes, on every mixture of rows.
@@ -129,17 +182,21 @@ mod tests {
             AdapterSlots { virtual_rows: vec![scales; 3], low_rank: LowRankSlots::default() },
             AdapterSlots { low_rank, ..AdapterSlots::base() },
             AdapterSlots { virtual_rows: vec![scales], low_rank },
+            AdapterSlots { virtual_rows: vec![scales; 2], low_rank },
         ];
-        let shape = LayerShape { d: 8, k: 4 };
-        for mixture in 1u32..16 {
-            let present = (0..4u32).filter(|adapter| mixture >> adapter & 1 == 1);
+        let layer = PricedLayer { shape: LayerShape { d: 8, k: 4 }, format: LayerFormat::default() };
+        for mixture in 1u32..32 {
+            let present = (0..5u32).filter(|adapter| mixture >> adapter & 1 == 1);
             let segments: Vec<_> = present.map(|adapter| Segment { rows: adapter + 1, adapter }).collect();
             for plan in Plan::all().filter(|plan| *plan != Plan::MERGED || segments.len() == 1) {
-                for finishes in [false, true] {
-                    let steps = schedule(&plan, shape, &segments, &adapters, finishes).expect("a small batch");
-                    let launches: u64 = steps.steps().iter().map(Step::launches).sum();
-                    let work = work(&plan, shape, &BatchShape::of(&segments, &adapters), finishes, true);
-                    assert_eq!(work.launches, launches, "{mixture:04b} {plan:?} finishes {finishes}");
+                for plan in Plan::ON_CHIP_FROM.map(|rows| plan.with_on_chip_from(rows)) {
+                    for finishes in [false, true] {
+                        let steps =
+                            schedule(&plan, layer.shape, &segments, &adapters, finishes).expect("a small batch");
+                        let launches: u64 = steps.steps().iter().map(Step::launches).sum();
+                        let work = work(&plan, layer, &BatchShape::of(&segments, &adapters), finishes, true);
+                        assert_eq!(work.launches, launches, "{mixture:05b} {plan:?} finishes {finishes}");
+                    }
                 }
             }
         }

@@ -1,16 +1,20 @@
 //! Devices of cubecl: one implementation for every runtime.
 
+use std::sync::Arc;
+
 use cubecl::prelude::*;
+use cubecl::profile::TimingMethod;
 use cubecl::server::Handle;
+use flora_codegen::blueprints::{Blueprints, Tile};
 use flora_codegen::launch::{LayerBuffers, Merged, Pool, launch, merge};
-use flora_codegen::layer::{Element, WeightFormat};
-use flora_codegen::routine::Hardware;
+use flora_codegen::layer::{Element, LayerFormat, WeightFormat};
+use flora_codegen::routine::{Hardware, table};
 use flora_codegen::schedule::{Materialised, Schedule};
 use flora_codegen::weight::{PackedWeight, WeightValues};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::{Backend, DeviceError, LayerOperands, PoolBuffer, Storage, WeightBuffer, WeightStorage};
+use super::{Backend, DeviceError, LayerOperands, PoolBuffer, Queueing, Storage, WeightBuffer, WeightStorage};
 
 pub(super) struct CubeBackend<R: Runtime> {
     client: ComputeClient<R>,
@@ -132,6 +136,27 @@ impl<R: Runtime> Backend for CubeBackend<R> {
         // SAFETY: `Device::merge` has checked every buffer's owner, type and length, and the slots.
         let values = unsafe { merge(&self.client, &self.hardware, &buffers(layer)?, step) }?;
         Ok((WeightStorage::Device { values, scales: None }, WeightFormat::Float(layer.format.activations)))
+    }
+
+    fn device_seconds(&self, work: &mut Queueing<'_>) -> Option<Result<f64, DeviceError>> {
+        if self.client.properties().timing_method != TimingMethod::Device {
+            return None;
+        }
+        let failed = |error: &dyn std::fmt::Debug| DeviceError::Execution(format!("{error:?}"));
+        Some(match self.client.profile(work, "timed batches") {
+            Ok((queued, duration)) => {
+                queued.map(|()| cubecl::future::block_on(duration.resolve()).duration().as_secs_f64())
+            }
+            Err(error) => Err(failed(&error)),
+        })
+    }
+
+    fn tuned(&self, blueprints: &Blueprints) -> Arc<dyn Backend> {
+        Arc::new(Self { client: self.client.clone(), hardware: self.hardware.tuned(blueprints) })
+    }
+
+    fn tiles(&self, format: LayerFormat) -> Vec<Tile> {
+        table(self.hardware.multiply(format))
     }
 
     fn synchronize(&self) -> Result<(), DeviceError> {

@@ -3,14 +3,17 @@
 
 use std::sync::Arc;
 
-use flora_codegen::layer::{Element, WeightFormat};
+use flora_codegen::blueprints::{Blueprints, Tile};
+use flora_codegen::layer::{Element, LayerFormat, WeightFormat};
 use flora_codegen::schedule::{Materialised, Schedule};
 use flora_codegen::weight::PackedWeight;
 use flora_host::{Engine, Operands, Values, ValuesMut};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::{Backend, BackendKind, DeviceError, DeviceInfo, LayerOperands, Storage, WeightBuffer, WeightStorage};
+use super::{
+    Backend, BackendKind, DeviceError, DeviceInfo, LayerOperands, Queueing, Storage, WeightBuffer, WeightStorage,
+};
 
 /// Numbers in the host's memory.
 #[derive(Debug)]
@@ -151,6 +154,22 @@ impl Backend for HostBackend {
         let made = self.engine.materialise(&operands(layer)?, step, 0)?;
         let format = made.format();
         Ok((WeightStorage::Host(Arc::new(made)), format))
+    }
+
+    fn device_seconds(&self, _work: &mut Queueing<'_>) -> Option<Result<f64, DeviceError>> {
+        None
+    }
+
+    fn tuned(&self, blueprints: &Blueprints) -> Arc<dyn Backend> {
+        let engine = match blueprints.swept_rows {
+            Some(rows) => Engine::new().with_swept_rows(rows as usize),
+            None => Engine::new(),
+        };
+        Arc::new(Self { engine })
+    }
+
+    fn tiles(&self, _format: LayerFormat) -> Vec<Tile> {
+        Vec::new()
     }
 
     fn synchronize(&self) -> Result<(), DeviceError> {

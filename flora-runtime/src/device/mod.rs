@@ -7,6 +7,7 @@ mod host;
 use std::sync::Arc;
 
 use cubecl::server::Handle;
+use flora_codegen::blueprints::{Blueprints, Tile};
 use flora_codegen::launch::{self, LaunchError};
 use flora_codegen::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_codegen::schedule::{Materialised, Schedule};
@@ -222,6 +223,9 @@ pub enum DeviceError {
     },
 }
 
+/// Queues something on a device.
+pub(crate) type Queueing<'a> = dyn FnMut() -> Result<(), DeviceError> + Send + 'a;
+
 /// How a device does what [`Device`] offers. Implemented by the host and by every cubecl runtime.
 /// [`Device`] has checked that all storage is the backend's own and as long as the layer and the schedule say.
 trait Backend: Send + Sync {
@@ -237,6 +241,12 @@ trait Backend: Send + Sync {
     ) -> Result<Storage, DeviceError>;
     fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<(WeightStorage, WeightFormat), DeviceError>;
     fn synchronize(&self) -> Result<(), DeviceError>;
+    /// Seconds of what `work` queues, by the device's own clock; `None`, and nothing done, where it has none.
+    fn device_seconds(&self, work: &mut Queueing<'_>) -> Option<Result<f64, DeviceError>>;
+    /// The same backend with what tuning chose.
+    fn tuned(&self, blueprints: &Blueprints) -> Arc<dyn Backend>;
+    /// Tiles to choose from; none where there is no choice.
+    fn tiles(&self, format: LayerFormat) -> Vec<Tile>;
 }
 
 /// A device that is ready to run.
@@ -439,6 +449,22 @@ impl Device {
             return Err(DeviceError::WrongElement { what, expected: element, found: buffer.element });
         }
         Ok(())
+    }
+
+    /// Seconds of what `work` queues, by the device's own clock; `None`, and nothing done, where it has none.
+    pub(crate) fn device_seconds(&self, work: &mut Queueing<'_>) -> Option<Result<f64, DeviceError>> {
+        self.backend.device_seconds(work)
+    }
+
+    /// The same device, sharing every buffer, with what tuning chose.
+    #[must_use]
+    pub fn tuned(&self, blueprints: &Blueprints) -> Self {
+        Self { info: self.info.clone(), backend: self.backend.tuned(blueprints) }
+    }
+
+    /// The tiles that layers of `format` can be cut into; none where there is no choice.
+    pub fn tiles(&self, format: LayerFormat) -> Vec<Tile> {
+        self.backend.tiles(format)
     }
 
     /// Waits until everything queued is done.

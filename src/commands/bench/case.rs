@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use flora::codegen::batch::{AdapterSlots, BatchShape, Segment};
-use flora::codegen::cost::work;
+use flora::codegen::cost::{PricedLayer, work};
 use flora::codegen::lowering::{Part, lowerings_of};
 use flora::codegen::schedule::{Materialised, Schedule, ScheduleError, schedule};
 use flora::prelude::*;
@@ -18,11 +18,11 @@ use crate::commands::layer;
 /// The adapters that are measured alone, with whether their rank can be chosen; each is a built-in layer.
 pub(super) const ADAPTERS: [(&str, bool); 4] = [("lora", true), ("flora", true), ("hira", true), ("ia3", false)];
 /// What base rows are called.
-pub(super) const BASE: &str = "none";
+pub(crate) const BASE: &str = "none";
 /// What the base rows of a mixed batch are called.
 pub(super) const MIXED: &str = "mixed";
 /// The name of the base GEMM where a lowering's would stand.
-const MATMUL: &str = "matmul";
+pub(super) const MATMUL: &str = "matmul";
 
 /// Segments of equal length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +78,14 @@ impl Variant {
 
 /// The largest tables and tensors of a case, in numbers.
 const LARGEST: u64 = 1 << 28;
+
+/// Whether so many numbers are few enough to be measured.
+pub(super) fn fits(what: &'static str, found: u64) -> Result<(), CommandError> {
+    match found <= LARGEST {
+        true => Ok(()),
+        false => Err(CommandError::TooMany { what, found, limit: LARGEST }),
+    }
+}
 
 /// A batch as the scheduler sees it.
 struct Rows {
@@ -153,10 +161,6 @@ pub(super) fn variants(
 ) -> Result<Vec<Variant>, CommandError> {
     let (Case { shape, tokens, format }, device) = (case, clock.device);
     let widest = u64::from(shape.d.max(shape.k));
-    let fits = |what: &'static str, found: u64| match found <= LARGEST {
-        true => Ok(()),
-        false => Err(CommandError::TooMany { what, found, limit: LARGEST }),
-    };
     fits("the numbers of the base weight", u64::from(shape.d) * u64::from(shape.k))?;
 
     // Every batch before any tensor, because the pools hold the vectors of the one that has most.
@@ -204,7 +208,8 @@ pub(super) fn variants(
     }
     for (rank, rows) in &mixtures {
         for lowering in [Lowering::Stacked, Lowering::OnChip].into_iter().filter(|one| wanted.lowerings.contains(one)) {
-            let plan = plan(Part::Multiplicative, lowering, wanted.split)?;
+            // The planner stacks single rows, whatever it does with longer segments.
+            let plan = plan(Part::Multiplicative, lowering, wanted.split)?.with_on_chip_from(2);
             let variant = bench.mixed(*rank, plan, rows, &base);
             let title = || format!("a mixed batch of rank {rank} by {lowering}");
             variants.extend(unless_impossible(clock, variant, title, left_out)?);
@@ -220,16 +225,9 @@ fn unless_impossible(
     title: impl Fn() -> String,
     left_out: &mut Vec<String>,
 ) -> Result<Option<Variant>, CommandError> {
-    let impossible = |error: &CommandError| match error {
-        CommandError::Below(below) => {
-            let batch = matches!(below.downcast_ref(), Some(ProjectionError::Schedule(ScheduleError::TooLarge { .. })));
-            batch || matches!(below.downcast_ref(), Some(DeviceError::Launch(_)))
-        }
-        _ => false,
-    };
     match variant.and_then(|variant| variant.seconds(clock).map(|_| variant)) {
         Ok(variant) => Ok(Some(variant)),
-        Err(error) if impossible(&error) => {
+        Err(error) if is_impossible(&error) => {
             left_out.push(format!("{}: {error}", title()));
             Ok(None)
         }
@@ -237,8 +235,19 @@ fn unless_impossible(
     }
 }
 
+/// Whether a batch's buffers or launches are more than the device takes.
+pub(super) fn is_impossible(error: &CommandError) -> bool {
+    match error {
+        CommandError::Below(below) => {
+            let batch = matches!(below.downcast_ref(), Some(ProjectionError::Schedule(ScheduleError::TooLarge { .. })));
+            batch || matches!(below.downcast_ref(), Some(DeviceError::Launch(_)))
+        }
+        _ => false,
+    }
+}
+
 /// The plan that computes `part` by `lowering`; the other part is fused, which is what a plan costs that hasn't got it: nothing.
-fn plan(part: Part, lowering: Lowering, split: bool) -> Result<Plan, CommandError> {
+pub(crate) fn plan(part: Part, lowering: Lowering, split: bool) -> Result<Plan, CommandError> {
     let plan = match (part, lowering) {
         (_, Lowering::Merged) => Plan::MERGED,
         (Part::Multiplicative, _) => Plan::new(lowering, Lowering::Fused)?,
@@ -314,14 +323,14 @@ impl Bench<'_> {
             timed.operands = Arc::new(LayerOperands { merged: Some((0, weight)), ..(*self.operands).clone() });
         }
         let pads = self.device.info().backend != BackendKind::Host;
-        let work = work(&plan, shape, &BatchShape::of(segments, adapters), false, pads);
+        let work = work(&plan, PricedLayer { shape, format }, &BatchShape::of(segments, adapters), false, pads);
         Ok(Variant {
             adapter,
             lowering: lowering.name().to_owned(),
             rank,
             tokens: tokens.all(),
             segments: tokens.segments,
-            macs: work.terms.iter().map(|term| term.macs).sum(),
+            macs: work.macs(),
             bytes: operand_bytes + self.row_bytes(tokens.all()),
             terms: vec![(1.0, timed)],
         })

@@ -23,7 +23,8 @@ use crate::commands::{output, types};
 /// of the best large epilogue or one-row GEMM, both measured in the same run; each operand is read once and y written once.
 ///
 /// mixed: what base rows cost among rows of other kinds. As many base rows as the other variants have tokens, and between them a
-/// few single rows (one for each 32, at least 4), each with an adapter of its own: LoRA, fLoRA, HiRA, IA3 in turn. Its time is
+/// few single rows (one for each 32, at least 4), each with an adapter of its own: LoRA, fLoRA, HiRA, IA3 in turn. Single rows are
+/// stacked under on_chip too, as the planner has it. Its time is
 /// T(base rows alone) + T(mixed batch) − T(a base GEMM over as many rows as the mixed batch has virtual rows), the three taken one
 /// after the other. So whatever the batch costs beyond a plain GEMM is charged to the base rows, the reading of the adapters' own
 /// vectors too.
@@ -89,7 +90,8 @@ fn shape(text: &str) -> Result<LayerShape, String> {
     pair(text, ',', [65536; 2]).map(|[d, k]| LayerShape { d, k })
 }
 
-fn tokens(text: &str) -> Result<Tokens, String> {
+/// `SEGMENTSxTOKENS`
+pub(super) fn tokens(text: &str) -> Result<Tokens, String> {
     pair(text, 'x', [4096, 65536]).map(|[segments, rows]| Tokens { segments, rows })
 }
 
@@ -101,14 +103,10 @@ impl Arguments {
         };
         let shapes = if self.shape.is_empty() { vec![LayerShape { d: 2048, k: 2048 }] } else { self.shape.clone() };
         let mut cases = Vec::new();
-        for dtype in &self.dtype {
-            let own = [WeightFormat::Float(*dtype)];
-            for weight in if self.weight.is_empty() { &own[..] } else { &self.weight } {
-                let format = LayerFormat { weight: *weight, ..LayerFormat::uniform(*dtype) };
-                for shape in &shapes {
-                    let case = |tokens| Case { shape: *shape, tokens, format };
-                    cases.extend(given(&self.tokens).into_iter().map(case));
-                }
+        for format in types::formats(&self.dtype, &self.weight) {
+            for shape in &shapes {
+                let case = |tokens| Case { shape: *shape, tokens, format };
+                cases.extend(given(&self.tokens).into_iter().map(case));
             }
         }
         cases
@@ -129,6 +127,9 @@ impl Arguments {
         Wanted { ranks, adapters, lowerings, split: self.split }
     }
 }
+
+/// The peer's variants beside its base, and the adapter that each computes.
+const PEER_VARIANTS: [(&str, &str); 3] = [("lora", "lora"), ("flora", "flora"), ("flora_einsum", "flora")];
 
 /// The repetitions of a case, before the peaks of the whole run are known.
 struct Taken {
@@ -188,9 +189,10 @@ fn measure(
     let mut theirs = Vec::new();
     if let Some(peer) = &mut peer {
         for (position, rank) in wanted.ranks.iter().enumerate() {
-            let is_wanted = |name: &&str| wanted.adapters.iter().any(|wanted| wanted == name);
+            let is_wanted = |(_, adapter): &(&str, &str)| wanted.adapters.iter().any(|wanted| wanted == adapter);
+            let adapted = PEER_VARIANTS.into_iter().filter(is_wanted).map(|(name, _)| name);
             let base = (position == 0).then_some("base");
-            let names: Vec<_> = base.into_iter().chain(["lora", "flora"].into_iter().filter(is_wanted)).collect();
+            let names: Vec<_> = base.into_iter().chain(adapted).collect();
             if !names.is_empty() {
                 theirs.extend(peer.prepare(case, *rank, &names)?.into_iter().map(|one| (one, Times::default())));
             }

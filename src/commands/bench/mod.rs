@@ -1,11 +1,15 @@
 //! `flora bench`: measured tables.
 
 mod case;
+mod grid;
 mod layers;
+pub(crate) mod paper;
 mod peaks;
 mod peer;
+mod planner;
 mod report;
 mod timed;
+mod tuning;
 
 use clap::{Args, Subcommand};
 
@@ -22,10 +26,16 @@ pub(crate) struct Arguments {
 #[derive(Subcommand)]
 enum Table {
     Layers(layers::Arguments),
+    Planner(planner::Arguments),
+    Tuning(tuning::Arguments),
+    Paper(paper::Arguments),
 }
 
 pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
     match &arguments.table {
         Table::Layers(arguments) => layers::layers(arguments),
+        Table::Planner(arguments) => planner::planner(arguments),
+        Table::Tuning(arguments) => tuning::tuning(arguments),
+        Table::Paper(arguments) => paper::paper(arguments),
     }
 }

@@ -63,7 +63,12 @@ impl Times {
         self.quartiles()[1]
     }
 
-    fn spread(&self) -> f64 {
+    pub(super) fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// (third quartile − first quartile) / median.
+    pub(super) fn spread(&self) -> f64 {
         let [first, median, third] = self.quartiles();
         (third - first) / median
     }
@@ -114,9 +119,9 @@ impl Record {
         }
     }
 
-    /// The peer's formulation of the same adapter.
-    fn counterpart<'a>(&self, peer: &'a [Record]) -> Option<&'a Record> {
-        peer.iter().find(|other| other.adapter == self.adapter && other.rank == self.rank)
+    /// The peer's formulations of the same adapter.
+    fn counterparts<'a>(&self, peer: &'a [Record]) -> Vec<&'a Record> {
+        peer.iter().filter(|other| other.adapter == self.adapter && other.rank == self.rank).collect()
     }
 }
 
@@ -165,15 +170,18 @@ fn table(group: &Group) -> String {
             format!("{:.2}", record.seconds / record.floor_seconds),
         ];
         if has_peer {
-            cells.extend(match record.counterpart(&group.peer) {
-                Some(peer) => [
-                    peer.lowering.clone(),
-                    output::seconds(peer.seconds),
-                    format!("{:.3}", peer.ratio_to_base),
-                    format!("{:.2}", peer.seconds / record.seconds),
-                ],
-                None => ["-"; 4].map(str::to_owned),
-            });
+            let peers = record.counterparts(&group.peer);
+            // A line of the row for every formulation.
+            let lines = |cell: &dyn Fn(&Record) -> String| match &peers[..] {
+                [] => "-".to_owned(),
+                peers => peers.iter().map(|peer| cell(peer)).collect::<Vec<_>>().join("\n"),
+            };
+            cells.extend([
+                lines(&|peer| peer.lowering.clone()),
+                lines(&|peer| output::seconds(peer.seconds)),
+                lines(&|peer| format!("{:.3}", peer.ratio_to_base)),
+                lines(&|peer| format!("{:.2}", peer.seconds / record.seconds)),
+            ]);
         }
         table.add_row(cells);
     }

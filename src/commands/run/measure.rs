@@ -74,7 +74,7 @@ pub(super) fn measure(
     let mut projection = Projection::from_packed(device, packed, options)?;
     projection.load(adapters.iter().map(|(name, loaded)| (*name, loaded.as_ref().map(|loaded| &loaded.folded))))?;
     let (shape, batch_shape) = (projection.shape(), projection.batch_shape(batch)?);
-    let plan = planner.plan(shape, &batch_shape, decoded.bias.is_some());
+    let plan = planner.plan(projection.layer(), &batch_shape, decoded.bias.is_some());
     let schedule = projection.schedule(batch, &plan)?;
     let base_gemm = Schedule::base_gemm(shape, schedule.tokens()).map_err(ProjectionError::from)?;
 

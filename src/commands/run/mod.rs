@@ -91,6 +91,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), CommandError> {
         None => Inputs::Seeded { seed: arguments.seed, rows },
     };
     let (planner, coefficients) = planner::for_device(&device)?;
+    let device = planner.tuned(&device);
 
     let (dtype, repetitions) = (arguments.dtype, arguments.repetitions);
     let setting = Setting { device: &device, planner: &planner, store: &store, batch: &batch, dtype, repetitions };

@@ -1,0 +1,68 @@
+//! One layer's prices: the device's coefficients at the layer's extent, so that a batch costs a few dozen multiplications.
+
+use super::surface::Sheet;
+use super::{DeviceCoefficients, Kernel, PricedLayer, Work};
+
+/// What the work of one layer takes on one device. Prices without allocating.
+#[derive(Clone, Debug)]
+pub struct LayerPrices {
+    layer: PricedLayer,
+    /// In the order of [`Kernel::TIMED`].
+    sheets: Box<[Option<Sheet>]>,
+    seconds_per_launch: f64,
+    seconds_per_byte: f64,
+    pads_blocks: bool,
+    largest_buffer_bytes: Option<u64>,
+    split_rows: u64,
+}
+
+impl LayerPrices {
+    /// The prices of `layer`, by the coefficients of its own format where they were measured, else by the nearest
+    /// ([`DeviceCoefficients::of_format`]).
+    pub fn new(coefficients: &DeviceCoefficients, layer: PricedLayer) -> Self {
+        let (_, own) = coefficients.of_format(layer.format);
+        let sheet = |(_, kernel): &(&str, Kernel)| {
+            own.seconds_per_mac.get(kernel).map(|surface| surface.at_extent(layer.extent()))
+        };
+        Self {
+            layer,
+            sheets: Kernel::TIMED.iter().map(sheet).collect(),
+            seconds_per_launch: coefficients.seconds_per_launch,
+            seconds_per_byte: coefficients.seconds_per_byte,
+            pads_blocks: coefficients.pads_blocks,
+            largest_buffer_bytes: coefficients.largest_buffer_bytes,
+            split_rows: u64::from(coefficients.blueprints.split_rows),
+        }
+    }
+
+    /// The layer.
+    pub fn layer(&self) -> PricedLayer {
+        self.layer
+    }
+
+    /// Whether the device's batched matmul multiplies padding.
+    pub fn pads_blocks(&self) -> bool {
+        self.pads_blocks
+    }
+
+    /// The most bytes of one buffer.
+    pub(crate) fn largest_buffer_bytes(&self) -> Option<u64> {
+        self.largest_buffer_bytes
+    }
+
+    /// Virtual rows up to which cubes share the depth.
+    pub(crate) fn split_rows(&self) -> u64 {
+        self.split_rows
+    }
+
+    /// Seconds of some work: launches·c0 + Σ max(MACs·c, bytes·c_bw).
+    pub fn price(&self, work: &Work) -> f64 {
+        let terms = work.terms.iter().map(|term| {
+            let position = Kernel::TIMED.iter().position(|(_, kernel)| *kernel == term.kernel);
+            let sheet = position.and_then(|at| self.sheets[at].as_ref());
+            let arithmetic = sheet.map_or(0.0, |sheet| term.macs as f64 * sheet.at(term.regime));
+            arithmetic.max(term.bytes as f64 * self.seconds_per_byte)
+        });
+        work.launches as f64 * self.seconds_per_launch + terms.sum::<f64>()
+    }
+}

@@ -1,0 +1,94 @@
+//! The planner against the model written out, on surfaces of random numbers.
+
+mod coefficients;
+mod files;
+
+use flora_plan::batch::{AdapterSlots, BatchShape, BatchSummary, LowRankSlots, Segment, VirtualRowSlots};
+use flora_plan::cost::{LayerPrices, PricedLayer, work};
+use flora_plan::layer::{LayerFormat, LayerShape};
+use flora_plan::model_planner::ModelPlanner;
+use flora_plan::plan::{Plan, plan};
+use proptest::prelude::*;
+
+use crate::coefficients::device;
+
+/// Adapters of every kind with this width.
+fn adapter(kind: u32, width: u32) -> AdapterSlots {
+    let scales = VirtualRowSlots { in_scale: Some(0), out_scale: Some(0) };
+    let low_rank = LowRankSlots { shrink: 0, expand: 0, rank: width };
+    let many = vec![scales; width as usize];
+    match kind {
+        0 => AdapterSlots::base(),
+        1 => AdapterSlots { virtual_rows: many, low_rank: LowRankSlots::default() },
+        2 => AdapterSlots { low_rank, ..AdapterSlots::base() },
+        3 => AdapterSlots { virtual_rows: vec![scales], low_rank },
+        _ => AdapterSlots { virtual_rows: many, low_rank },
+    }
+}
+
+fn batches() -> impl Strategy<Value = (Vec<Segment>, Vec<AdapterSlots>)> {
+    let adapters = proptest::collection::vec((0u32..5, 1u32..20), 1..6);
+    (adapters, proptest::collection::vec((0u32..40, 0usize..100), 0..12)).prop_map(|(adapters, segments)| {
+        let count = adapters.len();
+        let segments =
+            segments.into_iter().map(|(rows, adapter)| Segment { rows, adapter: (adapter % count) as u32 }).collect();
+        (segments, adapters.into_iter().map(|(kind, width)| adapter(kind, width)).collect())
+    })
+}
+
+fn layer(d: u32, k: u32) -> PricedLayer {
+    PricedLayer { shape: LayerShape { d, k }, format: LayerFormat::default() }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+
+    /// No plan that can be made costs less than the chosen one.
+    #[test]
+    fn the_chosen_plan_is_the_cheapest((segments, adapters) in batches(), seed in 0u64..1000, finishes: bool, pads: bool) {
+        let coefficients = device(seed, pads);
+        let prices = LayerPrices::new(&coefficients, layer(700, 300));
+        let batch = BatchShape::of(&segments, &adapters);
+        let price = |plan: &Plan| prices.price(&work(plan, prices.layer(), &batch, finishes, pads));
+        let chosen = plan(&prices, &batch, finishes);
+        prop_assert!(chosen != Plan::MERGED);
+        for other in Plan::unmerged().flat_map(|plan| Plan::ON_CHIP_FROM.map(|rows| plan.with_on_chip_from(rows))) {
+            let (own, other_price) = (price(&chosen), price(&other));
+            prop_assert!(own <= other_price * (1.0 + 1e-12), "{:?} at {} and {:?} at {}", chosen, own, other, other_price);
+        }
+    }
+
+    /// A model's planner says for every layer what the planner says for it alone, the first time and again.
+    #[test]
+    fn a_model_s_plans_are_its_layers((segments, adapters) in batches(), seed in 0u64..1000) {
+        let coefficients = device(seed, false);
+        let layers = [(layer(700, 300), true), (layer(64, 64), false), (layer(700, 300), true), (layer(700, 300), false)];
+        let mut model = ModelPlanner::new(&coefficients, layers);
+        let mut summary = BatchSummary::default();
+        for _ in 0..2 {
+            let batch = summary.shape(&segments, &adapters);
+            prop_assert_eq!(batch, BatchShape::of(&segments, &adapters));
+            let plans: Vec<Plan> = model.plans(&batch).collect();
+            let alone = layers.map(|(layer, finishes)| plan(&LayerPrices::new(&coefficients, layer), &batch, finishes));
+            prop_assert_eq!(plans, alone.to_vec());
+        }
+    }
+}
+
+/// The plan that a device can't hold isn't chosen, however cheap.
+#[test]
+fn what_does_not_fit_is_not_chosen() {
+    let mut coefficients = device(3, true);
+    let cheap = coefficients.formats.values_mut().next().expect("a format");
+    let bmm = cheap.seconds_per_mac.get_mut(&flora_plan::cost::Kernel::Bmm).expect("a surface");
+    bmm.seconds_per_mac.fill(1e-30);
+    coefficients.seconds_per_launch = 0.0;
+    coefficients.seconds_per_byte = 0.0;
+    let segments: Vec<Segment> = (0..8).map(|adapter| Segment { rows: 50, adapter }).collect();
+    let adapters = vec![adapter(1, 9); 8];
+    let batch = BatchShape::of(&segments, &adapters);
+    let choose = |coefficients: &_| plan(&LayerPrices::new(coefficients, layer(512, 512)), &batch, false);
+    assert_eq!(choose(&coefficients).multiplicative(), flora_plan::lowering::Lowering::Bmm);
+    coefficients.largest_buffer_bytes = Some(4 << 20);
+    assert_ne!(choose(&coefficients).multiplicative(), flora_plan::lowering::Lowering::Bmm);
+}

@@ -1,0 +1,143 @@
+//! How kernels should cut their work on a device: what a routine would choose against everything else that it could.
+
+use std::collections::BTreeSet;
+
+use flora_codegen::blueprints::{Blueprints, TileChoice};
+use flora_codegen::cost::PricedLayer;
+use flora_codegen::layer::{LayerFormat, LayerShape};
+use flora_codegen::lowering::{Lowering, Part};
+use flora_codegen::plan::Plan;
+use flora_codegen::schedule::{Schedule, schedule};
+
+use super::Launch;
+use super::effort::Effort;
+use crate::device::{BackendKind, Device, DeviceError};
+use crate::measure::{EqualSegments, LayerBench, Sample, unscheduled};
+
+/// What is faster by less than this share is left as it was.
+const WORTHWHILE: f64 = 0.03;
+/// Rows that the host's two ways to read a weight are compared at, and that split and whole depth are.
+const FEW_ROWS: [u32; 8] = [4, 8, 16, 32, 48, 64, 96, 128];
+/// The rank of the tiles of W_i that are timed.
+const RANK: u32 = 8;
+
+/// Measures the choices for layers of `formats`, at the middle extent of the effort.
+pub(super) fn measure(
+    device: &Device,
+    formats: &[LayerFormat],
+    effort: &Effort,
+    launch: &Launch,
+) -> Result<Blueprints, DeviceError> {
+    let mut blueprints = Blueprints::default();
+    let Some(format) = formats.first().filter(|_| effort.blueprints) else { return Ok(blueprints) };
+    if device.info().backend == BackendKind::Host {
+        blueprints.swept_rows = Some(swept_rows(&bench(device, *format, effort, launch)?, effort)?);
+        return Ok(blueprints);
+    }
+    let mut done = BTreeSet::new();
+    for format in formats.iter().filter(|format| done.insert(format.activations)) {
+        let bench = bench(device, *format, effort, launch)?;
+        for on_chip in [false, true] {
+            blueprints.tiles.extend(tiles(&bench, on_chip, effort)?);
+        }
+    }
+    let bench = bench(device, *format, effort, launch)?;
+    blueprints.split_rows = rows_where(&bench, effort, |bench, rows| {
+        let whole = batch(bench, Plan::default(), rows, 1)?;
+        let split = batch(bench, Plan::default().with_split(), rows, 1)?;
+        Ok([(bench.device().clone(), whole), (bench.device().clone(), split)])
+    })?;
+    Ok(blueprints)
+}
+
+fn bench<'a>(
+    device: &'a Device,
+    format: LayerFormat,
+    effort: &Effort,
+    launch: &Launch,
+) -> Result<LayerBench<'a>, DeviceError> {
+    let extent = effort.extents[effort.extents.len() / 2];
+    let shape = LayerShape { d: extent, k: extent };
+    Ok(LayerBench::new(device, PricedLayer { shape, format }, RANK)?.without_wait(launch.wait))
+}
+
+/// `rows` rows of one adapter.
+fn batch(bench: &LayerBench<'_>, plan: Plan, rows: u32, rank: u32) -> Result<Schedule, DeviceError> {
+    let (segments, adapters) = EqualSegments { part: Part::Multiplicative, adapters: 1, rows, rank }.batch();
+    schedule(&plan, bench.layer().shape, &segments, &adapters, false).map_err(unscheduled)
+}
+
+/// Medians of what takes turns.
+fn compare(bench: &LayerBench<'_>, effort: &Effort, runs: &[(Device, Schedule)]) -> Result<Vec<f64>, DeviceError> {
+    let mut samples = vec![Sample::default(); runs.len()];
+    for pass in 0..=effort.passes {
+        for ((device, schedule), sample) in runs.iter().zip(&mut samples) {
+            let seconds = bench.seconds_on(device, schedule)?;
+            // The first one compiles and warms up.
+            if pass > 0 {
+                sample.push(seconds);
+            }
+        }
+    }
+    Ok(samples.iter().map(Sample::median).collect())
+}
+
+/// The most of [`FEW_ROWS`] up to which the second way is faster than the first; 0 where it never is.
+fn rows_where(
+    bench: &LayerBench<'_>,
+    effort: &Effort,
+    ways: impl Fn(&LayerBench<'_>, u32) -> Result<[(Device, Schedule); 2], DeviceError>,
+) -> Result<u32, DeviceError> {
+    let mut most = 0;
+    for rows in FEW_ROWS {
+        let seconds = compare(bench, effort, &ways(bench, rows)?)?;
+        if seconds[1] > seconds[0] * (1.0 - WORTHWHILE) {
+            break;
+        }
+        most = rows;
+    }
+    Ok(most)
+}
+
+/// Up to how many rows the host should read the weight where it lies.
+fn swept_rows(bench: &LayerBench<'_>, effort: &Effort) -> Result<u32, DeviceError> {
+    let last = FEW_ROWS[FEW_ROWS.len() - 1];
+    let of = |rows| bench.device().tuned(&Blueprints { swept_rows: Some(rows), ..Blueprints::default() });
+    let (packing, sweeping) = (of(0), of(last));
+    rows_where(bench, effort, |bench, rows| {
+        let gemm = Schedule::base_gemm(bench.layer().shape, rows).map_err(unscheduled)?;
+        Ok([(packing.clone(), gemm.clone()), (sweeping.clone(), gemm)])
+    })
+}
+
+/// The tiles that are faster than the routine's own.
+fn tiles(bench: &LayerBench<'_>, on_chip: bool, effort: &Effort) -> Result<Vec<TileChoice>, DeviceError> {
+    let activations = bench.layer().format.activations;
+    let table = bench.device().tiles(bench.layer().format);
+    let mut classes: Vec<u32> = table.iter().map(|tile| tile.rows).collect();
+    classes.sort_unstable();
+    classes.dedup();
+    // What is larger than every tile.
+    let last = classes.last().map_or(0, |rows| 2 * rows);
+    let (plan, rank) = match on_chip {
+        true => (Plan::new(Lowering::OnChip, Lowering::Fused).unwrap_or_default(), RANK),
+        false => (Plan::default(), 1),
+    };
+    let mut choices = Vec::new();
+    for rows in classes.into_iter().chain([last]).filter(|rows| *rows > 0) {
+        let schedule = batch(bench, plan, rows, rank)?;
+        let class = if rows == last { u32::MAX } else { rows };
+        let choice = |tile| TileChoice { activations, on_chip, rows: class, tile };
+        let tuned = table.iter().map(|tile| {
+            let tiles = vec![choice(*tile)];
+            bench.device().tuned(&Blueprints { tiles, ..Blueprints::default() })
+        });
+        let runs: Vec<_> =
+            std::iter::once(bench.device().clone()).chain(tuned).map(|device| (device, schedule.clone())).collect();
+        let seconds = compare(bench, effort, &runs)?;
+        let best = table.iter().zip(&seconds[1..]).min_by(|one, other| one.1.total_cmp(other.1));
+        choices
+            .extend(best.filter(|(_, best)| **best < seconds[0] * (1.0 - WORTHWHILE)).map(|(tile, _)| choice(*tile)));
+    }
+    Ok(choices)
+}

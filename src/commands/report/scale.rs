@@ -1,0 +1,162 @@
+//! Axes: what they span, and where their ticks are.
+
+/// A logarithmic axis: times, rates and ranks are compared by their ratios.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Axis {
+    label: String,
+    low: f64,
+    high: f64,
+    ticks: Vec<f64>,
+}
+
+/// More ticks than these run into one another.
+const MOST_TICKS: usize = 7;
+
+impl Axis {
+    /// Spans the positive ones of these values; ticks at decades, and between them where there is room.
+    pub(super) fn over(label: &str, values: impl Iterator<Item = f64>) -> Self {
+        const ROOM: f64 = 1.2;
+        let (low, high) = span(values);
+        let (low, high) = (low / ROOM, high * ROOM);
+        Self { label: label.to_owned(), low, high, ticks: ticks(low, high) }
+    }
+
+    /// Spans these values and has its ticks at them; where there is no room, at those that are the lowest times a power of two.
+    pub(super) fn at(label: &str, values: impl Iterator<Item = f64>) -> Self {
+        const ROOM: f64 = 1.12;
+        let mut ticks: Vec<_> = values.filter(|value| is_positive(*value)).collect();
+        let (low, high) = span(ticks.iter().copied());
+        ticks.sort_by(f64::total_cmp);
+        ticks.dedup();
+        if ticks.len() > MOST_TICKS {
+            ticks.retain(|tick| (tick / low).log2().fract() == 0.0);
+        }
+        while ticks.len() > MOST_TICKS {
+            let mut place = 0;
+            ticks.retain(|_| {
+                place += 1;
+                place % 2 == 1
+            });
+        }
+        Self { label: label.to_owned(), low: low / ROOM, high: high * ROOM, ticks }
+    }
+
+    pub(super) fn label(&self) -> &str {
+        &self.label
+    }
+
+    pub(super) fn low(&self) -> f64 {
+        self.low
+    }
+
+    pub(super) fn high(&self) -> f64 {
+        self.high
+    }
+
+    pub(super) fn ticks(&self) -> Vec<f64> {
+        self.ticks.clone()
+    }
+
+    /// Whether a value is on the axis.
+    pub(super) fn holds(&self, value: f64) -> bool {
+        (self.low..=self.high).contains(&value)
+    }
+
+    /// How far along the axis a value is, from 0 to 1; values beyond an end are at it.
+    pub(super) fn place(&self, value: f64) -> f64 {
+        let place = (value / self.low).ln() / (self.high / self.low).ln();
+        if place.is_nan() { 0.0 } else { place.clamp(0.0, 1.0) }
+    }
+}
+
+fn is_positive(value: f64) -> bool {
+    value.is_finite() && value > 0.0
+}
+
+/// The least and the greatest of the positive values; 1 to 10 of none.
+fn span(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    let ends = |(low, high): (f64, f64), value: f64| (low.min(value), high.max(value));
+    match values.filter(|value| is_positive(*value)).fold((f64::INFINITY, 0.0), ends) {
+        (low, high) if low <= high => (low.max(1e-300), high.min(1e300)),
+        _ => (1.0, 10.0),
+    }
+}
+
+/// At 1, 2 and 5 times powers of ten, at powers alone, or at some of them.
+fn ticks(low: f64, high: f64) -> Vec<f64> {
+    let decades = (low.log10().floor() as i32)..=(high.log10().ceil() as i32);
+    let at = |steps: &[f64], every: i32| -> Vec<f64> {
+        let decades = decades.clone().filter(|decade| decade.rem_euclid(every) == 0);
+        let ticks = decades.flat_map(|decade| steps.iter().map(move |step| step * 10f64.powi(decade)));
+        ticks.filter(|tick| (low..=high).contains(tick)).collect()
+    };
+    const FINEST: [f64; 17] = [1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 9.0, 9.5];
+    let fine = [&FINEST[..], &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0], &[1.0, 2.0, 5.0], &[1.0, 3.0]];
+    let candidates =
+        fine.into_iter().map(|steps| at(steps, 1)).chain([1, 2, 3, 5, 10, 20, 50, 100].map(|every| at(&[1.0], every)));
+    let mut best = Vec::new();
+    for ticks in candidates {
+        if ticks.len() <= MOST_TICKS {
+            best = ticks;
+            break;
+        }
+    }
+    best
+}
+
+/// A number without its unit, short.
+pub(super) fn tick_label(value: f64) -> String {
+    let with = |scaled: f64, prefix: &str| {
+        // Ticks have two digits at most.
+        let rounded = (scaled * 100.0).round() / 100.0;
+        format!("{rounded}{prefix}")
+    };
+    match value {
+        v if !(1e-3..1e15).contains(&v) => format!("{v:.1e}").replace(".0e", "e"),
+        v if v >= 1e12 => with(v / 1e12, "T"),
+        v if v >= 1e9 => with(v / 1e9, "G"),
+        v if v >= 1e6 => with(v / 1e6, "M"),
+        v if v >= 1e4 => with(v / 1e3, "k"),
+        v if v >= 0.1 => with(v, ""),
+        v => format!("{v}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_axis_has_a_few_ticks() {
+        for low in [1e-12, 0.3, 0.97, 1.0, 7.3, 99.0, 1e9] {
+            for ratio in [1.0, 1.01, 1.3, 2.0, 9.0, 30.0, 1e3, 1e7, 1e20, 1e200] {
+                let axis = Axis::over("x", [low, low * ratio].into_iter());
+                let ticks = axis.ticks();
+                assert!((2..=MOST_TICKS).contains(&ticks.len()), "{low} × {ratio}: {ticks:?}");
+                assert!(ticks.iter().all(|tick| axis.holds(*tick)));
+                let labels: std::collections::BTreeSet<_> = ticks.iter().map(|tick| tick_label(*tick)).collect();
+                assert_eq!(labels.len(), ticks.len(), "{labels:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_length_is_on_no_axis() {
+        let axis = Axis::over("x", [f64::NAN, f64::INFINITY, -1.0, 0.0].into_iter());
+        assert!(axis.holds(1.0) && axis.holds(10.0));
+        assert_eq!((axis.place(f64::NAN), axis.place(0.0), axis.place(f64::INFINITY)), (0.0, 0.0, 1.0));
+        assert_eq!(Axis::over("x", std::iter::empty()), axis);
+    }
+
+    #[test]
+    fn ticks_at_ranks_are_ranks() {
+        let axis = Axis::at("rank", [1, 2, 3, 4, 6, 8, 12, 16].into_iter().map(f64::from));
+        assert_eq!(axis.ticks(), [1.0, 2.0, 4.0, 8.0, 16.0]);
+        assert_eq!(Axis::at("rank", [6.0, 5.0, 6.0].into_iter()).ticks(), [5.0, 6.0]);
+        assert_eq!(Axis::at("rank", (0..20).map(|power| 2f64.powi(power))).ticks().len(), 5);
+        assert_eq!(
+            ["10k", "1.5M", "20", "0.2", "0.05"].map(str::to_owned),
+            [1e4, 1.5e6, 20.0, 0.2, 0.05].map(tick_label)
+        );
+    }
+}
