@@ -79,10 +79,11 @@ fn every_cuda_kernel_compiles() {
         for (kernel, compiled) in kernels.iter().zip(compiler.compile_all(&sources)) {
             let title = &kernel.title;
             let compiled = compiled.unwrap_or_else(|error| panic!("{title} for {name}: {error}"));
-            // ptxas keeps kernels at a number of registers that suits its idea of occupancy and spills a few bytes for it, in
+            // ptxas keeps f32 kernels at a number of registers that suits its idea of occupancy and spills a few bytes for it, in
             // other kernels after every change; the table has them.
             let own = compiled.defects(kernel.expectations).into_iter();
-            let failing = own.filter(|defect| !matches!(defect, Defect::Spills { .. }));
+            let is_f32 = title.starts_with("f32/");
+            let failing = own.filter(|defect| !is_f32 || !matches!(defect, Defect::Spills { .. }));
             defects.extend(failing.map(|defect| format!("{title} for {name}: {defect}")));
             let occupancy = compiled.occupancy();
             let occupancy = occupancy.unwrap_or_else(|error| panic!("{title} for {name}: {error}"));

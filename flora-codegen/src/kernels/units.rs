@@ -4,10 +4,10 @@
 
 use cubecl::prelude::*;
 
-/// The position of the unit's plane in a cube of `planes`.
+/// The position of the unit's plane in a cube of `planes`; 0 in a cube of less than one, which multiplies by units.
 #[cube]
 pub(crate) fn plane(#[comptime] units: u32, #[comptime] planes: u32) -> u32 {
-    UNIT_POS_X / comptime!(units / planes)
+    UNIT_POS_X / comptime!(units / planes.max(1))
 }
 
 /// Whether the units of a cube stage whole lines of `line` vectors at once, and so each the same column of every pass.

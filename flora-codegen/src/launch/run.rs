@@ -13,7 +13,7 @@ use crate::kernels::reduce::reduce;
 use crate::kernels::rows::{add_rows, finish_rows, gather_columns, gather_rows};
 use crate::kernels::shrink::{TASK_WORDS, shrink};
 use crate::kernels::tile::{H_START, LayoutLaunch, NO_SUM, tile};
-use crate::kernels::{Multiply, ReduceBlueprint, SegmentedBlueprint};
+use crate::kernels::{ReduceBlueprint, SegmentedBlueprint};
 use crate::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use crate::routine::{self, Hardware, TileLaunch, Wanted, shrink_tasks, storage};
 use crate::schedule::{LowRankBmm, Materialised, Packing, Schedule, SegmentItem, Step};
