@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use super::error::CommandError;
 use super::{layer, output, planner, types};
-use crate::models::{self, ProjectionShape, is_target, name_in_layer};
+use crate::models::{self, ProjectionShape, QUERY_AND_KEY, is_target, name_in_layer};
 
 /// Price every lowering of a model's projections
 #[derive(Args)]
@@ -56,9 +56,6 @@ pub(crate) struct Arguments {
 
 /// Rows of a whole batch, so that no product of extents exceeds 64 bits.
 const MAX_ROWS: u64 = 1 << 20;
-
-/// What is adapted unless --targets says otherwise: query and key, by StarCoder's and by Llama's names.
-const QUERY_AND_KEY: [&str; 4] = ["attn.q", "attn.k", "q_proj", "k_proj"];
 
 /// The adapters that are compared, and the part of them that is lowered.
 const ADAPTERS: [(&str, Part); 2] = [("flora", Part::Multiplicative), ("lora", Part::Additive)];
