@@ -220,6 +220,7 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
         entry[unit as usize] = tables[(layout.items + item * ITEM_WORDS + unit) as usize];
     }
     if comptime!(blueprint.hidden > 0) {
+        // The place came from a ticket, not from the cube's position.
         if unit == 0 {
             entry[COLUMN_TILE] = column_tile;
             entry[SPLIT] = split;
