@@ -1,0 +1,123 @@
+//! What the engine asks of a model, and of the place that adapters come from.
+
+use std::error::Error;
+
+/// A sequence whose keys and values a decoder keeps, from its first segment until it is released.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId(pub u64);
+
+/// An adapter that is resident on the device: a number that the engine gives out, unique among the resident ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AdapterId(pub u32);
+
+/// The tokens of one sequence in one step; they follow those that its earlier segments held.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment<'a> {
+    /// Whose tokens.
+    pub sequence: SequenceId,
+    /// The adapter of all of the sequence's segments; `None` for the base model.
+    pub adapter: Option<AdapterId>,
+    /// The position of the first of `tokens`: how many tokens of the sequence the decoder holds.
+    pub first_position: u32,
+    /// At least one.
+    pub tokens: &'a [u32],
+    /// How many of `tokens`, from the first on, belong to the prompt. Generated ones follow: one, or several where a pre-empted
+    /// sequence is computed again.
+    pub prompt_tokens: u32,
+    /// Whether the logits after the last of `tokens` are wanted.
+    pub wants_logits: bool,
+}
+
+/// What a decoder can hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecoderLimits {
+    /// Tokens that there are.
+    pub vocabulary: u32,
+    /// The most tokens of one sequence, prompt and generated ones.
+    pub context_length: u32,
+    /// Bytes of keys and values of one token.
+    pub cache_bytes_per_token: u64,
+}
+
+/// A model on a device, one step at a time.
+pub trait Decoder {
+    /// An adapter in host memory, ready for the device.
+    type Prepared: Send + 'static;
+    /// Why a step failed. The engine fails the requests of that step and goes on.
+    type Error: Error + Send + Sync + 'static;
+
+    /// What it can hold.
+    fn limits(&self) -> DecoderLimits;
+
+    /// Runs all segments as one batch: the logits `[segments that want them, vocabulary]`, row-major, in the order of the
+    /// segments. A sequence is at most once among them.
+    ///
+    /// What a segment gives depends on its own sequence and adapter, whatever else is in the batch.
+    ///
+    /// # Errors
+    /// The device fails. The sequences of the batch are then only good for [`Self::release`].
+    fn step(&mut self, segments: &[Segment<'_>]) -> Result<Vec<f32>, Self::Error>;
+
+    /// Forgets a sequence; nothing where it isn't known.
+    fn release(&mut self, sequence: SequenceId);
+
+    /// Puts an adapter on the device. A step may name it from then on.
+    ///
+    /// # Errors
+    /// See [`PlaceError`]; nothing has changed.
+    fn place(&mut self, adapter: AdapterId, prepared: Self::Prepared) -> Result<(), PlaceError<Self::Prepared>>;
+
+    /// Frees an adapter's place; nothing where it isn't there.
+    fn remove(&mut self, adapter: AdapterId);
+}
+
+/// Why an adapter isn't on the device.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaceError<P> {
+    /// The device's adapter memory has no room; the adapter comes back, for another try after others were removed.
+    #[error("the device's adapter memory is full")]
+    Full(P),
+    /// It can never be placed.
+    #[error("{0}")]
+    Unfit(AdapterFailure),
+}
+
+/// Why an adapter can't be had: said to the requests that name it, and to them alone.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AdapterFailure {
+    /// There is none of this name.
+    #[error("there is no adapter `{0}`")]
+    Unknown(String),
+    /// It can't be read, or doesn't fit the model.
+    #[error("the adapter `{name}` can't be used: {reason}")]
+    Unusable {
+        /// The adapter.
+        name: String,
+        /// Why, in full.
+        reason: String,
+    },
+}
+
+/// Where adapters come from. Called on threads of its own, so that reading and folding stall no step.
+pub trait AdapterSource: Send + Sync + 'static {
+    /// What [`Decoder::place`] takes.
+    type Prepared: Send + 'static;
+
+    /// The names there are now, sorted.
+    fn names(&self) -> Vec<String>;
+
+    /// What changes when the adapter's files do (a digest of their sizes and times); cheap.
+    ///
+    /// # Errors
+    /// There is no such adapter, or it can't be looked at.
+    fn version(&self, name: &str) -> Result<u64, AdapterFailure>;
+
+    /// Reads, checks and folds an adapter.
+    ///
+    /// # Errors
+    /// There is no such adapter, or it can't be used.
+    fn prepare(&self, name: &str) -> Result<Self::Prepared, AdapterFailure>;
+
+    /// The bytes that it takes on the device.
+    fn bytes(prepared: &Self::Prepared) -> u64;
+}

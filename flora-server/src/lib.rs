@@ -1,0 +1,1 @@
+//! The OpenAI API over HTTP, in front of a continuous-batching engine.
