@@ -40,6 +40,8 @@ pub(crate) enum ApiError {
     UnknownModel(String),
     #[error(transparent)]
     Engine(RequestError),
+    #[error("all connections that the server takes are in use; try again later")]
+    NoPlace,
     /// The engine went away without a word, which it never should.
     #[error("the engine stopped before the request was done")]
     Vanished,
@@ -65,7 +67,7 @@ impl ApiError {
             Self::Engine(RequestError::QueueFull { .. }) => StatusCode::TOO_MANY_REQUESTS,
             Self::Engine(RequestError::Adapter(AdapterFailure::Unknown(_))) => StatusCode::NOT_FOUND,
             Self::Engine(RequestError::Adapter(AdapterFailure::Unusable { .. })) => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::Engine(RequestError::ShuttingDown) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NoPlace | Self::Engine(RequestError::ShuttingDown) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Engine(RequestError::Model(_)) | Self::Vanished => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
