@@ -18,19 +18,23 @@ pub(crate) struct Chat {
 
 /// What someone said.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Message {
-    pub(crate) role: Role,
-    pub(crate) content: String,
+pub struct Message {
+    /// Who.
+    pub role: Role,
+    /// The words.
+    pub content: String,
 }
 
 /// Who said it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Role {
-    // What OpenAI's newer models call it.
+pub enum Role {
+    /// Whoever set the conversation up; OpenAI's newer models call it the developer.
     #[serde(alias = "developer")]
     System,
+    /// Who asks.
     User,
+    /// The model.
     Assistant,
 }
 

@@ -42,9 +42,8 @@ pub(crate) enum ApiError {
     Engine(RequestError),
     #[error("all connections that the server takes are in use; try again later")]
     NoPlace,
-    /// The engine went away without a word, which it never should.
-    #[error("the engine stopped before the request was done")]
-    Vanished,
+    #[error("the server failed at this request")]
+    Broken,
 }
 
 impl ApiError {
@@ -68,7 +67,7 @@ impl ApiError {
             Self::Engine(RequestError::Adapter(AdapterFailure::Unknown(_))) => StatusCode::NOT_FOUND,
             Self::Engine(RequestError::Adapter(AdapterFailure::Unusable { .. })) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::NoPlace | Self::Engine(RequestError::ShuttingDown) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Engine(RequestError::Model(_)) | Self::Vanished => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Engine(RequestError::Model(_)) | Self::Broken => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 

@@ -9,10 +9,11 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
 use serde_json::json;
 
 use crate::answer::{self, Endpoint};
-use crate::app::App;
+use crate::app::{App, blocking};
 use crate::error::ApiError;
 use crate::generation;
 
@@ -28,7 +29,7 @@ pub fn router(app: Arc<App>) -> Router {
         .fallback(async || ApiError::UnknownPath)
         .method_not_allowed_fallback(async || ApiError::Method)
         .layer(from_fn_with_state(Arc::clone(&app), authorise))
-        .route("/health", get(async || Json(json!({"status": "ok"}))))
+        .route("/health", get(health))
         .layer(from_fn_with_state(Arc::clone(&app), count))
         .with_state(app)
 }
@@ -41,20 +42,40 @@ async fn chat_completions(State(app): State<Arc<App>>, request: Request) -> Resu
     generation::answer(app, Endpoint::Chat, request).await
 }
 
-async fn models(State(app): State<Arc<App>>) -> impl IntoResponse {
-    Json(answer::models(app.model(), &app.adapters(), app.created()))
+async fn models(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    let adapters = adapters(&app).await?;
+    Ok(Json(answer::models(app.model(), &adapters, app.created())).into_response())
 }
 
 async fn model(State(app): State<Arc<App>>, id: Result<Path<String>, PathRejection>) -> Result<Response, ApiError> {
     // What isn't UTF-8 is nobody's name.
     let Ok(Path(id)) = id else { return Err(ApiError::UnknownModel("\u{fffd}".to_owned())) };
-    let base = app.adapter_of(&id)?.map(|_adapter| app.model());
+    let base = match app.adapter(&id)? {
+        None => None,
+        Some(adapter) if adapters(&app).await?.iter().any(|name| name == adapter) => Some(app.model()),
+        Some(_) => return Err(ApiError::UnknownModel(id)),
+    };
     Ok(Json(answer::model(&id, base, app.created())).into_response())
+}
+
+/// The adapters that there are now.
+async fn adapters(app: &Arc<App>) -> Result<Vec<String>, ApiError> {
+    let app = Arc::clone(app);
+    blocking(move || Ok(app.engine().adapters())).await
+}
+
+/// Whether requests are taken; open to all, because what asks restarts or replaces the server.
+async fn health(State(app): State<Arc<App>>) -> Response {
+    if app.engine().is_healthy() {
+        Json(json!({"status": "ok"})).into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "unavailable"}))).into_response()
+    }
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
     match app.metrics().text() {
-        Ok(text) => ([(header::CONTENT_TYPE, prometheus_client::encoding::prometheus_text::CONTENT_TYPE)], text).into_response(),
+        Ok(text) => ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
 }
