@@ -14,14 +14,40 @@ use crate::options::ServerOptions;
 /// Longer than any folder's name.
 const ADAPTER_NAME_BYTES: usize = 255;
 
+/// Text to tokens; the error is said to the client.
+type Encode = dyn Fn(&str) -> Result<Vec<u32>, String> + Send + Sync;
+/// A conversation to the text that the model goes on with; the error is said to the client.
+type Converse = dyn Fn(&[Message]) -> Result<String, String> + Send + Sync;
+
 /// How a model reads text.
 pub struct Text {
-    /// Text to tokens; the error is said to the client.
-    pub encode: Box<dyn Fn(&str) -> Result<Vec<u32>, String> + Send + Sync>,
-    /// A conversation to the text that the model goes on with; the error is said to the client.
-    pub chat: Box<dyn Fn(&[Message]) -> Result<String, String> + Send + Sync>,
-    /// Tokens that end a text.
-    pub stop_tokens: Vec<u32>,
+    encode: Box<Encode>,
+    chat: Box<Converse>,
+    stop_tokens: Vec<u32>,
+}
+
+impl Text {
+    /// `encode` turns text into tokens, `chat` a conversation into the text that the model goes on with; what either says in
+    /// its error is said to the client. `stop_tokens` end a text.
+    pub fn new(
+        encode: impl Fn(&str) -> Result<Vec<u32>, String> + Send + Sync + 'static,
+        chat: impl Fn(&[Message]) -> Result<String, String> + Send + Sync + 'static,
+        stop_tokens: Vec<u32>,
+    ) -> Self {
+        Self { encode: Box::new(encode), chat: Box::new(chat), stop_tokens }
+    }
+
+    pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
+        (self.encode)(text)
+    }
+
+    pub(crate) fn chat(&self, messages: &[Message]) -> Result<String, String> {
+        (self.chat)(messages)
+    }
+
+    pub(crate) fn stop_tokens(&self) -> &[u32] {
+        &self.stop_tokens
+    }
 }
 
 impl fmt::Debug for Text {

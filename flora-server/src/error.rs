@@ -83,6 +83,7 @@ impl ApiError {
             Self::Engine(RequestError::Adapter(AdapterFailure::Unusable { .. })) => Some("adapter_unusable"),
             Self::Engine(RequestError::QueueFull { .. }) => Some("queue_full"),
             Self::Engine(RequestError::ShuttingDown) => Some("shutting_down"),
+            Self::NoPlace => Some("too_many_connections"),
             _ => None,
         }
     }

@@ -88,7 +88,7 @@ impl Asked {
                 stop: StopAt {
                     max_tokens: max_tokens.unwrap_or(rest),
                     strings: parameters.stop.clone(),
-                    tokens: app.text().stop_tokens.clone(),
+                    tokens: app.text().stop_tokens().to_vec(),
                 },
             }));
         }
@@ -98,7 +98,7 @@ impl Asked {
     /// The tokens of each prompt, and how many to generate where the request says so.
     fn tokens(self, app: &App) -> Result<(Vec<Vec<u32>>, Option<u32>), ApiError> {
         let text = app.text();
-        let encode = |field, said: &str| (text.encode)(said).map_err(|error| ApiError::invalid(field, error));
+        let encode = |field, said: &str| text.encode(said).map_err(|error| ApiError::invalid(field, error));
         match self {
             Self::Completions(Completions { prompts, max_tokens }) => {
                 let prompts = prompts.into_iter().map(|prompt| match prompt {
@@ -108,7 +108,7 @@ impl Asked {
                 Ok((prompts.collect::<Result<_, _>>()?, Some(max_tokens)))
             }
             Self::Chat(Chat { messages, max_tokens }) => {
-                let said = (text.chat)(&messages).map_err(|error| ApiError::invalid("messages", error))?;
+                let said = text.chat(&messages).map_err(|error| ApiError::invalid("messages", error))?;
                 Ok((vec![encode("messages", &said)?], max_tokens))
             }
         }
@@ -207,7 +207,7 @@ impl Generation {
             self.app.metrics().output_tokens(last - first, usage.completion_tokens);
         }
         self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(usage.completion_tokens);
-        if choice % self.n == 0 {
+        if choice.is_multiple_of(self.n) {
             self.usage.prompt_tokens = self.usage.prompt_tokens.saturating_add(usage.prompt_tokens);
         }
     }

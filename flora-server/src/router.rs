@@ -19,6 +19,7 @@ use crate::generation;
 
 /// The API of `app` as a service. [`serve`](crate::serve) puts it on a socket and holds connections to their limits.
 pub fn router(app: Arc<App>) -> Router {
+    let open = Router::new().route("/health", get(health)).method_not_allowed_fallback(wrong_method);
     Router::new()
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat_completions))
@@ -27,9 +28,9 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/models/{*id}", get(model))
         .route("/metrics", get(metrics))
         .fallback(async || ApiError::UnknownPath)
-        .method_not_allowed_fallback(async || ApiError::Method)
+        .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(Arc::clone(&app), authorise))
-        .route("/health", get(health))
+        .merge(open)
         .layer(from_fn_with_state(Arc::clone(&app), count))
         .with_state(app)
 }
@@ -78,6 +79,10 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
         Ok(text) => ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
+}
+
+async fn wrong_method() -> ApiError {
+    ApiError::Method
 }
 
 /// Lets through who has the key, before anything of a body is read.
