@@ -159,7 +159,7 @@ impl StoredTensor {
 /// `[rows, columns]` row-major → `[columns, rows]` row-major, in blocks that fit the first-level cache.
 ///
 /// `values` holds rows·columns numbers; a longer or shorter slice leaves the rest of the result 0.
-pub(crate) fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+pub fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     const BLOCK: usize = 32;
     let mut transposed = vec![0.0; values.len()];
     for row_block in (0..rows).step_by(BLOCK) {
