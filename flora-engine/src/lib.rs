@@ -1,8 +1,30 @@
 //! Continuous batching: requests come and go, each naming its adapter or none, and every step runs one batch of all their tokens
 //! through a [`Decoder`]. Nothing here knows of devices, kernels or files; what a model computes is behind the trait.
+//!
+//! [`Core`] is all of it without threads; [`Engine`] runs one on a thread, with others that read adapters.
 
+mod cache;
+pub mod core;
 pub mod decoder;
+pub mod engine;
+mod limits;
+mod loader;
+pub mod metrics;
+pub mod options;
 pub mod request;
+pub mod residency;
+mod sample;
+mod schedule;
+mod sequence;
+mod stop;
+mod text;
 
+pub use crate::core::{Core, RequestId};
 pub use decoder::{AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, Segment, SequenceId};
+pub use engine::{Engine, Handle, Stream};
+pub use limits::{Accepted, RequestLimits};
+pub use metrics::{AdapterMetrics, Metrics};
+pub use options::{AdapterOptions, Options, OptionsError, StopLimits};
 pub use request::{Event, FinishReason, Request, RequestError, Sampling, StopAt, Usage};
+pub use residency::{LoadOrder, LoadOutcome, Loaded};
+pub use text::Vocabulary;

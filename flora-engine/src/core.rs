@@ -1,0 +1,303 @@
+//! The engine without threads or clocks: requests go in, steps are taken, events come out, and the same calls give the same events.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::cache::BlockPool;
+use crate::decoder::{Decoder, Segment, SequenceId};
+use crate::limits::{Accepted, RequestLimits};
+use crate::metrics::Metrics;
+use crate::options::{Options, OptionsError};
+use crate::request::{Event, Request, RequestError};
+use crate::residency::{LoadOrder, Loaded, Residency};
+use crate::schedule::{Piece, plan};
+use crate::sequence::{Running, Said, Waiting, WaitingAdapter};
+use crate::text::Vocabulary;
+
+mod admission;
+
+/// A request that was accepted; they are numbered as they come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(u64);
+
+impl RequestId {
+    fn sequence(self) -> SequenceId {
+        SequenceId(self.0)
+    }
+}
+
+/// Continuous batching, one [`Self::step`] at a time.
+#[derive(Debug)]
+pub struct Core<D: Decoder> {
+    decoder: D,
+    vocabulary: Arc<Vocabulary>,
+    options: Options,
+    limits: RequestLimits,
+    logits_per_token: usize,
+    /// In order of arrival, the pre-empted ones among them.
+    waiting: BTreeMap<RequestId, Waiting>,
+    running: BTreeMap<RequestId, Running>,
+    cache: BlockPool,
+    residency: Residency<D::Prepared>,
+    next_request: u64,
+    stalled: bool,
+    /// Counts; sizes are filled in when they are asked for.
+    counts: Metrics,
+    events: Vec<(RequestId, Event)>,
+}
+
+impl<D: Decoder> Core<D> {
+    /// An engine with nothing to do.
+    ///
+    /// # Errors
+    /// Options that can't be run with.
+    pub fn new(decoder: D, vocabulary: Arc<Vocabulary>, options: Options) -> Result<Self, OptionsError> {
+        options.check()?;
+        let limits = decoder.limits();
+        Ok(Self {
+            limits: RequestLimits::new(limits, &options),
+            logits_per_token: limits.vocabulary as usize,
+            cache: BlockPool::new(options.cache_tokens, options.block_tokens),
+            residency: Residency::new(options.adapters.clone()),
+            decoder,
+            vocabulary,
+            options,
+            waiting: BTreeMap::new(),
+            running: BTreeMap::new(),
+            next_request: 0,
+            stalled: true,
+            counts: Metrics::default(),
+            events: Vec::new(),
+        })
+    }
+
+    /// What requests have to keep to.
+    pub fn limits(&self) -> &RequestLimits {
+        &self.limits
+    }
+
+    /// Takes a request; it runs when there is room for it.
+    ///
+    /// # Errors
+    /// It can't be run, or too many wait.
+    pub fn submit(&mut self, request: Request, now: Instant) -> Result<RequestId, RequestError> {
+        let accepted = self.limits.check(request)?;
+        self.enqueue(accepted, now)
+    }
+
+    /// [`Self::submit`] of one that was checked.
+    ///
+    /// # Errors
+    /// Too many wait.
+    pub fn enqueue(&mut self, request: Accepted, now: Instant) -> Result<RequestId, RequestError> {
+        if self.waiting.len() >= self.options.waiting {
+            return Err(RequestError::QueueFull { waiting: self.waiting.len() });
+        }
+        let id = RequestId(self.next_request);
+        self.next_request += 1;
+        self.waiting.insert(id, Waiting::new(request, self.limits.context_length(), now));
+        self.stalled = false;
+        Ok(id)
+    }
+
+    /// Forgets a request, without an event; nothing where it isn't known, or is at its end.
+    pub fn cancel(&mut self, request: RequestId) {
+        if self.drop_request(request) {
+            self.counts.cancelled += 1;
+        }
+    }
+
+    /// Fails requests that haven't begun, as an engine does that is about to stop. Those that were pre-empted have.
+    pub fn fail_unbegun(&mut self, error: &RequestError) -> Vec<(RequestId, Event)> {
+        let unbegun = |waiting: &Waiting| waiting.run_before == 0;
+        let requests: Vec<RequestId> =
+            self.waiting.iter().filter(|(_, waiting)| unbegun(waiting)).map(|(request, _)| *request).collect();
+        for request in requests {
+            self.fail(request, error.clone());
+        }
+        std::mem::take(&mut self.events)
+    }
+
+    /// Keeps an adapter from being evicted once it is resident.
+    pub fn pin(&mut self, adapter: &str) {
+        self.residency.pin(adapter);
+    }
+
+    /// The opposite of [`Self::pin`].
+    pub fn unpin(&mut self, adapter: &str) {
+        self.residency.unpin(adapter);
+        self.stalled = false;
+    }
+
+    /// What has to be read since this was asked last; each is to be answered by [`Self::loaded`], whenever that may be.
+    pub fn take_orders(&mut self) -> Vec<LoadOrder> {
+        self.residency.take_orders()
+    }
+
+    /// Takes the answer to an order.
+    pub fn loaded(&mut self, loaded: Loaded<D::Prepared>) {
+        self.residency.loaded(loaded);
+        self.remove_adapters();
+        self.stalled = false;
+    }
+
+    /// Whether a step would do nothing until something is submitted, loaded or unpinned.
+    pub fn is_stalled(&self) -> bool {
+        self.stalled
+    }
+
+    /// Whether no request waits or runs.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// A snapshot, but for the time that a step took: there is no clock here.
+    pub fn metrics(&self) -> Metrics {
+        Metrics {
+            waiting: self.waiting.len(),
+            running: self.running.len(),
+            cache_blocks_used: self.cache.used(),
+            cache_blocks_total: self.cache.total(),
+            adapters: self.residency.metrics(),
+            ..self.counts
+        }
+    }
+
+    /// Lets in whom there is room for, and runs one batch. The events of a request are in order, and after its
+    /// [`Event::Finished`] or [`Event::Failed`] there are none.
+    pub fn step(&mut self, now: Instant) -> Vec<(RequestId, Event)> {
+        let admitted = self.admit(now);
+        let schedule =
+            plan(&mut self.running, &mut self.cache, self.options.chunk_tokens, self.options.tokens_per_step);
+        for (request, preempted) in schedule.preempted {
+            self.preempt(request, preempted);
+        }
+        if !schedule.pieces.is_empty() {
+            self.run(&schedule.pieces);
+        }
+        self.stalled = self.running.is_empty() && !admitted && self.events.is_empty();
+        std::mem::take(&mut self.events)
+    }
+
+    fn preempt(&mut self, request: RequestId, preempted: Running) {
+        self.counts.preemptions += 1;
+        self.decoder.release(request.sequence());
+        let Running { sequence, adapter, run_before, .. } = preempted;
+        self.waiting.insert(request, Waiting { sequence, adapter: WaitingAdapter::Chosen(adapter), run_before });
+    }
+
+    /// Runs one batch and says what it gave.
+    fn run(&mut self, pieces: &[Piece]) {
+        let segments: Vec<Segment<'_>> = pieces.iter().filter_map(|piece| segment(&self.running, piece)).collect();
+        let wanted = segments.iter().filter(|segment| segment.wants_logits).count();
+        let logits = self.decoder.step(&segments);
+        self.counts.steps += 1;
+        let failure = match &logits {
+            Err(error) => Some(chain(error)),
+            Ok(logits) if logits.len() != wanted * self.logits_per_token => {
+                Some(format!("it gave {} logits for {wanted} rows of {}", logits.len(), self.logits_per_token))
+            }
+            Ok(_) => None,
+        };
+        if let Some(failure) = failure {
+            for piece in pieces {
+                self.fail(piece.request, RequestError::Model(failure.clone()));
+            }
+            return;
+        }
+        let logits = logits.unwrap_or_default();
+        let mut rows = logits.chunks_exact(self.logits_per_token);
+        for piece in pieces {
+            self.advance(piece, &mut rows);
+        }
+    }
+
+    /// Moves a sequence on by what was run of it; where that was all it had, by one of `rows`.
+    fn advance<'a>(&mut self, piece: &Piece, rows: &mut impl Iterator<Item = &'a [f32]>) {
+        let Some(running) = self.running.get_mut(&piece.request) else { return };
+        let prompt = running.sequence.prompt();
+        let again = piece.range.end.min(running.run_before).saturating_sub(piece.range.start);
+        let first_time_from = piece.range.start.max(running.run_before);
+        self.counts.recomputed_tokens += again as u64;
+        self.counts.prompt_tokens += piece.range.end.min(prompt).saturating_sub(first_time_from) as u64;
+        running.computed = piece.range.end;
+        running.run_before = running.run_before.max(piece.range.end);
+        if running.computed < running.sequence.tokens().len() {
+            return;
+        }
+        let Some(row) = rows.next() else { return };
+        self.counts.generated_tokens += 1;
+        match running.sequence.next(row, &self.vocabulary) {
+            Ok(Said::More(event)) => self.events.push((piece.request, event)),
+            Ok(Said::Last(events)) => {
+                self.counts.finished += 1;
+                self.drop_request(piece.request);
+                self.events.extend(events.into_iter().map(|event| (piece.request, event)));
+            }
+            Err(error) => self.fail(piece.request, RequestError::Model(error.to_string())),
+        }
+    }
+
+    fn fail(&mut self, request: RequestId, error: RequestError) {
+        if self.drop_request(request) {
+            self.counts.failed += 1;
+            self.events.push((request, Event::Failed(error)));
+        }
+    }
+
+    /// Gives back all that a request holds. Whether there was one.
+    fn drop_request(&mut self, request: RequestId) -> bool {
+        let adapter = if let Some(waiting) = self.waiting.remove(&request) {
+            match waiting.adapter {
+                WaitingAdapter::Chosen(adapter) => adapter,
+                WaitingAdapter::Named { .. } => None,
+            }
+        } else if let Some(running) = self.running.remove(&request) {
+            self.decoder.release(request.sequence());
+            self.cache.give_back(running.blocks);
+            running.adapter
+        } else {
+            return false;
+        };
+        if let Some(adapter) = adapter {
+            self.residency.release(adapter);
+            self.remove_adapters();
+        }
+        self.stalled = false;
+        true
+    }
+
+    fn remove_adapters(&mut self) {
+        for adapter in self.residency.take_removed() {
+            self.decoder.remove(adapter);
+        }
+    }
+}
+
+fn segment<'a>(running: &'a BTreeMap<RequestId, Running>, piece: &Piece) -> Option<Segment<'a>> {
+    let sequence = running.get(&piece.request)?;
+    let tokens = sequence.sequence.tokens();
+    let prompt_tokens = sequence.sequence.prompt().saturating_sub(piece.range.start).min(piece.range.len());
+    // A context is counted in u32.
+    Some(Segment {
+        sequence: piece.request.sequence(),
+        adapter: sequence.adapter,
+        first_position: piece.range.start as u32,
+        tokens: &tokens[piece.range.clone()],
+        prompt_tokens: prompt_tokens as u32,
+        wants_logits: piece.range.end == tokens.len(),
+    })
+}
+
+/// An error with all that caused it.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,158 @@
+//! Who begins: in order of arrival, as cache, batch and adapters allow.
+//!
+//! A request that waits for its adapter is passed by others, but nothing that it needs is taken from the older by the younger:
+//! one that finds no blocks is passed by none, and while a place on the device is waited for, none enters that would keep another
+//! adapter in use, or evicts one that an older request is about to use.
+
+use std::time::Instant;
+
+use super::{Core, RequestId};
+use crate::decoder::{AdapterFailure, AdapterId, Decoder, PlaceError};
+use crate::residency::{Room, Standing};
+use crate::sequence::{Running, Waiting, WaitingAdapter};
+
+/// One pass over those that wait.
+struct Pass {
+    now: Instant,
+    /// Something has changed by it.
+    changed: bool,
+    /// No one was turned back for want of a block or a sequence.
+    has_room: bool,
+    /// One adapter a step is placed, so that those that run wait for no more than one copy to the device.
+    may_place: bool,
+    /// Someone waits for another's adapter to leave.
+    place_is_waited_for: bool,
+    /// Adapters that those who came before are about to use.
+    protected: Vec<AdapterId>,
+}
+
+/// What a waiting request may do.
+enum Turn {
+    /// `begins`: it takes the adapter now, having found it there or not. Otherwise it has all it needs of adapters.
+    Enter {
+        adapter: Option<AdapterId>,
+        begins: Option<Found>,
+    },
+    Wait,
+    Fail(AdapterFailure),
+}
+
+/// How a request came to its adapter.
+#[derive(Clone, Copy)]
+enum Found {
+    Resident,
+    Loaded,
+}
+
+impl<D: Decoder> Core<D> {
+    /// Lets in who can begin. Whether anything changed.
+    pub(super) fn admit(&mut self, now: Instant) -> bool {
+        let mut pass = Pass {
+            now,
+            changed: false,
+            has_room: true,
+            may_place: true,
+            place_is_waited_for: false,
+            protected: Vec::new(),
+        };
+        let requests: Vec<RequestId> = self.waiting.keys().copied().collect();
+        for request in requests {
+            match self.turn(request, &mut pass) {
+                Turn::Enter { begins: Some(_), .. } if pass.place_is_waited_for => {}
+                Turn::Enter { adapter, begins } if pass.has_room => {
+                    pass.has_room = self.enter(request, adapter, begins);
+                    pass.changed |= pass.has_room;
+                }
+                Turn::Enter { .. } | Turn::Wait => {}
+                Turn::Fail(failure) => self.fail(request, failure.into()),
+            }
+        }
+        self.residency.drop_unwanted();
+        pass.changed
+    }
+
+    fn turn(&mut self, request: RequestId, pass: &mut Pass) -> Turn {
+        let Some(waiting) = self.waiting.get_mut(&request) else { return Turn::Wait };
+        let (name, arrived, missed) = match &mut waiting.adapter {
+            WaitingAdapter::Chosen(adapter) => return Turn::Enter { adapter: *adapter, begins: None },
+            WaitingAdapter::Named { name, arrived, missed } => (name, *arrived, missed),
+        };
+        match self.residency.standing(name, arrived, pass.now) {
+            Standing::Ready(id) => {
+                pass.protected.push(id);
+                let found = if *missed { Found::Loaded } else { Found::Resident };
+                Turn::Enter { adapter: Some(id), begins: Some(found) }
+            }
+            Standing::Checking(id) => {
+                pass.protected.push(id);
+                Turn::Wait
+            }
+            Standing::Failed(failure) => Turn::Fail(failure),
+            Standing::Loading => {
+                *missed = true;
+                Turn::Wait
+            }
+            Standing::Prepared => {
+                *missed = true;
+                if !std::mem::take(&mut pass.may_place) {
+                    return Turn::Wait;
+                }
+                let name = name.clone();
+                self.place(&name, pass)
+            }
+        }
+    }
+
+    /// Places an adapter that is prepared, if there is room.
+    fn place(&mut self, name: &str, pass: &mut Pass) -> Turn {
+        match self.residency.make_room(name, &pass.protected) {
+            Room::Now => {}
+            Room::Later => {
+                pass.place_is_waited_for = true;
+                return Turn::Wait;
+            }
+            Room::Never(failure) => {
+                self.residency.refuse(name, failure.clone());
+                return Turn::Fail(failure);
+            }
+        }
+        self.remove_adapters();
+        pass.changed = true;
+        let Some((placement, prepared)) = self.residency.begin(name) else { return Turn::Wait };
+        let turn = match self.decoder.place(placement.id, prepared) {
+            Ok(()) => {
+                let id = self.residency.placed(placement);
+                pass.protected.push(id);
+                Turn::Enter { adapter: Some(id), begins: Some(Found::Loaded) }
+            }
+            Err(PlaceError::Full(prepared)) => {
+                self.residency.full(placement, prepared);
+                pass.place_is_waited_for = true;
+                Turn::Wait
+            }
+            Err(PlaceError::Unfit(failure)) => {
+                self.residency.unfit(placement, failure.clone());
+                Turn::Fail(failure)
+            }
+        };
+        self.remove_adapters();
+        turn
+    }
+
+    /// Moves a request among those that run, if there is room.
+    fn enter(&mut self, request: RequestId, adapter: Option<AdapterId>, begins: Option<Found>) -> bool {
+        let Some(waiting) = self.waiting.get(&request) else { return true };
+        if self.running.len() >= self.options.sequences {
+            return false;
+        }
+        // One more than it has, or it might have to make room with its first word.
+        let tokens = (waiting.sequence.tokens().len() + 1).min(waiting.sequence.most());
+        let Some(blocks) = self.cache.take(tokens) else { return false };
+        let Some(Waiting { sequence, run_before, .. }) = self.waiting.remove(&request) else { return true };
+        if let (Some(id), Some(found)) = (adapter, begins) {
+            self.residency.acquire(id, matches!(found, Found::Resident));
+        }
+        self.running.insert(request, Running { sequence, adapter, computed: 0, run_before, blocks });
+        true
+    }
+}

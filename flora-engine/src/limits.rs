@@ -1,0 +1,119 @@
+//! What is asked of a request before it may wait, so that nothing behind this point meets one that can't be run.
+
+use crate::decoder::DecoderLimits;
+use crate::options::{Options, StopLimits};
+use crate::request::{Request, RequestError, Sampling};
+
+/// Longer than any name a folder can have.
+const ADAPTER_NAME_BYTES: usize = 255;
+
+/// What requests have to keep to.
+#[derive(Clone, Debug)]
+pub struct RequestLimits {
+    vocabulary: u32,
+    context_length: usize,
+    cache_tokens: usize,
+    stop: StopLimits,
+}
+
+/// A request that can be run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Accepted(Request);
+
+impl Accepted {
+    pub(crate) fn into_request(self) -> Request {
+        self.0
+    }
+}
+
+impl RequestLimits {
+    pub(crate) fn new(decoder: DecoderLimits, options: &Options) -> Self {
+        Self {
+            vocabulary: decoder.vocabulary,
+            context_length: decoder.context_length as usize,
+            cache_tokens: options.cache_tokens / options.block_tokens * options.block_tokens,
+            stop: options.stop,
+        }
+    }
+
+    /// The most tokens of one sequence, prompt and generated ones.
+    pub fn context_length(&self) -> usize {
+        self.context_length
+    }
+
+    /// Takes a request that can be run.
+    ///
+    /// # Errors
+    /// [`RequestError::Invalid`] with what is wrong with it.
+    pub fn check(&self, request: Request) -> Result<Accepted, RequestError> {
+        match self.fault(&request) {
+            Some(fault) => Err(RequestError::Invalid(fault)),
+            None => Ok(Accepted(request)),
+        }
+    }
+
+    fn fault(&self, request: &Request) -> Option<String> {
+        let prompt = request.prompt.len();
+        if prompt == 0 {
+            return Some("the prompt is empty; it has to hold at least one token".into());
+        }
+        if prompt >= self.context_length {
+            return Some(format!(
+                "the prompt has {prompt} tokens, and the model's context of {} has no room for one more",
+                self.context_length
+            ));
+        }
+        if let Some((position, token)) = request.prompt.iter().enumerate().find(|(_, token)| **token >= self.vocabulary)
+        {
+            return Some(format!("token {token} at position {position} of the prompt: there are {}", self.vocabulary));
+        }
+        if request.stop.max_tokens == 0 {
+            return Some("max_tokens is 0; at least one token is generated".into());
+        }
+        let most = prompt.saturating_add(request.stop.max_tokens as usize).min(self.context_length);
+        if most > self.cache_tokens {
+            return Some(format!(
+                "the prompt and max_tokens come to {most} tokens, and the cache holds {}; ask for fewer",
+                self.cache_tokens
+            ));
+        }
+        if request.adapter.as_ref().is_some_and(|name| name.len() > ADAPTER_NAME_BYTES) {
+            return Some(format!("the adapter's name is longer than {ADAPTER_NAME_BYTES} bytes"));
+        }
+        sampling_fault(request.sampling).or_else(|| self.stop_fault(request))
+    }
+
+    fn stop_fault(&self, request: &Request) -> Option<String> {
+        let (stop, limits) = (&request.stop, &self.stop);
+        if stop.strings.len() > limits.strings {
+            return Some(format!("{} stop strings; at most {} are taken", stop.strings.len(), limits.strings));
+        }
+        if stop.strings.iter().any(String::is_empty) {
+            return Some("a stop string is empty".into());
+        }
+        if let Some(string) = stop.strings.iter().find(|string| string.len() > limits.string_bytes) {
+            return Some(format!(
+                "a stop string has {} bytes; at most {} are taken",
+                string.len(),
+                limits.string_bytes
+            ));
+        }
+        if stop.tokens.len() > limits.tokens {
+            return Some(format!("{} stop tokens; at most {} are taken", stop.tokens.len(), limits.tokens));
+        }
+        None
+    }
+}
+
+fn sampling_fault(sampling: Sampling) -> Option<String> {
+    let Sampling::Random { temperature, top_p, .. } = sampling else {
+        return None;
+    };
+    if !(temperature.is_finite() && temperature > 0.0) {
+        return Some(format!("a temperature of {temperature}; it has to be a number above 0"));
+    }
+    if !(top_p > 0.0 && top_p <= 1.0) {
+        return Some(format!("a top_p of {top_p}; it has to be above 0 and at most 1"));
+    }
+    None
+}

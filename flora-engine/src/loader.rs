@@ -1,0 +1,89 @@
+//! Threads that read adapters, so that a large one stalls no step, nor the comparison of others with the disk.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use crate::decoder::{AdapterFailure, AdapterSource};
+use crate::engine::panic_text;
+use crate::residency::{LoadOrder, LoadOutcome, Loaded};
+
+/// Takes orders; dropping it ends its threads once they are done with what they are at.
+#[derive(Debug)]
+pub(crate) struct Loader {
+    orders: Sender<LoadOrder>,
+}
+
+/// An adapter to be read, and its version before that.
+struct Reading {
+    name: String,
+    version: u64,
+}
+
+impl Loader {
+    /// `done` is called with what came of each order, on threads of the loader.
+    pub(crate) fn start<S: AdapterSource>(
+        source: Arc<S>,
+        threads: usize,
+        done: impl Fn(Loaded<S::Prepared>) + Clone + Send + 'static,
+    ) -> Result<Self, std::io::Error> {
+        let (orders, ordered) = channel();
+        let (readings, to_read) = channel();
+        let to_read = Arc::new(Mutex::new(to_read));
+        for index in 0..threads {
+            let (source, to_read, done) = (source.clone(), to_read.clone(), done.clone());
+            thread::Builder::new().name(format!("flora-load-{index}")).spawn(move || read(&*source, &to_read, done))?;
+        }
+        thread::Builder::new()
+            .name("flora-versions".into())
+            .spawn(move || compare(&*source, &ordered, &readings, done))?;
+        Ok(Self { orders })
+    }
+
+    pub(crate) fn order(&self, order: LoadOrder) {
+        // Its threads outlive it, and end only when it is dropped.
+        let _ = self.orders.send(order);
+    }
+}
+
+/// Compares versions; what has to be read is passed on.
+fn compare<S: AdapterSource>(
+    source: &S,
+    ordered: &Receiver<LoadOrder>,
+    readings: &Sender<Reading>,
+    done: impl Fn(Loaded<S::Prepared>),
+) {
+    for LoadOrder { name, known } in ordered {
+        let outcome = match guarded(&name, || source.version(&name)) {
+            Ok(version) if known == Some(version) => LoadOutcome::Unchanged,
+            Ok(version) => {
+                let _ = readings.send(Reading { name, version });
+                continue;
+            }
+            Err(failure) => LoadOutcome::Failed { version: None, failure },
+        };
+        done(Loaded { name, outcome });
+    }
+}
+
+/// Reads one adapter after the other, beside other threads that do.
+fn read<S: AdapterSource>(source: &S, to_read: &Mutex<Receiver<Reading>>, done: impl Fn(Loaded<S::Prepared>)) {
+    loop {
+        let next = to_read.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(Reading { name, version }) = next else { return };
+        let outcome = match guarded(&name, || source.prepare(&name)) {
+            Ok(prepared) => LoadOutcome::Prepared { version, bytes: S::bytes(&prepared), prepared },
+            Err(failure) => LoadOutcome::Failed { version: Some(version), failure },
+        };
+        done(Loaded { name, outcome });
+    }
+}
+
+/// A panic is a failure like any other: files come from anywhere.
+fn guarded<T>(name: &str, call: impl FnOnce() -> Result<T, AdapterFailure>) -> Result<T, AdapterFailure> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+        let reason = format!("reading it panicked: {}", panic_text(&*panic));
+        Err(AdapterFailure::Unusable { name: name.into(), reason })
+    })
+}

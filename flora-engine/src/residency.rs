@@ -1,0 +1,435 @@
+//! Which adapters are on the device, which come and which go: policy alone, of names, versions, sizes and numbers of users.
+//! Reading is done elsewhere ([`LoadOrder`], [`Loaded`]), and so is placing ([`Residency::begin`]).
+//!
+//! An adapter is absent, being loaded, resident or failed. A resident or failed one may be loaded at the same time: its files
+//! are being compared with the version that is known.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Instant;
+
+use crate::decoder::{AdapterFailure, AdapterId};
+use crate::metrics::AdapterMetrics;
+use crate::options::AdapterOptions;
+
+/// Names that failed are remembered for so many, whatever clients make up.
+const REMEMBERED_FAILURES: usize = 1024;
+
+/// Asks for an adapter to be read, off the thread that steps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadOrder {
+    /// Which.
+    pub name: String,
+    /// The version that is resident, or that failed: one of this version need not be read again.
+    pub known: Option<u64>,
+}
+
+/// What came of a [`LoadOrder`].
+#[derive(Debug)]
+pub struct Loaded<P> {
+    /// Which.
+    pub name: String,
+    /// What came of it.
+    pub outcome: LoadOutcome<P>,
+}
+
+/// See [`Loaded`].
+#[derive(Debug)]
+pub enum LoadOutcome<P> {
+    /// It is still of the version that was known.
+    Unchanged,
+    /// It is in host memory.
+    Prepared {
+        /// Taken before it was read, so that a change in the middle is seen later.
+        version: u64,
+        /// For the decoder.
+        prepared: P,
+        /// What it takes on the device.
+        bytes: u64,
+    },
+    /// It can't be had.
+    Failed {
+        /// Of what couldn't be read; `None` where not even that is known.
+        version: Option<u64>,
+        /// Why.
+        failure: AdapterFailure,
+    },
+}
+
+/// How it stands with the adapter of a request that waits.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// Resident, and of the disk's version.
+    Ready(AdapterId),
+    /// Resident, and being compared with the disk.
+    Checking(AdapterId),
+    /// Being read, or will be.
+    Loading,
+    /// In host memory; has to be placed.
+    Prepared,
+    /// The request fails.
+    Failed(AdapterFailure),
+}
+
+/// Whether there is room for an adapter.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Room {
+    Now,
+    /// When adapters in use fall free.
+    Later,
+    Never(AdapterFailure),
+}
+
+/// An adapter on its way to the device: to be told to [`Residency::placed`], [`Residency::full`] or [`Residency::unfit`].
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Placement {
+    pub(crate) id: AdapterId,
+    name: String,
+    checked: Instant,
+    version: u64,
+    bytes: u64,
+}
+
+/// What is known of a name when nothing is done about it.
+#[derive(Debug)]
+enum Settled {
+    Resident { checked: Instant, id: AdapterId },
+    Failed { checked: Instant, version: Option<u64>, failure: AdapterFailure },
+}
+
+/// What is done about a name.
+#[derive(Debug)]
+enum Work<P> {
+    Ordered { since: Instant },
+    Prepared { checked: Instant, version: u64, bytes: u64, prepared: P, wanted: bool },
+}
+
+#[derive(Debug)]
+struct Slot {
+    name: String,
+    version: u64,
+    bytes: u64,
+    /// Sequences that run with it.
+    users: usize,
+    /// On a clock that counts uses.
+    last_used: u64,
+    /// No new sequence takes it: there is a newer version, or its files are gone.
+    superseded: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Residency<P> {
+    options: AdapterOptions,
+    pinned: HashSet<String>,
+    settled: HashMap<String, Settled>,
+    work: HashMap<String, Work<P>>,
+    slots: BTreeMap<AdapterId, Slot>,
+    orders: Vec<LoadOrder>,
+    removed: Vec<AdapterId>,
+    next_id: u32,
+    clock: u64,
+    /// The device said so, and nothing was removed since.
+    device_full: bool,
+    counts: AdapterMetrics,
+}
+
+impl<P> Residency<P> {
+    pub(crate) fn new(options: AdapterOptions) -> Self {
+        Self {
+            pinned: options.pinned.iter().cloned().collect(),
+            options,
+            settled: HashMap::new(),
+            work: HashMap::new(),
+            slots: BTreeMap::new(),
+            orders: Vec::new(),
+            removed: Vec::new(),
+            next_id: 0,
+            clock: 0,
+            device_full: false,
+            counts: AdapterMetrics::default(),
+        }
+    }
+
+    pub(crate) fn pin(&mut self, name: &str) {
+        self.pinned.insert(name.into());
+    }
+
+    pub(crate) fn unpin(&mut self, name: &str) {
+        self.pinned.remove(name);
+    }
+
+    /// What has to be read; to be given back to [`Self::loaded`], each once.
+    pub(crate) fn take_orders(&mut self) -> Vec<LoadOrder> {
+        std::mem::take(&mut self.orders)
+    }
+
+    /// What the decoder has to remove, before anything else is placed.
+    pub(crate) fn take_removed(&mut self) -> Vec<AdapterId> {
+        std::mem::take(&mut self.removed)
+    }
+
+    /// How it stands with `name` for a request that came at `arrived`; orders what has to be read for it.
+    pub(crate) fn standing(&mut self, name: &str, arrived: Instant, now: Instant) -> Standing {
+        let resident = self.resident(name);
+        match self.work.get_mut(name) {
+            Some(Work::Ordered { .. }) => return resident.map_or(Standing::Loading, Standing::Checking),
+            Some(Work::Prepared { wanted, .. }) => {
+                *wanted = true;
+                return Standing::Prepared;
+            }
+            None => {}
+        }
+        // A look at the disk since the request came is as new as it can want.
+        let fresh =
+            |checked: Instant| checked >= arrived || now.saturating_duration_since(checked) < self.options.recheck;
+        let known = match self.settled.get(name) {
+            Some(Settled::Resident { checked, id }) if fresh(*checked) => return Standing::Ready(*id),
+            Some(Settled::Failed { checked, failure, .. }) if fresh(*checked) => {
+                return Standing::Failed(failure.clone());
+            }
+            Some(Settled::Resident { id, .. }) => self.slots.get(id).map(|slot| slot.version),
+            Some(Settled::Failed { version, .. }) => *version,
+            None => None,
+        };
+        // Comparing is quick, and what is resident shall not wait for those that are being read.
+        if resident.is_some() || self.work.len() < self.options.loading {
+            self.work.insert(name.into(), Work::Ordered { since: now });
+            self.orders.push(LoadOrder { name: name.into(), known });
+        }
+        resident.map_or(Standing::Loading, Standing::Checking)
+    }
+
+    /// Forgets what was prepared for requests that are gone: [`Self::standing`] was asked for all that wait since the last call.
+    pub(crate) fn drop_unwanted(&mut self) {
+        self.work.retain(|_, work| match work {
+            Work::Ordered { .. } => true,
+            Work::Prepared { wanted, .. } => std::mem::take(wanted),
+        });
+    }
+
+    /// Takes what came of an order. One that wasn't given is ignored.
+    pub(crate) fn loaded(&mut self, loaded: Loaded<P>) {
+        let Loaded { name, outcome } = loaded;
+        let Some(Work::Ordered { since }) = self.work.get(&name) else {
+            return;
+        };
+        let since = *since;
+        self.work.remove(&name);
+        match outcome {
+            LoadOutcome::Unchanged => match self.settled.get_mut(&name) {
+                Some(Settled::Resident { checked, .. } | Settled::Failed { checked, .. }) => *checked = since,
+                // It was evicted meanwhile.
+                None => {}
+            },
+            LoadOutcome::Prepared { version, prepared, bytes } => {
+                self.work.insert(name, Work::Prepared { checked: since, version, bytes, prepared, wanted: true });
+            }
+            LoadOutcome::Failed { version, failure } => self.fail(name, since, version, failure),
+        }
+    }
+
+    fn fail(&mut self, name: String, checked: Instant, version: Option<u64>, failure: AdapterFailure) {
+        self.counts.failures += 1;
+        self.supersede(&name);
+        if self.settled.len() - self.current_residents() >= REMEMBERED_FAILURES {
+            self.forget_oldest_failure();
+        }
+        self.settled.insert(name, Settled::Failed { checked, version, failure });
+    }
+
+    fn current_residents(&self) -> usize {
+        self.slots.values().filter(|slot| !slot.superseded).count()
+    }
+
+    fn forget_oldest_failure(&mut self) {
+        let failures = self.settled.iter().filter_map(|(name, settled)| match settled {
+            Settled::Failed { checked, .. } => Some((*checked, name)),
+            Settled::Resident { .. } => None,
+        });
+        if let Some(name) = failures.min().map(|(_, name)| name.clone()) {
+            self.settled.remove(&name);
+        }
+    }
+
+    /// Makes room for the adapter `name`, which is prepared. Those that are in use, are pinned or `protected` stay.
+    pub(crate) fn make_room(&mut self, name: &str, protected: &[AdapterId]) -> Room {
+        let Some(Work::Prepared { bytes, .. }) = self.work.get(name) else {
+            return Room::Later;
+        };
+        let bytes = *bytes;
+        if let Some(reason) = self.never_fits(name, bytes) {
+            return Room::Never(AdapterFailure::Unusable { name: name.into(), reason });
+        }
+        let mut unused: Vec<(u64, AdapterId, u64)> = self
+            .slots
+            .iter()
+            .filter(|(id, slot)| slot.users == 0 && !protected.contains(id) && !self.stays(name, slot))
+            .map(|(id, slot)| (slot.last_used, *id, slot.bytes))
+            .collect();
+        unused.sort_unstable();
+        let (mut count, mut total) = (self.slots.len() + 1, self.resident_bytes().saturating_add(bytes));
+        let mut evicted = 0;
+        while count > self.options.resident || total > self.options.bytes || (self.device_full && evicted == 0) {
+            let Some((_, _, freed)) = unused.get(evicted) else {
+                return Room::Later;
+            };
+            count -= 1;
+            total -= freed;
+            evicted += 1;
+        }
+        for (_, id, _) in &unused[..evicted] {
+            self.evict(*id);
+        }
+        Room::Now
+    }
+
+    /// Whether an adapter stays whatever comes, while room is made for `name`: the old version of that may go.
+    fn stays(&self, name: &str, slot: &Slot) -> bool {
+        slot.name != name && !slot.superseded && self.pinned.contains(&slot.name)
+    }
+
+    fn never_fits(&self, name: &str, bytes: u64) -> Option<String> {
+        let staying = || self.slots.values().filter(|slot| self.stays(name, slot));
+        let (count, taken) = (staying().count(), staying().map(|slot| slot.bytes).sum::<u64>());
+        if count >= self.options.resident {
+            return Some(format!(
+                "{} adapters may be resident, and {count} pinned ones are; unpin one or allow more",
+                self.options.resident
+            ));
+        }
+        if bytes > self.options.bytes.saturating_sub(taken) {
+            return Some(format!(
+                "it takes {bytes} bytes on the device; {} are allowed, and pinned adapters take {taken} of them",
+                self.options.bytes
+            ));
+        }
+        (self.device_full && count == self.slots.len()).then(|| {
+            format!("it takes {bytes} bytes, and the device has no room for it beside {count} pinned adapters")
+        })
+    }
+
+    fn evict(&mut self, id: AdapterId) {
+        if let Some(slot) = self.slots.get(&id)
+            && !slot.superseded
+        {
+            self.settled.remove(&slot.name);
+        }
+        self.counts.evictions += 1;
+        self.remove(id);
+    }
+
+    fn remove(&mut self, id: AdapterId) {
+        self.slots.remove(&id);
+        self.removed.push(id);
+        self.device_full = false;
+    }
+
+    /// Takes a prepared adapter out, for the decoder. `None` if it isn't prepared.
+    pub(crate) fn begin(&mut self, name: &str) -> Option<(Placement, P)> {
+        match self.work.remove(name) {
+            Some(Work::Prepared { checked, version, bytes, prepared, .. }) => {
+                while self.slots.contains_key(&AdapterId(self.next_id)) {
+                    self.next_id = self.next_id.wrapping_add(1);
+                }
+                let id = AdapterId(self.next_id);
+                self.next_id = self.next_id.wrapping_add(1);
+                Some((Placement { id, name: name.into(), checked, version, bytes }, prepared))
+            }
+            Some(work) => {
+                self.work.insert(name.into(), work);
+                None
+            }
+            None => None,
+        }
+    }
+
+    /// It is on the device. An older version leaves with its last user.
+    pub(crate) fn placed(&mut self, placement: Placement) -> AdapterId {
+        let Placement { id, name, checked, version, bytes } = placement;
+        self.counts.loads += 1;
+        self.supersede(&name);
+        self.clock += 1;
+        let slot = Slot { name: name.clone(), version, bytes, users: 0, last_used: self.clock, superseded: false };
+        self.slots.insert(id, slot);
+        self.settled.insert(name, Settled::Resident { checked, id });
+        id
+    }
+
+    /// The device had no room; it is tried again once something was removed.
+    pub(crate) fn full(&mut self, placement: Placement, prepared: P) {
+        let Placement { name, checked, version, bytes, .. } = placement;
+        self.device_full = true;
+        self.work.insert(name, Work::Prepared { checked, version, bytes, prepared, wanted: true });
+    }
+
+    /// The decoder won't have it.
+    pub(crate) fn unfit(&mut self, placement: Placement, failure: AdapterFailure) {
+        self.fail(placement.name, placement.checked, Some(placement.version), failure);
+    }
+
+    /// Fails one that is prepared and finds no room, ever.
+    pub(crate) fn refuse(&mut self, name: &str, failure: AdapterFailure) {
+        if let Some((placement, _)) = self.begin(name) {
+            // What it doesn't fit beside may change though its files don't, so that it has to be read again.
+            self.fail(placement.name, placement.checked, None, failure);
+        }
+    }
+
+    /// No new sequence takes the version that is resident.
+    fn supersede(&mut self, name: &str) {
+        if let Some(Settled::Resident { id, .. }) = self.settled.remove(name)
+            && let Some(slot) = self.slots.get_mut(&id)
+        {
+            slot.superseded = true;
+            if slot.users == 0 {
+                self.remove(id);
+            }
+        }
+    }
+
+    /// A sequence begins to use an adapter. `hit`: it never had to wait for it.
+    pub(crate) fn acquire(&mut self, id: AdapterId, hit: bool) {
+        self.counts.hits += u64::from(hit);
+        self.clock += 1;
+        if let Some(slot) = self.slots.get_mut(&id) {
+            slot.users += 1;
+            slot.last_used = self.clock;
+        }
+    }
+
+    /// A sequence ends that used an adapter.
+    pub(crate) fn release(&mut self, id: AdapterId) {
+        self.clock += 1;
+        if let Some(slot) = self.slots.get_mut(&id) {
+            slot.users -= 1;
+            slot.last_used = self.clock;
+            if slot.users == 0 && slot.superseded {
+                self.remove(id);
+            }
+        }
+    }
+
+    pub(crate) fn metrics(&self) -> AdapterMetrics {
+        AdapterMetrics {
+            resident: self.slots.len(),
+            resident_bytes: self.resident_bytes(),
+            loading: self.work.len(),
+            ..self.counts
+        }
+    }
+
+    fn resident(&self, name: &str) -> Option<AdapterId> {
+        match self.settled.get(name) {
+            Some(Settled::Resident { id, .. }) => Some(*id),
+            _ => None,
+        }
+    }
+
+    fn resident_bytes(&self) -> u64 {
+        self.slots.values().fold(0, |sum, slot| sum.saturating_add(slot.bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests;

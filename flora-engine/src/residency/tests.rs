@@ -1,0 +1,1 @@
+//! The policy by itself: the disk and the device are the test.
