@@ -14,34 +14,32 @@ use crate::options::ServerOptions;
 /// Longer than any folder's name.
 const ADAPTER_NAME_BYTES: usize = 255;
 
-/// Text to tokens; the error is said to the client.
-type Encode = dyn Fn(&str) -> Result<Vec<u32>, String> + Send + Sync;
-/// A conversation to the text that the model goes on with; the error is said to the client.
-type Converse = dyn Fn(&[Message]) -> Result<String, String> + Send + Sync;
+/// What a client wrote to the tokens of a prompt; the error is said to the client.
+type Read<T> = dyn Fn(&T) -> Result<Vec<u32>, String> + Send + Sync;
 
 /// How a model reads text.
 pub struct Text {
-    encode: Box<Encode>,
-    chat: Box<Converse>,
+    plain: Box<Read<str>>,
+    chat: Box<Read<[Message]>>,
     stop_tokens: Vec<u32>,
 }
 
 impl Text {
-    /// `encode` turns text into tokens, `chat` a conversation into the text that the model goes on with; what either says in
-    /// its error is said to the client. `stop_tokens` end a text.
+    /// `plain` gives the prompt that is a text as it stands, `chat` the one that a conversation becomes; what either says in its
+    /// error is said to the client. `stop_tokens` end what the model says.
     pub fn new(
-        encode: impl Fn(&str) -> Result<Vec<u32>, String> + Send + Sync + 'static,
-        chat: impl Fn(&[Message]) -> Result<String, String> + Send + Sync + 'static,
+        plain: impl Fn(&str) -> Result<Vec<u32>, String> + Send + Sync + 'static,
+        chat: impl Fn(&[Message]) -> Result<Vec<u32>, String> + Send + Sync + 'static,
         stop_tokens: Vec<u32>,
     ) -> Self {
-        Self { encode: Box::new(encode), chat: Box::new(chat), stop_tokens }
+        Self { plain: Box::new(plain), chat: Box::new(chat), stop_tokens }
     }
 
-    pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
-        (self.encode)(text)
+    pub(crate) fn plain(&self, text: &str) -> Result<Vec<u32>, String> {
+        (self.plain)(text)
     }
 
-    pub(crate) fn chat(&self, messages: &[Message]) -> Result<String, String> {
+    pub(crate) fn chat(&self, messages: &[Message]) -> Result<Vec<u32>, String> {
         (self.chat)(messages)
     }
 

@@ -98,18 +98,17 @@ impl Asked {
     /// The tokens of each prompt, and how many to generate where the request says so.
     fn tokens(self, app: &App) -> Result<(Vec<Vec<u32>>, Option<u32>), ApiError> {
         let text = app.text();
-        let encode = |field, said: &str| text.encode(said).map_err(|error| ApiError::invalid(field, error));
         match self {
             Self::Completions(Completions { prompts, max_tokens }) => {
                 let prompts = prompts.into_iter().map(|prompt| match prompt {
-                    Prompt::Text(text) => encode("prompt", &text),
+                    Prompt::Text(said) => text.plain(&said).map_err(|error| ApiError::invalid("prompt", error)),
                     Prompt::Tokens(tokens) => Ok(tokens),
                 });
                 Ok((prompts.collect::<Result<_, _>>()?, Some(max_tokens)))
             }
             Self::Chat(Chat { messages, max_tokens }) => {
-                let said = text.chat(&messages).map_err(|error| ApiError::invalid("messages", error))?;
-                Ok((vec![encode("messages", &said)?], max_tokens))
+                let prompt = text.chat(&messages).map_err(|error| ApiError::invalid("messages", error))?;
+                Ok((vec![prompt], max_tokens))
             }
         }
     }

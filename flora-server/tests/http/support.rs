@@ -47,13 +47,15 @@ impl Service {
         let gate = Gate::default();
         let engine = Options { cache_tokens: 40 * CONTEXT as usize, ..engine };
         let engine = Engine::start(Parrot::new(gate.clone()), Names, Parrot::vocabulary(), engine).unwrap();
+        let tokens = |text: &str| text.bytes().map(u32::from).collect();
         let text = Text::new(
-            |text| Ok(text.bytes().map(u32::from).collect()),
-            |messages| {
+            move |text| Ok(tokens(text)),
+            move |messages| {
                 if messages.iter().any(|message| message.content == "unspeakable") {
                     return Err("that can't be said".to_owned());
                 }
-                Ok(messages.iter().map(|message| message.content.as_str()).collect::<Vec<_>>().join("|"))
+                let contents: Vec<_> = messages.iter().map(|message| message.content.as_str()).collect();
+                Ok(tokens(&contents.join("|")))
             },
             vec![END_TOKEN],
         );
