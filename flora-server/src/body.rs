@@ -1,5 +1,6 @@
 //! Reads the body of a request: within its limits of size, time and depth, or not at all.
 
+use axum::body::HttpBody;
 use axum::extract::Request;
 use axum::http::{HeaderMap, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -20,7 +21,12 @@ pub(crate) async fn object(request: Request, limits: &Limits) -> Result<Value, A
         return Err(ApiError::MediaType);
     }
     let limit = limits.body_bytes;
-    let body = Limited::new(request.into_body(), limit);
+    let body = request.into_body();
+    // One that says so beforehand isn't read at all.
+    if body.size_hint().lower() > limit as u64 {
+        return Err(ApiError::TooLarge { limit });
+    }
+    let body = Limited::new(body, limit);
     let bytes = match tokio::time::timeout(limits.body_timeout, body.collect()).await {
         Ok(Ok(collected)) => collected.to_bytes(),
         Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(ApiError::TooLarge { limit }),

@@ -1,7 +1,7 @@
 //! From a request's body to the engine, and from the engine's events to an answer.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::Request;
@@ -19,8 +19,11 @@ use crate::error::ApiError;
 use crate::parameters::{Delivery, Parameters};
 use crate::sse;
 
-/// Answers a request to `endpoint`. What goes wrong before the first text has a status of its own, in a stream too. Dropping
-/// the future, or the answer's body, cancels what runs.
+/// How long a stream's head waits for its first piece. An error before that has a status of its own; but proxies give up on a
+/// server that says nothing for long.
+const FIRST_PIECE: Duration = Duration::from_secs(10);
+
+/// Answers a request to `endpoint`. Dropping the future, or the answer's body, cancels what runs.
 pub(crate) async fn answer(app: Arc<App>, endpoint: Endpoint, request: Request) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let body = body::object(request, &app.options().limits).await?;
@@ -43,7 +46,10 @@ pub(crate) async fn answer(app: Arc<App>, endpoint: Endpoint, request: Request) 
             Ok(Json(answer.whole(&choices, generation.usage())).into_response())
         }
         Delivery::Stream { include_usage } => {
-            let first = generation.next().await.transpose()?;
+            let first = match tokio::time::timeout(FIRST_PIECE, generation.next()).await {
+                Ok(first) => first.transpose()?,
+                Err(_elapsed) => None,
+            };
             Ok(sse::response(answer, first, generation, include_usage))
         }
     }
