@@ -1,58 +1,17 @@
 //! What answers draw on: the engine, how its model reads text, the options and the numbers.
 
-use std::fmt;
 use std::sync::Arc;
 
 use flora_engine::Handle;
 
 use crate::answer::unix_seconds;
-use crate::chat::Message;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::options::ServerOptions;
+use crate::text::Text;
 
 /// Longer than any folder's name.
 const ADAPTER_NAME_BYTES: usize = 255;
-
-/// What a client wrote to the tokens of a prompt; the error is said to the client.
-type Read<T> = dyn Fn(&T) -> Result<Vec<u32>, String> + Send + Sync;
-
-/// How a model reads text.
-pub struct Text {
-    plain: Box<Read<str>>,
-    chat: Box<Read<[Message]>>,
-    stop_tokens: Vec<u32>,
-}
-
-impl Text {
-    /// `plain` gives the prompt that is a text as it stands, `chat` the one that a conversation becomes; what either says in its
-    /// error is said to the client. `stop_tokens` end what the model says.
-    pub fn new(
-        plain: impl Fn(&str) -> Result<Vec<u32>, String> + Send + Sync + 'static,
-        chat: impl Fn(&[Message]) -> Result<Vec<u32>, String> + Send + Sync + 'static,
-        stop_tokens: Vec<u32>,
-    ) -> Self {
-        Self { plain: Box::new(plain), chat: Box::new(chat), stop_tokens }
-    }
-
-    pub(crate) fn plain(&self, text: &str) -> Result<Vec<u32>, String> {
-        (self.plain)(text)
-    }
-
-    pub(crate) fn chat(&self, messages: &[Message]) -> Result<Vec<u32>, String> {
-        (self.chat)(messages)
-    }
-
-    pub(crate) fn stop_tokens(&self) -> &[u32] {
-        &self.stop_tokens
-    }
-}
-
-impl fmt::Debug for Text {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Text").field("stop_tokens", &self.stop_tokens).finish_non_exhaustive()
-    }
-}
 
 /// One model behind the API, with the adapters of its engine.
 #[derive(Debug)]
@@ -68,10 +27,10 @@ pub struct App {
 impl App {
     /// The base model is served under the name `model`, which goes before an adapter of the same name.
     #[must_use]
-    pub fn new(model: impl Into<String>, engine: Handle, text: Text, options: ServerOptions) -> Arc<Self> {
+    pub fn new(model: impl Into<String>, engine: Handle, text: impl Into<Text>, options: ServerOptions) -> Arc<Self> {
         let source = engine.clone();
         let metrics = Metrics::new(move || source.metrics());
-        Arc::new(Self { model: model.into(), engine, text, options, metrics, created: unix_seconds() })
+        Arc::new(Self { model: model.into(), engine, text: text.into(), options, metrics, created: unix_seconds() })
     }
 
     pub(crate) fn model(&self) -> &str {

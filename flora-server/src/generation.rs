@@ -107,7 +107,7 @@ impl Asked {
         match self {
             Self::Completions(Completions { prompts, max_tokens }) => {
                 let prompts = prompts.into_iter().map(|prompt| match prompt {
-                    Prompt::Text(said) => text.plain(&said).map_err(|error| ApiError::invalid("prompt", error)),
+                    Prompt::Text(said) => text.prompt(&said).map_err(|error| ApiError::invalid("prompt", error)),
                     Prompt::Tokens(tokens) => Ok(tokens),
                 });
                 Ok((prompts.collect::<Result<_, _>>()?, Some(max_tokens)))

@@ -15,9 +15,11 @@ mod parameters;
 mod router;
 mod serve;
 mod sse;
+mod text;
 
-pub use app::{App, Text};
+pub use app::App;
 pub use chat::{Message, Role};
 pub use options::{ApiKey, InvalidApiKey, Limits, ServerOptions};
 pub use router::router;
 pub use serve::{ServerError, serve};
+pub use text::Text;
