@@ -201,11 +201,14 @@ impl<P> Residency<P> {
     }
 
     /// Forgets what was prepared for requests that are gone: [`Self::standing`] was asked for all that wait since the last call.
-    pub(crate) fn drop_unwanted(&mut self) {
+    /// Whether there was any: others may be ordered in their stead.
+    pub(crate) fn drop_unwanted(&mut self) -> bool {
+        let before = self.work.len();
         self.work.retain(|_, work| match work {
             Work::Ordered { .. } => true,
             Work::Prepared { wanted, .. } => std::mem::take(wanted),
         });
+        self.work.len() < before
     }
 
     /// Takes what came of an order. One that wasn't given is ignored.
@@ -223,7 +226,7 @@ impl<P> Residency<P> {
                 None => {}
             },
             LoadOutcome::Prepared { version, prepared, bytes } => {
-                self.work.insert(name, Work::Prepared { checked: since, version, bytes, prepared, wanted: true });
+                self.work.insert(name, Work::Prepared { checked: since, version, bytes, prepared, wanted: false });
             }
             LoadOutcome::Failed { version, failure } => self.fail(name, since, version, failure),
         }
