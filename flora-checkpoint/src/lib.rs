@@ -14,7 +14,10 @@ pub mod tensor;
 pub mod tensors;
 
 pub use error::FileError;
-pub use model::{BaseWeight, Model, ModelError, Projection, StoredWeight};
+pub use model::{
+    BaseWeight, DecoderConfig, Gelu, GptBigCodeConfig, LlamaConfig, Model, ModelError, Parameter, Projection,
+    StoredWeight,
+};
 pub use peft::{AdapterError, AdapterFolder, AdapterKind, AdapterModule, Operand};
 pub use safetensors_file::SafetensorsProblem;
 pub use tensor::{Encoding, SharedBytes, StoredTensor, TensorProblem};

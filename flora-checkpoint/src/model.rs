@@ -1,12 +1,21 @@
 //! A model's linear projections, whatever file they come from, under the module paths that Hugging Face and PEFT use, so that
-//! an adapter finds its base weight by name.
+//! an adapter finds its base weight by name; and beside them what a decoder is made of.
 
+mod decoder;
 mod folder;
 mod llama;
+mod parameter;
+mod settings;
+
+pub use decoder::{DecoderConfig, Gelu, GptBigCodeConfig, LlamaConfig};
+pub use parameter::Parameter;
 
 use crate::error::FileError;
 use crate::gguf::Gguf;
 use crate::tensor::{Encoding, StoredTensor, TensorProblem, TensorTable, nearest, transpose};
+use parameter::Place;
+use settings::Settings;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use thiserror::Error;
@@ -72,6 +81,26 @@ pub enum ModelError {
         /// The most similar path there is.
         near: Option<String>,
     },
+    /// No parameter of that path.
+    #[error("the model {model} has no parameter `{parameter}`{}", near.as_ref().map(|near| format!("; did you mean `{near}`?")).unwrap_or_default())]
+    UnknownParameter {
+        /// The model's name.
+        model: String,
+        /// What was asked for.
+        parameter: String,
+        /// The most similar path there is.
+        near: Option<String>,
+    },
+    /// A model that is read, but has no decoder that could be run.
+    #[error(
+        "the model {model} has the architecture `{architecture}`, of which no decoder is known; supported: llama in GGUF files, LlamaForCausalLM and GPTBigCodeForCausalLM in `architectures` of config.json"
+    )]
+    UnsupportedDecoder {
+        /// The model's name.
+        model: String,
+        /// Its architecture, empty where no config says one.
+        architecture: String,
+    },
 }
 
 /// An opened model. The weights stay on disk until they are asked for.
@@ -80,6 +109,9 @@ pub struct Model {
     name: String,
     architecture: String,
     projections: Vec<Projection>,
+    /// The tensors of no projection, by Hugging Face's names.
+    parameters: BTreeMap<String, Place>,
+    settings: Arc<Settings>,
 }
 
 /// One linear layer of a model: y `[tokens, k]` = x `[tokens, d]` @ w0 `[d, k]` + bias `[k]`.
@@ -187,6 +219,27 @@ impl Model {
         })
     }
 
+    /// The paths of what is no projection's, sorted: embeddings, norms, the output matrix.
+    pub fn parameters(&self) -> impl Iterator<Item = &str> {
+        self.parameters.keys().map(String::as_str)
+    }
+
+    /// The tensor at `path`, such as `model.embed_tokens.weight`: the name that Hugging Face's model gives it.
+    ///
+    /// # Errors
+    /// There is none, or its element type can't be read.
+    pub fn parameter(&self, path: &str) -> Result<Parameter, ModelError> {
+        self.parameters.get(path).map_or_else(|| Err(self.unknown_parameter(path)), Parameter::new)
+    }
+
+    fn unknown_parameter(&self, path: &str) -> ModelError {
+        ModelError::UnknownParameter {
+            model: self.name.clone(),
+            parameter: path.to_string(),
+            near: nearest(path, self.parameters.keys()),
+        }
+    }
+
     /// W0 `[d, k]` and bias of the projection at `path`, dequantised; NaN and infinities are errors.
     pub fn weight(&self, path: &str) -> Result<BaseWeight, ModelError> {
         let projection = self.projection(path)?;
@@ -256,19 +309,14 @@ impl Projection {
     }
 }
 
-/// The model, its projections in the order of [`Model::projections`].
-fn assemble(
-    name: String,
-    architecture: String,
-    mut projections: Vec<Projection>,
-    path: &Path,
-) -> Result<Model, ModelError> {
-    if projections.is_empty() {
+/// A model of what its files hold, the projections put into the order of [`Model::projections`].
+fn assemble(mut model: Model, path: &Path) -> Result<Model, ModelError> {
+    if model.projections.is_empty() {
         let reason = "it has no linear layer (a matrix named `*.weight` that is no embedding)".to_string();
         return Err(ModelError::NotAModel { path: path.to_owned(), reason });
     }
-    projections.sort_by(|left, right| by_number(&left.path).cmp(by_number(&right.path)));
-    Ok(Model { name, architecture, projections })
+    model.projections.sort_by(|left, right| by_number(&left.path).cmp(by_number(&right.path)));
+    Ok(model)
 }
 
 /// The components of a module path, numbers compared as numbers: layer 2 before layer 10.

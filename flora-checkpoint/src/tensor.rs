@@ -61,6 +61,14 @@ pub enum TensorProblem {
         /// The shape that is needed, in words.
         expected: String,
     },
+    /// A row beyond the end of a matrix.
+    #[error("has {rows} rows, of which {row} is none")]
+    NoSuchRow {
+        /// The row that was asked for, counted from 0.
+        row: usize,
+        /// The rows there are.
+        rows: usize,
+    },
     /// A value is NaN or infinite.
     #[error(
         "holds {value} at element {index} (row-major); weights must be finite, so the file is damaged or its training diverged"
@@ -119,10 +127,24 @@ impl StoredTensor {
     /// [`to_f32`](Self::to_f32), refusing NaN and infinities.
     pub fn to_finite_f32(&self) -> Result<Vec<f32>, TensorProblem> {
         let values = self.to_f32();
-        match values.iter().position(|value| !value.is_finite()) {
-            None => Ok(values),
-            Some(index) => Err(TensorProblem::NotFinite { index, value: values[index].to_string() }),
+        finite(&values, 0)?;
+        Ok(values)
+    }
+
+    /// The rows `rows` of a matrix, dequantised, one after another; NaN and infinities in them are refused.
+    pub fn rows_f32(&self, rows: &[usize]) -> Result<Vec<f32>, TensorProblem> {
+        let (count, columns) = self.matrix_shape()?;
+        let row_bytes = self.encoding.byte_count(&[columns])?;
+        let mut values = Vec::with_capacity(rows.len().saturating_mul(columns));
+        for &row in rows {
+            let outside = || TensorProblem::NoSuchRow { row, rows: count };
+            let start = row.checked_mul(row_bytes).filter(|_| row < count).ok_or_else(outside)?;
+            let bytes = self.bytes().get(start..start + row_bytes).ok_or_else(outside)?;
+            let first = values.len();
+            values.extend(dequantise::to_f32(self.encoding, bytes));
+            finite(&values[first..], row.saturating_mul(columns))?;
         }
+        Ok(values)
     }
 
     /// The two extents of a matrix.
@@ -156,10 +178,18 @@ impl StoredTensor {
     }
 }
 
+/// Refuses NaN and infinities; `first` is the position in its tensor of the first of `values`.
+fn finite(values: &[f32], first: usize) -> Result<(), TensorProblem> {
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(TensorProblem::NotFinite { index: first + index, value: values[index].to_string() }),
+    }
+}
+
 /// `[rows, columns]` row-major → `[columns, rows]` row-major, in blocks that fit the first-level cache.
 ///
 /// `values` holds rows·columns numbers; a longer or shorter slice leaves the rest of the result 0.
-pub(crate) fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+pub fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     const BLOCK: usize = 32;
     let mut transposed = vec![0.0; values.len()];
     for row_block in (0..rows).step_by(BLOCK) {

@@ -1,8 +1,10 @@
 //! A layer's buffers and a schedule, queued on a cubecl device: what is asked for, and why it is refused; `run` has the steps.
 //! Generic over the runtime, so that CUDA, wgpu and the offline targets go through the same code.
 
+mod copy;
 mod run;
 
+pub use copy::copy;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 

@@ -4,17 +4,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, AdapterModule, BaseWeight, Model, Operand};
-use flora_codegen::pipeline::{CompiledLayer, compile_verified};
-use flora_ir::algebra::{AdaptedLinear, FoldError, FoldedAdapter, NormalizeError};
-use flora_ir::{Bindings, EvaluateError, Value, builtin};
+mod fold;
+
+use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, BaseWeight, Model, ModelError};
+use flora_codegen::pipeline::CompiledLayer;
+use flora_ir::Bindings;
+use flora_ir::algebra::{FoldError, FoldedAdapter, NormalizeError};
 use rayon::prelude::*;
+
+use fold::FoldTarget;
+pub use fold::Layers;
 
 /// The adapters that batches may name, each whole in host memory (f32).
 #[derive(Clone, Debug)]
 pub struct AdapterStore {
     adapters: BTreeMap<String, AdapterFolder>,
-    layers: BTreeMap<&'static str, CompiledLayer>,
+    layers: Layers,
 }
 
 /// An adapter of one projection, folded for its base weight.
@@ -94,6 +99,14 @@ pub enum StoreError {
         /// The module.
         module: String,
     },
+    /// The model's own weight, which an adapter is folded with, can't be read.
+    #[error("the adapter `{adapter}` is folded with a base weight that can't be read: {source}")]
+    Base {
+        /// The adapter.
+        adapter: String,
+        /// Why.
+        source: Box<ModelError>,
+    },
     /// Tensors that don't fold.
     #[error("the adapter `{adapter}` can't be folded for `{module}`: {source}")]
     Fold {
@@ -142,13 +155,7 @@ impl AdapterStore {
                 return Err(StoreError::Duplicate(first.name));
             }
         }
-        let mut layers = BTreeMap::new();
-        for name in builtin::names() {
-            let Some(written) = builtin::builtin(name) else { continue };
-            let failed = |source| StoreError::Layer { layer: name.to_owned(), source };
-            layers.insert(name, compile_verified(written.clone()).map_err(failed)?);
-        }
-        Ok(Self { adapters, layers })
+        Ok(Self { adapters, layers: Layers::compile()? })
     }
 
     /// The adapters' names, sorted.
@@ -194,20 +201,12 @@ impl AdapterStore {
     /// # Errors
     /// The first adapter, by name, that doesn't.
     pub fn check_against(&self, model: &Model) -> Result<(), StoreError> {
-        for (name, adapter) in &self.adapters {
-            let failed = |source: AdapterError| StoreError::Adapter { name: name.clone(), source: source.into() };
-            adapter.check_against(model).map_err(failed)?;
-            for (path, module) in &adapter.modules {
-                let has_bias = model.projection(path).map_err(|error| failed(error.into()))?.has_bias;
-                refuse_scaled_bias(name, path, module, has_bias)?;
-            }
-        }
-        Ok(())
+        self.adapters.values().try_for_each(|adapter| fold::check_against(adapter, model))
     }
 
     /// The layer of base rows: x @ w0.
     pub fn base_layer(&self) -> Option<&CompiledLayer> {
-        self.layers.get("linear")
+        self.layers.base()
     }
 
     /// Every adapter for the projection at `module`, folded in parallel; `None` for one that leaves it alone.
@@ -220,83 +219,25 @@ impl AdapterStore {
         base: &BaseWeight,
     ) -> Result<BTreeMap<&str, Option<LoadedAdapter<'_>>>, StoreError> {
         // In f64 it takes twice the weight's memory, so that it is made only where some adapter reads it.
-        let reads_base = |adapter: &AdapterFolder| {
-            let layer = adapter.modules.get(module).and_then(|module| self.layers.get(module.layer));
-            layer.is_some_and(|layer| layer.linear.reads_base_weight())
-        };
-        let base_weight = self.adapters.values().any(reads_base).then(|| {
-            let values = base.values.iter().map(|value| f64::from(*value)).collect();
-            Value::matrix(base.d, base.k, values)
-        });
+        let adapted =
+            |adapter: &AdapterFolder| adapter.modules.get(module).is_some_and(|own| self.layers.read_base(own));
+        let base_weight = self.adapters.values().any(adapted).then(|| fold::base_value(base));
         let outcomes: Vec<_> = self
             .adapters
             .par_iter()
             .map(|(name, adapter)| {
                 let Some(adapted) = adapter.modules.get(module) else { return Ok((name.as_str(), None)) };
-                let loaded = self.fold_one(name, module, adapted, base, base_weight.as_ref())?;
+                let target =
+                    FoldTarget { adapter: name, path: module, d: base.d, k: base.k, has_bias: base.bias.is_some() };
+                let loaded = self.layers.fold(&target, adapted, || match &base_weight {
+                    Some(base_weight) => base_weight.clone().map_err(|error| target.failed(error.into())),
+                    None => fold::base_value(base).map_err(|error| target.failed(error.into())),
+                })?;
                 Ok((name.as_str(), Some(loaded)))
             })
             .collect();
         outcomes.into_iter().collect()
     }
-
-    fn fold_one(
-        &self,
-        name: &str,
-        path: &str,
-        module: &AdapterModule,
-        base: &BaseWeight,
-        base_weight: Option<&Result<Value, EvaluateError>>,
-    ) -> Result<LoadedAdapter<'_>, StoreError> {
-        refuse_scaled_bias(name, path, module, base.bias.is_some())?;
-        let failed = |source: FoldError| {
-            let (adapter, module) = (name.to_owned(), path.to_owned());
-            StoreError::Fold { adapter, module, source: source.into() }
-        };
-        let Some(layer) = self.layers.get(module.layer) else {
-            let (adapter, module, layer) = (name.to_owned(), path.to_owned(), module.layer);
-            return Err(StoreError::UnknownLayer { adapter, module, layer });
-        };
-        let operands = bindings(&module.operands).map_err(|error| failed(error.into()))?;
-        let folded = match base_weight {
-            Some(base_weight) if layer.linear.reads_base_weight() => {
-                let base_weight = base_weight.clone().map_err(|error| failed(error.into()))?;
-                let mut all = operands.clone();
-                all.insert(base_weight_name(&layer.linear), base_weight);
-                layer.linear.fold(&all)
-            }
-            _ => layer.linear.fold(&operands),
-        };
-        let folded = folded.map_err(failed)?;
-        folded.check(base.d, base.k).map_err(failed)?;
-        Ok(LoadedAdapter { layer, operands, folded })
-    }
-}
-
-fn refuse_scaled_bias(adapter: &str, path: &str, module: &AdapterModule, has_bias: bool) -> Result<(), StoreError> {
-    match module.layer {
-        "ia3" if has_bias => Err(StoreError::ScaledBias { adapter: adapter.to_owned(), module: path.to_owned() }),
-        _ => Ok(()),
-    }
-}
-
-/// The operands as values of the IR.
-fn bindings(operands: &BTreeMap<&'static str, Operand>) -> Result<Bindings, EvaluateError> {
-    let mut bindings = Bindings::new();
-    for (name, operand) in operands {
-        let mut values = operand.values.iter().map(|value| f64::from(*value));
-        let value = match operand.shape[..] {
-            [] => Value::scalar(values.next().unwrap_or(f64::NAN)),
-            [rows, columns] => Value::matrix(rows, columns, values.collect())?,
-            _ => Value::vector(values.collect()),
-        };
-        bindings.insert(*name, value);
-    }
-    Ok(bindings)
-}
-
-fn base_weight_name(linear: &AdaptedLinear) -> String {
-    linear.layer.layer().operands[linear.base_weight].name.clone()
 }
 
 /// The first few of `names`.
@@ -314,6 +255,8 @@ fn shortened<'a>(names: impl Iterator<Item = &'a str>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use flora_checkpoint::{AdapterModule, Operand};
+
     use super::*;
 
     fn module(layer: &'static str, rank: usize, operands: &[(&'static str, &[usize], &[f32])]) -> AdapterModule {

@@ -6,11 +6,14 @@ pub mod device;
 pub mod measure;
 pub mod oracle;
 pub mod planner;
+mod pool;
 pub mod projection;
 pub mod tune;
+pub mod weights;
 
-pub use adapters::{AdapterStore, LoadedAdapter, StoreError};
+pub use adapters::{AdapterStore, Layers, LoadedAdapter, StoreError};
 pub use batch::{Batch, BatchError, BatchSegment};
-pub use device::{Buffer, Device, DeviceError, DeviceInfo, WeightBuffer};
+pub use device::{Buffer, Device, DeviceError, DeviceInfo, Place, WeightBuffer};
 pub use planner::Planner;
 pub use projection::{Projection, ProjectionError, ProjectionOptions};
+pub use weights::{BaseError, BaseForm};

@@ -2,6 +2,7 @@
 //! launches.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use flora_codegen::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
 use flora_codegen::cost::{LayerPrices, PricedLayer};
@@ -13,18 +14,28 @@ use flora_ir::Activation;
 use flora_ir::algebra::FoldedAdapter;
 
 use crate::batch::{Batch, BatchError};
-use crate::device::{Buffer, Device, DeviceError, LayerOperands, PoolBuffer};
+use crate::device::{Buffer, Device, DeviceError, LayerOperands};
+use crate::pool::Pool;
 
 /// A frozen weight with its adapters, on a device.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Projection {
     device: Device,
     operands: LayerOperands,
-    /// The base at 0.
+    /// The base at 0, and in the places that no adapter has.
     adapters: Vec<AdapterSlots>,
+    /// What the adapters hold of the pools.
+    places: Vec<Option<Places>>,
     names: HashMap<String, u32>,
-    in_vectors: Vec<f32>,
-    out_vectors: Vec<f32>,
+    in_pool: Pool,
+    out_pool: Pool,
+}
+
+/// The vectors of one adapter.
+#[derive(Clone, Debug)]
+struct Places {
+    in_slots: Range<u32>,
+    out_slots: Range<u32>,
 }
 
 /// What a projection has beside its weight.
@@ -80,6 +91,19 @@ pub enum ProjectionError {
     /// A name that is taken.
     #[error("an adapter `{0}` is loaded already; give this one another name")]
     DuplicateAdapter(String),
+    /// A position in the table of adapters that is taken, or the base's.
+    #[error("the position {0} in the table of adapters is taken; remove the adapter there first")]
+    TakenPosition(u32),
+    /// No room for an adapter's vectors.
+    #[error(
+        "an adapter of {in_vectors} and {out_vectors} vectors doesn't fit into what is free of the pools; remove others or reserve more"
+    )]
+    PoolFull {
+        /// In-vectors that it has.
+        in_vectors: u32,
+        /// Out-vectors that it has.
+        out_vectors: u32,
+    },
     /// The batch doesn't fit the adapters or the input.
     #[error(transparent)]
     Batch(#[from] BatchError),
@@ -129,13 +153,15 @@ impl Projection {
             let (what, expected) = ("the bias".to_owned(), k as usize);
             return Err(ProjectionError::WrongSize { what, d, k, expected, found: bias.len() });
         }
+        let (in_pool, in_buffer) = Pool::new(device, d, adapters)?;
+        let (out_pool, out_buffer) = Pool::new(device, k, adapters)?;
         let operands = LayerOperands {
             shape,
             format: LayerFormat { activations, adapters, weight: weight.format(), fragments },
             base_weight: device.upload_weight(weight)?,
             bias: bias.map(|bias| device.upload(bias)).transpose()?,
-            in_pool: upload_pool(device, &[], d, adapters)?,
-            out_pool: upload_pool(device, &[], k, adapters)?,
+            in_pool: in_buffer,
+            out_pool: out_buffer,
             epilogue: Epilogue { bias: bias.is_some(), activation, residual },
             merged: None,
         };
@@ -143,9 +169,10 @@ impl Projection {
             device: device.clone(),
             operands,
             adapters: vec![AdapterSlots::base()],
+            places: vec![None],
             names: HashMap::new(),
-            in_vectors: Vec::new(),
-            out_vectors: Vec::new(),
+            in_pool,
+            out_pool,
         })
     }
 
@@ -161,8 +188,8 @@ impl Projection {
         Ok(())
     }
 
-    /// Loads adapters, folded for this weight. An adapter that leaves this projection alone is loaded as `None`: its rows are
-    /// base rows here. Nothing changes when one of them can't be loaded.
+    /// Loads adapters under names, folded for this weight, and makes the pools larger for them. An adapter that leaves this
+    /// projection alone is loaded as `None`: its rows are base rows here. Nothing changes when one of them can't be loaded.
     ///
     /// # Errors
     /// A vector of the wrong length, a name that is taken.
@@ -170,60 +197,148 @@ impl Projection {
         &mut self,
         adapters: impl IntoIterator<Item = (&'a str, Option<&'a FoldedAdapter>)>,
     ) -> Result<(), ProjectionError> {
-        let mut next = self.clone();
+        let mut vectors = Vec::new();
         for (name, adapter) in adapters {
-            let position = match adapter {
-                Some(adapter) => next.place(name, adapter)?,
-                None => 0,
-            };
-            if next.names.insert(name.to_owned(), position).is_some() {
+            let is_new = vectors.iter().all(|(other, _)| *other != name);
+            if self.names.contains_key(name) || !is_new {
                 return Err(ProjectionError::DuplicateAdapter(name.to_owned()));
             }
+            let wrong = |error| match error {
+                ProjectionError::WrongSize { what, d, k, expected, found } => {
+                    let what = format!("{what} of adapter `{name}`");
+                    ProjectionError::WrongSize { what, d, k, expected, found }
+                }
+                other => other,
+            };
+            vectors.push((name, adapter.map(|adapter| self.vectors(adapter)).transpose().map_err(wrong)?));
         }
-        let LayerShape { d, k } = next.operands.shape;
-        let adapters = next.operands.format.adapters;
-        next.operands.in_pool = upload_pool(&next.device, &next.in_vectors, d, adapters)?;
-        next.operands.out_pool = upload_pool(&next.device, &next.out_vectors, k, adapters)?;
-        *self = next;
+        let needed = |count: fn(&AdapterVectors) -> u32| {
+            vectors.iter().filter_map(|(_, adapter)| adapter.as_ref()).map(count).sum::<u32>()
+        };
+        let (in_slots, out_slots) = (needed(AdapterVectors::in_count), needed(AdapterVectors::out_count));
+        self.reserve(self.in_pool.used() + in_slots, self.out_pool.used() + out_slots)?;
+        for (name, adapter) in vectors {
+            let position = match adapter {
+                Some(adapter) => {
+                    let position = self.places.len() as u32;
+                    match self.put(position, &adapter) {
+                        // What is free lies in pieces: more at the end doesn't.
+                        Err(ProjectionError::PoolFull { in_vectors, out_vectors }) => {
+                            let (in_slots, out_slots) = self.slots();
+                            self.reserve(in_slots + in_vectors, out_slots + out_vectors)?;
+                            self.put(position, &adapter)?;
+                        }
+                        other => other?,
+                    }
+                    position
+                }
+                None => 0,
+            };
+            self.names.insert(name.to_owned(), position);
+        }
         Ok(())
     }
 
-    /// Appends an adapter's vectors to the pools.
-    fn place(&mut self, name: &str, adapter: &FoldedAdapter) -> Result<u32, ProjectionError> {
+    /// Makes room for so many vectors in all, in-vectors `[d]` and out-vectors `[k]`: what [`Self::place`] fills.
+    ///
+    /// # Errors
+    /// More than the device takes in one buffer.
+    pub fn reserve(&mut self, in_slots: u32, out_slots: u32) -> Result<(), ProjectionError> {
+        self.in_pool.grow(&self.device, &mut self.operands.in_pool, in_slots)?;
+        Ok(self.out_pool.grow(&self.device, &mut self.operands.out_pool, out_slots)?)
+    }
+
+    /// Vectors that there is room for in all: in-vectors and out-vectors.
+    pub fn slots(&self) -> (u32, u32) {
+        (self.operands.in_pool.slots, self.operands.out_pool.slots)
+    }
+
+    /// Puts an adapter at a position of the table, for segments that name positions; batches that are queued already aren't
+    /// disturbed. Only the adapter's own vectors are written.
+    ///
+    /// # Errors
+    /// A position that is taken, a vector of the wrong length, and [`ProjectionError::PoolFull`], where nothing has changed.
+    pub fn place(&mut self, position: u32, adapter: &FoldedAdapter) -> Result<(), ProjectionError> {
+        let vectors = self.vectors(adapter)?;
+        self.put(position, &vectors)
+    }
+
+    /// Frees a position of the table and its place in the pools: its rows are base rows from now on. Nothing where it is free.
+    pub fn remove(&mut self, position: u32) {
+        let Some(places) = self.places.get_mut(position as usize).and_then(Option::take) else { return };
+        self.in_pool.give_back(places.in_slots);
+        self.out_pool.give_back(places.out_slots);
+        self.adapters[position as usize] = AdapterSlots::base();
+        if self.operands.merged.as_ref().is_some_and(|(merged, _)| *merged == position) {
+            self.operands.merged = None;
+        }
+    }
+
+    fn put(&mut self, position: u32, adapter: &AdapterVectors) -> Result<(), ProjectionError> {
+        let at = position as usize;
+        if at == 0 || self.places.get(at).is_some_and(Option::is_some) {
+            return Err(ProjectionError::TakenPosition(position));
+        }
+        let (in_vectors, out_vectors) = (adapter.in_count(), adapter.out_count());
+        let full = ProjectionError::PoolFull { in_vectors, out_vectors };
+        let Some(in_slots) = self.in_pool.take(in_vectors) else { return Err(full) };
+        let Some(out_slots) = self.out_pool.take(out_vectors) else {
+            self.in_pool.give_back(in_slots);
+            return Err(full);
+        };
+        let LayerShape { d, k } = self.operands.shape;
+        self.device.write(&mut self.operands.in_pool, in_slots.start, d, &adapter.in_vectors)?;
+        self.device.write(&mut self.operands.out_pool, out_slots.start, k, &adapter.out_vectors)?;
+        if self.places.len() <= at {
+            self.places.resize(at + 1, None);
+            self.adapters.resize(at + 1, AdapterSlots::base());
+        }
+        self.adapters[at] = adapter.slots(in_slots.start, out_slots.start);
+        self.places[at] = Some(Places { in_slots, out_slots });
+        Ok(())
+    }
+
+    /// The adapter's vectors one after the other, and where each is.
+    fn vectors(&self, adapter: &FoldedAdapter) -> Result<AdapterVectors, ProjectionError> {
         let LayerShape { d, k } = self.operands.shape;
         let append = |pool: &mut Vec<f32>, what: &str, vector: &[f32], width: u32| {
             if vector.len() != width as usize {
-                let what = format!("the {what} of adapter `{name}`");
+                let what = format!("the {what}");
                 return Err(ProjectionError::WrongSize { what, d, k, expected: width as usize, found: vector.len() });
             }
             pool.extend_from_slice(vector);
             Ok((pool.len() / width as usize - 1) as u32)
         };
+        let (mut in_vectors, mut out_vectors) = (Vec::new(), Vec::new());
         let mut virtual_rows = Vec::with_capacity(adapter.virtual_rows.len());
         for row in &adapter.virtual_rows {
-            let in_scale = row.in_scale.as_ref().map(|scale| append(&mut self.in_vectors, "in-scale", scale, d));
-            let out_scale = row.out_scale.as_ref().map(|scale| append(&mut self.out_vectors, "out-scale", scale, k));
+            let in_scale = row.in_scale.as_ref().map(|scale| append(&mut in_vectors, "in-scale", scale, d));
+            let out_scale = row.out_scale.as_ref().map(|scale| append(&mut out_vectors, "out-scale", scale, k));
             virtual_rows.push(VirtualRowSlots { in_scale: in_scale.transpose()?, out_scale: out_scale.transpose()? });
         }
         if virtual_rows.is_empty() {
             // An additive part alone: the product with the base weight counts for nothing, but the rows have to be written.
-            let out_scale = append(&mut self.out_vectors, "out-scale", &vec![0.0; k as usize], k)?;
+            let out_scale = append(&mut out_vectors, "out-scale", &vec![0.0; k as usize], k)?;
             virtual_rows.push(VirtualRowSlots { in_scale: None, out_scale: Some(out_scale) });
         }
-        let shrink = (self.in_vectors.len() / d as usize) as u32;
-        let expand = (self.out_vectors.len() / k as usize) as u32;
+        let shrink = (in_vectors.len() / d as usize) as u32;
+        let expand = (out_vectors.len() / k as usize) as u32;
         for pair in &adapter.low_rank {
-            append(&mut self.in_vectors, "shrink vector", &pair.shrink, d)?;
-            append(&mut self.out_vectors, "expand vector", &pair.expand, k)?;
+            append(&mut in_vectors, "shrink vector", &pair.shrink, d)?;
+            append(&mut out_vectors, "expand vector", &pair.expand, k)?;
         }
         let low_rank = LowRankSlots { shrink, expand, rank: adapter.low_rank.len() as u32 };
-        self.adapters.push(AdapterSlots { virtual_rows, low_rank });
-        Ok((self.adapters.len() - 1) as u32)
+        Ok(AdapterVectors { shape: self.operands.shape, in_vectors, out_vectors, virtual_rows, low_rank })
     }
 
     /// Extents.
     pub fn shape(&self) -> LayerShape {
         self.operands.shape
+    }
+
+    /// The device that it is on.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// What its prices depend on.
@@ -351,10 +466,36 @@ impl Projection {
     }
 }
 
-/// A pool has at least one vector, because no device has buffers of no bytes.
-fn upload_pool(device: &Device, vectors: &[f32], width: u32, element: Element) -> Result<PoolBuffer, DeviceError> {
-    let slots = (vectors.len() / width as usize).max(1) as u32;
-    let none = vec![0.0; width as usize];
-    let buffer = device.upload_as(if vectors.is_empty() { &none } else { vectors }, element)?;
-    Ok(PoolBuffer { buffer, slots })
+/// An adapter as the pools hold it; positions count from the first of its own vectors.
+struct AdapterVectors {
+    shape: LayerShape,
+    /// `[in_count, d]`
+    in_vectors: Vec<f32>,
+    /// `[out_count, k]`
+    out_vectors: Vec<f32>,
+    virtual_rows: Vec<VirtualRowSlots>,
+    low_rank: LowRankSlots,
+}
+
+impl AdapterVectors {
+    fn in_count(&self) -> u32 {
+        (self.in_vectors.len() / self.shape.d as usize) as u32
+    }
+
+    fn out_count(&self) -> u32 {
+        (self.out_vectors.len() / self.shape.k as usize) as u32
+    }
+
+    /// With the first vectors at these slots.
+    fn slots(&self, in_slot: u32, out_slot: u32) -> AdapterSlots {
+        let moved = |row: &VirtualRowSlots| VirtualRowSlots {
+            in_scale: row.in_scale.map(|slot| slot + in_slot),
+            out_scale: row.out_scale.map(|slot| slot + out_slot),
+        };
+        let LowRankSlots { shrink, expand, rank } = self.low_rank;
+        AdapterSlots {
+            virtual_rows: self.virtual_rows.iter().map(moved).collect(),
+            low_rank: LowRankSlots { shrink: shrink + in_slot, expand: expand + out_slot, rank },
+        }
+    }
 }

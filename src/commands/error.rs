@@ -7,10 +7,9 @@ use flora::codegen::cost::CoefficientsError;
 use flora::codegen::plan::PlanError;
 use flora::codegen::schedule::ScheduleError;
 use flora::codegen::target::{EmitError, UnknownTarget};
-use flora::codegen::weight::WeightError;
 use flora::prelude::WeightFormat;
 use flora::runtime::oracle::OracleError;
-use flora::runtime::{BatchError, DeviceError, ProjectionError, StoreError};
+use flora::runtime::{BaseError, BatchError, DeviceError, ProjectionError, StoreError};
 use miette::Diagnostic;
 
 use super::bench::PeerError;
@@ -77,9 +76,9 @@ pub(crate) enum CommandError {
     #[error("the adapters adapt `{module}`, which {model} doesn't have")]
     #[diagnostic(help("use adapters of this model, or choose modules that it has with --targets"))]
     UnknownModule { module: String, model: String },
-    #[error("the base weight of `{module}` of {model} can't be kept as it is stored: {source}")]
-    #[diagnostic(help("--base f32 dequantises it"))]
-    Weight { model: String, module: String, source: WeightError },
+    #[error("{model}: {source}")]
+    #[diagnostic(help("--base f32 dequantises a weight that can't be kept as it is stored"))]
+    Base { model: String, source: BaseError },
     #[error("can't write the output: {0}")]
     Output(std::io::Error),
     #[error("{wrong} of {layers} layers differ from the f64 oracle by more than rounding; the worst is `{worst}`")]
@@ -124,7 +123,7 @@ below!(
     ScheduleError,
     StoreError,
     UnknownTarget,
-    WeightError,
+    BaseError,
     flora_toolchain::CompileError,
     flora_toolchain::FetchError,
 );

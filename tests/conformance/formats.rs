@@ -125,17 +125,16 @@ fn a_merged_adapter_equals_the_oracle() {
         for kind in kinds() {
             let adapters = vec![Adapter { name: "own".to_owned(), kind, rank: 5 }];
             let case = Case { adapters, segments: vec![(0, 3), (0, 20)], ..case(format, 64, 40) };
-            let loaded = case.load(device());
-            let mut projection = loaded.projection.clone();
-            let refused = projection.forward_with_residual(
+            let mut loaded = case.load(device());
+            let refused = loaded.projection.forward_with_residual(
                 &loaded.case.batch(),
                 &Plan::MERGED,
                 &loaded.x,
                 loaded.residual.as_deref(),
             );
             assert!(refused.is_err(), "{kind}: nothing is merged yet");
-            projection.merge("own").expect("it is loaded");
-            let deviation = loaded.deviation(&loaded.run_of(&projection, &Plan::MERGED));
+            loaded.projection.merge("own").expect("it is loaded");
+            let deviation = loaded.deviation(&loaded.run(&Plan::MERGED));
             assert!(deviation.is_rounding(), "{format} {kind}: {deviation:?}");
         }
     }

@@ -1,6 +1,7 @@
 //! Safetensors models: a folder as `save_pretrained` writes it, or one file.
 
-use super::{Layout, Model, ModelError, Projection, Source, assemble, stem};
+use super::settings::{Settings, configuration};
+use super::{Layout, Model, ModelError, Place, Projection, Source, assemble, stem};
 use crate::error::FileError;
 use crate::json::Json;
 use crate::safetensors_file;
@@ -34,7 +35,8 @@ pub(super) fn open(folder: &Path) -> Result<Model, ModelError> {
 
 pub(super) fn open_file(path: &Path) -> Result<Model, ModelError> {
     let config_path = path.with_file_name(CONFIG);
-    let config = if config_path.is_file() { Configuration::read(&config_path)? } else { Configuration::default() };
+    let config =
+        if config_path.is_file() { Configuration::read(&config_path)? } else { Configuration::none(&config_path) };
     model(stem(path), config, vec![safetensors_file::map(path)?], path)
 }
 
@@ -42,32 +44,35 @@ fn folder_name(folder: &Path) -> String {
     folder.file_name().map_or_else(|| "model".to_string(), |name| name.to_string_lossy().into_owned())
 }
 
-/// What is needed of `config.json`.
-#[derive(Default)]
+/// `config.json`, and what of it every model needs.
 struct Configuration {
     architecture: String,
     model_type: String,
+    settings: Settings,
 }
 
 impl Configuration {
+    /// Of a safetensors file that has none beside it, at `path`.
+    fn none(path: &Path) -> Self {
+        let settings = Settings::Config { path: path.to_owned(), json: Json::Null };
+        Self { architecture: String::new(), model_type: String::new(), settings }
+    }
+
     fn read(path: &Path) -> Result<Self, ModelError> {
         let config = read_json(path)?;
         let quantisation = config.get("quantization_config").filter(|value| !value.is_falsy());
         if let Some(value) = quantisation {
             let problem =
                 format!("is {value}: such weights can't be read; save the model as F32, F16 or BF16, or as GGUF");
-            return Err(ModelError::Configuration {
-                path: path.to_owned(),
-                key: "quantization_config".into(),
-                problem,
-            });
+            return Err(configuration(path, "quantization_config", problem));
         }
         let model_type = config.get("model_type").and_then(Json::as_str).unwrap_or_default().to_string();
         let architecture = match config.get("architectures") {
             Some(Json::Array(names)) => names.first().and_then(Json::as_str),
             _ => None,
         };
-        Ok(Self { architecture: architecture.unwrap_or(&model_type).to_string(), model_type })
+        let architecture = architecture.unwrap_or(&model_type).to_string();
+        Ok(Self { architecture, model_type, settings: Settings::Config { path: path.to_owned(), json: config } })
     }
 }
 
@@ -80,14 +85,12 @@ fn indexed_shards(folder: &Path) -> Result<Vec<TensorTable>, ModelError> {
     let path = folder.join(INDEX);
     let index = read_json(&path)?;
     let Some(Json::Object(map)) = index.get("weight_map") else {
-        let problem = "is missing or no object".to_string();
-        return Err(ModelError::Configuration { path, key: "weight_map".into(), problem });
+        return Err(configuration(&path, "weight_map", "is missing or no object"));
     };
     let mut tensors_of: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for (tensor, shard) in map {
         let Some(shard) = shard.as_str() else {
-            let problem = "does not name a file".to_string();
-            return Err(ModelError::Configuration { path, key: format!("weight_map.{tensor}"), problem });
+            return Err(configuration(&path, &format!("weight_map.{tensor}"), "does not name a file"));
         };
         tensors_of.entry(shard).or_default().push(tensor);
     }
@@ -123,6 +126,7 @@ fn all_shards(folder: &Path) -> Result<Vec<TensorTable>, ModelError> {
 fn model(name: String, config: Configuration, tables: Vec<TensorTable>, path: &Path) -> Result<Model, ModelError> {
     let mut owners: BTreeMap<String, PathBuf> = BTreeMap::new();
     let mut projections = Vec::new();
+    let mut parameters = BTreeMap::new();
     for table in tables.into_iter().map(Arc::new) {
         for tensor in table.entries().keys() {
             if let Some(first) = owners.insert(tensor.clone(), table.path().to_owned()) {
@@ -131,6 +135,7 @@ fn model(name: String, config: Configuration, tables: Vec<TensorTable>, path: &P
             }
         }
         for (tensor, entry) in table.entries() {
+            parameters.insert(tensor.clone(), Place { table: table.clone(), name: tensor.clone() });
             let Some(module) = tensor.strip_suffix(".weight") else { continue };
             if entry.shape().len() == 2 && is_projection(module) {
                 let bias = format!("{module}.bias");
@@ -145,7 +150,12 @@ fn model(name: String, config: Configuration, tables: Vec<TensorTable>, path: &P
         }
     }
     biases_are_beside_their_weights(&projections, &owners)?;
-    assemble(name, config.architecture, projections, path)
+    for source in projections.iter().map(|projection: &Projection| &projection.source) {
+        parameters.remove(&source.weight);
+        source.bias.as_ref().map(|bias| parameters.remove(bias));
+    }
+    let Configuration { architecture, settings, .. } = config;
+    assemble(Model { name, architecture, projections, parameters, settings: Arc::new(settings) }, path)
 }
 
 /// Refuses a bias that lies in another shard than its weight, which would otherwise be left out.
@@ -161,11 +171,10 @@ fn biases_are_beside_their_weights(
         .collect();
     match lost.first() {
         None => Ok(()),
-        Some(bias) => Err(ModelError::Configuration {
-            path: owners[bias].clone(),
-            key: bias.clone(),
-            problem: "is in another shard than its weight; save the model again with larger shards".to_string(),
-        }),
+        Some(bias) => {
+            let problem = "is in another shard than its weight; save the model again with larger shards";
+            Err(configuration(&owners[bias], bias, problem))
+        }
     }
 }
 

@@ -4,8 +4,10 @@
 //! converter therefore interleaves the two halves of every head's rows in the query and key weights. PEFT adapters are trained
 //! on Hugging Face's order, so the interleaving is undone here.
 
-use super::{Layout, Model, ModelError, Projection, Source, assemble, stem};
+use super::settings::Settings;
+use super::{Layout, Model, ModelError, Place, Projection, Source, assemble, stem};
 use crate::gguf::{Gguf, MetadataValue};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// The value of `general.architecture` that is understood.
@@ -30,6 +32,17 @@ const PROJECTIONS: [(&str, &str, Heads); 7] = [
     ("ffn_down", "mlp.down_proj", Heads::None),
 ];
 
+/// GGUF's name and Hugging Face's of what is there once.
+const PARAMETERS: [(&str, &str); 3] = [
+    ("token_embd.weight", "model.embed_tokens.weight"),
+    ("output_norm.weight", "model.norm.weight"),
+    ("output.weight", "lm_head.weight"),
+];
+
+/// GGUF's name in `blk.N.*` and the path in `model.layers.N.*`.
+const BLOCK_PARAMETERS: [(&str, &str); 2] =
+    [("attn_norm.weight", "input_layernorm.weight"), ("ffn_norm.weight", "post_attention_layernorm.weight")];
+
 /// The row of the file that holds Hugging Face's row `row`, heads having `head` rows.
 pub(super) fn interleaved_row(row: usize, head: usize) -> usize {
     let (first, within) = (row / head * head, row % head);
@@ -45,15 +58,23 @@ pub(super) fn open(gguf: Gguf) -> Result<Model, ModelError> {
         return Err(ModelError::UnsupportedArchitecture { path, found: architecture });
     }
     let name = text("general.name").map_or_else(|| stem(&path), str::to_string);
-    let blocks = number(&gguf, "llama.block_count")?;
-    let query_heads = number(&gguf, "llama.attention.head_count")?;
-    let key_heads = match gguf.metadata().contains_key("llama.attention.head_count_kv") {
-        true => number(&gguf, "llama.attention.head_count_kv")?,
-        false => query_heads,
-    };
     let table = Arc::new(gguf.tensors().clone());
+    let settings = Settings::Gguf(gguf);
+    let blocks = settings.count("llama.block_count")?;
+    let query_heads = settings.count("llama.attention.head_count")?;
+    let key_heads = settings.optional_count("llama.attention.head_count_kv")?.unwrap_or(query_heads);
     let mut projections = Vec::new();
+    let mut parameters = BTreeMap::new();
+    let mut parameter = |stored: String, path: String| {
+        if table.entries().contains_key(&stored) {
+            parameters.insert(path, Place { table: table.clone(), name: stored });
+        }
+    };
+    PARAMETERS.iter().for_each(|(stored, path)| parameter(stored.to_string(), path.to_string()));
     for block in 0..blocks {
+        for (stored, path) in BLOCK_PARAMETERS {
+            parameter(format!("blk.{block}.{stored}"), format!("model.layers.{block}.{path}"));
+        }
         for (stored, module, heads) in PROJECTIONS {
             let bias = format!("blk.{block}.{stored}.bias");
             let source = Source {
@@ -69,18 +90,7 @@ pub(super) fn open(gguf: Gguf) -> Result<Model, ModelError> {
             projections.push(Projection::new(format!("model.layers.{block}.{module}"), source)?);
         }
     }
-    assemble(name, architecture, projections, &path)
-}
-
-fn number(gguf: &Gguf, key: &str) -> Result<usize, ModelError> {
-    let fail = |problem: &str| {
-        let problem = problem.to_string();
-        ModelError::Configuration { path: gguf.path(), key: key.to_string(), problem }
-    };
-    let value = gguf.metadata().get(key).ok_or_else(|| fail("is missing from the metadata"))?;
-    // A list would give every layer its own number of heads, which no model of this architecture has.
-    let number = value.as_u64().ok_or_else(|| fail("is not a whole number"))?;
-    u32::try_from(number).map(|number| number as usize).map_err(|_| fail("is too large"))
+    assemble(Model { name, architecture, projections, parameters, settings: Arc::new(settings) }, &path)
 }
 
 #[cfg(test)]

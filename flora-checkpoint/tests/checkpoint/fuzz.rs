@@ -2,10 +2,12 @@
 //!
 //! `FLORA_FUZZ_CASES` sets the cases per property (64 where it is not set); the seed is fixed.
 
+use crate::decoder;
 use crate::gguf_writer::File;
+use crate::model::{BIGCODE, safetensors_file};
 use crate::peft::{LORA, folder};
 use flora_checkpoint::gguf::{Gguf, MetadataValue};
-use flora_checkpoint::{AdapterFolder, Matrix, Model, read_matrices, write_matrices};
+use flora_checkpoint::{AdapterFolder, DecoderConfig, Matrix, Model, read_matrices, write_matrices};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use std::path::Path;
@@ -119,6 +121,24 @@ fn read_model(path: &Path) {
             assert!(weight.values.iter().all(|value| value.is_finite()));
         }
     }
+    for path in model.parameters() {
+        let Ok(parameter) = model.parameter(path) else { continue };
+        if let Ok(values) = parameter.to_f32() {
+            assert_eq!(values.len(), parameter.shape().iter().product::<usize>());
+        }
+        let rows = [0, 1, usize::MAX / 2];
+        for count in 0..=rows.len() {
+            if let Ok(values) = parameter.rows_f32(&rows[..count]) {
+                assert_eq!(values.len(), count * parameter.shape()[1]);
+                assert!(values.iter().all(|value| value.is_finite()));
+            }
+        }
+    }
+    match model.decoder() {
+        Ok(DecoderConfig::Llama(config)) => assert!(config.layers * 7 <= model.projections().len()),
+        Ok(DecoderConfig::GptBigCode(config)) => assert!(config.layers * 4 <= model.projections().len()),
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
 }
 
 fn read_adapter(folder: &Path) {
@@ -185,6 +205,21 @@ proptest! {
     #[test]
     fn mutated_safetensors(changes in changes()) {
         read_file("x.safetensors", &changed(&safetensors(), &changes));
+    }
+
+    #[test]
+    fn mutated_decoders(config in changes(), tensors in changes(), which in 1u8..4) {
+        for (text, tensor_file) in [
+            (decoder::LLAMA_CONFIG, safetensors_file(&decoder::llama_tensors())),
+            (decoder::BIGCODE_CONFIG, safetensors_file(&BIGCODE[..BIGCODE.len() - 1])),
+        ] {
+            let config = if which & 1 == 0 { text.into() } else { changed(text.as_bytes(), &config) };
+            let file = if which & 2 == 0 { tensor_file } else { changed(&tensor_file, &tensors) };
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            std::fs::write(folder.path().join("config.json"), config).expect("writing a config");
+            std::fs::write(folder.path().join("model.safetensors"), file).expect("writing a model");
+            soon(|| read_model(folder.path()));
+        }
     }
 
     #[test]

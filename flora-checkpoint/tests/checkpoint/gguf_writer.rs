@@ -27,6 +27,10 @@ impl Value {
         Value(4, value.to_le_bytes().to_vec())
     }
 
+    pub(crate) fn f32(value: f32) -> Self {
+        Value(6, value.to_le_bytes().to_vec())
+    }
+
     pub(crate) fn string(text: &str) -> Self {
         Value(8, string(text))
     }
@@ -56,7 +60,8 @@ pub(crate) struct File {
 }
 
 impl File {
-    /// A model of the `llama` architecture: `blocks` blocks of odd sizes, every weight distinct.
+    /// A decoder of the `llama` architecture: `blocks` blocks of odd sizes, every weight of a projection distinct, three tokens,
+    /// no output matrix of its own.
     pub(crate) fn llama(blocks: u32, query_heads: u64, key_heads: u64, head: u64, d: u64, hidden: u64) -> Self {
         let mut metadata = vec![
             ("general.architecture".into(), Value::string("llama")),
@@ -66,6 +71,16 @@ impl File {
             ("llama.attention.head_count_kv".into(), Value::u32(key_heads as u32)),
         ];
         metadata.push(("tokenizer.ggml.tokens".into(), Value::strings(&["a", "bc", ""])));
+        metadata.extend([
+            ("llama.attention.key_length".into(), Value::u32(head as u32)),
+            ("llama.rope.dimension_count".into(), Value::u32(head as u32)),
+            ("llama.embedding_length".into(), Value::u32(d as u32)),
+            ("llama.feed_forward_length".into(), Value::u32(hidden as u32)),
+            ("llama.context_length".into(), Value::u32(64)),
+            ("llama.vocab_size".into(), Value::u32(3)),
+            ("llama.rope.freq_base".into(), Value::f32(100_000.0)),
+            ("llama.attention.layer_norm_rms_epsilon".into(), Value::f32(1e-5)),
+        ]);
         let mut tensors = vec![];
         for block in 0..blocks {
             let shapes = [
@@ -82,7 +97,13 @@ impl File {
                 let values: Vec<f32> = (0..rows * columns).map(|i| start + i as f32).collect();
                 tensors.push(Tensor::f32(&format!("blk.{block}.{name}.weight"), &[rows, columns], &values));
             }
+            for norm in ["attn_norm", "ffn_norm"] {
+                tensors.push(Tensor::f32(&format!("blk.{block}.{norm}.weight"), &[d], &vec![0.75; d as usize]));
+            }
         }
+        let embedding: Vec<f32> = (0..3 * d).map(|i| i as f32 - 0.5).collect();
+        tensors.push(Tensor::f32("token_embd.weight", &[3, d], &embedding));
+        tensors.push(Tensor::f32("output_norm.weight", &[d], &vec![1.25; d as usize]));
         File { version: 3, metadata, tensors }
     }
 

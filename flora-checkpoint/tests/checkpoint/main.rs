@@ -1,6 +1,7 @@
 //! Files through the public interface: what is read is right, and what is wrong is refused.
 
 mod blocks;
+mod decoder;
 mod fuzz;
 mod gguf;
 mod gguf_writer;

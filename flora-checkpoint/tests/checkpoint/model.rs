@@ -6,7 +6,7 @@ use flora_checkpoint::{FileError, Model, ModelError, TensorProblem};
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::Path;
 
-fn open_gguf(gguf: &File) -> Result<Model, ModelError> {
+pub(crate) fn open_gguf(gguf: &File) -> Result<Model, ModelError> {
     let (_folder, path) = file("tiny.gguf", &gguf.bytes().0);
     Model::open(&path)
 }
@@ -66,12 +66,17 @@ fn mistakes_in_a_gguf_model_are_named() {
     let error = open_gguf(&gguf).expect_err("another architecture").to_string();
     assert!(error.contains("`mamba`") && error.contains("supported: llama"), "{error}");
 
-    for (heads, expected) in [(Value::u32(0), "0 heads"), (Value::u32(5), "5 heads"), (Value::u32(4), "4 heads")] {
+    for (heads, expected) in [(Value::u32(5), "5 heads"), (Value::u32(4), "4 heads")] {
         let mut gguf = File::llama(2, 2, 1, 6, 5, 3);
         gguf.metadata[3].1 = heads;
         let error = open_gguf(&gguf).expect_err("heads that don't divide").to_string();
         assert!(error.contains(expected) && error.contains("blk.0.attn_q.weight"), "{error}");
     }
+
+    let mut gguf = File::llama(2, 2, 1, 6, 5, 3);
+    gguf.metadata[3].1 = Value::u32(0);
+    let error = open_gguf(&gguf).expect_err("no heads").to_string();
+    assert!(error.contains("`llama.attention.head_count` is 0"), "{error}");
 
     let mut gguf = File::llama(2, 2, 1, 6, 5, 3);
     gguf.metadata[2].1 = Value::u32(u32::MAX);
@@ -99,7 +104,7 @@ fn f32s(values: impl IntoIterator<Item = f32>) -> Vec<u8> {
 }
 
 /// A safetensors file of F32 tensors that count up from 0.
-fn safetensors_file(tensors: &[(&str, &[usize])]) -> Vec<u8> {
+pub(crate) fn safetensors_file(tensors: &[(&str, &[usize])]) -> Vec<u8> {
     let bytes: Vec<Vec<u8>> =
         tensors.iter().map(|(_, shape)| f32s((0..shape.iter().product()).map(|i| i as f32))).collect();
     let views = tensors.iter().zip(&bytes).map(|((name, shape), bytes)| {
@@ -108,19 +113,28 @@ fn safetensors_file(tensors: &[(&str, &[usize])]) -> Vec<u8> {
     safetensors::serialize(views, None).expect("serialisable tensors")
 }
 
-const BIGCODE: &[(&str, &[usize])] = &[
+/// A GPTBigCode decoder of one block: d = 4, two heads, 7 between the feed-forward projections.
+pub(crate) const BIGCODE: &[(&str, &[usize])] = &[
     ("transformer.wte.weight", &[11, 4]),
     ("transformer.wpe.weight", &[9, 4]),
     ("transformer.h.0.ln_1.weight", &[4]),
-    ("transformer.h.0.attn.c_attn.weight", &[6, 4]),
-    ("transformer.h.0.attn.c_attn.bias", &[6]),
+    ("transformer.h.0.ln_1.bias", &[4]),
+    ("transformer.h.0.attn.c_attn.weight", &[8, 4]),
+    ("transformer.h.0.attn.c_attn.bias", &[8]),
     ("transformer.h.0.attn.c_proj.weight", &[4, 4]),
+    ("transformer.h.0.attn.c_proj.bias", &[4]),
+    ("transformer.h.0.ln_2.weight", &[4]),
+    ("transformer.h.0.ln_2.bias", &[4]),
     ("transformer.h.0.mlp.c_fc.weight", &[7, 4]),
+    ("transformer.h.0.mlp.c_fc.bias", &[7]),
     ("transformer.h.0.mlp.c_proj.weight", &[4, 7]),
+    ("transformer.h.0.mlp.c_proj.bias", &[4]),
+    ("transformer.ln_f.weight", &[4]),
+    ("transformer.ln_f.bias", &[4]),
     ("lm_head.weight", &[11, 4]),
 ];
 
-fn folder(config: &str, files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
+pub(crate) fn folder(config: &str, files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a temporary folder");
     std::fs::write(folder.path().join("config.json"), config).expect("writing a config");
     for (name, bytes) in files {
@@ -146,9 +160,9 @@ fn a_safetensors_folder_lists_its_linear_layers() {
         ]
     );
     let weight = model.weight("transformer.h.0.attn.c_attn").expect("a weight");
-    assert_eq!((weight.d, weight.k), (4, 6));
-    assert_eq!(weight.values[6 + 2], 9.0, "row 2, column 1 of [6, 4]");
-    assert_eq!(weight.bias.expect("a bias").len(), 6);
+    assert_eq!((weight.d, weight.k), (4, 8));
+    assert_eq!(weight.values[8 + 2], 9.0, "row 2, column 1 of [8, 4]");
+    assert_eq!(weight.bias.expect("a bias").len(), 8);
 }
 
 #[test]

@@ -77,6 +77,21 @@ pub(crate) fn add_rows<X: Float, Y: Float, N: Size>(
     }
 }
 
+/// destination\[first + i\] = source\[i\] for the first `count`.
+#[cube(launch_unchecked)]
+pub(crate) fn copy_numbers<X: Float>(
+    source: &Array<X>,
+    destination: &mut Array<X>,
+    first: u32,
+    count: u32,
+    #[define(X)] _type: StorageType,
+) {
+    let at = ABSOLUTE_POS as u32;
+    if at < count {
+        destination[(first + at) as usize] = source[at as usize];
+    }
+}
+
 /// The epilogue in place. y `[t, k]`.
 #[cube(launch_unchecked)]
 pub(crate) fn finish_rows<Y: Float, N: Size>(

@@ -59,9 +59,9 @@ struct Operands<'a> {
 }
 
 /// Units of an elementwise cube.
-const ELEMENTWISE_UNITS: u32 = 256;
+pub(super) const ELEMENTWISE_UNITS: u32 = 256;
 /// The axis limit of WebGPU; CUDA's y and z are the same.
-const AXIS_LIMIT: u32 = 65_535;
+pub(super) const AXIS_LIMIT: u32 = 65_535;
 
 impl<'a, R: Runtime> Run<'a, R> {
     pub(super) fn new(
@@ -541,7 +541,7 @@ fn word() -> StorageType {
     ElemType::UInt(UIntKind::U32).into()
 }
 
-fn array<R: Runtime>(handle: &Handle, elements: usize) -> ArrayArg<R> {
+pub(super) fn array<R: Runtime>(handle: &Handle, elements: usize) -> ArrayArg<R> {
     // SAFETY: the number of elements is what this module allocated, or what the caller of `launch` vouches for.
     unsafe { ArrayArg::from_raw_parts(handle.clone(), elements) }
 }

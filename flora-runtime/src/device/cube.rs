@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 use cubecl::profile::TimingMethod;
 use cubecl::server::Handle;
 use flora_codegen::blueprints::{Blueprints, Tile};
-use flora_codegen::launch::{LayerBuffers, Merged, Pool, launch, merge};
+use flora_codegen::launch::{LayerBuffers, Merged, Pool, copy, launch, merge};
 use flora_codegen::layer::{Element, LayerFormat, WeightFormat};
 use flora_codegen::routine::{Hardware, table};
 use flora_codegen::schedule::{Materialised, Schedule};
@@ -93,6 +93,22 @@ impl<R: Runtime> Backend for CubeBackend<R> {
                 self.bytes(bytemuck::cast_slice(&rounded))
             }
         })
+    }
+
+    fn resized(&self, storage: &Storage, elements: usize, element: Element) -> Result<Storage, DeviceError> {
+        let old = handle(storage)?;
+        let kept = (old.size_in_used() / element.bytes()).min(elements as u64) as usize;
+        let bytes = (elements as u64 * element.bytes()).max(1).next_multiple_of(4);
+        let larger = self.client.empty(bytes as usize);
+        // SAFETY: both buffers hold `kept` numbers.
+        unsafe { copy(&self.client, element, old, &larger, 0, kept) }?;
+        Ok(Storage::Device(larger))
+    }
+
+    fn write(&self, storage: &mut Storage, first: usize, values: &[f32], element: Element) -> Result<(), DeviceError> {
+        let source = self.upload(values, element);
+        // SAFETY: `Device::write` has checked that the buffer holds the numbers.
+        Ok(unsafe { copy(&self.client, element, handle(&source)?, handle(storage)?, first, values.len()) }?)
     }
 
     fn upload_weight(&self, weight: &PackedWeight) -> WeightStorage {

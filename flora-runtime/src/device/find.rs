@@ -15,17 +15,12 @@ use flora_codegen::schedule::schedule;
 use flora_codegen::weight::PackedWeight;
 
 use super::cube::CubeBackend;
-use super::{BackendKind, Device, DeviceError, DeviceInfo, LayerOperands, PoolBuffer};
-
-enum Kind {
-    Cuda(CudaDevice),
-    Wgpu(WgpuDevice),
-}
+use super::{BackendKind, Device, DeviceError, DeviceInfo, LayerOperands, Place, PoolBuffer};
 
 /// A device that may be started.
 pub(super) struct Found {
     pub(super) info: DeviceInfo,
-    kind: Kind,
+    place: Place,
 }
 
 /// All devices but the host, best first.
@@ -35,10 +30,32 @@ pub(super) fn all() -> Vec<Found> {
 
 impl Found {
     pub(super) fn start(self) -> Result<Device, DeviceError> {
-        match self.kind {
-            Kind::Cuda(device) => start::<CudaRuntime>(self.info, &device),
-            Kind::Wgpu(device) => start::<WgpuRuntime>(self.info, &device),
+        match &self.place {
+            Place::Host => Ok(Device::host()),
+            Place::Cuda(device) => start::<CudaRuntime>(self.info, device, self.place.clone()),
+            Place::Wgpu(device) => start::<WgpuRuntime>(self.info, device, self.place.clone()),
         }
+    }
+
+    /// The one that cubecl calls `device`; where the driver's list hasn't it (the default device, which is a client of its own),
+    /// it is named after the runtime.
+    fn of_cuda(device: &CudaDevice) -> Self {
+        let same = |found: &Found| matches!(&found.place, Place::Cuda(other) if other == device);
+        cuda().into_iter().find(same).unwrap_or_else(|| {
+            let info =
+                unstarted(format!("cuda:{}", device.index), "CUDA".to_owned(), BackendKind::Cuda, String::new(), false);
+            Found { info, place: Place::Cuda(device.clone()) }
+        })
+    }
+
+    fn of_wgpu(device: &WgpuDevice) -> Self {
+        let same = |found: &Found| matches!(&found.place, Place::Wgpu(other) if other == device);
+        wgpu().into_iter().find(same).unwrap_or_else(|| {
+            let software = matches!(device, WgpuDevice::Cpu);
+            let info =
+                unstarted("wgpu:default".to_owned(), format!("{device:?}"), BackendKind::Wgpu, String::new(), software);
+            Found { info, place: Place::Wgpu(device.clone()) }
+        })
     }
 
     /// The info with the features, for which the device has to be started; without them when it doesn't start.
@@ -48,7 +65,25 @@ impl Found {
     }
 }
 
-fn start<R: Runtime>(info: DeviceInfo, device: &R::Device) -> Result<Device, DeviceError> {
+impl Device {
+    /// The device on the client that cubecl, and what is built on it, uses for `device`: buffers are shared.
+    ///
+    /// # Errors
+    /// It doesn't start.
+    pub fn on_cuda(device: &CudaDevice) -> Result<Self, DeviceError> {
+        Found::of_cuda(device).start()
+    }
+
+    /// As [`Self::on_cuda`], of wgpu's.
+    ///
+    /// # Errors
+    /// It doesn't start.
+    pub fn on_wgpu(device: &WgpuDevice) -> Result<Self, DeviceError> {
+        Found::of_wgpu(device).start()
+    }
+}
+
+fn start<R: Runtime>(info: DeviceInfo, device: &R::Device, place: Place) -> Result<Device, DeviceError> {
     let client = catch_unwind(AssertUnwindSafe(|| R::client(device))).map_err(|panic| {
         let words = panic.downcast_ref::<String>().map(String::as_str);
         let reason =
@@ -56,7 +91,7 @@ fn start<R: Runtime>(info: DeviceInfo, device: &R::Device) -> Result<Device, Dev
         DeviceError::Start { id: info.id.clone(), reason }
     })?;
     let info = with_features(info, &client);
-    let device = Device { info: Arc::new(info), backend: Arc::new(CubeBackend::new(client)) };
+    let device = Device { info: Arc::new(info), backend: Arc::new(CubeBackend::new(client)), place };
     try_out(&device).map_err(|reason| DeviceError::Start { id: device.info.id.clone(), reason })?;
     Ok(device)
 }
@@ -144,7 +179,7 @@ fn cuda() -> Vec<Found> {
         .filter_map(|index| {
             let (name, driver) = catch_unwind(|| describe_cuda(index)).ok()?.ok()?;
             let info = unstarted(format!("cuda:{index}"), name, BackendKind::Cuda, driver, false);
-            Some(Found { info, kind: Kind::Cuda(CudaDevice::new(index)) })
+            Some(Found { info, place: Place::Cuda(CudaDevice::new(index)) })
         })
         .collect()
 }
@@ -205,7 +240,7 @@ fn wgpu() -> Vec<Found> {
                 format!("{} {}", adapter.driver, adapter.driver_info).trim().to_owned(),
                 adapter.device_type == wgpu::DeviceType::Cpu,
             ),
-            kind: Kind::Wgpu(device),
+            place: Place::Wgpu(device),
         })
         .collect()
 }

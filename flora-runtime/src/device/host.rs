@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use cubecl::bytes::Bytes;
 use flora_codegen::blueprints::{Blueprints, Tile};
 use flora_codegen::layer::{Element, LayerFormat, WeightFormat};
 use flora_codegen::schedule::{Materialised, Schedule};
@@ -15,38 +16,61 @@ use super::{
     Backend, BackendKind, DeviceError, DeviceInfo, LayerOperands, Queueing, Storage, WeightBuffer, WeightStorage,
 };
 
-/// Numbers in the host's memory.
-#[derive(Debug)]
-pub(super) enum Numbers {
+/// Numbers that are being made.
+enum Fresh {
     F32(Vec<f32>),
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
 }
 
-impl Numbers {
+impl Fresh {
     fn zeros(count: usize, element: Element) -> Self {
         match element {
-            Element::F32 => Numbers::F32(vec![0.0; count]),
-            Element::F16 => Numbers::F16(vec![f16::ZERO; count]),
-            Element::Bf16 => Numbers::Bf16(vec![bf16::ZERO; count]),
+            Element::F32 => Self::F32(vec![0.0; count]),
+            Element::F16 => Self::F16(vec![f16::ZERO; count]),
+            Element::Bf16 => Self::Bf16(vec![bf16::ZERO; count]),
         }
     }
 
-    fn values(&self) -> Values<'_> {
-        match self {
-            Numbers::F32(values) => Values::F32(values),
-            Numbers::F16(values) => Values::F16(values),
-            Numbers::Bf16(values) => Values::Bf16(values),
+    fn rounded(values: &[f32], element: Element) -> Self {
+        let mut fresh = Self::zeros(values.len(), element);
+        match &mut fresh {
+            Self::F32(stored) => stored.copy_from_slice(values),
+            Self::F16(stored) => stored.convert_from_f32_slice(values),
+            Self::Bf16(stored) => stored.convert_from_f32_slice(values),
         }
+        fresh
     }
 
     fn values_mut(&mut self) -> ValuesMut<'_> {
         match self {
-            Numbers::F32(values) => ValuesMut::F32(values),
-            Numbers::F16(values) => ValuesMut::F16(values),
-            Numbers::Bf16(values) => ValuesMut::Bf16(values),
+            Self::F32(values) => ValuesMut::F32(values),
+            Self::F16(values) => ValuesMut::F16(values),
+            Self::Bf16(values) => ValuesMut::Bf16(values),
         }
     }
+
+    fn storage(self) -> Storage {
+        Storage::Host(Arc::new(match self {
+            Self::F32(values) => Bytes::from_elems(values),
+            Self::F16(values) => Bytes::from_elems(values),
+            Self::Bf16(values) => Bytes::from_elems(values),
+        }))
+    }
+}
+
+/// The numbers in a host's buffer.
+pub(super) fn values(storage: &Storage, element: Element) -> Result<Values<'_>, DeviceError> {
+    let Storage::Host(bytes) = storage else { return Err(foreign()) };
+    fn cast<T: bytemuck::AnyBitPattern>(bytes: &[u8]) -> Result<&[T], DeviceError> {
+        let failed = |error| DeviceError::Execution(format!("a buffer's bytes can't be read as numbers: {error}"));
+        bytemuck::try_cast_slice(bytes).map_err(failed)
+    }
+    Ok(match element {
+        Element::F32 => Values::F32(cast(bytes)?),
+        Element::F16 => Values::F16(cast(bytes)?),
+        Element::Bf16 => Values::Bf16(cast(bytes)?),
+    })
 }
 
 pub(super) struct HostBackend {
@@ -84,13 +108,6 @@ fn foreign() -> DeviceError {
     DeviceError::Execution("a device's memory was passed to the host".to_owned())
 }
 
-fn numbers(storage: &Storage) -> Result<&Numbers, DeviceError> {
-    match storage {
-        Storage::Host(numbers) => Ok(numbers),
-        Storage::Device(_) => Err(foreign()),
-    }
-}
-
 fn weight(weight: &WeightBuffer) -> Result<&PackedWeight, DeviceError> {
     match &weight.storage {
         WeightStorage::Host(weight) => Ok(weight),
@@ -99,15 +116,16 @@ fn weight(weight: &WeightBuffer) -> Result<&PackedWeight, DeviceError> {
 }
 
 fn operands(layer: &LayerOperands) -> Result<Operands<'_>, DeviceError> {
-    let bias = match layer.bias.as_ref().map(|bias| numbers(&bias.storage)).transpose()? {
-        Some(Numbers::F32(bias)) => Some(&bias[..]),
+    let bias = match layer.bias.as_ref().map(|bias| values(&bias.storage, Element::F32)).transpose()? {
+        Some(Values::F32(bias)) => Some(bias),
         _ => None,
     };
+    let adapters = layer.format.adapters;
     Ok(Operands {
         weight: weight(&layer.base_weight)?,
         bias,
-        in_pool: numbers(&layer.in_pool.buffer.storage)?.values(),
-        out_pool: numbers(&layer.out_pool.buffer.storage)?.values(),
+        in_pool: values(&layer.in_pool.buffer.storage, adapters)?,
+        out_pool: values(&layer.out_pool.buffer.storage, adapters)?,
         epilogue: layer.epilogue,
         merged: layer.merged.as_ref().map(|(_, merged)| weight(merged)).transpose()?,
     })
@@ -115,24 +133,43 @@ fn operands(layer: &LayerOperands) -> Result<Operands<'_>, DeviceError> {
 
 impl Backend for HostBackend {
     fn upload(&self, values: &[f32], element: Element) -> Storage {
-        let mut stored = Numbers::zeros(values.len(), element);
-        match &mut stored {
-            Numbers::F32(stored) => stored.copy_from_slice(values),
-            Numbers::F16(stored) => stored.convert_from_f32_slice(values),
-            Numbers::Bf16(stored) => stored.convert_from_f32_slice(values),
+        Fresh::rounded(values, element).storage()
+    }
+
+    fn resized(&self, storage: &Storage, elements: usize, element: Element) -> Result<Storage, DeviceError> {
+        let Storage::Host(old) = storage else { return Err(foreign()) };
+        let mut bytes = vec![0u8; elements * element.bytes() as usize];
+        let kept = old.len().min(bytes.len());
+        bytes[..kept].copy_from_slice(&old[..kept]);
+        Ok(Storage::Host(Arc::new(Bytes::from_bytes_vec(bytes))))
+    }
+
+    fn write(&self, storage: &mut Storage, first: usize, values: &[f32], element: Element) -> Result<(), DeviceError> {
+        let Storage::Host(source) = Fresh::rounded(values, element).storage() else { return Err(foreign()) };
+        let Storage::Host(shared) = storage else { return Err(foreign()) };
+        // Whoever else holds the buffer keeps the numbers that it had.
+        if Arc::get_mut(shared).is_none() {
+            *shared = Arc::new(Bytes::from_bytes_vec(shared.to_vec()));
         }
-        Storage::Host(Arc::new(stored))
+        let own = Arc::get_mut(shared).ok_or_else(foreign)?;
+        let first = first * element.bytes() as usize;
+        let end = first + source.len();
+        let Some(place) = own.get_mut(first..end) else {
+            return Err(DeviceError::WrongSize { what: "a pool", expected: end, found: own.len() });
+        };
+        place.copy_from_slice(&source);
+        Ok(())
     }
 
     fn upload_weight(&self, weight: &PackedWeight) -> WeightStorage {
         WeightStorage::Host(Arc::new(weight.clone()))
     }
 
-    fn read(&self, storage: &Storage, _elements: usize, _element: Element) -> Result<Vec<f32>, DeviceError> {
-        Ok(match numbers(storage)? {
-            Numbers::F32(values) => values.clone(),
-            Numbers::F16(values) => values.to_f32_vec(),
-            Numbers::Bf16(values) => values.to_f32_vec(),
+    fn read(&self, storage: &Storage, _elements: usize, element: Element) -> Result<Vec<f32>, DeviceError> {
+        Ok(match values(storage, element)? {
+            Values::F32(values) => values.to_vec(),
+            Values::F16(values) => values.to_f32_vec(),
+            Values::Bf16(values) => values.to_f32_vec(),
         })
     }
 
@@ -143,11 +180,11 @@ impl Backend for HostBackend {
         x: &Storage,
         residual: Option<&Storage>,
     ) -> Result<Storage, DeviceError> {
-        let count = schedule.tokens() as usize * layer.shape.k as usize;
-        let mut y = Numbers::zeros(count, layer.format.activations);
-        let residual = residual.map(numbers).transpose()?.map(Numbers::values);
-        self.engine.execute(&operands(layer)?, schedule, numbers(x)?.values(), y.values_mut(), residual)?;
-        Ok(Storage::Host(Arc::new(y)))
+        let activations = layer.format.activations;
+        let mut y = Fresh::zeros(schedule.tokens() as usize * layer.shape.k as usize, activations);
+        let residual = residual.map(|residual| values(residual, activations)).transpose()?;
+        self.engine.execute(&operands(layer)?, schedule, values(x, activations)?, y.values_mut(), residual)?;
+        Ok(y.storage())
     }
 
     fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<(WeightStorage, WeightFormat), DeviceError> {

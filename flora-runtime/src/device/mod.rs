@@ -6,7 +6,10 @@ mod host;
 
 use std::sync::Arc;
 
+use cubecl::bytes::Bytes;
+use cubecl::cuda::CudaDevice;
 use cubecl::server::Handle;
+use cubecl::wgpu::WgpuDevice;
 use flora_codegen::blueprints::{Blueprints, Tile};
 use flora_codegen::launch::{self, LaunchError};
 use flora_codegen::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
@@ -27,7 +30,7 @@ pub struct Buffer {
 /// Where the numbers are; which of the two is the backend's own affair.
 #[derive(Clone, Debug)]
 enum Storage {
-    Host(Arc<host::Numbers>),
+    Host(Arc<Bytes>),
     Device(Handle),
 }
 
@@ -60,6 +63,22 @@ impl Buffer {
     /// Their type.
     pub fn element(&self) -> Element {
         self.element
+    }
+
+    /// The numbers of a host's buffer.
+    pub fn bytes(&self) -> Option<&Arc<Bytes>> {
+        match &self.storage {
+            Storage::Host(bytes) => Some(bytes),
+            Storage::Device(_) => None,
+        }
+    }
+
+    /// The handle of a cubecl device's buffer; it may have bytes after the numbers.
+    pub fn handle(&self) -> Option<&Handle> {
+        match &self.storage {
+            Storage::Host(_) => None,
+            Storage::Device(handle) => Some(handle),
+        }
     }
 }
 
@@ -103,6 +122,17 @@ pub enum BackendKind {
     Cuda,
     /// A GPU through wgpu (Vulkan, Metal, DirectX, WebGPU).
     Wgpu,
+}
+
+/// A device as the libraries below call it.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// This machine's processor.
+    Host,
+    /// A device of cubecl's CUDA runtime.
+    Cuda(CudaDevice),
+    /// A device of cubecl's wgpu runtime.
+    Wgpu(WgpuDevice),
 }
 
 /// What a device is and which of its features matter.
@@ -231,6 +261,10 @@ pub(crate) type Queueing<'a> = dyn FnMut() -> Result<(), DeviceError> + Send + '
 trait Backend: Send + Sync {
     fn upload(&self, values: &[f32], element: Element) -> Storage;
     fn upload_weight(&self, weight: &PackedWeight) -> WeightStorage;
+    /// The same numbers in a larger buffer, and whatever after them.
+    fn resized(&self, storage: &Storage, elements: usize, element: Element) -> Result<Storage, DeviceError>;
+    /// Writes into a buffer from its number `first` on. [`Device`] has checked that they fit.
+    fn write(&self, storage: &mut Storage, first: usize, values: &[f32], element: Element) -> Result<(), DeviceError>;
     fn read(&self, storage: &Storage, elements: usize, element: Element) -> Result<Vec<f32>, DeviceError>;
     fn execute(
         &self,
@@ -254,6 +288,7 @@ trait Backend: Send + Sync {
 pub struct Device {
     info: Arc<DeviceInfo>,
     backend: Arc<dyn Backend>,
+    place: Place,
 }
 
 impl std::fmt::Debug for Device {
@@ -272,7 +307,7 @@ impl Device {
     /// This machine's processor.
     pub fn host() -> Self {
         let (info, backend) = host::open();
-        Self { info: Arc::new(info), backend: Arc::new(backend) }
+        Self { info: Arc::new(info), backend: Arc::new(backend), place: Place::Host }
     }
 
     /// The device with this id (see [`Device::list`]); `cuda` and `wgpu` stand for the first of their kind.
@@ -303,6 +338,11 @@ impl Device {
         find::all().into_iter().map(|found| found.describe()).chain([host]).collect()
     }
 
+    /// Where it is, for whoever shares its memory.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
     /// What it is.
     pub fn info(&self) -> &DeviceInfo {
         &self.info
@@ -324,6 +364,59 @@ impl Device {
         self.has(element)?;
         self.holds(values.len() as u64 * element.bytes())?;
         Ok(self.own(self.backend.upload(values, element), values.len(), element))
+    }
+
+    /// The numbers of `buffer` in one of `elements` numbers; those beyond it are undefined, and never read by a batch.
+    pub(crate) fn resized(&self, buffer: &Buffer, elements: usize) -> Result<Buffer, DeviceError> {
+        self.check_owner(&buffer.owner)?;
+        self.holds(elements as u64 * buffer.element.bytes())?;
+        Ok(self.own(self.backend.resized(&buffer.storage, elements, buffer.element)?, elements, buffer.element))
+    }
+
+    /// Writes vectors of `width` numbers into a pool, from the slot `first` on, behind everything that is queued.
+    pub(crate) fn write(
+        &self,
+        pool: &mut PoolBuffer,
+        first: u32,
+        width: u32,
+        vectors: &[f32],
+    ) -> Result<(), DeviceError> {
+        self.check_owner(&pool.buffer.owner)?;
+        let first = first as usize * width as usize;
+        let (expected, found) = (first + vectors.len(), pool.buffer.elements);
+        if expected > found {
+            return Err(DeviceError::WrongSize { what: "a pool", expected, found });
+        }
+        self.backend.write(&mut pool.buffer.storage, first, vectors, pool.buffer.element)
+    }
+
+    /// Numbers that are in the host's memory already, shared with whoever holds them; not to be changed while a buffer has them.
+    ///
+    /// # Errors
+    /// Another device than the host; bytes that aren't whole numbers, or lie where such numbers can't be read.
+    pub fn share_bytes(&self, bytes: Arc<Bytes>, element: Element) -> Result<Buffer, DeviceError> {
+        if self.info.backend != BackendKind::Host {
+            return Err(DeviceError::ForeignBuffer { owner: "host".to_owned(), device: self.info.id.clone() });
+        }
+        let elements = bytes.len() / element.bytes() as usize;
+        let buffer = self.own(Storage::Host(bytes), elements, element);
+        host::values(&buffer.storage, element)?;
+        Ok(buffer)
+    }
+
+    /// Numbers that are on the device already, in a buffer of the same cubecl client.
+    ///
+    /// # Errors
+    /// The host; a handle of fewer bytes than that.
+    pub fn share_handle(&self, handle: Handle, elements: usize, element: Element) -> Result<Buffer, DeviceError> {
+        if self.info.backend == BackendKind::Host {
+            return Err(DeviceError::ForeignBuffer { owner: "a device".to_owned(), device: self.info.id.clone() });
+        }
+        let found = (handle.size_in_used() / element.bytes()) as usize;
+        if found < elements {
+            return Err(DeviceError::WrongSize { what: "the buffer", expected: elements, found });
+        }
+        Ok(self.own(Storage::Device(handle), elements, element))
     }
 
     /// Copies a weight to the device, in the form that it has.
@@ -461,7 +554,7 @@ impl Device {
     /// The same device, sharing every buffer, with what tuning chose.
     #[must_use]
     pub fn tuned(&self, blueprints: &Blueprints) -> Self {
-        Self { info: self.info.clone(), backend: self.backend.tuned(blueprints) }
+        Self { info: self.info.clone(), backend: self.backend.tuned(blueprints), place: self.place.clone() }
     }
 
     /// The tiles that layers of `format` can be cut into; none where there is no choice.

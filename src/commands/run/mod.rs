@@ -21,7 +21,7 @@ use crate::models::is_target;
 use inputs::Inputs;
 use measure::Setting;
 use report::Report;
-use weights::{BaseForm, Module, Weights};
+use weights::{Form, Module, Weights};
 
 /// Run a batch of mixed adapters through a model's projections and check it
 #[derive(Args)]
@@ -52,7 +52,7 @@ pub(crate) struct Arguments {
     targets: Vec<String>,
     /// The form in which the device keeps base weights
     #[arg(long, value_enum, default_value = "stored")]
-    base: BaseForm,
+    base: Form,
     /// The type of activations and adapters
     #[arg(long, default_value = "f32", value_parser = types::element())]
     dtype: Element,

@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use clap::ValueEnum;
-use flora::checkpoint::{BaseWeight, Encoding, Model, ModelError};
+use flora::checkpoint::{BaseWeight, Model, ModelError};
 use flora::prelude::*;
+use flora::runtime::{BaseError, BaseForm};
 
 use super::samples::{self, Random};
 use crate::commands::error::CommandError;
@@ -26,22 +27,21 @@ pub(super) struct Module {
 
 /// The form in which a device keeps base weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum BaseForm {
+pub(super) enum Form {
     /// As the model's file has them, where the device can decode that as it multiplies
     Stored,
     /// Dequantised
     F32,
 }
 
-/// The encodings that are kept as they are.
-const KEPT: [(Encoding, WeightFormat); 6] = [
-    (Encoding::F32, WeightFormat::Float(Element::F32)),
-    (Encoding::F16, WeightFormat::Float(Element::F16)),
-    (Encoding::BF16, WeightFormat::Float(Element::Bf16)),
-    (Encoding::Q8_0, WeightFormat::Q8_0),
-    (Encoding::Q4_0, WeightFormat::Q4_0),
-    (Encoding::Q4_1, WeightFormat::Q4_1),
-];
+impl From<Form> for BaseForm {
+    fn from(form: Form) -> Self {
+        match form {
+            Form::Stored => Self::Stored,
+            Form::F32 => Self::F32,
+        }
+    }
+}
 
 /// The weight of one projection.
 pub(super) struct Base {
@@ -138,63 +138,40 @@ impl Weights {
     }
 
     /// The weight of one projection, for `device` in the form that is asked for.
-    pub(super) fn base(&self, path: &str, form: BaseForm, device: &Device) -> Result<Base, CommandError> {
-        let (stored, format) = match self {
-            Self::Seeded { .. } => ("random", WeightFormat::default()),
-            Self::Stored(model) => {
-                let encoding = model.projection(path)?.encoding;
-                (encoding.name(), format(encoding, form, device))
-            }
-        };
-        let unusable = |source| {
-            let (model, module) = (self.name().to_owned(), path.to_owned());
-            CommandError::Weight { model, module, source }
-        };
-        if let (Self::Stored(model), Some(_)) = (self, format.quantisation()) {
-            let blocks = model.stored(path)?;
-            // Rows that are inputs never come in blocks; were it otherwise, they would be dequantised below.
-            if let ([k, d], false) = (blocks.tensor.shape(), blocks.rows_are_inputs) {
-                let shape = LayerShape { d: extent(*d)?, k: extent(*k)? };
-                let packed = PackedWeight::from_blocks(format, shape, blocks.tensor.bytes()).map_err(unusable)?;
-                let decoded = BaseWeight { d: *d, k: *k, values: packed.to_f32(), bias: model.bias(path)? };
-                return Ok(Base { stored, packed, decoded });
-            }
-        }
-        let decoded = self.dequantised(path)?;
-        let shape = LayerShape { d: extent(decoded.d)?, k: extent(decoded.k)? };
-        let format = if format.quantisation().is_some() { WeightFormat::default() } else { format };
-        let packed = PackedWeight::from_f32(format, shape, &decoded.values).map_err(unusable)?;
-        Ok(Base { stored, packed, decoded })
-    }
-
-    fn dequantised(&self, path: &str) -> Result<BaseWeight, ModelError> {
+    pub(super) fn base(&self, path: &str, form: Form, device: &Device) -> Result<Base, CommandError> {
         match self {
-            Self::Stored(model) => model.weight(path),
+            Self::Stored(model) => {
+                let unusable = |source| CommandError::Base { model: self.name().to_owned(), source };
+                let packed = BaseForm::from(form).pack(model, path, device).map_err(unusable)?;
+                let LayerShape { d, k } = packed.shape();
+                let bias = model.bias(path)?;
+                let decoded = BaseWeight { d: d as usize, k: k as usize, values: packed.to_f32(), bias };
+                Ok(Base { stored: model.projection(path)?.encoding.name(), packed, decoded })
+            }
             Self::Seeded { modules, seed } => {
-                let module = modules.iter().find(|module| module.path == path).ok_or_else(|| {
-                    let (model, projection) = (models::SMOLLM2.to_owned(), path.to_owned());
-                    ModelError::UnknownProjection { model, projection, near: None }
-                })?;
-                let (d, k) = (module.d, module.k);
-                // A product of d such weights with inputs of variance 1 has variance 1.
-                let half_width = (3.0 / d as f32).sqrt();
-                let values = Random::new(*seed, &["weight", path]).around(0.0, half_width, samples::product(d, k));
-                Ok(BaseWeight { d, k, values, bias: None })
+                let decoded = Self::random(modules, *seed, path)?;
+                let shape = LayerShape { d: extent(decoded.d)?, k: extent(decoded.k)? };
+                let unusable = |source| {
+                    let source = BaseError::Pack { name: path.to_owned(), source };
+                    CommandError::Base { model: self.name().to_owned(), source }
+                };
+                let packed =
+                    PackedWeight::from_f32(WeightFormat::default(), shape, &decoded.values).map_err(unusable)?;
+                Ok(Base { stored: "random", packed, decoded })
             }
         }
     }
-}
 
-/// What becomes of an encoding: f32 where it isn't kept, or where the device has no such buffers.
-fn format(encoding: Encoding, form: BaseForm, device: &Device) -> WeightFormat {
-    let kept = KEPT.iter().find(|(kept, _)| *kept == encoding).map(|(_, format)| *format);
-    let has = |format: &WeightFormat| match format {
-        WeightFormat::Float(element) => device.info().element_types.iter().any(|name| name == element.name()),
-        _ => true,
-    };
-    match form {
-        BaseForm::Stored => kept.filter(has).unwrap_or_default(),
-        BaseForm::F32 => WeightFormat::default(),
+    fn random(modules: &[Module], seed: u64, path: &str) -> Result<BaseWeight, ModelError> {
+        let module = modules.iter().find(|module| module.path == path).ok_or_else(|| {
+            let (model, projection) = (models::SMOLLM2.to_owned(), path.to_owned());
+            ModelError::UnknownProjection { model, projection, near: None }
+        })?;
+        let (d, k) = (module.d, module.k);
+        // A product of d such weights with inputs of variance 1 has variance 1.
+        let half_width = (3.0 / d as f32).sqrt();
+        let values = Random::new(seed, &["weight", path]).around(0.0, half_width, samples::product(d, k));
+        Ok(BaseWeight { d, k, values, bias: None })
     }
 }
 

@@ -1,0 +1,152 @@
+//! What a decoder is made of: its sizes and variants, each checked against the tensors that are there.
+
+mod gpt_big_code;
+mod llama;
+
+use super::{Model, ModelError, Parameter, Projection};
+use std::collections::HashMap;
+
+/// A decoder that can be run, by family.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DecoderConfig {
+    /// Llama, SmolLM2 and others: rotary positions, RMS norms, grouped queries, SwiGLU.
+    Llama(LlamaConfig),
+    /// StarCoder and others: learned positions, layer norms, one key-value head, GELU.
+    GptBigCode(GptBigCodeConfig),
+}
+
+/// The sizes of a Llama decoder. Every number is at least 1, and the tensors that they imply are in the model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LlamaConfig {
+    /// Blocks.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub d: usize,
+    /// Heads of queries, a multiple of `key_value_heads`.
+    pub query_heads: usize,
+    /// Heads of keys and of values.
+    pub key_value_heads: usize,
+    /// Width of a head, even.
+    pub head_size: usize,
+    /// Width between the feed-forward projections.
+    pub feed_forward: usize,
+    /// θ of the rotary positions; pair i of a head turns by position · θ^(−2i / head size).
+    pub rope_base: f32,
+    /// ε of the RMS norms.
+    pub norm_epsilon: f32,
+    /// The most positions that it was made for.
+    pub context_length: usize,
+    /// Rows of the embedding.
+    pub vocabulary: usize,
+    /// Whether the embedding is the output matrix too; otherwise that is `lm_head.weight`.
+    pub tied_embedding: bool,
+}
+
+/// The sizes of a GPTBigCode decoder with multi-query attention: `c_attn` gives queries of width d, then one key and one value.
+/// Every number is at least 1, and the tensors that they imply are in the model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GptBigCodeConfig {
+    /// Blocks.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub d: usize,
+    /// Heads of queries; all share one head of keys and one of values.
+    pub heads: usize,
+    /// Width of a head: d / heads.
+    pub head_size: usize,
+    /// Width between the feed-forward projections.
+    pub feed_forward: usize,
+    /// ε of the layer norms.
+    pub norm_epsilon: f32,
+    /// Rows of the position embedding.
+    pub context_length: usize,
+    /// Rows of the token embedding.
+    pub vocabulary: usize,
+    /// The activation between the feed-forward projections.
+    pub activation: Gelu,
+    /// Whether the token embedding is the output matrix too; otherwise that is `lm_head.weight`.
+    pub tied_embedding: bool,
+}
+
+/// Which GELU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gelu {
+    /// x · Φ(x), by the error function.
+    Exact,
+    /// x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))).
+    Tanh,
+}
+
+impl Model {
+    /// What the model's decoder is made of.
+    ///
+    /// # Errors
+    /// [`ModelError::UnsupportedDecoder`] for another architecture, [`ModelError::Configuration`] for a setting that is missing,
+    /// wrong, or would change the result in a way that isn't supported, and the tensor's error where a tensor is missing or has
+    /// another shape than the settings imply.
+    pub fn decoder(&self) -> Result<DecoderConfig, ModelError> {
+        match self.architecture() {
+            super::llama::ARCHITECTURE | llama::HUGGING_FACE => Ok(DecoderConfig::Llama(llama::read(self)?)),
+            gpt_big_code::HUGGING_FACE => Ok(DecoderConfig::GptBigCode(gpt_big_code::read(self)?)),
+            _ => Err(ModelError::UnsupportedDecoder {
+                model: self.name().to_string(),
+                architecture: self.architecture().to_string(),
+            }),
+        }
+    }
+}
+
+/// The tensors of a model, to be held against what its settings say.
+struct Parts<'a> {
+    model: &'a Model,
+    projections: HashMap<&'a str, &'a Projection>,
+}
+
+impl<'a> Parts<'a> {
+    fn of(model: &'a Model) -> Self {
+        let by_path = |projection: &'a Projection| (&projection.path[..], projection);
+        Self { model, projections: model.projections().iter().map(by_path).collect() }
+    }
+
+    /// Refuses a model without the projection `path`, with other sizes than `[d, k]`, or with a bias where `bias` says none or
+    /// the other way round.
+    fn projection(&self, path: &str, d: usize, k: usize, bias: Option<bool>) -> Result<(), ModelError> {
+        let Some(projection) = self.projections.get(path) else { return self.model.projection(path).map(|_| ()) };
+        let (table, weight) = (&projection.source.table, &projection.source.weight);
+        if (projection.d, projection.k) != (d, k) {
+            let problem = table.get(weight)?.wrong_shape(format!("a layer of {d} inputs and {k} outputs"));
+            return Err(table.error(weight, problem).into());
+        }
+        match bias {
+            Some(true) if !projection.has_bias => Err(self.model.unknown_parameter(&format!("{path}.bias"))),
+            Some(false) if projection.has_bias => Err(self
+                .model
+                .settings
+                .error(&format!("{path}.bias"), "is there, though the settings say there is none")),
+            _ => Ok(()),
+        }
+    }
+
+    /// The parameter `path`, of the shape `shape`.
+    fn parameter(&self, path: &str, shape: &[usize], why: &str) -> Result<Parameter, ModelError> {
+        let parameter = self.model.parameter(path)?;
+        parameter.must_be(shape, why)?;
+        Ok(parameter)
+    }
+
+    /// Checks the output matrix `[vocabulary, d]` beside `embedding`, which `tied` says it is the same as.
+    fn output(&self, embedding: &Parameter, tied: bool) -> Result<(), ModelError> {
+        const PATH: &str = "lm_head.weight";
+        if !tied {
+            return self.parameter(PATH, embedding.shape(), "as the embedding").map(|_| ());
+        }
+        let Some(output) = self.model.parameters.get(PATH).map(Parameter::new).transpose()? else { return Ok(()) };
+        let same_type = (output.shape(), output.encoding()) == (embedding.shape(), embedding.encoding());
+        if same_type && output.stored().bytes() == embedding.stored().bytes() {
+            return Ok(());
+        }
+        // Loaders disagree on which of two different ones is meant.
+        let problem = "is there and is not the embedding, though `tie_word_embeddings` says so";
+        Err(self.model.settings.error(PATH, problem))
+    }
+}

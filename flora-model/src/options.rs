@@ -1,0 +1,48 @@
+//! How a model is put on a device.
+
+use flora_codegen::layer::Element;
+use flora_codegen::plan::Plan;
+use flora_runtime::{BaseForm, Planner};
+
+/// How a model is put on a device.
+#[derive(Clone, Debug)]
+pub struct ServeOptions<'a> {
+    /// Which projections may be adapted, by the last part of their path, as PEFT's `target_modules` says it. An adapter of any other
+    /// module is refused. Empty: the query and key projections, as in the paper (§4.1).
+    pub adapted: Vec<String>,
+    /// The form of base weights.
+    pub base: BaseForm,
+    /// The type of activations, keys and values.
+    pub activations: Element,
+    /// The type of adapters.
+    pub adapters: Element,
+    /// Bytes for the vectors of resident adapters, over all projections.
+    pub adapter_bytes: u64,
+    /// Tokens by which a sequence's keys and values grow: the engine's block.
+    pub block_tokens: u32,
+    /// How lowerings are chosen.
+    pub planning: PlanningChoice<'a>,
+}
+
+/// How lowerings are chosen.
+#[derive(Clone, Copy, Debug)]
+pub enum PlanningChoice<'a> {
+    /// Always these.
+    Fixed(Plan),
+    /// The cheapest of each step's batch, by what was measured on the device.
+    Priced(&'a Planner),
+}
+
+impl Default for ServeOptions<'_> {
+    fn default() -> Self {
+        Self {
+            adapted: Vec::new(),
+            base: BaseForm::Stored,
+            activations: Element::F32,
+            adapters: Element::F32,
+            adapter_bytes: 256 << 20,
+            block_tokens: 32,
+            planning: PlanningChoice::Fixed(Plan::default()),
+        }
+    }
+}
