@@ -435,4 +435,24 @@ impl<P> Residency<P> {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    /// Clients may make up as many names as they like.
+    #[test]
+    fn failures_are_remembered_within_bounds() {
+        let mut residency = Residency::<()>::new(AdapterOptions::default());
+        let now = Instant::now();
+        for index in 0..3 * REMEMBERED_FAILURES {
+            let name = format!("no-{index}");
+            assert_eq!(residency.standing(&name, now, now), Standing::Loading);
+            assert_eq!(residency.take_orders(), [LoadOrder { name: name.clone(), known: None }]);
+            let failure = AdapterFailure::Unknown(name.clone());
+            let outcome = LoadOutcome::Failed { version: None, failure: failure.clone() };
+            residency.loaded(Loaded { name: name.clone(), outcome });
+            assert_eq!(residency.standing(&name, now, now), Standing::Failed(failure));
+        }
+        assert_eq!(residency.settled.len(), REMEMBERED_FAILURES);
+        assert!(residency.work.is_empty());
+    }
+}

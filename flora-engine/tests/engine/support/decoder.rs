@@ -41,6 +41,8 @@ pub(crate) struct State {
     /// Bytes of adapters that there is room for.
     pub(crate) adapter_capacity: Option<u64>,
     pub(crate) next_step: NextStep,
+    /// What every sequence says, in place of the hash.
+    pub(crate) script: Vec<u32>,
     pub(crate) steps: usize,
     pub(crate) places: usize,
     /// Sequences of the last step.
@@ -113,6 +115,10 @@ impl State {
         let known = &self.known[&id];
         if tokens[..known.prompt.unwrap_or_default()].ends_with(&POISON) {
             return [f32::NAN; TOKENS as usize];
+        }
+        let said = tokens.len() - known.prompt.unwrap_or_default();
+        if let Some(scripted) = self.script.get(said) {
+            return std::array::from_fn(|token| f32::from(u8::from(token == *scripted as usize)));
         }
         std::array::from_fn(|token| {
             let mut hasher = DefaultHasher::new();
