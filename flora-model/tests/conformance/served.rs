@@ -50,7 +50,7 @@ pub(crate) fn load<B: FloraBackend>(device: &Device, name: &str) -> impl Model +
     let adapted = adapted.iter().map(|name| (*name).to_owned()).collect();
     let options = ServeOptions { adapted, adapter_bytes: 32 << 20, block_tokens: 16, ..ServeOptions::default() };
     let decoder = ServedModel::load(&target, &checkpoint, &options).expect("a decoder of a known family");
-    let source = AdapterDirectory::new(&golden(name).join("adapters"), &checkpoint, options.adapters);
+    let source = AdapterDirectory::new(Some(&golden(name).join("adapters")), &checkpoint, options.adapters);
     let (layers, width) = match checkpoint.decoder().expect("a decoder") {
         DecoderConfig::Llama(config) => (config.layers, config.feed_forward.max(config.d)),
         DecoderConfig::GptBigCode(config) => (config.layers, config.feed_forward.max(config.d)),
