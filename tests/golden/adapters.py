@@ -1,4 +1,4 @@
-"""Adapters of PEFT with seeded random numbers, saved as PEFT saves them: used by every script here that has adapters."""
+"""Adapters of PEFT with random numbers, saved as PEFT saves them: used by every script here that has adapters."""
 
 import json
 import shutil

@@ -17,8 +17,8 @@ torch.set_num_threads(1)
 def record(model, prompt, vocabulary, steps, least_margin):
     """Runs a prompt; gives its tensors by name, and its line of the JSON file.
 
-    Margins are best less second best logit. One below `least_margin` in the continuation would let another order of sums
-    choose another token, so such a prompt is refused.
+    Margins are best less second best logit. One below `least_margin` in the continuation would let another order of
+    sums choose another token, so such a prompt is refused.
     """
     name, tokens = prompt["name"], prompt["tokens"]
     output = model(torch.tensor([tokens]), use_cache=True)

