@@ -23,7 +23,8 @@ mod admission;
 pub struct RequestId(u64);
 
 impl RequestId {
-    fn sequence(self) -> SequenceId {
+    /// The name that the decoder hears.
+    pub fn sequence(self) -> SequenceId {
         SequenceId(self.0)
     }
 }

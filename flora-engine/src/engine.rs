@@ -301,13 +301,22 @@ impl<D: Decoder> Worker<D> {
         let _ = catch_unwind(AssertUnwindSafe(|| drop(self)));
     }
 
+    /// Fails all requests, those among them that were sent and not seen yet.
     fn end(&mut self, error: &RequestError) {
-        for (_, stream) in self.streams.drain() {
+        let mut streams: Vec<_> = self.streams.drain().map(|(_, stream)| stream).collect();
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Submit(_, stream) = command {
+                streams.push(stream);
+            }
+        }
+        {
+            let mut metrics = self.shared.metrics.lock().unwrap_or_else(PoisonError::into_inner);
+            metrics.failed += streams.len() as u64;
+            (metrics.waiting, metrics.running, metrics.cache_blocks_used) = (0, 0, 0);
+        }
+        for stream in streams {
             let _ = stream.send(Event::Failed(error.clone()));
         }
-        let mut metrics = self.shared.metrics.lock().unwrap_or_else(PoisonError::into_inner);
-        metrics.failed += (metrics.waiting + metrics.running) as u64;
-        (metrics.waiting, metrics.running, metrics.cache_blocks_used) = (0, 0, 0);
     }
 
     fn steps(&mut self) {
@@ -319,11 +328,10 @@ impl<D: Decoder> Worker<D> {
             let start = Instant::now();
             let events = self.core.step(start);
             self.last_step = start.elapsed();
-            self.deliver(events);
             for order in self.core.take_orders() {
                 self.loader.order(order);
             }
-            self.publish();
+            self.deliver(events);
         }
     }
 
@@ -396,7 +404,10 @@ impl<D: Decoder> Worker<D> {
     }
 
     /// Passes events on. Those of streams that were dropped are cancelled by the command that comes of it.
+    ///
+    /// Numbers are published first: who hears of an end finds it counted.
     fn deliver(&mut self, events: Vec<(RequestId, Event)>) {
+        self.publish();
         for (request, event) in events {
             let last = !matches!(event, Event::Text { .. });
             if let Some(stream) = self.streams.get(&request) {

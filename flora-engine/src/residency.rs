@@ -201,11 +201,14 @@ impl<P> Residency<P> {
     }
 
     /// Forgets what was prepared for requests that are gone: [`Self::standing`] was asked for all that wait since the last call.
-    pub(crate) fn drop_unwanted(&mut self) {
+    /// Whether there was any: others may be ordered in their stead.
+    pub(crate) fn drop_unwanted(&mut self) -> bool {
+        let before = self.work.len();
         self.work.retain(|_, work| match work {
             Work::Ordered { .. } => true,
             Work::Prepared { wanted, .. } => std::mem::take(wanted),
         });
+        self.work.len() < before
     }
 
     /// Takes what came of an order. One that wasn't given is ignored.
@@ -223,7 +226,7 @@ impl<P> Residency<P> {
                 None => {}
             },
             LoadOutcome::Prepared { version, prepared, bytes } => {
-                self.work.insert(name, Work::Prepared { checked: since, version, bytes, prepared, wanted: true });
+                self.work.insert(name, Work::Prepared { checked: since, version, bytes, prepared, wanted: false });
             }
             LoadOutcome::Failed { version, failure } => self.fail(name, since, version, failure),
         }
@@ -432,4 +435,24 @@ impl<P> Residency<P> {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    /// Clients may make up as many names as they like.
+    #[test]
+    fn failures_are_remembered_within_bounds() {
+        let mut residency = Residency::<()>::new(AdapterOptions::default());
+        let now = Instant::now();
+        for index in 0..3 * REMEMBERED_FAILURES {
+            let name = format!("no-{index}");
+            assert_eq!(residency.standing(&name, now, now), Standing::Loading);
+            assert_eq!(residency.take_orders(), [LoadOrder { name: name.clone(), known: None }]);
+            let failure = AdapterFailure::Unknown(name.clone());
+            let outcome = LoadOutcome::Failed { version: None, failure: failure.clone() };
+            residency.loaded(Loaded { name: name.clone(), outcome });
+            assert_eq!(residency.standing(&name, now, now), Standing::Failed(failure));
+        }
+        assert_eq!(residency.settled.len(), REMEMBERED_FAILURES);
+        assert!(residency.work.is_empty());
+    }
+}

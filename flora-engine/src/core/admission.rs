@@ -67,8 +67,7 @@ impl<D: Decoder> Core<D> {
                 Turn::Fail(failure) => self.fail(request, failure.into()),
             }
         }
-        self.residency.drop_unwanted();
-        pass.changed
+        self.residency.drop_unwanted() || pass.changed
     }
 
     fn turn(&mut self, request: RequestId, pass: &mut Pass) -> Turn {
@@ -113,6 +112,7 @@ impl<D: Decoder> Core<D> {
             }
             Room::Never(failure) => {
                 self.residency.refuse(name, failure.clone());
+                self.remove_adapters();
                 return Turn::Fail(failure);
             }
         }

@@ -1,1 +1,0 @@
-//! The policy by itself: the disk and the device are the test.

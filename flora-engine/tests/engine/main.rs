@@ -1,0 +1,7 @@
+//! The engine against a decoder that computes nothing but checks all that it is told.
+
+mod adapters;
+mod batching;
+mod schedules;
+mod support;
+mod threads;

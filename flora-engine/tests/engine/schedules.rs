@@ -1,0 +1,259 @@
+//! Random schedules: whatever comes, goes, fails and is late, each request says what it says alone, and nothing is left behind.
+
+use std::collections::BTreeMap;
+
+use flora_engine::{AdapterOptions, LoadOrder, Options, Request, RequestError, RequestId, Sampling, StopAt};
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::{RngSeed, TestRunner};
+
+use crate::support::decoder::{NextStep, POISON};
+use crate::support::disk::{Disk, Files, Stored};
+use crate::support::drive::{Drive, End, alone};
+use crate::support::{TOKENS, options};
+
+const NAMES: [&str; 6] = ["ann", "bob", "cat", "dan", "eve", "fay"];
+
+/// A request and its fate.
+#[derive(Clone, Debug)]
+struct Arrival {
+    step: usize,
+    request: Request,
+    /// Steps after it came.
+    cancelled: Option<usize>,
+}
+
+/// Something that happens to the disk or the device.
+#[derive(Clone, Debug)]
+enum Mishap {
+    Write { adapter: usize, bytes: u64, files: Files },
+    Remove { adapter: usize },
+    StepFails,
+}
+
+#[derive(Clone, Debug)]
+struct Schedule {
+    options: Options,
+    capacity: Option<u64>,
+    arrivals: Vec<Arrival>,
+    mishaps: Vec<(usize, Mishap)>,
+    /// Steps that orders take, one after the other.
+    delays: Vec<usize>,
+}
+
+fn files() -> impl Strategy<Value = Files> {
+    prop_oneof![6 => Just(Files::Good), 1 => Just(Files::Broken), 1 => Just(Files::Unfit)]
+}
+
+fn mishap() -> impl Strategy<Value = Mishap> {
+    prop_oneof![
+        4 => (0..NAMES.len(), 1u64..4, files()).prop_map(|(adapter, bytes, files)| Mishap::Write { adapter, bytes, files }),
+        1 => (0..NAMES.len()).prop_map(|adapter| Mishap::Remove { adapter }),
+        1 => Just(Mishap::StepFails),
+    ]
+}
+
+fn sampling() -> impl Strategy<Value = Sampling> {
+    prop_oneof![
+        Just(Sampling::Greedy),
+        (0.2f32..2.0, 0.1f32..=1.0, any::<u64>()).prop_map(|(temperature, top_p, seed)| Sampling::Random {
+            temperature,
+            top_p,
+            seed
+        }),
+    ]
+}
+
+fn arrival() -> impl Strategy<Value = Arrival> {
+    let prompt = prop_oneof![9 => vec(0..TOKENS, 1..20), 1 => Just(POISON.to_vec())];
+    let stop = (1u32..30, vec("[a-hé]{1,3}", 0..3), vec(0..TOKENS, 0..2));
+    (0usize..40, prompt, option::weighted(0.6, 0..NAMES.len()), sampling(), stop, option::weighted(0.2, 0usize..30))
+        .prop_map(|(step, prompt, adapter, sampling, (max_tokens, strings, tokens), cancelled)| Arrival {
+            step,
+            request: Request {
+                prompt,
+                adapter: adapter.map(|index| NAMES[index].to_string()),
+                sampling,
+                stop: StopAt { max_tokens, strings, tokens },
+            },
+            cancelled,
+        })
+}
+
+fn schedule() -> impl Strategy<Value = Schedule> {
+    // A request comes to 48 tokens at most, so that the smallest cache holds any of them, and little more.
+    let sizes = (1usize..8, 1usize..6, 0usize..10, 1usize..5, 0usize..40);
+    let adapters = (1usize..5, 3u64..8, 1usize..4, 0u64..10, vec(0..NAMES.len(), 0..2));
+    (
+        sizes,
+        adapters,
+        option::of(3u64..8),
+        vec(arrival(), 1..24),
+        vec((0usize..60, mishap()), 0..12),
+        vec(0usize..12, 1..8),
+    )
+        .prop_map(|(sizes, adapters, capacity, arrivals, mishaps, delays)| {
+            let (sequences, chunk_tokens, spare, block_tokens, more_cache) = sizes;
+            let (resident, bytes, loading, recheck, pinned) = adapters;
+            let options = Options {
+                sequences,
+                chunk_tokens,
+                tokens_per_step: chunk_tokens + sequences - 1 + spare,
+                cache_tokens: 48 + block_tokens + more_cache,
+                block_tokens,
+                adapters: AdapterOptions {
+                    resident,
+                    bytes,
+                    loading,
+                    recheck: std::time::Duration::from_millis(recheck),
+                    pinned: pinned.into_iter().map(|index| NAMES[index].to_string()).collect(),
+                    ..AdapterOptions::default()
+                },
+                ..options()
+            };
+            Schedule { options, capacity, arrivals, mishaps, delays }
+        })
+}
+
+/// Steps in which every request is served though they are run one after the other, each for as long as it can take, and waits
+/// for all loads before that.
+fn bound(schedule: &Schedule) -> usize {
+    let longest = schedule.delays.iter().max().copied().unwrap_or_default() + 3;
+    let work: usize = schedule
+        .arrivals
+        .iter()
+        .map(|arrival| 2 * (arrival.request.prompt.len() + arrival.request.stop.max_tokens as usize) + 3 * longest)
+        .sum();
+    100 + work
+}
+
+struct Run {
+    drive: Drive,
+    requests: BTreeMap<RequestId, Arrival>,
+    cancelled: Vec<RequestId>,
+    step_failed: bool,
+}
+
+fn run(schedule: &Schedule) -> Run {
+    let disk = Disk::default();
+    for name in NAMES {
+        disk.write(name, 1, Files::Good);
+    }
+    let drive = Drive::new(schedule.options.clone(), disk);
+    drive.decoder.state().adapter_capacity = schedule.capacity;
+    let mut run = Run { drive, requests: BTreeMap::new(), cancelled: Vec::new(), step_failed: false };
+    let mut cancellations: Vec<(usize, RequestId)> = Vec::new();
+    let mut loads: Vec<(usize, LoadOrder)> = Vec::new();
+    let mut delays = schedule.delays.iter().cycle();
+    let last = 60;
+    for step in 0..last + bound(schedule) {
+        let drive = &mut run.drive;
+        for (_, mishap) in schedule.mishaps.iter().filter(|(at, _)| *at == step) {
+            match mishap {
+                Mishap::Write { adapter, bytes, files } => drive.disk.write(NAMES[*adapter], *bytes, *files),
+                Mishap::Remove { adapter } => drop(drive.disk.all().remove(NAMES[*adapter])),
+                Mishap::StepFails => {
+                    drive.decoder.state().next_step = NextStep::Fails;
+                    run.step_failed = true;
+                }
+            }
+        }
+        for arrival in schedule.arrivals.iter().filter(|arrival| arrival.step == step) {
+            let id = drive.submit(arrival.request.clone());
+            run.requests.insert(id, arrival.clone());
+            cancellations.extend(arrival.cancelled.map(|after| (step + after, id)));
+        }
+        for (_, id) in cancellations.extract_if(.., |(at, _)| *at <= step) {
+            if drive.heard[&id].end.is_none() {
+                drive.core.cancel(id);
+                run.cancelled.push(id);
+            }
+        }
+        for (_, order) in loads.extract_if(.., |(at, _)| *at <= step) {
+            let loaded = drive.disk.load(order);
+            drive.core.loaded(loaded);
+        }
+        drive.step();
+        for order in std::mem::take(&mut drive.orders) {
+            loads.push((step + 1 + delays.next().copied().unwrap_or_default(), order));
+        }
+        if step > last && drive.core.is_empty() && loads.is_empty() {
+            return run;
+        }
+    }
+    panic!("requests are left: {:?}", run.drive.core.metrics());
+}
+
+/// The disk with the version of the adapter that a request began with.
+fn disk_of(run: &Run, id: RequestId) -> Disk {
+    let disk = Disk::default();
+    if let Some(adapter) = run.drive.decoder.state().known.get(&id.sequence()).and_then(|known| known.adapter.clone()) {
+        let stored = Stored { version: adapter.version, bytes: 1, state: Files::Good, reads: 0 };
+        disk.all().insert(adapter.name, stored);
+    }
+    disk
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 400,
+        rng_seed: RngSeed::Fixed(0xF10A),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn each_request_says_what_it_says_alone(schedule in schedule()) {
+        let run = run(&schedule);
+        run.drive.check_nothing_is_held();
+        let metrics = run.drive.core.metrics();
+        let mut counts = (0, 0);
+        for (id, arrival) in &run.requests {
+            let heard = &run.drive.heard[id];
+            let cancelled = run.cancelled.contains(id);
+            prop_assert_eq!(heard.end.is_some(), !cancelled);
+            let expected = alone(arrival.request.clone(), schedule.options.chunk_tokens, disk_of(&run, *id));
+            match &heard.end {
+                Some(End::Finished(..)) => {
+                    counts.0 += 1;
+                    prop_assert_eq!(heard, &expected);
+                }
+                Some(End::Failed(error)) => {
+                    counts.1 += 1;
+                    match error {
+                        RequestError::Adapter(_) => prop_assert!(arrival.request.adapter.is_some()),
+                        RequestError::Model(_) => {
+                            prop_assert!(run.step_failed || arrival.request.prompt.ends_with(&POISON));
+                        }
+                        other => prop_assert!(false, "{}", other),
+                    }
+                }
+                None => {}
+            }
+            prop_assert!(heard.tokens.is_empty() || expected.tokens.starts_with(&heard.tokens));
+            prop_assert!(heard.text.is_empty() || expected.text.starts_with(&heard.text));
+        }
+        prop_assert_eq!(counts, (metrics.finished, metrics.failed));
+        prop_assert_eq!(run.cancelled.len() as u64, metrics.cancelled);
+    }
+}
+
+/// The schedules above mean something: what is rare in a real engine is common in them.
+#[test]
+fn schedules_meet_what_they_are_for() {
+    let mut runner = TestRunner::deterministic();
+    let (mut preemptions, mut evictions, mut failures, mut recomputed, mut finished) = (0, 0, 0, 0, 0);
+    for _ in 0..100 {
+        let schedule = schedule().new_tree(&mut runner).expect("a schedule").current();
+        let metrics = run(&schedule).drive.core.metrics();
+        preemptions += metrics.preemptions;
+        recomputed += metrics.recomputed_tokens;
+        evictions += metrics.adapters.evictions;
+        failures += metrics.adapters.failures;
+        finished += metrics.finished;
+    }
+    let all = format!("{preemptions} {recomputed} {evictions} {failures} {finished}");
+    assert!(preemptions > 100 && recomputed > 500 && evictions > 100 && failures > 30 && finished > 500, "{all}");
+}

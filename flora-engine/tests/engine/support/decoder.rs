@@ -1,0 +1,184 @@
+//! A decoder whose logits are a hash of the adapter and all tokens of the sequence, and which panics where the engine breaks the
+//! contract.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use flora_engine::{AdapterFailure, AdapterId, Decoder, DecoderLimits, Options, PlaceError, Segment, SequenceId};
+
+use super::TOKENS;
+
+/// Tokens of a sequence, at most.
+pub(crate) const CONTEXT: u32 = 64;
+
+/// A prompt that ends with these has NaN for logits.
+pub(crate) const POISON: [u32; 2] = [11, 11];
+
+/// An adapter in host memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FakeAdapter {
+    pub(crate) name: String,
+    pub(crate) version: u64,
+    pub(crate) bytes: u64,
+    pub(crate) fits: bool,
+}
+
+/// The decoder; its clones are views of the same device.
+#[derive(Clone, Debug)]
+pub(crate) struct FakeDecoder {
+    options: Options,
+    state: Arc<Mutex<State>>,
+}
+
+/// The device.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    pub(crate) sequences: BTreeMap<SequenceId, Vec<u32>>,
+    pub(crate) adapters: BTreeMap<AdapterId, FakeAdapter>,
+    /// Of every sequence that ever was: its adapter and, once it is known, the length of its prompt.
+    pub(crate) known: BTreeMap<SequenceId, Known>,
+    /// Bytes of adapters that there is room for.
+    pub(crate) adapter_capacity: Option<u64>,
+    pub(crate) next_step: NextStep,
+    /// What every sequence says, in place of the hash.
+    pub(crate) script: Vec<u32>,
+    pub(crate) steps: usize,
+    pub(crate) places: usize,
+    /// Sequences of the last step.
+    pub(crate) last_step: Vec<SequenceId>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Known {
+    pub(crate) adapter: Option<FakeAdapter>,
+    pub(crate) prompt: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum NextStep {
+    #[default]
+    Works,
+    Fails,
+    Panics,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the device is lost")]
+pub(crate) struct Lost;
+
+impl FakeDecoder {
+    pub(crate) fn new(options: &Options) -> Self {
+        Self { options: options.clone(), state: Arc::default() }
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn blocks(&self, block_tokens: usize) -> usize {
+        self.sequences.values().map(|tokens| tokens.len().div_ceil(block_tokens)).sum()
+    }
+
+    /// Checks one segment and keeps its tokens.
+    fn take(&mut self, segment: &Segment<'_>, chunk: usize) {
+        let (id, length) = (segment.sequence, segment.tokens.len());
+        assert!((1..=chunk).contains(&length), "{segment:?}");
+        assert!(segment.tokens.iter().all(|token| *token < TOKENS), "{segment:?}");
+        let adapter = segment.adapter.map(|id| self.adapters.get(&id).expect("an adapter that was placed").clone());
+        let known = self.known.entry(id).or_insert_with(|| Known { adapter: adapter.clone(), prompt: None });
+        assert_eq!(known.adapter, adapter, "a sequence keeps its adapter, and the version of it");
+        let held = self.sequences.entry(id).or_default();
+        let start = held.len();
+        assert_eq!(start, segment.first_position as usize, "{segment:?}");
+        held.extend_from_slice(segment.tokens);
+        assert!(held.len() <= CONTEXT as usize);
+        if segment.prompt_tokens > 0 {
+            assert_eq!(segment.prompt_tokens as usize, length, "a chunk of the prompt has nothing else");
+            assert_eq!(start % chunk, 0, "{segment:?}");
+            let ends = length < chunk || segment.wants_logits;
+            match known.prompt {
+                Some(prompt) => assert_eq!(start + length, prompt.min(start + chunk), "{segment:?}"),
+                None if ends => known.prompt = Some(start + length),
+                None => {}
+            }
+        } else {
+            let prompt = *known.prompt.get_or_insert(start);
+            assert_eq!((start - prompt) % chunk * usize::from(length > 1), 0, "{segment:?}");
+        }
+    }
+
+    fn logits(&self, id: SequenceId) -> [f32; TOKENS as usize] {
+        let tokens = &self.sequences[&id];
+        let known = &self.known[&id];
+        if tokens[..known.prompt.unwrap_or_default()].ends_with(&POISON) {
+            return [f32::NAN; TOKENS as usize];
+        }
+        let said = tokens.len() - known.prompt.unwrap_or_default();
+        if let Some(scripted) = self.script.get(said) {
+            return std::array::from_fn(|token| f32::from(u8::from(token == *scripted as usize)));
+        }
+        std::array::from_fn(|token| {
+            let mut hasher = DefaultHasher::new();
+            (known.adapter.as_ref().map(|adapter| (&adapter.name, adapter.version)), tokens, token).hash(&mut hasher);
+            (hasher.finish() % 64) as f32 / 16.0
+        })
+    }
+}
+
+impl Decoder for FakeDecoder {
+    type Prepared = FakeAdapter;
+    type Error = Lost;
+
+    fn limits(&self) -> DecoderLimits {
+        DecoderLimits { vocabulary: TOKENS, context_length: CONTEXT, cache_bytes_per_token: 1 }
+    }
+
+    fn step(&mut self, segments: &[Segment<'_>]) -> Result<Vec<f32>, Lost> {
+        let (options, mut state) = (&self.options, self.state());
+        let sequences: BTreeSet<SequenceId> = segments.iter().map(|segment| segment.sequence).collect();
+        assert!(!segments.is_empty() && sequences.len() == segments.len(), "{segments:?}");
+        assert!(segments.len() <= options.sequences);
+        assert!(segments.iter().map(|segment| segment.tokens.len()).sum::<usize>() <= options.tokens_per_step);
+        for segment in segments {
+            state.take(segment, options.chunk_tokens);
+        }
+        assert!(state.blocks(options.block_tokens) <= options.cache_tokens / options.block_tokens);
+        state.steps += 1;
+        state.last_step = segments.iter().map(|segment| segment.sequence).collect();
+        match std::mem::take(&mut state.next_step) {
+            NextStep::Works => {}
+            NextStep::Fails => return Err(Lost),
+            NextStep::Panics => panic!("the device is on fire"),
+        }
+        let wanted = segments.iter().filter(|segment| segment.wants_logits);
+        Ok(wanted.flat_map(|segment| state.logits(segment.sequence)).collect())
+    }
+
+    fn release(&mut self, sequence: SequenceId) {
+        self.state().sequences.remove(&sequence);
+    }
+
+    fn place(&mut self, adapter: AdapterId, prepared: FakeAdapter) -> Result<(), PlaceError<FakeAdapter>> {
+        let mut state = self.state();
+        state.places += 1;
+        if !prepared.fits {
+            let reason = "of another shape".into();
+            return Err(PlaceError::Unfit(AdapterFailure::Unusable { name: prepared.name, reason }));
+        }
+        let taken: u64 = state.adapters.values().map(|adapter| adapter.bytes).sum();
+        if state.adapter_capacity.is_some_and(|capacity| taken + prepared.bytes > capacity) {
+            return Err(PlaceError::Full(prepared));
+        }
+        assert!(state.adapters.len() < self.options.adapters.resident, "more adapters than may be resident");
+        assert!(taken + prepared.bytes <= self.options.adapters.bytes, "more bytes than may be resident");
+        assert_eq!(state.adapters.insert(adapter, prepared), None, "a number that is taken");
+        Ok(())
+    }
+
+    fn remove(&mut self, adapter: AdapterId) {
+        assert!(self.state().adapters.remove(&adapter).is_some(), "an adapter that isn't there");
+    }
+}

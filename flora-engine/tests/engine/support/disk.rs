@@ -1,0 +1,98 @@
+//! Adapters as they would lie on a disk: they change, break, and go.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use flora_engine::{AdapterFailure, AdapterSource, LoadOrder, LoadOutcome, Loaded};
+
+use super::decoder::FakeAdapter;
+
+/// A folder of adapters; its clones are views of the same.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Disk(Arc<Mutex<BTreeMap<String, Stored>>>);
+
+/// An adapter's files.
+#[derive(Clone, Debug)]
+pub(crate) struct Stored {
+    pub(crate) version: u64,
+    pub(crate) bytes: u64,
+    pub(crate) state: Files,
+    /// How often they were read.
+    pub(crate) reads: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Files {
+    Good,
+    /// They can't be read.
+    Broken,
+    /// They are of another model, as the device sees only.
+    Unfit,
+}
+
+impl Disk {
+    pub(crate) fn all(&self) -> MutexGuard<'_, BTreeMap<String, Stored>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes an adapter, over what was there.
+    pub(crate) fn write(&self, name: &str, bytes: u64, state: Files) {
+        let mut all = self.all();
+        let version = all.get(name).map_or(1, |stored| stored.version + 1);
+        let reads = all.get(name).map_or(0, |stored| stored.reads);
+        all.insert(name.into(), Stored { version, bytes, state, reads });
+    }
+
+    pub(crate) fn with(names: &[&str]) -> Self {
+        let disk = Self::default();
+        for name in names {
+            disk.write(name, 1, Files::Good);
+        }
+        disk
+    }
+
+    pub(crate) fn reads(&self, name: &str) -> usize {
+        self.all().get(name).map_or(0, |stored| stored.reads)
+    }
+
+    /// What a loader would make of an order.
+    pub(crate) fn load(&self, order: LoadOrder) -> Loaded<FakeAdapter> {
+        let LoadOrder { name, known } = order;
+        let outcome = match self.version(&name) {
+            Err(failure) => LoadOutcome::Failed { version: None, failure },
+            Ok(version) if known == Some(version) => LoadOutcome::Unchanged,
+            Ok(version) => match self.prepare(&name) {
+                Ok(prepared) => LoadOutcome::Prepared { version, bytes: Self::bytes(&prepared), prepared },
+                Err(failure) => LoadOutcome::Failed { version: Some(version), failure },
+            },
+        };
+        Loaded { name, outcome }
+    }
+}
+
+impl AdapterSource for Disk {
+    type Prepared = FakeAdapter;
+
+    fn names(&self) -> Vec<String> {
+        self.all().keys().cloned().collect()
+    }
+
+    fn version(&self, name: &str) -> Result<u64, AdapterFailure> {
+        self.all().get(name).map(|stored| stored.version).ok_or_else(|| AdapterFailure::Unknown(name.into()))
+    }
+
+    fn prepare(&self, name: &str) -> Result<FakeAdapter, AdapterFailure> {
+        let mut all = self.all();
+        let stored = all.get_mut(name).ok_or_else(|| AdapterFailure::Unknown(name.into()))?;
+        stored.reads += 1;
+        if stored.state == Files::Broken {
+            return Err(AdapterFailure::Unusable { name: name.into(), reason: "broken".into() });
+        }
+        let fits = stored.state == Files::Good;
+        Ok(FakeAdapter { name: name.into(), version: stored.version, bytes: stored.bytes, fits })
+    }
+
+    fn bytes(prepared: &FakeAdapter) -> u64 {
+        prepared.bytes
+    }
+}
