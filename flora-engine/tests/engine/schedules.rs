@@ -49,7 +49,7 @@ fn files() -> impl Strategy<Value = Files> {
 
 fn mishap() -> impl Strategy<Value = Mishap> {
     prop_oneof![
-        4 => (0..NAMES.len(), 1u64..4, files()).prop_map(|(adapter, bytes, files)| Mishap::Write { adapter, bytes, files }),
+        4 => (0..NAMES.len(), 1u64..7, files()).prop_map(|(adapter, bytes, files)| Mishap::Write { adapter, bytes, files }),
         1 => (0..NAMES.len()).prop_map(|adapter| Mishap::Remove { adapter }),
         1 => Just(Mishap::StepFails),
     ]
@@ -89,7 +89,7 @@ fn schedule() -> impl Strategy<Value = Schedule> {
     (
         sizes,
         adapters,
-        option::of(3u64..8),
+        option::of(2u64..8),
         vec(arrival(), 1..24),
         vec((0usize..60, mishap()), 0..12),
         vec(0usize..12, 1..8),
