@@ -37,11 +37,16 @@
 
 extern crate self as flora;
 
+pub use flora_burn as burn;
 pub use flora_checkpoint as checkpoint;
 pub use flora_codegen as codegen;
+pub use flora_engine as engine;
 pub use flora_ir as ir;
 pub use flora_macros::layer;
+pub use flora_model as model;
 pub use flora_runtime as runtime;
+pub use flora_server as server;
+pub use flora_tokenizer as tokenizer;
 
 /// What a serving engine uses.
 pub mod prelude {

@@ -7,5 +7,12 @@
 pub mod backend;
 pub mod linear;
 
+/// Burn's backend on this machine's processor.
+pub type Host = burn_flex::Flex;
+/// Burn's backend on a GPU through wgpu; Vulkan's element types.
+pub type Wgpu = burn::backend::Vulkan;
+/// Burn's backend on an NVIDIA GPU.
+pub type Cuda = burn::backend::Cuda;
+
 pub use backend::{FloraBackend, Target, TensorError};
 pub use linear::{AdaptedLinear, LinearError, Planning, StepBatch};

@@ -1,6 +1,7 @@
 //! How a model is put on a device.
 
 use flora_codegen::layer::Element;
+use flora_codegen::lowering::Lowering;
 use flora_codegen::plan::Plan;
 use flora_runtime::{BaseForm, Planner};
 
@@ -33,6 +34,18 @@ pub enum PlanningChoice<'a> {
     Priced(&'a Planner),
 }
 
+/// Rows from which a segment of a multiplicative adapter gets its W_i on chip: fewer cost less as virtual rows (`stacked`) on every
+/// device that was measured.
+const ON_CHIP_FROM: u32 = 8;
+
+impl Default for PlanningChoice<'_> {
+    /// The fused launch, each segment's lowering by its own rows: what else is in the batch changes nothing.
+    fn default() -> Self {
+        let plan = Plan::new(Lowering::OnChip, Lowering::Fused);
+        Self::Fixed(plan.map_or_else(|_| Plan::default(), |plan| plan.with_on_chip_from(ON_CHIP_FROM)))
+    }
+}
+
 impl Default for ServeOptions<'_> {
     fn default() -> Self {
         Self {
@@ -42,7 +55,7 @@ impl Default for ServeOptions<'_> {
             adapters: Element::F32,
             adapter_bytes: 256 << 20,
             block_tokens: 32,
-            planning: PlanningChoice::Fixed(Plan::default()),
+            planning: PlanningChoice::default(),
         }
     }
 }

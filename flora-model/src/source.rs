@@ -18,7 +18,7 @@ const TENSORS: &str = "adapter_model.safetensors";
 /// The sub-folders of one folder, by name. What is in it may change at any time.
 #[derive(Debug)]
 pub struct AdapterDirectory {
-    folder: PathBuf,
+    folder: Option<PathBuf>,
     model: Arc<Model>,
     layers: Layers,
     element: Element,
@@ -36,13 +36,13 @@ pub struct PreparedAdapter {
 }
 
 impl AdapterDirectory {
-    /// The sub-folders of `folder`, for `model`; `element` is the type in which the device keeps them.
+    /// The sub-folders of `folder`, or no adapters, for `model`; `element` is the type in which the device keeps them.
     ///
     /// # Errors
     /// A built-in layer doesn't compile.
-    pub fn new(folder: &Path, model: &Arc<Model>, element: Element) -> Result<Self, StoreError> {
+    pub fn new(folder: Option<&Path>, model: &Arc<Model>, element: Element) -> Result<Self, StoreError> {
         let layers = Layers::compile()?;
-        Ok(Self { folder: folder.to_owned(), model: model.clone(), layers, element })
+        Ok(Self { folder: folder.map(Path::to_owned), model: model.clone(), layers, element })
     }
 
     /// The adapter's folder. A name is one component of a path, or there is no such adapter.
@@ -50,8 +50,8 @@ impl AdapterDirectory {
         let mut components = Path::new(name).components();
         let plain =
             matches!((components.next(), components.next()), (Some(Component::Normal(part)), None) if part == name);
-        let path = self.folder.join(name);
-        if plain && path.join(CONFIG).is_file() { Ok(path) } else { Err(AdapterFailure::Unknown(name.to_owned())) }
+        let path = self.folder.as_ref().filter(|_| plain).map(|folder| folder.join(name));
+        path.filter(|path| path.join(CONFIG).is_file()).ok_or_else(|| AdapterFailure::Unknown(name.to_owned()))
     }
 }
 
@@ -59,7 +59,7 @@ impl AdapterSource for AdapterDirectory {
     type Prepared = PreparedAdapter;
 
     fn names(&self) -> Vec<String> {
-        let Ok(entries) = std::fs::read_dir(&self.folder) else { return Vec::new() };
+        let Some(Ok(entries)) = self.folder.as_ref().map(std::fs::read_dir) else { return Vec::new() };
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let mut names: Vec<_> = names.filter(|name| self.path(name).is_ok()).collect();
         names.sort_unstable();

@@ -1,16 +1,19 @@
 //! The one place that downloads into the cache folder and runs outside programs.
 //!
-//! flora needs three things that are not Rust crates: a real model to run on, a Vulkan device with cooperative matrices
-//! where there is no GPU, and the CUDA compilers that say what generated CUDA costs. Each is fetched once, on first use,
-//! into the [`Cache`], pinned and checked; each failure is a [`FetchError`] that says what to do, and a caller goes on
-//! without the thing. Nothing here knows of layers, kernels or devices.
+//! flora needs four things that are not Rust crates: a real model to run on, a Vulkan device with cooperative matrices
+//! where there is no GPU, the CUDA compilers that say what generated CUDA costs, and a client that others wrote, to test
+//! its server with. Each is fetched once, on first use, into the [`Cache`], pinned and checked; each failure is a
+//! [`FetchError`] that says what to do, and a caller goes on without the thing. Nothing here knows of layers, kernels or
+//! devices.
 
 mod cache;
 mod cuda;
 mod error;
 mod lavapipe;
+mod pip;
 mod program;
 mod pypi;
+mod python;
 mod wheel;
 
 pub use cache::Cache;
@@ -21,3 +24,4 @@ pub use cuda::{
 pub use error::FetchError;
 pub use lavapipe::Lavapipe;
 pub use pypi::{smollm2, smollm2_from_environment, smollm2_in};
+pub use python::{PythonPackages, openai_client, openai_client_from_environment};

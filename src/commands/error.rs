@@ -79,6 +79,12 @@ pub(crate) enum CommandError {
     #[error("{model}: {source}")]
     #[diagnostic(help("--base f32 dequantises a weight that can't be kept as it is stored"))]
     Base { model: String, source: BaseError },
+    #[error("the device has no Burn backend in this build")]
+    #[diagnostic(help("--device host always works"))]
+    OtherBackend,
+    #[error("can't listen: {0}")]
+    #[diagnostic(help("choose another --port (0 takes any that is free) or --host"))]
+    Listen(std::io::Error),
     #[error("can't write the output: {0}")]
     Output(std::io::Error),
     #[error("{wrong} of {layers} layers differ from the f64 oracle by more than rounding; the worst is `{worst}`")]
@@ -124,6 +130,14 @@ below!(
     StoreError,
     UnknownTarget,
     BaseError,
+    flora::engine::OptionsError,
+    flora::engine::RequestError,
+    flora::model::ServeError,
+    flora::server::InvalidApiKey,
+    flora::server::ServerError,
+    flora::tokenizer::ChatError,
+    flora::tokenizer::EncodeError,
+    flora::tokenizer::TokenizerError,
     flora_toolchain::CompileError,
     flora_toolchain::FetchError,
 );

@@ -11,6 +11,7 @@ mod plan;
 mod planner;
 mod report;
 mod run;
+mod serving;
 mod tune;
 mod types;
 
@@ -36,6 +37,8 @@ enum Command {
     Inspect(inspect::Arguments),
     Bench(bench::Arguments),
     Report(report::Arguments),
+    Generate(serving::generate::Arguments),
+    Serve(serving::serve::Arguments),
 }
 
 /// Runs the command; 0, 1 for an error, 2 for wrong usage.
@@ -49,6 +52,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Inspect(arguments) => inspect::inspect(&arguments),
         Command::Bench(arguments) => bench::bench(&arguments),
         Command::Report(arguments) => report::report(&arguments),
+        Command::Generate(arguments) => serving::generate::generate(&arguments),
+        Command::Serve(arguments) => serving::serve::serve(&arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

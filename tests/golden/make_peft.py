@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from adapters import fill, save
 from peft import HiraConfig, IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
@@ -103,25 +104,11 @@ def make(name, build, config, seed):
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     base = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    model = get_peft_model(model, config)
-    for key, parameter in model.named_parameters():
-        if "lora_" in key or "hira_" in key:
-            nn.init.normal_(parameter, std=0.5)
-        elif "ia3_" in key:
-            nn.init.normal_(parameter, mean=1.0, std=0.3)
-    model.eval()
+    model = fill(get_peft_model(model, config), std=0.3 if isinstance(config, IA3Config) else 0.5)
 
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder / "adapter")
-    (folder / "adapter" / "README.md").unlink(missing_ok=True)
-    config_path = folder / "adapter" / "adapter_config.json"
-    settings = json.loads(config_path.read_text())
-    for key, value in settings.items():
-        # PEFT writes sets in hash order; sorted, the files are the same on every run.
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            settings[key] = sorted(value)
-    config_path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    save(model, folder / "adapter")
 
     inputs, outputs = {}, {}
     with torch.no_grad():

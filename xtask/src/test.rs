@@ -1,13 +1,14 @@
 //! `cargo xtask test`: every test there is, and a table of what ran.
 //!
-//! Some tests need things from outside (the CUDA compilers, lavapipe, the real model), which are fetched first. Where one
-//! can't be had, what depends on it is listed as not run, loudly; in CI or with `--strict` that fails.
+//! Some tests need things from outside (the CUDA compilers, lavapipe, the real model, the client of the OpenAI API), which
+//! are fetched first. Where one can't be had, what depends on it is listed as not run, loudly; in CI or with `--strict`
+//! that fails.
 
 use std::fmt;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use flora_toolchain::{Cache, CudaCompiler, FetchError, Lavapipe, smollm2};
+use flora_toolchain::{Cache, CudaCompiler, FetchError, Lavapipe, openai_client, smollm2};
 
 use crate::cargo;
 
@@ -46,6 +47,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
 
     let cuda = need("tests of generated CUDA", CudaCompiler::ensure());
     let model = need("tests on the real model", smollm2());
+    let client = need("tests by the openai client", openai_client());
     let lavapipe = need("conformance on lavapipe", Lavapipe::ensure());
 
     let mut workspace = cargo::test(&[]);
@@ -53,7 +55,9 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     if let Ok(cache) = Cache::open() {
         workspace.env("FLORA_CACHE", cache.root());
     }
-    workspace.env("FLORA_CUDA", presence(&cuda)).env("FLORA_MODEL", presence(&model));
+    for (variable, thing) in [("FLORA_CUDA", &cuda), ("FLORA_MODEL", &model), ("FLORA_OPENAI", &client)] {
+        workspace.env(variable, presence(thing));
+    }
     let mut rows = vec![suite("workspace", workspace)];
     rows.push(match lavapipe {
         Ok(()) => suite("conformance on lavapipe", on_lavapipe()),
@@ -62,7 +66,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     let mut fuzz = cargo::test(&["--tests", "fuzz"]);
     fuzz.env("FLORA_FUZZ_CASES", FUZZ_CASES);
     rows.push(suite("fuzz", fuzz));
-    rows.extend([cuda, model].into_iter().filter_map(Result::err));
+    rows.extend([cuda, model, client].into_iter().filter_map(Result::err));
     report(&rows, strict)
 }
 

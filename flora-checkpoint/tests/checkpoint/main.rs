@@ -7,6 +7,7 @@ mod gguf;
 mod gguf_writer;
 mod golden;
 mod model;
+mod mutation;
 mod peft;
 mod tensors;
 

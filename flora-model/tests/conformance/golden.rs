@@ -1,0 +1,165 @@
+//! The golden files that transformers and PEFT made (tests/golden/README.md).
+
+use flora_engine::{AdapterId, Segment, SequenceId};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use crate::served::{Model, golden};
+use crate::{is_host, on_device};
+
+/// One prompt of a golden file.
+struct Prompt {
+    name: String,
+    tokens: Vec<u32>,
+    continuation: Vec<u32>,
+    /// The ids whose logits are kept.
+    vocabulary: Vec<usize>,
+    /// `[tokens, vocabulary]`
+    logits: Vec<f32>,
+}
+
+/// The prompts of `tests/golden/MODEL/outputs/NAME`, and the adapter that they were run with.
+fn prompts(model: &str, name: &str) -> (Vec<Prompt>, Option<String>) {
+    let folder = golden(model).join("outputs");
+    let read = |extension: &str| std::fs::read(folder.join(format!("{name}.{extension}"))).expect("a golden file");
+    let about: Value = serde_json::from_slice(&read("json")).expect("JSON");
+    let bytes = read("safetensors");
+    let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let numbers = |value: &Value| -> Vec<u32> {
+        value.as_array().expect("a list").iter().map(|token| token.as_u64().expect("a token") as u32).collect()
+    };
+    let prompt = |about: &Value| {
+        let name = about["name"].as_str().expect("a name").to_owned();
+        let data = |tensor: &str| tensors.tensor(&format!("{name}.{tensor}")).expect("a tensor").data().to_vec();
+        let vocabulary = data("vocabulary").chunks_exact(8).map(|id| u64::from_le_bytes(id.try_into().expect("8")));
+        let logits = data("logits").chunks_exact(4).map(|number| f32::from_le_bytes(number.try_into().expect("4")));
+        Prompt {
+            tokens: numbers(&about["tokens"]),
+            continuation: numbers(&about["continuation"]),
+            vocabulary: vocabulary.map(|id| id as usize).collect(),
+            logits: logits.collect(),
+            name,
+        }
+    };
+    let prompts = about["prompts"].as_array().expect("a list").iter().map(prompt).collect();
+    (prompts, about["adapter"].as_str().map(str::to_owned))
+}
+
+/// The first of the largest.
+fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (at, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = at;
+        }
+    }
+    best as u32
+}
+
+/// Runs one golden file: the prompt in chunks, then token by token what transformers chose; every one must be the greedy choice.
+/// Short prompts also run one token a step, so that logits at every position are seen.
+fn check(model: &mut dyn Model, name: &str) {
+    let (prompts, adapter) = prompts(model.name(), name);
+    let adapter = adapter.map(|adapter| model.adapter(&adapter));
+    let mut worst = 0.0f32;
+    for (number, prompt) in prompts.iter().enumerate() {
+        let sequence = SequenceId(number as u64);
+        let logits = prefill(model, sequence, adapter, &prompt.tokens, 64);
+        let last = prompt.tokens.len() - 1;
+        worst = worst.max(compare(model, prompt, last, &logits));
+        continue_greedily(model, sequence, adapter, prompt, logits);
+        model.release(sequence);
+
+        if is_host() || prompt.tokens.len() < 20 && model.vocabulary() < 1000 {
+            let mut position = 0;
+            for chunk in [1usize, 5, 1, 1].into_iter().cycle() {
+                let end = (position + chunk).min(prompt.tokens.len());
+                let tokens = &prompt.tokens[position..end];
+                let segment = segment(sequence, adapter, position, tokens, tokens.len());
+                let logits = model.step(&[segment]);
+                worst = worst.max(compare(model, prompt, end - 1, &logits));
+                position = end;
+                if position == prompt.tokens.len() || position > 40 {
+                    break;
+                }
+            }
+            model.release(sequence);
+        }
+    }
+    println!("{} {name}: off by {worst:.3} of the rounding that is allowed", model.name());
+}
+
+fn segment(
+    sequence: SequenceId,
+    adapter: Option<AdapterId>,
+    first: usize,
+    tokens: &[u32],
+    prompt_tokens: usize,
+) -> Segment<'_> {
+    let (first_position, prompt_tokens) = (first as u32, prompt_tokens as u32);
+    Segment { sequence, adapter, first_position, tokens, prompt_tokens, wants_logits: true }
+}
+
+fn prefill(
+    model: &mut dyn Model,
+    sequence: SequenceId,
+    adapter: Option<AdapterId>,
+    tokens: &[u32],
+    chunk: usize,
+) -> Vec<f32> {
+    let mut logits = Vec::new();
+    for (number, tokens) in tokens.chunks(chunk).enumerate() {
+        logits = model.step(&[segment(sequence, adapter, number * chunk, tokens, tokens.len())]);
+    }
+    logits
+}
+
+/// How far the logits are from transformers', in units of what rounding may do.
+fn compare(model: &dyn Model, prompt: &Prompt, position: usize, logits: &[f32]) -> f32 {
+    let kept = prompt.vocabulary.len();
+    let right = &prompt.logits[position * kept..(position + 1) * kept];
+    let largest = right.iter().fold(0.0f32, |largest, logit| largest.max(logit.abs()));
+    let allowed = model.rounding() * largest;
+    let difference = |(id, right): (&usize, &f32)| (logits[*id] - right).abs();
+    let worst = prompt.vocabulary.iter().zip(right).map(difference).fold(0.0f32, f32::max);
+    assert!(worst <= allowed, "{}: at {position} off by {worst}, {allowed} allowed of {largest}", prompt.name);
+    worst / allowed
+}
+
+fn continue_greedily(
+    model: &mut dyn Model,
+    sequence: SequenceId,
+    adapter: Option<AdapterId>,
+    prompt: &Prompt,
+    mut logits: Vec<f32>,
+) {
+    // A software rasteriser takes seconds a token of the real model.
+    let steps = if is_host() || model.vocabulary() < 1000 { prompt.continuation.len() } else { 8 };
+    for (at, token) in prompt.continuation[..steps].iter().enumerate() {
+        assert_eq!(argmax(&logits), *token, "{}: generated token {at}", prompt.name);
+        let position = prompt.tokens.len() + at;
+        logits = model.step(&[segment(sequence, adapter, position, &[*token], 0)]);
+    }
+}
+
+#[test]
+fn gpt_big_code_equals_transformers() {
+    on_device("gpt_bigcode", |model| ["base", "lora", "lora_all"].iter().for_each(|name| check(model, name)));
+}
+
+#[test]
+fn llama_of_a_folder_equals_transformers() {
+    on_device("llama_tiny", |model| ["base", "lora", "hira"].iter().for_each(|name| check(model, name)));
+}
+
+#[test]
+fn the_real_smollm2_equals_transformers() {
+    if std::env::var("FLORA_MODEL").is_ok_and(|presence| presence == "absent") {
+        println!("NOT RUN: the real model isn't here");
+        return;
+    }
+    on_device("smollm2", |model| {
+        let names = if is_host() { ["base", "lora", "ia3", "hira"].as_slice() } else { &["base"] };
+        names.iter().for_each(|name| check(model, name));
+    });
+}

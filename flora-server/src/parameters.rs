@@ -1,0 +1,232 @@
+//! The fields that both endpoints take: which model, how tokens are drawn, what ends a text, how it is sent.
+
+use flora_engine::Sampling;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::body::{Object, fields};
+use crate::error::ApiError;
+
+/// The most stop strings of a request, as OpenAI has it.
+const STOP_STRINGS: usize = 4;
+/// Below this a temperature would divide logits past what f32 holds, and nothing but the largest is ever drawn.
+const COLDEST: f32 = 1e-5;
+
+/// The shared fields of a request, checked.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Parameters {
+    /// The base model's name or an adapter's.
+    pub(crate) model: String,
+    /// Choices of each prompt.
+    pub(crate) n: usize,
+    /// How tokens are drawn.
+    pub(crate) draw: Draw,
+    /// None of them empty.
+    pub(crate) stop: Vec<String>,
+    /// How the answer is sent.
+    pub(crate) delivery: Delivery,
+}
+
+/// How tokens are drawn for all choices of a request.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Draw {
+    /// Always the likeliest.
+    Greedy,
+    /// At random.
+    Random { temperature: f32, top_p: f32, seed: Option<u64> },
+}
+
+/// How an answer is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Delivery {
+    /// At once, when it is done.
+    Whole,
+    /// As it comes, as server-sent events.
+    Stream { include_usage: bool },
+}
+
+impl Draw {
+    /// How the choice at `index` is drawn. Choices differ, and each is the same again for the same seed.
+    pub(crate) fn choice(self, index: usize) -> Sampling {
+        match self {
+            Self::Greedy => Sampling::Greedy,
+            Self::Random { temperature, top_p, seed } => {
+                let seed = seed.map_or_else(|| fastrand::u64(..), |seed| seed.wrapping_add(index as u64));
+                Sampling::Random { temperature, top_p, seed }
+            }
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Fields {
+    model: String,
+    n: Option<u32>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    seed: Option<i64>,
+    stop: Option<Stop>,
+    stream: Option<bool>,
+    stream_options: Option<Object<StreamOptions>>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    logit_bias: Option<Map<String, Value>>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a string or an array of strings")]
+enum Stop {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Deserialize)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+}
+
+impl Parameters {
+    /// The shared fields of `body`.
+    pub(crate) fn parse(body: &Value) -> Result<Self, ApiError> {
+        let fields: Fields = fields(body)?;
+        unsupported("presence_penalty", fields.presence_penalty.is_some_and(|penalty| penalty != 0.0))?;
+        unsupported("frequency_penalty", fields.frequency_penalty.is_some_and(|penalty| penalty != 0.0))?;
+        unsupported("logit_bias", fields.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()))?;
+        let n = match fields.n.unwrap_or(1) {
+            0 => return Err(ApiError::invalid("n", "n must be at least 1")),
+            n => n as usize,
+        };
+        let draw = draw(fields.temperature, fields.top_p, fields.seed)?;
+        let stop = stop(fields.stop)?;
+        let stream_options = fields.stream_options.map(|Object(options)| options);
+        let delivery = match (fields.stream.unwrap_or(false), stream_options) {
+            (true, options) => {
+                Delivery::Stream { include_usage: options.and_then(|options| options.include_usage).unwrap_or(false) }
+            }
+            (false, None) => Delivery::Whole,
+            (false, Some(_)) => {
+                return Err(ApiError::invalid("stream_options", "stream_options needs stream to be true"));
+            }
+        };
+        Ok(Self { model: fields.model, n, draw, stop, delivery })
+    }
+}
+
+/// Refuses a field that is known but not done, where it `matters`: to leave it out in silence would be another answer.
+pub(crate) fn unsupported(field: &str, matters: bool) -> Result<(), ApiError> {
+    if matters { Err(ApiError::invalid(field, format!("{field} is not supported; leave it out"))) } else { Ok(()) }
+}
+
+/// The most tokens to generate, where a request says so.
+pub(crate) fn max_tokens(field: &str, value: Option<u32>) -> Result<Option<u32>, ApiError> {
+    match value {
+        Some(0) => Err(ApiError::invalid(field, format!("{field} must be at least 1"))),
+        value => Ok(value),
+    }
+}
+
+fn draw(temperature: Option<f32>, top_p: Option<f32>, seed: Option<i64>) -> Result<Draw, ApiError> {
+    let (temperature, top_p) = (temperature.unwrap_or(1.0), top_p.unwrap_or(1.0));
+    if !(0.0..=2.0).contains(&temperature) {
+        return Err(ApiError::invalid("temperature", format!("temperature must be from 0 to 2, not {temperature}")));
+    }
+    if !(0.0..=1.0).contains(&top_p) {
+        return Err(ApiError::invalid("top_p", format!("top_p must be from 0 to 1, not {top_p}")));
+    }
+    if temperature < COLDEST || top_p == 0.0 {
+        return Ok(Draw::Greedy);
+    }
+    // Seeds below 0 are as good as others.
+    Ok(Draw::Random { temperature, top_p, seed: seed.map(i64::cast_unsigned) })
+}
+
+fn stop(stop: Option<Stop>) -> Result<Vec<String>, ApiError> {
+    let strings = match stop {
+        None => Vec::new(),
+        Some(Stop::One(string)) => vec![string],
+        Some(Stop::Many(strings)) => strings,
+    };
+    if strings.len() > STOP_STRINGS {
+        let message = format!("stop holds {} strings; at most {STOP_STRINGS} are taken", strings.len());
+        return Err(ApiError::invalid("stop", message));
+    }
+    if strings.iter().any(String::is_empty) {
+        return Err(ApiError::invalid("stop", "a stop string is empty, which every text holds"));
+    }
+    Ok(strings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn parse(mut body: Value) -> Result<Parameters, ApiError> {
+        body["model"] = json!("m");
+        Parameters::parse(&body)
+    }
+
+    #[test]
+    fn what_is_left_out_or_null_is_as_openai_has_it() {
+        let expected = Parameters {
+            model: "m".to_owned(),
+            n: 1,
+            draw: Draw::Random { temperature: 1.0, top_p: 1.0, seed: None },
+            stop: Vec::new(),
+            delivery: Delivery::Whole,
+        };
+        assert_eq!(parse(json!({})).unwrap(), expected);
+        let nulls = json!({
+            "n": null, "temperature": null, "top_p": null, "seed": null, "stop": null, "stream": null,
+            "stream_options": null, "presence_penalty": null, "frequency_penalty": null, "logit_bias": null,
+            "user": "someone", "never_heard_of": [{}],
+        });
+        assert_eq!(parse(nulls).unwrap(), expected);
+    }
+
+    #[test]
+    fn drawing_follows_temperature_top_p_and_seed() {
+        let sampling = |body, index| parse(body).unwrap().draw.choice(index);
+        for body in [json!({"temperature": 0}), json!({"top_p": 0.0}), json!({"temperature": 1e-30, "seed": 7})] {
+            assert_eq!(sampling(body, 3), Sampling::Greedy);
+        }
+        let seeded = json!({"temperature": 0.5, "top_p": 0.9, "seed": -1});
+        let expected = |seed| Sampling::Random { temperature: 0.5, top_p: 0.9, seed };
+        assert_eq!(sampling(seeded.clone(), 0), expected(u64::MAX));
+        assert_eq!(sampling(seeded, 2), expected(1));
+        assert_ne!(sampling(json!({}), 0), sampling(json!({}), 0));
+    }
+
+    #[test]
+    fn a_stream_may_tell_its_usage() {
+        let delivery = |body| parse(body).map(|parameters| parameters.delivery);
+        assert_eq!(delivery(json!({"stream": true})).unwrap(), Delivery::Stream { include_usage: false });
+        let options = json!({"include_usage": true});
+        assert_eq!(
+            delivery(json!({"stream": true, "stream_options": options})).unwrap(),
+            Delivery::Stream { include_usage: true }
+        );
+        assert!(delivery(json!({"stream_options": options})).is_err());
+        assert!(delivery(json!({"stream": true, "stream_options": [true]})).is_err());
+    }
+
+    #[test]
+    fn what_is_out_of_range_or_not_done_is_refused_by_name() {
+        for (field, value) in [
+            ("n", json!(0)),
+            ("temperature", json!(-0.1)),
+            ("temperature", json!(2.1)),
+            ("top_p", json!(1.01)),
+            ("stop", json!("")),
+            ("stop", json!(["a", "b", "c", "d", "e"])),
+            ("presence_penalty", json!(1)),
+            ("frequency_penalty", json!(-1)),
+            ("logit_bias", json!({"1": 100})),
+        ] {
+            let Err(ApiError::Invalid { param, .. }) = parse(json!({field: value})) else {
+                panic!("{field} was taken")
+            };
+            assert_eq!(param.as_deref(), Some(field));
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! The API as its clients see it: answers, errors, what a hostile client can do, connections, and a real client.
+
+mod answers;
+mod client;
+mod connections;
+mod errors;
+mod hostile;
+mod model;
+mod support;

@@ -1,0 +1,64 @@
+//! What `generate`, `serve` and `bench serving` share: a model on a device behind an engine, from the command line's options.
+
+pub(crate) mod generate;
+pub(crate) mod serve;
+mod start;
+
+use std::path::PathBuf;
+
+use clap::builder::RangedU64ValueParser;
+use clap::{Args, ValueEnum};
+use flora::prelude::*;
+
+use super::types;
+pub(crate) use start::{Serving, start};
+
+/// Which model, with which adapters, on which device.
+#[derive(Args, Clone)]
+pub(crate) struct ModelArguments {
+    /// A .gguf file or a model's folder, of a Llama or GPTBigCode decoder; SmolLM2-135M unless given, fetched once (93 MB)
+    #[arg(long)]
+    pub(crate) model: Option<PathBuf>,
+    /// A folder of PEFT adapter folders, each named by its folder; it may change while the model is served
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapters: Option<PathBuf>,
+    /// The modules that adapters may adapt, by the last part of their path, separated by commas; queries and keys unless given
+    #[arg(long, value_delimiter = ',', value_name = "MODULES")]
+    pub(crate) adapted: Vec<String>,
+    /// The device, as `flora devices` lists it
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
+    /// The type of activations, adapters, keys and values
+    #[arg(long, default_value = "f32", value_parser = types::element())]
+    pub(crate) dtype: Element,
+    /// How lowerings are chosen
+    #[arg(long, value_enum, default_value = "tuned")]
+    pub(crate) plan: PlanChoice,
+    /// MiB of device memory for the vectors of resident adapters
+    #[arg(long, default_value = "256", value_name = "MIB", value_parser = RangedU64ValueParser::<u64>::new().range(1..=1 << 20))]
+    pub(crate) adapter_memory: u64,
+    /// Adapters that are resident at most
+    #[arg(long, default_value = "64", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
+    pub(crate) resident: usize,
+    /// Tokens whose keys and values the device holds, of all running requests together
+    #[arg(long, default_value = "16384", value_parser = RangedU64ValueParser::<usize>::new().range(32..=1 << 31))]
+    pub(crate) cache_tokens: usize,
+    /// Requests that run at once
+    #[arg(long, default_value = "32", value_parser = RangedU64ValueParser::<usize>::new().range(1..=4096))]
+    pub(crate) sequences: usize,
+    /// Tokens of one step, prompts and generated ones together
+    #[arg(long, default_value = "256", value_parser = RangedU64ValueParser::<usize>::new().range(64..=1 << 20))]
+    pub(crate) tokens_per_step: usize,
+    /// Requests that wait at most
+    #[arg(long, default_value = "1024", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 24))]
+    pub(crate) waiting: usize,
+}
+
+/// How lowerings are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PlanChoice {
+    /// The cheapest of each step's batch by what `flora tune` saved for this device; `fixed` where there is nothing
+    Tuned,
+    /// Always the same, so that a request's tokens don't depend on what else is in its batch
+    Fixed,
+}
