@@ -1,5 +1,5 @@
 //! Which adapters are on the device, which come and which go: policy alone, of names, versions, sizes and numbers of users.
-//! Reading is done elsewhere ([`LoadOrder`], [`Loaded`]), and so is placing ([`Residency::begin`]).
+//! Reading is done elsewhere ([`LoadOrder`], [`Loaded`]), and so is placing.
 //!
 //! An adapter is absent, being loaded, resident or failed. A resident or failed one may be loaded at the same time: its files
 //! are being compared with the version that is known.
