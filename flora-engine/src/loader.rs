@@ -72,8 +72,9 @@ fn read<S: AdapterSource>(source: &S, to_read: &Mutex<Receiver<Reading>>, done: 
     loop {
         let next = to_read.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Reading { name, version }) = next else { return };
-        let outcome = match guarded(&name, || source.prepare(&name)) {
-            Ok(prepared) => LoadOutcome::Prepared { version, bytes: S::bytes(&prepared), prepared },
+        let prepare = || source.prepare(&name).map(|prepared| (S::bytes(&prepared), prepared));
+        let outcome = match guarded(&name, prepare) {
+            Ok((bytes, prepared)) => LoadOutcome::Prepared { version, bytes, prepared },
             Err(failure) => LoadOutcome::Failed { version: Some(version), failure },
         };
         done(Loaded { name, outcome });

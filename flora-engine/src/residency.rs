@@ -1,5 +1,5 @@
 //! Which adapters are on the device, which come and which go: policy alone, of names, versions, sizes and numbers of users.
-//! Reading is done elsewhere ([`LoadOrder`], [`Loaded`]), and so is placing ([`Residency::begin`]).
+//! Reading is done elsewhere ([`LoadOrder`], [`Loaded`]), and so is placing.
 //!
 //! An adapter is absent, being loaded, resident or failed. A resident or failed one may be loaded at the same time: its files
 //! are being compared with the version that is known.
@@ -100,8 +100,19 @@ enum Settled {
 /// What is done about a name.
 #[derive(Debug)]
 enum Work<P> {
-    Ordered { since: Instant },
-    Prepared { checked: Instant, version: u64, bytes: u64, prepared: P, wanted: bool },
+    Ordered {
+        since: Instant,
+    },
+    Prepared {
+        checked: Instant,
+        version: u64,
+        bytes: u64,
+        prepared: P,
+        /// Someone waits for it.
+        wanted: bool,
+        /// The device had no room for it when so many had been removed.
+        full_at: Option<u64>,
+    },
 }
 
 #[derive(Debug)]
@@ -129,8 +140,8 @@ pub(crate) struct Residency<P> {
     removed: Vec<AdapterId>,
     next_id: u32,
     clock: u64,
-    /// The device said so, and nothing was removed since.
-    device_full: bool,
+    /// How many were ever removed.
+    removals: u64,
     counts: AdapterMetrics,
 }
 
@@ -146,7 +157,7 @@ impl<P> Residency<P> {
             removed: Vec::new(),
             next_id: 0,
             clock: 0,
-            device_full: false,
+            removals: 0,
             counts: AdapterMetrics::default(),
         }
     }
@@ -226,7 +237,10 @@ impl<P> Residency<P> {
                 None => {}
             },
             LoadOutcome::Prepared { version, prepared, bytes } => {
-                self.work.insert(name, Work::Prepared { checked: since, version, bytes, prepared, wanted: false });
+                self.work.insert(
+                    name,
+                    Work::Prepared { checked: since, version, bytes, prepared, wanted: false, full_at: None },
+                );
             }
             LoadOutcome::Failed { version, failure } => self.fail(name, since, version, failure),
         }
@@ -257,11 +271,11 @@ impl<P> Residency<P> {
 
     /// Makes room for the adapter `name`, which is prepared. Those that are in use, are pinned or `protected` stay.
     pub(crate) fn make_room(&mut self, name: &str, protected: &[AdapterId]) -> Room {
-        let Some(Work::Prepared { bytes, .. }) = self.work.get(name) else {
+        let Some(Work::Prepared { bytes, full_at, .. }) = self.work.get(name) else {
             return Room::Later;
         };
-        let bytes = *bytes;
-        if let Some(reason) = self.never_fits(name, bytes) {
+        let (bytes, device_full) = (*bytes, *full_at == Some(self.removals));
+        if let Some(reason) = self.never_fits(name, bytes, device_full) {
             return Room::Never(AdapterFailure::Unusable { name: name.into(), reason });
         }
         let mut unused: Vec<(u64, AdapterId, u64)> = self
@@ -273,7 +287,7 @@ impl<P> Residency<P> {
         unused.sort_unstable();
         let (mut count, mut total) = (self.slots.len() + 1, self.resident_bytes().saturating_add(bytes));
         let mut evicted = 0;
-        while count > self.options.resident || total > self.options.bytes || (self.device_full && evicted == 0) {
+        while count > self.options.resident || total > self.options.bytes || (device_full && evicted == 0) {
             let Some((_, _, freed)) = unused.get(evicted) else {
                 return Room::Later;
             };
@@ -292,7 +306,7 @@ impl<P> Residency<P> {
         slot.name != name && !slot.superseded && self.pinned.contains(&slot.name)
     }
 
-    fn never_fits(&self, name: &str, bytes: u64) -> Option<String> {
+    fn never_fits(&self, name: &str, bytes: u64, device_full: bool) -> Option<String> {
         let staying = || self.slots.values().filter(|slot| self.stays(name, slot));
         let (count, taken) = (staying().count(), staying().map(|slot| slot.bytes).sum::<u64>());
         if count >= self.options.resident {
@@ -307,7 +321,7 @@ impl<P> Residency<P> {
                 self.options.bytes
             ));
         }
-        (self.device_full && count == self.slots.len()).then(|| {
+        (device_full && count == self.slots.len()).then(|| {
             format!("it takes {bytes} bytes, and the device has no room for it beside {count} pinned adapters")
         })
     }
@@ -325,7 +339,7 @@ impl<P> Residency<P> {
     fn remove(&mut self, id: AdapterId) {
         self.slots.remove(&id);
         self.removed.push(id);
-        self.device_full = false;
+        self.removals += 1;
     }
 
     /// Takes a prepared adapter out, for the decoder. `None` if it isn't prepared.
@@ -362,8 +376,8 @@ impl<P> Residency<P> {
     /// The device had no room; it is tried again once something was removed.
     pub(crate) fn full(&mut self, placement: Placement, prepared: P) {
         let Placement { name, checked, version, bytes, .. } = placement;
-        self.device_full = true;
-        self.work.insert(name, Work::Prepared { checked, version, bytes, prepared, wanted: true });
+        let full_at = Some(self.removals);
+        self.work.insert(name, Work::Prepared { checked, version, bytes, prepared, wanted: true, full_at });
     }
 
     /// The decoder won't have it.

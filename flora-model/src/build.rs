@@ -77,12 +77,17 @@ fn adapted_modules(model: &Model, config: &DecoderConfig, wanted: &[String]) -> 
     if let Some(name) = wanted.iter().find(|name| !known.contains(name)) {
         return Err(ServeError::UnknownModule { name: name.clone(), known: known.join(", ") });
     }
-    Ok(match (wanted.is_empty(), config) {
-        (false, _) => wanted.to_vec(),
-        (true, DecoderConfig::Llama(_)) => vec!["q_proj".to_owned(), "k_proj".to_owned()],
+    Ok(if wanted.is_empty() { adapted_by_default(config) } else { wanted.to_vec() })
+}
+
+/// The projections that the paper adapts (§4.1): queries and keys.
+pub fn adapted_by_default(config: &DecoderConfig) -> Vec<String> {
+    let names: &[&str] = match config {
+        DecoderConfig::Llama(_) => &["q_proj", "k_proj"],
         // Queries, keys and values are one projection.
-        (true, DecoderConfig::GptBigCode(_)) => vec!["c_attn".to_owned()],
-    })
+        DecoderConfig::GptBigCode(_) => &["c_attn"],
+    };
+    names.iter().map(|name| (*name).to_owned()).collect()
 }
 
 impl<B: FloraBackend> Builder<'_, B> {

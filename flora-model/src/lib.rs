@@ -15,6 +15,7 @@ pub mod options;
 mod rotary;
 pub mod source;
 
+pub use build::adapted_by_default;
 pub use decoder::ServedModel;
 pub use error::ServeError;
 pub use options::{PlanningChoice, ServeOptions};

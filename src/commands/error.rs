@@ -82,6 +82,9 @@ pub(crate) enum CommandError {
     #[error("the device has no Burn backend in this build")]
     #[diagnostic(help("--device host always works"))]
     OtherBackend,
+    #[error("random weights of {model}'s shapes can't be written: {reason}")]
+    #[diagnostic(help("TMPDIR names the folder for temporary files; starcoder-1b needs 2.3 GB there, 3b 6 GB, 15b 31 GB"))]
+    Seeded { model: &'static str, reason: String },
     #[error("can't listen: {0}")]
     #[diagnostic(help("choose another --port (0 takes any that is free) or --host"))]
     Listen(std::io::Error),
@@ -139,5 +142,6 @@ below!(
     flora::tokenizer::EncodeError,
     flora::tokenizer::TokenizerError,
     flora_toolchain::CompileError,
+    serde_json::Error,
     flora_toolchain::FetchError,
 );

@@ -15,6 +15,24 @@ pub enum DecoderConfig {
     GptBigCode(GptBigCodeConfig),
 }
 
+impl DecoderConfig {
+    /// The most positions that it was made for.
+    pub fn context_length(&self) -> usize {
+        match self {
+            DecoderConfig::Llama(config) => config.context_length,
+            DecoderConfig::GptBigCode(config) => config.context_length,
+        }
+    }
+
+    /// Rows of the token embedding.
+    pub fn vocabulary(&self) -> usize {
+        match self {
+            DecoderConfig::Llama(config) => config.vocabulary,
+            DecoderConfig::GptBigCode(config) => config.vocabulary,
+        }
+    }
+}
+
 /// The sizes of a Llama decoder. Every number is at least 1, and the tensors that they imply are in the model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {

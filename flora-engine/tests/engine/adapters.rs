@@ -63,6 +63,20 @@ fn the_least_recently_used_is_evicted() {
     drive.check_nothing_is_held();
 }
 
+/// An adapter is in use until the last of its sequences ends, whenever that began.
+#[test]
+fn use_lasts_to_the_end() {
+    let mut drive = drive(2, Disk::with(&["ann", "bob", "cat"]));
+    let long = drive.submit(request(&[1], Some("ann"), 20));
+    drive.step();
+    drive.load();
+    let short = drive.ask("bob");
+    drive.finish();
+    assert!(matches!((drive.end(long), drive.end(short)), (End::Finished(..), End::Finished(..))));
+    drive.serve("cat");
+    assert_eq!(drive.resident(), ["ann 1", "cat 1"]);
+}
+
 #[test]
 fn bytes_count_as_well_as_adapters() {
     let disk = Disk::with(&["ann", "bob"]);
@@ -105,6 +119,24 @@ fn a_pinned_one_is_renewed() {
     drive.let_time_pass();
     let second = drive.serve("ann");
     assert_eq!((drive.version_of(second), drive.resident()), (2, vec!["ann 2".to_string()]));
+}
+
+/// The old version of a pinned adapter isn't pinned: it leaves with its last user, and another gets its place.
+#[test]
+fn an_old_version_is_not_pinned() {
+    let adapters = AdapterOptions { resident: 2, pinned: vec!["ann".into()], ..AdapterOptions::default() };
+    let mut drive = drive_with(adapters, Disk::with(&["ann", "bob"]));
+    drive.submit(request(&[1], Some("ann"), 30));
+    drive.step();
+    drive.load();
+    drive.step();
+    drive.disk.write("ann", 1, Files::Good);
+    drive.let_time_pass();
+    drive.ask("ann");
+    let other = drive.ask("bob");
+    drive.finish();
+    assert!(matches!(drive.end(other), End::Finished(..)));
+    assert_eq!(drive.resident(), ["ann 2", "bob 1"]);
 }
 
 #[test]
@@ -233,7 +265,12 @@ fn what_the_device_refuses_fails_or_waits() {
     assert_eq!(drive.resident(), ["bob 1"], "the device has less room than the options say");
     let large = drive.serve("large");
     assert!(drive.failure(large).to_string().contains("the device has no room for it"));
-    drive.serve("ann");
+    drive.decoder.state().adapter_capacity = Some(5);
+    drive.let_time_pass();
+    for name in ["ann", "large", "ann", "bob"] {
+        drive.serve(name);
+    }
+    assert_eq!(drive.resident(), ["ann 1", "bob 1"], "there is room again once something was removed");
 }
 
 /// One place, and an adapter that is always in use: another's request gets it in the end.

@@ -136,8 +136,9 @@ fn the_youngest_makes_room() {
 #[test]
 fn small_requests_do_not_starve_a_large_one() {
     let mut drive = drive(Options { cache_tokens: 32, ..options() });
-    for _ in 0..4 {
-        drive.submit(request(&[1, 2], None, 6));
+    // They end one after the other, so that there is always room for one of them, and never for the large one.
+    for tokens in 2..6 {
+        drive.submit(request(&[1, 2], None, tokens));
     }
     drive.step();
     let large = drive.submit(request(&[3; 20], None, 12));

@@ -49,7 +49,7 @@ fn files() -> impl Strategy<Value = Files> {
 
 fn mishap() -> impl Strategy<Value = Mishap> {
     prop_oneof![
-        4 => (0..NAMES.len(), 1u64..4, files()).prop_map(|(adapter, bytes, files)| Mishap::Write { adapter, bytes, files }),
+        4 => (0..NAMES.len(), 1u64..7, files()).prop_map(|(adapter, bytes, files)| Mishap::Write { adapter, bytes, files }),
         1 => (0..NAMES.len()).prop_map(|adapter| Mishap::Remove { adapter }),
         1 => Just(Mishap::StepFails),
     ]
@@ -89,7 +89,7 @@ fn schedule() -> impl Strategy<Value = Schedule> {
     (
         sizes,
         adapters,
-        option::of(3u64..8),
+        option::of(2u64..8),
         vec(arrival(), 1..24),
         vec((0usize..60, mishap()), 0..12),
         vec(0usize..12, 1..8),
@@ -127,6 +127,27 @@ fn bound(schedule: &Schedule) -> usize {
         .map(|arrival| 2 * (arrival.request.prompt.len() + arrival.request.stop.max_tokens as usize) + 3 * longest)
         .sum();
     100 + work
+}
+
+/// What is ever written of an adapter: its bytes, and whether it can be used.
+fn written<'a>(schedule: &'a Schedule, name: &'a str) -> impl Iterator<Item = (u64, bool)> + 'a {
+    let original = [(1, true)].into_iter();
+    original.chain(schedule.mishaps.iter().filter_map(move |(_, mishap)| match mishap {
+        Mishap::Write { adapter, bytes, files } if NAMES[*adapter] == name => Some((*bytes, *files == Files::Good)),
+        Mishap::Remove { adapter } if NAMES[*adapter] == name => Some((0, false)),
+        _ => None,
+    }))
+}
+
+/// Whether something is ever wrong with an adapter, or there may be no room for it beside those that are pinned.
+fn may_fail(schedule: &Schedule, name: &str) -> bool {
+    let most_bytes = |name| written(schedule, name).map(|(bytes, _)| bytes).max().unwrap_or_default();
+    let adapters = &schedule.options.adapters;
+    let pinned: Vec<&String> = adapters.pinned.iter().filter(|pinned| *pinned != name).collect();
+    let needed = most_bytes(name) + pinned.iter().map(|pinned| most_bytes(pinned)).sum::<u64>();
+    written(schedule, name).any(|(_, good)| !good)
+        || pinned.len() >= adapters.resident
+        || needed > adapters.bytes.min(schedule.capacity.unwrap_or(u64::MAX))
 }
 
 struct Run {
@@ -196,9 +217,15 @@ fn disk_of(run: &Run, id: RequestId) -> Disk {
     disk
 }
 
+/// More where PROPTEST_CASES asks for more.
+fn cases() -> u32 {
+    let asked = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(0);
+    asked.max(400)
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 400,
+        cases: cases(),
         rng_seed: RngSeed::Fixed(0xF10A),
         failure_persistence: None,
         ..ProptestConfig::default()
@@ -223,7 +250,10 @@ proptest! {
                 Some(End::Failed(error)) => {
                     counts.1 += 1;
                     match error {
-                        RequestError::Adapter(_) => prop_assert!(arrival.request.adapter.is_some()),
+                        RequestError::Adapter(_) => {
+                            let name = arrival.request.adapter.as_ref();
+                            prop_assert!(name.is_some_and(|name| may_fail(&schedule, name)));
+                        }
                         RequestError::Model(_) => {
                             prop_assert!(run.step_failed || arrival.request.prompt.ends_with(&POISON));
                         }

@@ -20,6 +20,8 @@ const LONG: Duration = Duration::from_secs(600);
 /// Takes a step for each permit, and any number once there is no one to give them.
 struct Gated {
     decoder: FakeDecoder,
+    /// Hears of each step before it waits.
+    begun: Sender<()>,
     permits: Receiver<()>,
 }
 
@@ -32,6 +34,7 @@ impl Decoder for Gated {
     }
 
     fn step(&mut self, segments: &[Segment<'_>]) -> Result<Vec<f32>, Lost> {
+        let _ = self.begun.send(());
         let _ = self.permits.recv();
         self.decoder.step(segments)
     }
@@ -87,11 +90,28 @@ fn engine(options: Options) -> (Engine, FakeDecoder) {
 }
 
 /// An engine that steps when it is let to.
-fn gated(options: Options) -> (Engine, FakeDecoder, Sender<()>) {
-    let (permits, permitted) = channel();
+fn gated(options: Options) -> (Engine, FakeDecoder, Gate) {
+    let ((permits, permitted), (begin, begun)) = (channel(), channel());
     let decoder = FakeDecoder::new(&options);
-    let gated = Gated { decoder: decoder.clone(), permits: permitted };
-    (Engine::start(gated, Disk::default(), vocabulary(), options).expect("an engine"), decoder, permits)
+    let gated = Gated { decoder: decoder.clone(), begun: begin, permits: permitted };
+    let engine = Engine::start(gated, Disk::default(), vocabulary(), options).expect("an engine");
+    (engine, decoder, Gate { begun, permits })
+}
+
+/// The test's side of a [`Gated`]; dropping it opens it.
+struct Gate {
+    begun: Receiver<()>,
+    permits: Sender<()>,
+}
+
+impl Gate {
+    fn permit_a_step(&self) {
+        self.permits.send(()).expect("the engine");
+    }
+
+    fn wait_for_a_step(&self) {
+        self.begun.recv().expect("the engine");
+    }
 }
 
 /// All that comes, to the end.
@@ -151,15 +171,15 @@ fn streams_can_be_awaited() {
 
 #[test]
 fn a_dropped_stream_is_a_cancelled_request() {
-    let (engine, decoder, permits) = gated(Options { sequences: 1, ..options() });
+    let (engine, decoder, gate) = gated(Options { sequences: 1, ..options() });
     let handle = engine.handle();
     let mut running = handle.submit(request(&[1], None, 50)).expect("a request that can be run");
     let waiting = handle.submit(request(&[1], None, 50)).expect("a request that can be run");
-    permits.send(()).expect("the engine");
+    gate.permit_a_step();
     assert!(matches!(running.blocking_recv(), Some(Event::Text { .. })));
     drop((running, waiting));
     let mut last = handle.submit(request(&[1], None, 2)).expect("a request that can be run");
-    drop(permits);
+    drop(gate);
     assert_eq!(hear(&mut last).tokens.len(), 2);
     assert_eq!((handle.metrics().cancelled, handle.metrics().finished), (2, 1));
     assert!(decoder.state().steps <= 5, "what nobody listens to isn't run");
@@ -179,17 +199,17 @@ fn a_stream_that_is_read_to_its_end_is_not_cancelled() {
 
 #[test]
 fn a_shutdown_lets_those_that_have_begun_end() {
-    let (engine, _, permits) = gated(Options { sequences: 1, ..options() });
+    let (engine, _, gate) = gated(Options { sequences: 1, ..options() });
     let handle = engine.handle();
     let mut begun = handle.submit(request(&[1], None, 5)).expect("a request that can be run");
-    permits.send(()).expect("the engine");
+    gate.permit_a_step();
     assert!(matches!(begun.blocking_recv(), Some(Event::Text { .. })));
     let mut waiting = handle.submit(request(&[1], None, 5)).expect("a request that can be run");
     assert!(handle.is_healthy());
     handle.shutdown(LONG);
     assert!(!handle.is_healthy());
     assert_eq!(handle.submit(request(&[1], None, 5)).err(), Some(RequestError::ShuttingDown));
-    drop(permits);
+    drop(gate);
     assert_eq!(*failed(&hear(&mut waiting)), RequestError::ShuttingDown);
     assert_eq!(hear(&mut begun).tokens.len(), 4, "the one that was heard of, and these");
     engine.join();
@@ -198,14 +218,14 @@ fn a_shutdown_lets_those_that_have_begun_end() {
 
 #[test]
 fn a_shutdown_without_grace_fails_what_is_left() {
-    let (engine, _, permits) = gated(options());
+    let (engine, _, gate) = gated(options());
     let handle = engine.handle();
     let mut begun = handle.submit(request(&[1], None, 50)).expect("a request that can be run");
-    permits.send(()).expect("the engine");
+    gate.permit_a_step();
     assert!(matches!(begun.blocking_recv(), Some(Event::Text { .. })));
     handle.shutdown(LONG);
     handle.shutdown(Duration::ZERO);
-    drop(permits);
+    drop(gate);
     engine.join();
     assert_eq!(*failed(&hear(&mut begun)), RequestError::ShuttingDown);
     assert_eq!((handle.metrics().failed, handle.metrics().running), (1, 0));
@@ -238,20 +258,22 @@ fn a_decoder_that_fails_fails_the_requests_of_the_step() {
 
 #[test]
 fn a_decoder_that_panics_leaves_nobody_waiting() {
-    let (engine, decoder, permits) = gated(Options { sequences: 1, ..options() });
+    let (engine, decoder, gate) = gated(Options { sequences: 1, ..options() });
     decoder.state().next_step = NextStep::Panics;
     let handle = engine.handle();
-    let mut streams: Vec<Stream> =
-        (0..3).map(|_| handle.submit(request(&[1], None, 5)).expect("a request that can be run")).collect();
-    drop(permits);
+    let submit = || handle.submit(request(&[1], None, 5)).expect("a request that can be run");
+    let running = submit();
+    gate.wait_for_a_step();
+    // The engine is in a step, and hasn't seen these.
+    let mut streams = [running, submit(), submit()];
+    drop(gate);
+    let error = RequestError::Model("it panicked: the device is on fire".into());
     for stream in &mut streams {
-        let error = RequestError::Model("it panicked: the device is on fire".into());
         assert_eq!(*failed(&hear(stream)), error);
     }
     engine.join();
     assert!(!handle.is_healthy());
-    let refused = handle.submit(request(&[1], None, 5)).err();
-    assert_eq!(refused, Some(RequestError::Model("it panicked: the device is on fire".into())));
+    assert_eq!(handle.submit(request(&[1], None, 5)).err(), Some(error));
     assert_eq!(handle.metrics().failed, 3);
 }
 
@@ -275,17 +297,17 @@ fn an_adapter_that_is_long_in_reading_stalls_no_one() {
 
 #[test]
 fn a_full_queue_is_said_at_once() {
-    let (engine, _, permits) = gated(Options { sequences: 1, waiting: 2, ..options() });
+    let (engine, _, gate) = gated(Options { sequences: 1, waiting: 2, ..options() });
     let handle = engine.handle();
     let mut running = handle.submit(request(&[1], None, 2)).expect("a request that can be run");
-    permits.send(()).expect("the engine");
+    gate.permit_a_step();
     assert!(matches!(running.blocking_recv(), Some(Event::Text { .. })));
     let mut waiting =
         [(); 2].map(|()| handle.submit(request(&[1], None, 2)).expect("a request that there is room for"));
     assert_eq!(handle.submit(request(&[1], None, 2)).err(), Some(RequestError::QueueFull { waiting: 2 }));
     let invalid = handle.submit(request(&[], None, 2)).err();
     assert!(matches!(invalid, Some(RequestError::Invalid(_))));
-    drop(permits);
+    drop(gate);
     for stream in &mut waiting {
         assert_eq!(hear(stream).tokens.len(), 2);
     }

@@ -31,12 +31,13 @@ fn prompts(model: &str, name: &str) -> (Vec<Prompt>, Option<String>) {
     let prompt = |about: &Value| {
         let name = about["name"].as_str().expect("a name").to_owned();
         let data = |tensor: &str| tensors.tensor(&format!("{name}.{tensor}")).expect("a tensor").data().to_vec();
-        let vocabulary = data("vocabulary").chunks_exact(8).map(|id| u64::from_le_bytes(id.try_into().expect("8")));
-        let logits = data("logits").chunks_exact(4).map(|number| f32::from_le_bytes(number.try_into().expect("4")));
+        let (ids, logits) = (data("vocabulary"), data("logits"));
+        let ids = ids.chunks_exact(8).map(|id| u64::from_le_bytes(id.try_into().expect("8 bytes")) as usize);
+        let logits = logits.chunks_exact(4).map(|number| f32::from_le_bytes(number.try_into().expect("4 bytes")));
         Prompt {
             tokens: numbers(&about["tokens"]),
             continuation: numbers(&about["continuation"]),
-            vocabulary: vocabulary.map(|id| id as usize).collect(),
+            vocabulary: ids.collect(),
             logits: logits.collect(),
             name,
         }

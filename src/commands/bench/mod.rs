@@ -8,6 +8,7 @@ mod peaks;
 mod peer;
 mod planner;
 mod report;
+pub(crate) mod serving;
 mod timed;
 mod tuning;
 
@@ -29,6 +30,7 @@ enum Table {
     Planner(planner::Arguments),
     Tuning(tuning::Arguments),
     Paper(paper::Arguments),
+    Serving(serving::Arguments),
 }
 
 pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
@@ -37,5 +39,6 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
         Table::Planner(arguments) => planner::planner(arguments),
         Table::Tuning(arguments) => tuning::tuning(arguments),
         Table::Paper(arguments) => paper::paper(arguments),
+        Table::Serving(arguments) => serving::serving(arguments),
     }
 }

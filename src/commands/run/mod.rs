@@ -3,7 +3,7 @@
 mod inputs;
 mod measure;
 mod report;
-mod samples;
+pub(crate) mod samples;
 mod weights;
 
 use std::collections::{BTreeMap, BTreeSet};

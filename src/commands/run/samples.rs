@@ -12,17 +12,17 @@ use super::weights::Module;
 use crate::commands::error::CommandError;
 
 /// A stream of numbers that depends on the seed and on what it is for, not on what was drawn before.
-pub(super) struct Random(fastrand::Rng);
+pub(crate) struct Random(fastrand::Rng);
 
 impl Random {
-    pub(super) fn new(seed: u64, purpose: &[&str]) -> Self {
+    pub(crate) fn new(seed: u64, purpose: &[&str]) -> Self {
         let mut hasher = DefaultHasher::new();
         (seed, purpose).hash(&mut hasher);
         Self(fastrand::Rng::with_seed(hasher.finish()))
     }
 
     /// `count` numbers, uniform in centre ± half_width.
-    pub(super) fn around(&mut self, centre: f32, half_width: f32, count: usize) -> Vec<f32> {
+    pub(crate) fn around(&mut self, centre: f32, half_width: f32, count: usize) -> Vec<f32> {
         (0..count).map(|_| centre + half_width * (2.0 * self.0.f32() - 1.0)).collect()
     }
 }

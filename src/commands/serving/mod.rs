@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use flora::prelude::*;
 
 use super::types;
-pub(crate) use start::{Serving, start};
+pub(crate) use start::{engine, model_path, saved, start};
 
 /// Which model, with which adapters, on which device.
 #[derive(Args, Clone)]

@@ -1,12 +1,12 @@
 //! A model's files to a running engine: tokenizer, decoder on the device's own Burn backend, adapters, threads.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use flora::burn::{Cuda, FloraBackend, Host, Target, Wgpu};
 use flora::checkpoint::Model;
-use flora::engine::{AdapterOptions, Engine, Options, Vocabulary};
-use flora::model::{AdapterDirectory, PlanningChoice, ServeOptions, ServedModel};
+use flora::engine::{AdapterOptions, AdapterSource, Engine, Options, Vocabulary};
+use flora::model::{AdapterDirectory, PlanningChoice, PreparedAdapter, ServeOptions, ServedModel};
 use flora::prelude::*;
 use flora::runtime::{Place, Planner};
 use flora::tokenizer::Tokenizer;
@@ -27,28 +27,26 @@ pub(crate) struct Serving {
 
 /// Opens the model, puts it on the device and starts the engine.
 pub(crate) fn start(arguments: &ModelArguments) -> Result<Serving, CommandError> {
-    let fetched;
-    let path = match &arguments.model {
-        Some(path) => path,
-        None => {
-            fetched = flora_toolchain::smollm2()?;
-            &fetched
-        }
-    };
-    let tokenizer = Arc::new(Tokenizer::open(path)?);
+    let path = model_path(arguments)?;
+    let tokenizer = Arc::new(Tokenizer::open(&path)?);
     let vocabulary = Vocabulary::new(tokenizer.token_bytes().to_vec());
-    let model = Arc::new(Model::open(path)?);
+    let model = Arc::new(Model::open(&path)?);
     let device = Device::open(&arguments.device)?;
     let saved = saved(arguments.plan, &device)?;
     let device = saved.as_ref().map_or_else(|| device.clone(), |planner| planner.tuned(&device));
-    let start = match device.place() {
-        Place::Host => on::<Host>,
-        Place::Wgpu(_) => on::<Wgpu>,
-        Place::Cuda(_) => on::<Cuda>,
-    };
-    let engine = start(arguments, &device, &model, saved.as_ref(), vocabulary)?;
+    let planning = saved.as_ref().map_or_else(PlanningChoice::default, PlanningChoice::Priced);
+    let directory = AdapterDirectory::new(arguments.adapters.as_deref(), &model, arguments.dtype)?;
+    let engine = engine(arguments, &device, &model, planning, vocabulary, directory)?;
     let info = device.info();
-    Ok(Serving { engine, tokenizer, name: name(path, &model), device: format!("{} ({})", info.name, info.id) })
+    Ok(Serving { engine, tokenizer, name: name(&path, &model), device: format!("{} ({})", info.name, info.id) })
+}
+
+/// The model that is asked for, else SmolLM2, fetched.
+pub(crate) fn model_path(arguments: &ModelArguments) -> Result<PathBuf, CommandError> {
+    match &arguments.model {
+        Some(path) => Ok(path.clone()),
+        None => Ok(flora_toolchain::smollm2()?),
+    }
 }
 
 /// The name under which clients ask for the base model: the file's or folder's.
@@ -57,7 +55,7 @@ fn name(path: &Path, model: &Model) -> String {
 }
 
 /// What tuning saved, where that is asked for and there.
-fn saved(plan: PlanChoice, device: &Device) -> Result<Option<Planner>, CommandError> {
+pub(crate) fn saved(plan: PlanChoice, device: &Device) -> Result<Option<Planner>, CommandError> {
     if plan == PlanChoice::Fixed {
         return Ok(None);
     }
@@ -71,37 +69,58 @@ fn saved(plan: PlanChoice, device: &Device) -> Result<Option<Planner>, CommandEr
     }
 }
 
-/// The model on one backend.
+/// A model behind an engine, on the device's own Burn backend.
+pub(crate) fn engine(
+    arguments: &ModelArguments,
+    device: &Device,
+    model: &Arc<Model>,
+    planning: PlanningChoice<'_>,
+    vocabulary: Vocabulary,
+    source: impl AdapterSource<Prepared = PreparedAdapter>,
+) -> Result<Engine, CommandError> {
+    match device.place() {
+        Place::Host => on::<Host>(arguments, device, model, planning, vocabulary, source),
+        Place::Wgpu(_) => on::<Wgpu>(arguments, device, model, planning, vocabulary, source),
+        Place::Cuda(_) => on::<Cuda>(arguments, device, model, planning, vocabulary, source),
+    }
+}
+
 fn on<B: FloraBackend>(
     arguments: &ModelArguments,
     device: &Device,
     model: &Arc<Model>,
-    planner: Option<&Planner>,
+    planning: PlanningChoice<'_>,
     vocabulary: Vocabulary,
+    source: impl AdapterSource<Prepared = PreparedAdapter>,
 ) -> Result<Engine, CommandError> {
     let target = Target::<B>::of(device).ok_or(CommandError::OtherBackend)?;
-    let options = Options {
-        sequences: arguments.sequences,
-        tokens_per_step: arguments.tokens_per_step.max(64 + arguments.sequences - 1),
-        cache_tokens: arguments.cache_tokens,
-        waiting: arguments.waiting,
-        adapters: AdapterOptions {
-            resident: arguments.resident,
-            bytes: arguments.adapter_memory << 20,
-            ..AdapterOptions::default()
-        },
-        ..Options::default()
-    };
+    let options = options(arguments);
     let serve = ServeOptions {
         adapted: arguments.adapted.clone(),
         activations: arguments.dtype,
         adapters: arguments.dtype,
         adapter_bytes: arguments.adapter_memory << 20,
         block_tokens: options.block_tokens as u32,
-        planning: planner.map_or_else(PlanningChoice::default, PlanningChoice::Priced),
+        planning,
         ..ServeOptions::default()
     };
     let decoder = ServedModel::load(&target, model, &serve)?;
-    let source = AdapterDirectory::new(arguments.adapters.as_deref(), model, arguments.dtype)?;
     Ok(Engine::start(decoder, source, vocabulary, options)?)
+}
+
+fn options(arguments: &ModelArguments) -> Options {
+    let options = Options::default();
+    Options {
+        sequences: arguments.sequences,
+        // A chunk beside one token of every other sequence always finds room.
+        tokens_per_step: arguments.tokens_per_step.max(options.chunk_tokens + arguments.sequences - 1),
+        cache_tokens: arguments.cache_tokens,
+        waiting: arguments.waiting,
+        adapters: AdapterOptions {
+            resident: arguments.resident,
+            bytes: arguments.adapter_memory << 20,
+            ..options.adapters
+        },
+        ..options
+    }
 }
