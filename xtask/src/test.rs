@@ -85,7 +85,7 @@ fn presence(thing: &Result<(), Row>) -> &'static str {
 
 /// The conformance tests once more, each binary started through `cargo xtask lavapipe`.
 fn on_lavapipe() -> Command {
-    let mut command = cargo::test(&["--test", "conformance"]);
+    let mut command = cargo::test(&["--test", "conformance", "--test", "decoders"]);
     if let Ok(xtask) = std::env::current_exe() {
         // Rust's escapes are TOML's. A configuration, not the variable for it, because that is cut at spaces.
         command

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::page::{Choice, Regret};
 use crate::commands::bench::paper::{BASE, Record};
+use crate::commands::bench::serving::{Answer, Variant};
 
 /// Why a file can't be part of the page.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +27,9 @@ pub(crate) enum InputError {
 pub(super) const PAPER: &str = "flora bench paper --json";
 /// The command that makes `--planner` files.
 pub(super) const PLANNER: &str = "flora bench planner --json";
+
+/// The command that makes `--serving` files.
+pub(super) const SERVING: &str = "flora bench serving --json";
 
 /// The largest file.
 const MOST_BYTES: u64 = 32 << 20;
@@ -73,6 +77,45 @@ pub(super) fn planner(path: &Path) -> Result<Regret, InputError> {
         choice(result).map_err(place)?;
     }
     Ok(regret)
+}
+
+/// Reads a file of `flora bench serving --json`.
+pub(super) fn serving(path: &Path) -> Result<Answer, InputError> {
+    let answer: Answer = read(path, SERVING)?;
+    let Answer { throughput, latency, steps, .. } = &answer;
+    limit(path, "measurements", throughput.len().max(latency.len()).max(steps.len()))?;
+    let checked = (throughput.iter())
+        .try_for_each(|one| {
+            variant(&one.variant)?;
+            time("tokens_per_second", one.tokens_per_second)
+        })
+        .and_then(|()| {
+            latency.iter().try_for_each(|one| {
+                variant(&one.variant)?;
+                time("rate", one.rate)?;
+                [one.time_to_first_token, one.time_per_output_token, one.latency].iter().try_for_each(|of| {
+                    time("p50", of.p50).and_then(|()| time("p95", of.p95)).and_then(|()| time("p99", of.p99))
+                })
+            })
+        })
+        .and_then(|()| {
+            steps.iter().try_for_each(|one| {
+                variant(&one.variant)?;
+                time("predicted_seconds", one.predicted_seconds)?;
+                time("predicted_base_seconds", one.predicted_base_seconds)?;
+                one.seconds.map_or(Ok(()), |seconds| time("seconds", seconds))
+            })
+        });
+    checked.map_err(|reason| foreign(path, SERVING, reason))?;
+    Ok(answer)
+}
+
+fn variant(variant: &Variant) -> Result<(), String> {
+    adapter(&variant.adapter)?;
+    match variant.rank <= HIGHEST_RANK {
+        true => Ok(()),
+        false => Err(format!("the rank {} is above {HIGHEST_RANK}", variant.rank)),
+    }
 }
 
 fn choice(choice: &Choice) -> Result<(), String> {

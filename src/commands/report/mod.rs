@@ -25,7 +25,7 @@ use super::{output, planner};
 pub(crate) use input::InputError;
 use page::{Page, PaperPanel, Prediction};
 
-/// Write what was measured as one HTML page: coefficients, rooflines, the paper's curves, the planner's regret
+/// Write what was measured as one HTML page: coefficients, rooflines, the paper's curves, the planner's regret, serving
 ///
 /// The page is a single file without scripts. What isn't given is left out; the page says which command measures it.
 #[derive(Args)]
@@ -42,6 +42,9 @@ pub(crate) struct Arguments {
     /// A file of `flora bench planner --json`; may be repeated
     #[arg(long, value_name = "FILE")]
     planner: Vec<PathBuf>,
+    /// A file of `flora bench serving --json`; may be repeated
+    #[arg(long, value_name = "FILE")]
+    serving: Vec<PathBuf>,
     /// The page
     #[arg(long, value_name = "FILE", default_value = "report.html")]
     output: PathBuf,
@@ -60,6 +63,7 @@ struct Answer<'a> {
     has_coefficients: bool,
     paper_panels: usize,
     planner_grids: usize,
+    serving_runs: usize,
 }
 
 pub(crate) fn report(arguments: &Arguments) -> Result<(), CommandError> {
@@ -73,6 +77,7 @@ pub(crate) fn report(arguments: &Arguments) -> Result<(), CommandError> {
         has_coefficients: page.model.is_some(),
         paper_panels: page.paper.len(),
         planner_grids: page.planner.len(),
+        serving_runs: page.serving.len(),
     };
     if arguments.json {
         return output::print_json(&answer);
@@ -117,6 +122,7 @@ fn read(arguments: &Arguments) -> Result<Page, CommandError> {
         paper: paper.collect::<Result<_, CommandError>>()?,
         model: coefficients.as_ref().map(model::model),
         planner: arguments.planner.iter().map(|path| input::planner(path)).collect::<Result<_, _>>()?,
+        serving: arguments.serving.iter().map(|path| input::serving(path)).collect::<Result<_, _>>()?,
     })
 }
 

@@ -3,6 +3,7 @@
 use flora::codegen::cost::FitError;
 
 use crate::commands::bench::paper::{Coordinates, Crossing, Curves, Record};
+use crate::commands::bench::serving::Answer;
 
 /// Everything on the page; what wasn't given is empty.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -13,6 +14,8 @@ pub(super) struct Page {
     pub(super) paper: Vec<PaperPanel>,
     /// The planner's choices held against measurements.
     pub(super) planner: Vec<Regret>,
+    /// The serving experiments.
+    pub(super) serving: Vec<Answer>,
 }
 
 /// What `flora tune` measured.

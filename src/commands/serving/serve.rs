@@ -4,8 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use clap::Args;
-use flora::server::{ApiKey, App, Limits, Message, Role, ServerOptions, Text, serve as serve_http};
-use flora::tokenizer::Specials;
+use flora::server::{ApiKey, App, Limits, ServerOptions, Text, serve as serve_http};
 
 use super::{ModelArguments, start};
 use crate::commands::error::CommandError;
@@ -43,19 +42,7 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<(), CommandError> {
     let api_key = arguments.api_key.as_deref().map(ApiKey::new).transpose()?;
     let serving = start(&arguments.model)?;
     let name = arguments.served_name.clone().unwrap_or_else(|| serving.name.clone());
-    let (plain, chat) = (serving.tokenizer.clone(), serving.tokenizer.clone());
-    let text = Text::new(
-        move |text| plain.prompt(text, Specials::Parse).map_err(|error| error.to_string()),
-        move |messages: &[Message]| {
-            let turn = |message: &Message| (role(message.role), message.content.as_str());
-            let turns: Vec<_> = messages.iter().map(turn).collect();
-            let turns: Vec<_> =
-                turns.iter().map(|(role, content)| flora::tokenizer::Message { role, content }).collect();
-            let text = chat.chat(&turns).map_err(|error| error.to_string())?;
-            chat.encode(&text, Specials::Parse).map_err(|error| error.to_string())
-        },
-        serving.tokenizer.stop_tokens(),
-    );
+    let text = Text::of(serving.tokenizer.clone());
     let limits = Limits {
         body_bytes: arguments.body_limit as usize * 1024,
         connections: arguments.connections as usize,
@@ -74,15 +61,6 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<(), CommandError> {
     serving.engine.handle().shutdown(Duration::from_secs(arguments.grace));
     serving.engine.join();
     Ok(())
-}
-
-/// As chat templates call it.
-fn role(role: Role) -> &'static str {
-    match role {
-        Role::System => "system",
-        Role::User => "user",
-        Role::Assistant => "assistant",
-    }
 }
 
 /// Ready when the process is asked to end.

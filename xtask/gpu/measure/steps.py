@@ -53,6 +53,9 @@ LAYERS = (
     ("1b-key", "f16", None, "prefill", ""),
 )
 
+# (model with random weights, requests). Sixteen variants run them, one after the other.
+SERVING = (("starcoder-1b", 200), ("starcoder-3b", 100), ("starcoder-15b", 50))
+
 
 @dataclass(frozen=True)
 class Step:
@@ -82,10 +85,20 @@ def steps(folder: Path, device: str, budget: float) -> list[Step]:
         # what can't run here.
         Step("conformance-formats", (conformance, "formats::", "--show-output"), "tests", 0.35 * budget),
         Step("conformance-rest", (conformance, "--skip", "formats::", "--show-output"), "tests", 0.25 * budget),
-        Step("tune", (flora, "tune", "--device", device, "--json"), "json", 90),
+        Step("tune", (flora, "tune", "--device", device, "--quick", "--dtype", "f16,bf16", "--json"), "json", 90),
         Step("peer-check", (*peer, "--check"), "text", 90, needs=("device", "peer")),
     ]
-    return first + [layer(flora, device, peer, *row) for row in LAYERS]
+    layers = [layer(flora, device, peer, *row) for row in LAYERS]
+    # The whole model's rows come after the layers that its design goals are about.
+    goals = sum(shape == "15b-query" and weight is None for shape, _, weight, _, _ in LAYERS)
+    return first + layers[:goals] + [serving(flora, device, *row) for row in SERVING] + layers[goals:]
+
+
+def serving(flora: str, device: str, model: str, requests: int) -> Step:
+    """One call of `flora bench serving`, the paper's experiments (section 4.1)."""
+    command = [flora, "bench", "serving", "--device", device, "--json", "--model", model, "--dtype", "f16"]
+    command += ["--ranks", RANKS, "--requests", str(requests), "--latency-requests", str(requests // 4), "--rate", "4"]
+    return Step(f"serving-{model}", tuple(command), "json", 600)
 
 
 def layer(

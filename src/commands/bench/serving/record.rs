@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// All of one run.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Answer {
     /// The device.
@@ -39,7 +39,7 @@ pub(crate) struct Variant {
 }
 
 /// All requests at once, each with an adapter of its own.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Throughput {
     #[serde(flatten)]
@@ -56,7 +56,7 @@ pub(crate) struct Throughput {
 }
 
 /// Requests that come at random times, of which so many a second are to be expected.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Latency {
     #[serde(flatten)]
@@ -72,7 +72,7 @@ pub(crate) struct Latency {
     pub(crate) latency: Percentiles,
 }
 
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Percentiles {
     pub(crate) p50: f64,
@@ -81,7 +81,7 @@ pub(crate) struct Percentiles {
 }
 
 /// One token of each of so many sequences.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct DecodeStep {
     pub(crate) model: String,

@@ -4,6 +4,7 @@ mod coefficients;
 mod paper;
 mod regret;
 mod roofline;
+mod serving;
 
 use super::document::{Block, Document, Section};
 use super::page::Page;
@@ -12,6 +13,7 @@ use super::page::Page;
 pub(super) fn document(page: &Page) -> Document {
     let measured = page.paper.iter().map(|panel| panel.coordinates.device.as_str());
     let measured = measured.chain(page.planner.iter().map(|regret| regret.device.as_str()));
+    let measured = measured.chain(page.serving.iter().map(|run| run.device.as_str()));
     let mut devices: std::collections::BTreeSet<_> = measured.collect();
     if devices.is_empty() {
         devices.extend(page.model.iter().map(|model| model.device.as_str()));
@@ -28,6 +30,7 @@ pub(super) fn document(page: &Page) -> Document {
             roofline::section(page.model.as_ref()),
             paper::section(&page.paper),
             regret::section(&page.planner),
+            serving::section(&page.serving),
         ],
         footer: format!("Made by flora report, version {}.", env!("CARGO_PKG_VERSION")),
     }

@@ -1,0 +1,206 @@
+//! A real decoder under the engine: what a request says doesn't depend on what else is in its batches. 200 random compositions of
+//! requests with adapters of every kind, which arrive, are cancelled and are pre-empted, each held against the same request alone.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use flora_burn::{FloraBackend, Host, Target, Wgpu};
+use flora_checkpoint::{AdapterFolder, AdapterKind, AdapterModule, Model, Operand};
+use flora_codegen::layer::Element;
+use flora_engine::{
+    AdapterOptions, Core, Event, LoadOutcome, Loaded, Options, Request, RequestId, Sampling, StopAt, Vocabulary,
+};
+use flora_model::{PreparedAdapter, ServeOptions, ServedModel};
+use flora_runtime::{Device, Layers, Place};
+
+use crate::served::golden;
+
+const MODULES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+/// (name, kind, built-in layer, rank, modules); some leave layers alone.
+const ADAPTERS: [(&str, AdapterKind, &str, usize, &[&str]); 9] = [
+    ("lora", AdapterKind::Lora, "lora", 3, &["q_proj", "k_proj"]),
+    ("lora-all", AdapterKind::Lora, "lora", 8, &MODULES),
+    ("dora", AdapterKind::Dora, "dora", 2, &["v_proj", "down_proj"]),
+    ("ia3", AdapterKind::Ia3, "ia3", 0, &["k_proj", "v_proj"]),
+    ("ia3-feedforward", AdapterKind::Ia3, "ia3_feedforward", 0, &["down_proj"]),
+    ("hira", AdapterKind::Hira, "hira", 4, &["q_proj", "up_proj"]),
+    ("flora", AdapterKind::Flora, "flora", 2, &["q_proj", "k_proj"]),
+    ("flora-wide", AdapterKind::Flora, "flora", 9, &MODULES),
+    ("flora-mean", AdapterKind::Flora, "flora_mean", 5, &["o_proj", "gate_proj"]),
+];
+
+fn random_module(random: &mut fastrand::Rng, layer: &'static str, rank: usize, d: usize, k: usize) -> AdapterModule {
+    let mut operand = |shape: Vec<usize>, centre: f32, half_width: f32| {
+        let count = shape.iter().product();
+        let values = (0..count).map(|_| centre + half_width * (2.0 * random.f32() - 1.0)).collect();
+        Operand { shape, values }
+    };
+    let operands = match layer {
+        "ia3" => BTreeMap::from([("l", operand(vec![k], 1.0, 0.5))]),
+        "ia3_feedforward" => BTreeMap::from([("l", operand(vec![d], 1.0, 0.5))]),
+        _ => {
+            let centre = if layer.starts_with("flora") { 1.0 } else { 0.0 };
+            let (b, a) = (operand(vec![d, rank], centre, 0.5), operand(vec![rank, k], centre, 0.5));
+            let mut operands = BTreeMap::from([("b", b), ("a", a)]);
+            if matches!(layer, "lora" | "dora") {
+                operands.insert("s", Operand { shape: Vec::new(), values: vec![0.5] });
+            }
+            if layer == "dora" {
+                operands.insert("m", operand(vec![k], 1.0, 0.5));
+            }
+            operands
+        }
+    };
+    AdapterModule { layer, rank, operands }
+}
+
+fn prepared(model: &Model) -> BTreeMap<String, PreparedAdapter> {
+    let layers = Layers::compile().expect("built-in layers");
+    let mut random = fastrand::Rng::with_seed(5);
+    let one = |(name, kind, layer, rank, modules): (&str, AdapterKind, &'static str, usize, &[&str])| {
+        let adapted = model.projections().iter().filter(|own| modules.iter().any(|module| own.path.ends_with(module)));
+        let adapted =
+            adapted.map(|own| (own.path.clone(), random_module(&mut random, layer, rank, own.d, own.k)));
+        let folder = AdapterFolder::new(name, kind, adapted.collect());
+        let folded = layers.prepare(&folder, model).expect("an adapter of the model's shapes");
+        (name.to_owned(), PreparedAdapter::new(name.to_owned(), folded, Element::F32))
+    };
+    ADAPTERS.into_iter().map(one).collect()
+}
+
+/// The engine on one backend, its adapters at hand.
+struct Bench<B: FloraBackend> {
+    target: Target<B>,
+    model: Arc<Model>,
+    adapters: BTreeMap<String, PreparedAdapter>,
+}
+
+/// What a request said, or that it was cancelled.
+type Said = Option<Vec<u32>>;
+
+impl<B: FloraBackend> Bench<B> {
+    fn new(device: &Device) -> Self {
+        let model = Arc::new(Model::open(&golden("llama_tiny").join("model")).expect("a golden model"));
+        let adapters = prepared(&model);
+        Self { target: Target::of(device).expect("its own backend"), model, adapters }
+    }
+
+    fn core(&self, options: Options) -> Core<ServedModel<B>> {
+        let adapted = MODULES.map(str::to_owned).to_vec();
+        let block_tokens = options.block_tokens as u32;
+        let serve = ServeOptions { adapted, adapter_bytes: 4 << 20, block_tokens, ..ServeOptions::default() };
+        let decoder = ServedModel::load(&self.target, &self.model, &serve).expect("a decoder of a known family");
+        Core::new(decoder, Arc::new(Vocabulary::new(Vec::new())), options).expect("options that fit")
+    }
+
+    /// Runs requests that arrive at the given steps, some of them cancelled at others.
+    fn run(&self, options: Options, requests: &[(usize, Request, Option<usize>)]) -> (Vec<Said>, u64) {
+        let mut core = self.core(options);
+        let now = Instant::now();
+        let mut ids: Vec<Option<RequestId>> = vec![None; requests.len()];
+        let mut said: Vec<Said> = vec![Some(Vec::new()); requests.len()];
+        let mut ended = vec![false; requests.len()];
+        let mut step = 0;
+        while ended.iter().any(|ended| !ended) {
+            for (own, (arrival, request, cancelled)) in requests.iter().enumerate() {
+                if *arrival == step {
+                    ids[own] = Some(core.submit(request.clone(), now).expect("a request that can be run"));
+                }
+                if let (Some(at), Some(id), false) = (cancelled, ids[own], ended[own])
+                    && *at == step
+                {
+                    core.cancel(id);
+                    said[own] = None;
+                    ended[own] = true;
+                }
+            }
+            for order in core.take_orders() {
+                let prepared = self.adapters[&order.name].clone();
+                let bytes = prepared.bytes;
+                let outcome = LoadOutcome::Prepared { version: 1, prepared, bytes };
+                core.loaded(Loaded { name: order.name, outcome });
+            }
+            for (id, event) in core.step(now) {
+                let own = ids.iter().position(|own| *own == Some(id)).expect("an event of a request");
+                match event {
+                    Event::Text { tokens, .. } => {
+                        said[own].as_mut().expect("one that isn't cancelled").extend(tokens);
+                    }
+                    Event::Finished { .. } => ended[own] = true,
+                    Event::Failed(error) => panic!("{error}"),
+                }
+            }
+            step += 1;
+            assert!(step < 5000, "the engine makes no progress");
+        }
+        (said, core.metrics().preemptions)
+    }
+}
+
+fn request(random: &mut fastrand::Rng, vocabulary: u32) -> Request {
+    let prompt = (0..random.usize(1..40)).map(|_| random.u32(0..vocabulary)).collect();
+    let adapter = random.usize(0..ADAPTERS.len() + 2);
+    let sampling = match random.u8(0..4) {
+        0 => Sampling::Random { temperature: 0.9, top_p: 0.95, seed: random.u64(..) },
+        _ => Sampling::Greedy,
+    };
+    let stop = StopAt { max_tokens: random.u32(1..24), strings: Vec::new(), tokens: Vec::new() };
+    Request { prompt, adapter: ADAPTERS.get(adapter).map(|own| own.0.to_owned()), sampling, stop }
+}
+
+fn compositions<B: FloraBackend>(device: &Device, rounds: usize) {
+    let bench = Bench::<B>::new(device);
+    let vocabulary = bench.model.decoder().expect("a decoder").vocabulary() as u32;
+    let mut random = fastrand::Rng::with_seed(17);
+    let requests: Vec<_> = (0..rounds.min(40)).map(|_| request(&mut random, vocabulary)).collect();
+    let wide = Options { chunk_tokens: 16, block_tokens: 8, ..Options::default() };
+    let alone: Vec<_> = requests
+        .iter()
+        .map(|request| bench.run(wide.clone(), &[(0, request.clone(), None)]).0.remove(0).expect("not cancelled"))
+        .collect();
+    let (mut preemptions, mut cancelled) = (0, 0);
+    for round in 0..rounds {
+        let chosen: Vec<usize> = (0..random.usize(2..12)).map(|_| random.usize(0..requests.len())).collect();
+        let crowd: Vec<_> = chosen
+            .iter()
+            .map(|own| {
+                let arrival = random.usize(0..20);
+                let cancel = (random.u8(0..6) == 0).then(|| arrival + random.usize(1..20));
+                (arrival, requests[*own].clone(), cancel)
+            })
+            .collect();
+        let options = Options {
+            sequences: random.usize(1..9),
+            tokens_per_step: random.usize(24..80),
+            // Two of the longest at most.
+            cache_tokens: random.usize(64..160),
+            adapters: AdapterOptions { resident: random.usize(1..6), ..AdapterOptions::default() },
+            ..wide.clone()
+        };
+        let (said, own) = bench.run(options.clone(), &crowd);
+        preemptions += own;
+        for (position, (own, said)) in chosen.iter().zip(said).enumerate() {
+            match said {
+                Some(said) => {
+                    assert_eq!(said, alone[*own], "round {round}, request {position} of {crowd:?} under {options:?}");
+                }
+                None => cancelled += 1,
+            }
+        }
+    }
+    println!("{rounds} compositions, {preemptions} pre-emptions, {cancelled} cancellations");
+    assert!(rounds < 100 || preemptions > 20 && cancelled > 20, "the test doesn't test what it is for");
+}
+
+#[test]
+fn what_a_request_says_does_not_depend_on_the_others() {
+    let id = std::env::var("FLORA_TEST_DEVICE").unwrap_or_else(|_| "host".to_owned());
+    let device = Device::open(&id).expect("the tests' device");
+    match device.place() {
+        Place::Host => compositions::<Host>(&device, 200),
+        Place::Wgpu(_) => compositions::<Wgpu>(&device, 4),
+        Place::Cuda(_) => compositions::<flora_burn::Cuda>(&device, 200),
+    }
+}
