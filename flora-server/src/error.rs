@@ -71,6 +71,28 @@ impl ApiError {
         }
     }
 
+    /// Whether it may be said before the body was read. The connection can't be used again then, because the next request would
+    /// have to be told from the rest of this one, and a client that keeps connections has to know.
+    fn is_before_body(&self) -> bool {
+        match self {
+            Self::MediaType
+            | Self::TooLarge { .. }
+            | Self::Slow(_)
+            | Self::Cut
+            | Self::NoKey
+            | Self::WrongKey
+            | Self::UnknownPath
+            | Self::Method
+            | Self::NoPlace => true,
+            Self::Json(_)
+            | Self::Invalid { .. }
+            | Self::LongPrompt { .. }
+            | Self::UnknownModel(_)
+            | Self::Engine(_)
+            | Self::Broken => false,
+        }
+    }
+
     /// What programs tell errors apart by, where the status doesn't.
     fn code(&self) -> Option<&'static str> {
         match self {
@@ -133,16 +155,15 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status(), Json(self.body())).into_response();
         let headers = response.headers_mut();
+        if self.is_before_body() {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         match &self {
             Self::NoKey | Self::WrongKey => {
                 headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             }
-            Self::Engine(RequestError::QueueFull { .. } | RequestError::ShuttingDown) => {
+            Self::NoPlace | Self::Engine(RequestError::QueueFull { .. } | RequestError::ShuttingDown) => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-            }
-            // What is left of the body would be taken for the next request.
-            Self::TooLarge { .. } | Self::Slow(_) | Self::Cut => {
-                headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             _ => {}
         }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use flora_engine::Options;
-use flora_server::{Limits, ServerOptions};
+use flora_server::{ApiKey, Limits, ServerOptions};
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 
@@ -135,5 +135,29 @@ async fn a_body_that_is_cut_is_nobodys_request() {
     }
     assert_eq!(server.service.engine.metrics().finished, 0);
     server.assert_alive().await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn an_answer_before_the_body_says_that_the_connection_ends() {
+    let options = ServerOptions { api_key: ApiKey::new("key").ok(), ..ServerOptions::default() };
+    let server = Server::start(Service::with(options, Options::default())).await;
+    for (path, key, content_type, expected) in [
+        (COMPLETIONS, "wrong", "application/json", 401),
+        (COMPLETIONS, "key", "text/plain", 415),
+        ("/nowhere", "key", "application/json", 404),
+        ("/v1/models", "key", "application/json", 405),
+    ] {
+        let mut stream = server.connect().await;
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\ncontent-type: {content_type}\r\n\
+             content-length: 10\r\n\r\n"
+        );
+        // The body comes in a packet of its own, as clients send it, and too late.
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let answer = read_all(&mut stream).await;
+        assert_eq!(status(&answer), Some(expected), "{answer}");
+        assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+    }
     server.stop().await;
 }
