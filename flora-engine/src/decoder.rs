@@ -71,6 +71,31 @@ pub trait Decoder {
     fn remove(&mut self, adapter: AdapterId);
 }
 
+impl<D: Decoder + ?Sized> Decoder for Box<D> {
+    type Prepared = D::Prepared;
+    type Error = D::Error;
+
+    fn limits(&self) -> DecoderLimits {
+        (**self).limits()
+    }
+
+    fn step(&mut self, segments: &[Segment<'_>]) -> Result<Vec<f32>, Self::Error> {
+        (**self).step(segments)
+    }
+
+    fn release(&mut self, sequence: SequenceId) {
+        (**self).release(sequence);
+    }
+
+    fn place(&mut self, adapter: AdapterId, prepared: Self::Prepared) -> Result<(), PlaceError<Self::Prepared>> {
+        (**self).place(adapter, prepared)
+    }
+
+    fn remove(&mut self, adapter: AdapterId) {
+        (**self).remove(adapter);
+    }
+}
+
 /// Why an adapter isn't on the device.
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError<P> {

@@ -17,6 +17,9 @@ pub enum ServeError {
     /// The device doesn't start, or refuses a buffer.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A device that isn't the backend's.
+    #[error("the device `{0}` isn't one of this Burn backend's")]
+    OtherBackend(String),
     /// A layer can't be made or run.
     #[error(transparent)]
     Layer(#[from] LinearError),

@@ -7,6 +7,7 @@ use flora::codegen::cost::CoefficientsError;
 use flora::codegen::plan::PlanError;
 use flora::codegen::schedule::ScheduleError;
 use flora::codegen::target::{EmitError, UnknownTarget};
+use flora::codegen::weight::WeightError;
 use flora::prelude::WeightFormat;
 use flora::runtime::oracle::OracleError;
 use flora::runtime::{BaseError, BatchError, DeviceError, ProjectionError, StoreError};
@@ -79,9 +80,6 @@ pub(crate) enum CommandError {
     #[error("{model}: {source}")]
     #[diagnostic(help("--base f32 dequantises a weight that can't be kept as it is stored"))]
     Base { model: String, source: BaseError },
-    #[error("the device has no Burn backend in this build")]
-    #[diagnostic(help("--device host always works"))]
-    OtherBackend,
     #[error("random weights of {model}'s shapes can't be written: {reason}")]
     #[diagnostic(help("TMPDIR names the folder for temporary files; starcoder-1b needs 2.3 GB there, 3b 6 GB, 15b 31 GB"))]
     Seeded { model: &'static str, reason: String },
@@ -132,6 +130,7 @@ below!(
     ScheduleError,
     StoreError,
     UnknownTarget,
+    WeightError,
     BaseError,
     flora::engine::OptionsError,
     flora::engine::RequestError,

@@ -1,13 +1,12 @@
 //! A sequence's logits are the same to the bit, whatever the others in its steps are and however its generated tokens come.
 
-use flora_engine::{AdapterId, Segment, SequenceId};
+use flora_engine::{AdapterId, Decoder, Segment, SequenceId};
 
-use crate::on_device;
-use crate::served::Model;
+use crate::served::{Served, load};
 
 /// Steps of one sequence alone: its prompt in chunks of `chunk`, then its tokens one by one; the logits of every step.
 fn alone(
-    model: &mut dyn Model,
+    model: &mut Served,
     adapter: Option<AdapterId>,
     prompt: &[u32],
     generated: &[u32],
@@ -16,7 +15,7 @@ fn alone(
     let sequence = SequenceId(900);
     let steps = pieces(prompt, generated, chunk);
     let logits = steps.iter().map(|piece| model.step(&[piece.segment(sequence, adapter)])).collect();
-    model.release(sequence);
+    model.decoder.release(sequence);
     logits
 }
 
@@ -50,7 +49,7 @@ fn tokens(random: &mut fastrand::Rng, count: usize, vocabulary: usize) -> Vec<u3
     (0..count).map(|_| random.u32(0..vocabulary as u32)).collect()
 }
 
-fn crowd_changes_no_bit(model: &mut dyn Model) {
+fn crowd_changes_no_bit(model: &mut Served) {
     const CHUNK: usize = 16;
     let adapters = [None, Some(model.adapter("lora"))];
     let mut random = fastrand::Rng::with_seed(11);
@@ -83,7 +82,7 @@ fn crowd_changes_no_bit(model: &mut dyn Model) {
                 at[*own] += 1;
             }
         }
-        (0..sequences.len()).for_each(|own| model.release(SequenceId(own as u64)));
+        (0..sequences.len()).for_each(|own| model.decoder.release(SequenceId(own as u64)));
 
         // A pre-empted sequence: its prompt in the same chunks, then all generated tokens in one segment.
         let (prompt, generated, adapter) = &sequences[0];
@@ -94,16 +93,16 @@ fn crowd_changes_no_bit(model: &mut dyn Model) {
         let replayed = Piece { first: prompt.len(), tokens: generated, prompt_tokens: 0 };
         let logits = model.step(&[replayed.segment(sequence, *adapter)]);
         assert_eq!(bits(&logits), bits(&right[0][right[0].len() - 1]), "round {round}, replayed");
-        model.release(sequence);
+        model.decoder.release(sequence);
     }
 }
 
 #[test]
 fn the_rest_of_the_batch_changes_no_bit_of_a_llama() {
-    on_device("llama_tiny", crowd_changes_no_bit);
+    crowd_changes_no_bit(&mut load("llama_tiny"));
 }
 
 #[test]
 fn the_rest_of_the_batch_changes_no_bit_of_a_gpt_big_code() {
-    on_device("gpt_bigcode", crowd_changes_no_bit);
+    crowd_changes_no_bit(&mut load("gpt_bigcode"));
 }

@@ -8,20 +8,12 @@ mod golden;
 mod invariance;
 mod served;
 
-use flora_runtime::{Device, Place};
+use flora_runtime::Device;
 
-/// What a test asks of a model on whatever device it is.
-type Check = fn(&mut dyn served::Model);
-
-/// Runs `check` on the golden model `name` on the tests' device.
-fn on_device(name: &str, check: Check) {
+/// The tests' device.
+fn device() -> Device {
     let id = std::env::var("FLORA_TEST_DEVICE").unwrap_or_else(|_| "host".to_owned());
-    let device = Device::open(&id).expect("the tests' device");
-    match device.place() {
-        Place::Host => check(&mut served::load::<flora_burn::Host>(&device, name)),
-        Place::Wgpu(_) => check(&mut served::load::<flora_burn::Wgpu>(&device, name)),
-        Place::Cuda(_) => check(&mut served::load::<flora_burn::Cuda>(&device, name)),
-    }
+    Device::open(&id).expect("the tests' device")
 }
 
 fn is_host() -> bool {

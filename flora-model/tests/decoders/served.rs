@@ -3,45 +3,35 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use flora_burn::{FloraBackend, Target};
-use flora_checkpoint::Model as Checkpoint;
+use flora_checkpoint::Model;
 use flora_checkpoint::model::DecoderConfig;
-use flora_engine::{AdapterId, AdapterSource, Decoder, Segment, SequenceId};
-use flora_model::{AdapterDirectory, ServeOptions, ServedModel};
-use flora_runtime::Device;
+use flora_engine::{AdapterId, AdapterSource, Decoder, Segment};
+use flora_model::{AdapterDirectory, DeviceModel, ServeOptions};
 
-/// A decoder without its backend's type.
-pub(crate) trait Model {
-    fn step(&mut self, segments: &[Segment<'_>]) -> Vec<f32>;
-    fn release(&mut self, sequence: SequenceId);
-    fn name(&self) -> &str;
-    fn vocabulary(&self) -> usize;
-    /// The rounding of one logit, of the largest logit: every one of two sums a block has up to `width` products, whose rounding
-    /// grows like its root, and in the worst case all push one way.
-    fn rounding(&self) -> f32;
-    /// The adapter of this name, placed on the device when it is first asked for.
-    fn adapter(&mut self, name: &str) -> AdapterId;
-}
+use crate::device;
 
-struct Served<B: FloraBackend> {
-    name: String,
-    decoder: ServedModel<B>,
+/// A golden model on the tests' device.
+pub(crate) struct Served {
+    pub(crate) name: String,
+    pub(crate) decoder: DeviceModel,
     source: AdapterDirectory,
     placed: Vec<String>,
-    rounding: f32,
+    /// The rounding of one logit, of the largest logit: every one of two sums a block has up to `width` products, whose rounding
+    /// grows like its root, and in the worst case all push one way.
+    pub(crate) rounding: f32,
 }
 
 pub(crate) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name)
 }
 
-pub(crate) fn load<B: FloraBackend>(device: &Device, name: &str) -> impl Model + use<B> {
+/// Loads the golden model of this name.
+pub(crate) fn load(name: &str) -> Served {
     let path = match name {
         "smollm2" => flora_toolchain::smollm2().expect("the real model, which the tests' command fetches"),
         tiny => golden(tiny).join("model"),
     };
-    let checkpoint = Arc::new(Checkpoint::open(&path).expect("a golden model"));
-    let target = Target::<B>::of(device).expect("the device's own backend");
+    let checkpoint = Arc::new(Model::open(&path).expect("a golden model"));
     let adapted = match name {
         "smollm2" => ["q_proj", "k_proj", "v_proj", "down_proj"].as_slice(),
         "gpt_bigcode" => &["c_attn", "c_proj", "c_fc"],
@@ -49,7 +39,7 @@ pub(crate) fn load<B: FloraBackend>(device: &Device, name: &str) -> impl Model +
     };
     let adapted = adapted.iter().map(|name| (*name).to_owned()).collect();
     let options = ServeOptions { adapted, adapter_bytes: 32 << 20, block_tokens: 16, ..ServeOptions::default() };
-    let decoder = ServedModel::load(&target, &checkpoint, &options).expect("a decoder of a known family");
+    let decoder = flora_model::load(&device(), &checkpoint, &options).expect("a decoder of a known family");
     let source = AdapterDirectory::new(Some(&golden(name).join("adapters")), &checkpoint, options.adapters);
     let (layers, width) = match checkpoint.decoder().expect("a decoder") {
         DecoderConfig::Llama(config) => (config.layers, config.feed_forward.max(config.d)),
@@ -59,28 +49,17 @@ pub(crate) fn load<B: FloraBackend>(device: &Device, name: &str) -> impl Model +
     Served { name: name.to_owned(), decoder, source: source.expect("built-in layers"), placed: Vec::new(), rounding }
 }
 
-impl<B: FloraBackend> Model for Served<B> {
-    fn step(&mut self, segments: &[Segment<'_>]) -> Vec<f32> {
+impl Served {
+    pub(crate) fn step(&mut self, segments: &[Segment<'_>]) -> Vec<f32> {
         self.decoder.step(segments).expect("a step of known sequences")
     }
 
-    fn release(&mut self, sequence: SequenceId) {
-        self.decoder.release(sequence);
-    }
-
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn vocabulary(&self) -> usize {
+    pub(crate) fn vocabulary(&self) -> usize {
         self.decoder.limits().vocabulary as usize
     }
 
-    fn rounding(&self) -> f32 {
-        self.rounding
-    }
-
-    fn adapter(&mut self, name: &str) -> AdapterId {
+    /// The adapter of this name, placed on the device when it is first asked for.
+    pub(crate) fn adapter(&mut self, name: &str) -> AdapterId {
         let position = self.placed.iter().position(|placed| placed == name).unwrap_or_else(|| {
             let prepared = self.source.prepare(name).expect("a golden adapter");
             let id = AdapterId(self.placed.len() as u32);

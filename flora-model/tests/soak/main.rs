@@ -14,12 +14,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use flora_burn::{Host, Target};
 use flora_checkpoint::Model;
 use flora_engine::{
     AdapterFailure, AdapterOptions, Engine, Event, Handle, Options, Request, RequestError, Sampling, StopAt, Vocabulary,
 };
-use flora_model::{AdapterDirectory, ServeOptions, ServedModel};
+use flora_model::{AdapterDirectory, ServeOptions};
 use flora_runtime::Device;
 
 /// Clients at a time.
@@ -133,7 +132,6 @@ fn an_engine_survives_everything_at_once() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let names = adapters::write_all(folder.path(), &model);
 
-    let target = Target::<Host>::of(&Device::host()).expect("the host");
     let adapted = adapters::adapted(&model);
     let options = Options {
         sequences: 8,
@@ -148,7 +146,7 @@ fn an_engine_survives_everything_at_once() {
     // Room for about six.
     let adapter_bytes = adapters::bytes(&model) * 6;
     let serve = ServeOptions { adapted, adapter_bytes, block_tokens: 16, ..ServeOptions::default() };
-    let decoder = ServedModel::load(&target, &model, &serve).expect("a decoder");
+    let decoder = flora_model::load(&Device::host(), &model, &serve).expect("a decoder");
     let source = AdapterDirectory::new(Some(folder.path()), &model, serve.adapters).expect("built-in layers");
     let vocabulary = model.decoder().expect("a decoder").vocabulary() as u32;
     let engine = Engine::start(decoder, source, Vocabulary::new(Vec::new()), options).expect("options that fit");
@@ -159,8 +157,8 @@ fn an_engine_survives_everything_at_once() {
             let (handle, tally, stop, names) = (engine.handle(), &tally, &stop, &names);
             scope.spawn(move || client(number, &handle, vocabulary, names, tally, stop));
         }
-        let handle = engine.handle();
-        let watched = scope.spawn(|| watch(&handle, &stop));
+        let (handle, stopped) = (engine.handle(), &stop);
+        let watched = scope.spawn(move || watch(&handle, stopped));
         let changed = scope.spawn(|| adapters::change(folder.path(), &model, &names, &stop));
         let start = Instant::now();
         let (mut memory, mut ended, mut progress) = (Vec::new(), 0, Instant::now());

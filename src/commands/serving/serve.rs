@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use clap::Args;
-use flora::server::{ApiKey, App, Limits, ServerOptions, Text, serve as serve_http};
+use flora::server::{ApiKey, App, Limits, ServerOptions, serve as serve_http};
 
 use super::{ModelArguments, start};
 use crate::commands::error::CommandError;
@@ -42,14 +42,13 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<(), CommandError> {
     let api_key = arguments.api_key.as_deref().map(ApiKey::new).transpose()?;
     let serving = start(&arguments.model)?;
     let name = arguments.served_name.clone().unwrap_or_else(|| serving.name.clone());
-    let text = Text::of(serving.tokenizer.clone());
     let limits = Limits {
         body_bytes: arguments.body_limit as usize * 1024,
         connections: arguments.connections as usize,
         ..Limits::default()
     };
     let options = ServerOptions { api_key, limits, grace: Duration::from_secs(arguments.grace) };
-    let app = App::new(&*name, serving.engine.handle(), text, options);
+    let app = App::new(&*name, serving.engine.handle(), serving.tokenizer.clone(), options);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CommandError::Listen)?;
     runtime.block_on(async {
         let address = (arguments.host, arguments.port);

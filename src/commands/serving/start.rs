@@ -1,14 +1,13 @@
-//! A model's files to a running engine: tokenizer, decoder on the device's own Burn backend, adapters, threads.
+//! A model's files to a running engine: tokenizer, decoder on the device, adapters, threads.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use flora::burn::{Cuda, FloraBackend, Host, Target, Wgpu};
 use flora::checkpoint::Model;
 use flora::engine::{AdapterOptions, AdapterSource, Engine, Options, Vocabulary};
-use flora::model::{AdapterDirectory, PlanningChoice, PreparedAdapter, ServeOptions, ServedModel};
+use flora::model::{AdapterDirectory, PlanningChoice, PreparedAdapter, ServeOptions};
 use flora::prelude::*;
-use flora::runtime::{Place, Planner};
+use flora::runtime::Planner;
 use flora::tokenizer::Tokenizer;
 
 use super::{ModelArguments, PlanChoice};
@@ -69,7 +68,7 @@ pub(crate) fn saved(plan: PlanChoice, device: &Device) -> Result<Option<Planner>
     }
 }
 
-/// A model behind an engine, on the device's own Burn backend.
+/// A model behind an engine.
 pub(crate) fn engine(
     arguments: &ModelArguments,
     device: &Device,
@@ -78,22 +77,6 @@ pub(crate) fn engine(
     vocabulary: Vocabulary,
     source: impl AdapterSource<Prepared = PreparedAdapter>,
 ) -> Result<Engine, CommandError> {
-    match device.place() {
-        Place::Host => on::<Host>(arguments, device, model, planning, vocabulary, source),
-        Place::Wgpu(_) => on::<Wgpu>(arguments, device, model, planning, vocabulary, source),
-        Place::Cuda(_) => on::<Cuda>(arguments, device, model, planning, vocabulary, source),
-    }
-}
-
-fn on<B: FloraBackend>(
-    arguments: &ModelArguments,
-    device: &Device,
-    model: &Arc<Model>,
-    planning: PlanningChoice<'_>,
-    vocabulary: Vocabulary,
-    source: impl AdapterSource<Prepared = PreparedAdapter>,
-) -> Result<Engine, CommandError> {
-    let target = Target::<B>::of(device).ok_or(CommandError::OtherBackend)?;
     let options = options(arguments);
     let serve = ServeOptions {
         adapted: arguments.adapted.clone(),
@@ -104,7 +87,7 @@ fn on<B: FloraBackend>(
         planning,
         ..ServeOptions::default()
     };
-    let decoder = ServedModel::load(&target, model, &serve)?;
+    let decoder = flora::model::load(device, model, &serve)?;
     Ok(Engine::start(decoder, source, vocabulary, options)?)
 }
 

@@ -66,7 +66,7 @@ pub(super) fn drive(
                         Some(Event::Finished { usage, .. }) => {
                             let whole = arrived.elapsed();
                             let first = first.unwrap_or(whole);
-                            return Ok(Heard { first, whole, tokens: usage.completion_tokens });
+                            return Ok::<_, RequestError>(Heard { first, whole, tokens: usage.completion_tokens });
                         }
                         Some(Event::Failed(error)) => return Err(error),
                         None => return Err(RequestError::ShuttingDown),
@@ -83,7 +83,7 @@ pub(super) fn drive(
                 for task in tasks {
                     heard.push(task.await.map_err(|error| RequestError::Model(error.to_string()))??);
                 }
-                Ok(heard)
+                Ok::<_, RequestError>(heard)
             })
             .await
     })?;

@@ -89,7 +89,6 @@ struct Setting<'a> {
     planner: Option<&'a Planner>,
     layers: &'a Layers,
     adapted: &'a [String],
-    vocabulary: u32,
 }
 
 pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
@@ -111,7 +110,6 @@ pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
         planner: planner.as_ref(),
         layers: &layers,
         adapted: &adapted,
-        vocabulary,
     };
 
     let longest = context.min(arguments.model.cache_tokens as u32 / 2);

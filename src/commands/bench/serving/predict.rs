@@ -43,11 +43,10 @@ impl Setting<'_> {
         for name in models::NAMES.into_iter().filter(|name| *name != models::SMOLLM2) {
             let Some(shapes) = models::builtin(name) else { continue };
             let format = LayerFormat::uniform(self.arguments.model.dtype);
-            let targets = QUERY_AND_KEY.map(str::to_owned);
             let projections = shapes.projections.iter().map(|own| {
                 let shape = LayerShape { d: own.d as u32, k: own.k as u32 };
                 let prices = planner.prices(PricedLayer { shape, format });
-                Projections { prices, count: shapes.layers, adapted: is_target(&own.name, &targets) }
+                Projections { prices, count: shapes.layers, adapted: QUERY_AND_KEY.iter().any(|target| is_target(&own.name, target)) }
             });
             let projections: Vec<_> = projections.collect();
             steps.extend(variants(&self.arguments.ranks).into_iter().filter_map(|(way, rank)| {

@@ -49,7 +49,7 @@ pub(super) fn section(runs: &[Answer]) -> Section {
         blocks.push(Block::Heading(format!(
             "{model} ({weights} weights), {dtype}, {sequences} sequences at once, adapters on {adapted}, on {device}"
         )));
-        let keys = CURVES.iter().enumerate().map(|(number, (_, words))| Key::new(Look::of(number), words));
+        let keys = CURVES.iter().enumerate().map(|(number, (_, words))| Key::new(Look::of(number), *words));
         let keys = keys.chain([Key::new(Look::line(GREY), "no adapter")]).collect();
         let mut figures = Vec::new();
         figures.extend(throughput(&run.throughput));
