@@ -81,7 +81,9 @@ pub(crate) enum CommandError {
     #[diagnostic(help("--base f32 dequantises a weight that can't be kept as it is stored"))]
     Base { model: String, source: BaseError },
     #[error("random weights of {model}'s shapes can't be written: {reason}")]
-    #[diagnostic(help("TMPDIR names the folder for temporary files; starcoder-1b needs 2.3 GB there, 3b 6 GB, 15b 31 GB"))]
+    #[diagnostic(help(
+        "TMPDIR names the folder for temporary files; starcoder-1b needs 2.3 GB there, 3b 6 GB, 15b 31 GB"
+    ))]
     Seeded { model: &'static str, reason: String },
     #[error("can't listen: {0}")]
     #[diagnostic(help("choose another --port (0 takes any that is free) or --host"))]

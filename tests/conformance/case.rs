@@ -8,6 +8,8 @@ use flora::prelude::*;
 use flora::runtime::oracle::{Deviation, Sample, check};
 use proptest::prelude::*;
 
+use super::on_burn::OnBurn;
+
 /// The device under test.
 pub(crate) fn device() -> &'static Device {
     static DEVICE: LazyLock<Device> = LazyLock::new(|| {
@@ -110,7 +112,7 @@ pub(crate) fn cases() -> impl Strategy<Value = Case> {
 /// The tensors of a case.
 pub(crate) struct Loaded {
     pub(crate) case: Case,
-    pub(crate) projection: Projection,
+    pub(crate) projection: OnBurn,
     pub(crate) base_weight: Vec<f32>,
     pub(crate) bias: Option<Vec<f32>>,
     pub(crate) x: Vec<f32>,
@@ -182,7 +184,7 @@ impl Case {
         weight: &PackedWeight,
         bias: Option<&[f32]>,
         folded: &[FoldedAdapter],
-    ) -> Projection {
+    ) -> OnBurn {
         let LayerFormat { activations, adapters, fragments, .. } = self.format;
         let options = ProjectionOptions {
             bias,
@@ -195,7 +197,7 @@ impl Case {
         let mut projection = Projection::from_packed(device, weight, options).expect("tensors of the shape");
         let named = self.adapters.iter().zip(folded).map(|(adapter, folded)| (adapter.name.as_str(), Some(folded)));
         projection.load(named).expect("vectors of the shape");
-        projection
+        OnBurn::new(projection)
     }
 
     pub(crate) fn batch(&self) -> Batch {
@@ -212,9 +214,8 @@ impl Loaded {
         self.run_of(&self.projection, plan)
     }
 
-    pub(crate) fn run_of(&self, projection: &Projection, plan: &Plan) -> Vec<f32> {
-        let y = projection.forward_with_residual(&self.case.batch(), plan, &self.x, self.residual.as_deref());
-        y.expect("a batch of loaded adapters runs")
+    pub(crate) fn run_of(&self, projection: &OnBurn, plan: &Plan) -> Vec<f32> {
+        projection.forward(&self.case.batch(), plan, &self.x, self.residual.as_deref())
     }
 
     /// The worst deviation of a few rows of every segment.

@@ -125,15 +125,12 @@ fn a_merged_adapter_equals_the_oracle() {
         for kind in kinds() {
             let adapters = vec![Adapter { name: "own".to_owned(), kind, rank: 5 }];
             let case = Case { adapters, segments: vec![(0, 3), (0, 20)], ..case(format, 64, 40) };
-            let mut loaded = case.load(device());
-            let refused = loaded.projection.forward_with_residual(
-                &loaded.case.batch(),
-                &Plan::MERGED,
-                &loaded.x,
-                loaded.residual.as_deref(),
-            );
+            let loaded = case.load(device());
+            let (batch, residual) = (loaded.case.batch(), loaded.residual.as_deref());
+            let refused = (loaded.projection)
+                .with(|projection| projection.forward_with_residual(&batch, &Plan::MERGED, &loaded.x, residual));
             assert!(refused.is_err(), "{kind}: nothing is merged yet");
-            loaded.projection.merge("own").expect("it is loaded");
+            loaded.projection.with(|projection| projection.merge("own")).expect("it is loaded");
             let deviation = loaded.deviation(&loaded.run(&Plan::MERGED));
             assert!(deviation.is_rounding(), "{format} {kind}: {deviation:?}");
         }

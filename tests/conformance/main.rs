@@ -6,4 +6,5 @@ mod case;
 mod formats;
 mod golden;
 mod isolation;
+mod on_burn;
 mod oracle;

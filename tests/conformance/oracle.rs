@@ -87,10 +87,13 @@ fn a_batch_may_be_all_base() {
 fn wrong_batches_are_refused() {
     let loaded = plain(vec![(0, 2)]).load(device());
     let plan = plans()[0];
-    let unknown = loaded.projection.forward(&Batch::new([(Some("nobody"), 2)]), &plan, &loaded.x);
+    let unknown =
+        loaded.projection.with(|projection| projection.forward(&Batch::new([(Some("nobody"), 2)]), &plan, &loaded.x));
     assert!(unknown.unwrap_err().to_string().contains("`nobody`"));
-    let short = loaded.projection.forward(&Batch::new([(None, 3)]), &plan, &loaded.x);
+    let short = loaded.projection.with(|projection| projection.forward(&Batch::new([(None, 3)]), &plan, &loaded.x));
     assert!(short.unwrap_err().to_string().contains("3 rows of 37 inputs, 111 numbers, but 74"));
-    let huge = loaded.projection.forward(&Batch::new([(None, u32::MAX), (None, u32::MAX)]), &plan, &loaded.x);
+    let huge = loaded
+        .projection
+        .with(|projection| projection.forward(&Batch::new([(None, u32::MAX), (None, u32::MAX)]), &plan, &loaded.x));
     assert!(huge.is_err());
 }

@@ -61,8 +61,7 @@ fn prepared(model: &Model) -> BTreeMap<String, PreparedAdapter> {
     let mut random = fastrand::Rng::with_seed(5);
     let one = |(name, kind, layer, rank, modules): (&str, AdapterKind, &'static str, usize, &[&str])| {
         let adapted = model.projections().iter().filter(|own| modules.iter().any(|module| own.path.ends_with(module)));
-        let adapted =
-            adapted.map(|own| (own.path.clone(), random_module(&mut random, layer, rank, own.d, own.k)));
+        let adapted = adapted.map(|own| (own.path.clone(), random_module(&mut random, layer, rank, own.d, own.k)));
         let folder = AdapterFolder::new(name, kind, adapted.collect());
         let folded = layers.prepare(&folder, model).expect("an adapter of the model's shapes");
         (name.to_owned(), PreparedAdapter::new(name.to_owned(), folded, Element::F32))

@@ -65,8 +65,7 @@ fn crowd_changes_no_bit(model: &mut Served) {
             .map(|(prompt, generated, adapter)| alone(model, *adapter, prompt, generated, CHUNK))
             .collect();
         // All at once, each beginning at a step of its own and skipping some.
-        let steps: Vec<_> =
-            sequences.iter().map(|(prompt, generated, _)| pieces(prompt, generated, CHUNK)).collect();
+        let steps: Vec<_> = sequences.iter().map(|(prompt, generated, _)| pieces(prompt, generated, CHUNK)).collect();
         let mut at = vec![0; sequences.len()];
         while at.iter().zip(&steps).any(|(at, steps)| *at < steps.len()) {
             let ready: Vec<_> =
@@ -78,7 +77,12 @@ fn crowd_changes_no_bit(model: &mut Served) {
             let segments: Vec<_> = ready.iter().map(segment).collect();
             let logits = model.step(&segments);
             for (own, logits) in ready.iter().zip(logits.chunks_exact(model.vocabulary())) {
-                assert_eq!(bits(logits), bits(&right[*own][at[*own]]), "round {round}, sequence {own}, step {}", at[*own]);
+                assert_eq!(
+                    bits(logits),
+                    bits(&right[*own][at[*own]]),
+                    "round {round}, sequence {own}, step {}",
+                    at[*own]
+                );
                 at[*own] += 1;
             }
         }

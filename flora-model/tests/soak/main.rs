@@ -40,7 +40,8 @@ struct Tally {
 
 impl Tally {
     fn ended(&self) -> u64 {
-        let counts = [&self.finished, &self.cancelled, &self.unknown_adapters, &self.unusable_adapters, &self.queue_full];
+        let counts =
+            [&self.finished, &self.cancelled, &self.unknown_adapters, &self.unusable_adapters, &self.queue_full];
         counts.iter().map(|count| count.load(Ordering::SeqCst)).sum()
     }
 }
@@ -87,7 +88,9 @@ fn client(number: u64, handle: &Handle, vocabulary: u32, names: &[String], tally
                 }
                 Event::Finished { .. } => break &tally.finished,
                 Event::Failed(RequestError::Adapter(AdapterFailure::Unknown(_))) => break &tally.unknown_adapters,
-                Event::Failed(RequestError::Adapter(AdapterFailure::Unusable { .. })) => break &tally.unusable_adapters,
+                Event::Failed(RequestError::Adapter(AdapterFailure::Unusable { .. })) => {
+                    break &tally.unusable_adapters;
+                }
                 Event::Failed(error) => panic!("{error}"),
             }
         };

@@ -75,11 +75,8 @@ pub(crate) fn generate(arguments: &Arguments) -> Result<(), CommandError> {
     } else {
         Sampling::Random { temperature: arguments.temperature, top_p: arguments.top_p, seed: arguments.seed }
     };
-    let stop = StopAt {
-        max_tokens: arguments.max_tokens,
-        strings: arguments.stop.clone(),
-        tokens: tokenizer.stop_tokens(),
-    };
+    let stop =
+        StopAt { max_tokens: arguments.max_tokens, strings: arguments.stop.clone(), tokens: tokenizer.stop_tokens() };
     let request = Request { prompt, adapter: arguments.adapter.clone(), sampling, stop };
     let began = Instant::now();
     let mut stream = serving.engine.handle().submit(request)?;

@@ -35,12 +35,7 @@ pub(super) struct Outcome {
 }
 
 /// Runs all requests to their end.
-pub(super) fn drive(
-    engine: &Engine,
-    planned: &[Planned],
-    vocabulary: u32,
-    seed: u64,
-) -> Result<Outcome, RequestError> {
+pub(super) fn drive(engine: &Engine, planned: &[Planned], vocabulary: u32, seed: u64) -> Result<Outcome, RequestError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
     let runtime = runtime.map_err(|error| RequestError::Invalid(format!("no timer can be had: {error}")))?;
     let steps = engine.handle().metrics().steps;

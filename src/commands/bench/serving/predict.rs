@@ -46,12 +46,18 @@ impl Setting<'_> {
             let projections = shapes.projections.iter().map(|own| {
                 let shape = LayerShape { d: own.d as u32, k: own.k as u32 };
                 let prices = planner.prices(PricedLayer { shape, format });
-                Projections { prices, count: shapes.layers, adapted: QUERY_AND_KEY.iter().any(|target| is_target(&own.name, target)) }
+                Projections {
+                    prices,
+                    count: shapes.layers,
+                    adapted: QUERY_AND_KEY.iter().any(|target| is_target(&own.name, target)),
+                }
             });
             let projections: Vec<_> = projections.collect();
-            steps.extend(variants(&self.arguments.ranks).into_iter().filter_map(|(way, rank)| {
-                step(name, &self.variant(way, rank), sequences, None, &projections)
-            }));
+            steps.extend(
+                variants(&self.arguments.ranks)
+                    .into_iter()
+                    .filter_map(|(way, rank)| step(name, &self.variant(way, rank), sequences, None, &projections)),
+            );
         }
         steps
     }

@@ -83,8 +83,8 @@ impl AdapterSource for SeededAdapters {
         });
         let folder = AdapterFolder::new(name, kind, modules.collect());
         let folded = self.layers.prepare(&folder, &self.model);
-        let folded = folded
-            .map_err(|error| AdapterFailure::Unusable { name: name.to_owned(), reason: error.to_string() })?;
+        let folded =
+            folded.map_err(|error| AdapterFailure::Unusable { name: name.to_owned(), reason: error.to_string() })?;
         Ok(PreparedAdapter::new(name.to_owned(), folded, self.element))
     }
 

@@ -19,7 +19,8 @@ pub(super) fn human(answer: &Answer) -> String {
             "\nThroughput: {} requests at once, {} prompt and {} generated tokens\n\n",
             first.requests, first.prompt_tokens, first.generated_tokens
         );
-        let mut rows = table(&["<adapter", "<lowering", ">rank", ">steps", ">seconds", ">tokens/s", ">generated/s", ">of base"]);
+        let mut rows =
+            table(&["<adapter", "<lowering", ">rank", ">steps", ">seconds", ">tokens/s", ">generated/s", ">of base"]);
         for one in throughput {
             let [adapter, lowering, rank] = name(&one.variant);
             rows.add_row([
@@ -36,8 +37,10 @@ pub(super) fn human(answer: &Answer) -> String {
         text += &lines(&rows);
     }
     if let Some(first) = latency.first() {
-        text += &format!("\nLatency: {} requests, {} a second expected; p50 / p95 / p99\n\n", first.requests, first.rate);
-        let mut rows = table(&["<adapter", "<lowering", ">rank", ">first token", ">each further token", ">whole request"]);
+        text +=
+            &format!("\nLatency: {} requests, {} a second expected; p50 / p95 / p99\n\n", first.requests, first.rate);
+        let mut rows =
+            table(&["<adapter", "<lowering", ">rank", ">first token", ">each further token", ">whole request"]);
         for one in latency {
             let [adapter, lowering, rank] = name(&one.variant);
             let of = |Percentiles { p50, p95, p99 }: Percentiles| {
@@ -57,7 +60,14 @@ pub(super) fn human(answer: &Answer) -> String {
     if !steps.is_empty() {
         text += &format!("\nA decoding step of {sequences} sequences\n\n");
         let mut rows = table(&[
-            "<model", "<adapter", "<lowering", ">rank", ">measured", ">predicted", ">off by", ">predicted, of base",
+            "<model",
+            "<adapter",
+            "<lowering",
+            ">rank",
+            ">measured",
+            ">predicted",
+            ">off by",
+            ">predicted, of base",
         ]);
         for one in steps {
             let [adapter, lowering, rank] = name(&one.variant);

@@ -1,0 +1,67 @@
+//! A projection as the Burn module that users put in their models: what the suite runs goes through Burn's tensors, on the backend
+//! that shares the device's memory.
+
+use flora::burn::{AdaptedLinear, Cuda, FloraBackend, Host, LinearError, Planning, StepBatch, Target, Wgpu};
+use flora::prelude::*;
+use flora::runtime::{BatchError, Place};
+
+pub(crate) enum OnBurn {
+    Host(AdaptedLinear<Host>),
+    Wgpu(AdaptedLinear<Wgpu>),
+    Cuda(AdaptedLinear<Cuda>),
+}
+
+/// Runs an expression on the layer, whatever its backend.
+macro_rules! on {
+    ($own:expr, $layer:ident => $do:expr) => {
+        match $own {
+            OnBurn::Host($layer) => $do,
+            OnBurn::Wgpu($layer) => $do,
+            OnBurn::Cuda($layer) => $do,
+        }
+    };
+}
+
+impl OnBurn {
+    pub(crate) fn new(projection: Projection) -> Self {
+        let planning = Planning::Fixed(Plan::default());
+        match projection.device().place() {
+            Place::Host => Self::Host(AdaptedLinear::from_projection(projection, planning)),
+            Place::Wgpu(_) => Self::Wgpu(AdaptedLinear::from_projection(projection, planning)),
+            Place::Cuda(_) => Self::Cuda(AdaptedLinear::from_projection(projection, planning)),
+        }
+    }
+
+    /// The projection in the module.
+    pub(crate) fn with<T>(&self, change: impl FnOnce(&mut Projection) -> T) -> T {
+        on!(self, layer => layer.change(change))
+    }
+
+    pub(crate) fn shape(&self) -> LayerShape {
+        on!(self, layer => layer.shape())
+    }
+
+    pub(crate) fn forward(&self, batch: &Batch, plan: &Plan, x: &[f32], residual: Option<&[f32]>) -> Vec<f32> {
+        on!(self, layer => forward(layer, batch, plan, x, residual)).expect("a batch of loaded adapters runs")
+    }
+}
+
+fn forward<B: FloraBackend>(
+    layer: &AdaptedLinear<B>,
+    batch: &Batch,
+    plan: &Plan,
+    x: &[f32],
+    residual: Option<&[f32]>,
+) -> Result<Vec<f32>, LinearError> {
+    let (device, segments) = layer
+        .change(|projection| Ok::<_, BatchError>((projection.device().clone(), projection.segments(batch)?)))
+        .expect("names of loaded adapters");
+    let target = Target::<B>::of(&device).expect("its own device");
+    let (shape, element) = (layer.shape(), layer.activations());
+    let step = StepBatch::new(segments.iter().map(|segment| (segment.adapter, segment.rows)));
+    let tensor = |values: &[f32], width: u32| target.upload(values, [step.rows(), width as usize], element);
+    let residual = residual.map(|residual| tensor(residual, shape.k)).transpose()?;
+    layer.set_planning(Planning::Fixed(*plan));
+    let y = layer.forward(tensor(x, shape.d)?, &step, residual)?;
+    Ok(y.into_data().convert::<f32>().into_vec().expect("numbers"))
+}
