@@ -3,6 +3,37 @@
 //!
 //! Burn's tensors are flora's buffers: on CUDA and wgpu both are handles of one cubecl client, on the processor (Burn's Flex
 //! backend) both are shared bytes. Nothing is copied in or out, except for tensors that aren't contiguous.
+//!
+//! ```
+//! use burn::tensor::Tensor;
+//! use flora_burn::{AdaptedLinear, Host, Planning, StepBatch, Target};
+//! use flora_codegen::layer::{LayerShape, WeightFormat};
+//! use flora_codegen::plan::Plan;
+//! use flora_codegen::weight::PackedWeight;
+//! use flora_ir::algebra::{FoldedAdapter, VirtualRow};
+//! use flora_runtime::ProjectionOptions;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let target = Target::<Host>::open(&Default::default())?;
+//! let weight = PackedWeight::from_f32(WeightFormat::Q8_0, LayerShape { d: 32, k: 2 }, &[0.5; 64])?;
+//! let planning = Planning::Fixed(Plan::default());
+//! let query = AdaptedLinear::new(&target, &weight, ProjectionOptions::default(), planning)?;
+//!
+//! // IA3: outputs are scaled by 1 and 10.
+//! let scaled = VirtualRow { in_scale: None, out_scale: Some(vec![1.0, 10.0]) };
+//! let alice = FoldedAdapter { virtual_rows: vec![scaled], low_rank: Vec::new() };
+//! query.change(|projection| {
+//!     projection.reserve(8, 8)?;
+//!     projection.place(1, &alice)
+//! })?;
+//!
+//! // A row of the base model's, then two of the adapter at position 1.
+//! let batch = StepBatch::new([(0, 1), (1, 2)]);
+//! let y = query.forward(Tensor::<Host, 2>::ones([3, 32], &target.burn), &batch, None)?;
+//! assert_eq!(y.into_data().to_vec::<f32>().unwrap(), [16.0, 16.0, 16.0, 160.0, 16.0, 160.0]);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod backend;
 pub mod linear;

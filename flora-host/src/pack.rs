@@ -159,7 +159,7 @@ pub(crate) fn pack_panel<S: Simd>(
                 for (strip, out) in out.chunks_mut(strip_pitch::<S>()).enumerate() {
                     let first = columns.start + strip * strip_columns::<S>();
                     let columns = first..columns.end.min(first + strip_columns::<S>());
-                    decode::<S>(weight, words, quantisation, depth.clone(), columns, out);
+                    decode(simd, weight, words, quantisation, depth.clone(), columns, out);
                 }
             }
             // `PackedWeight` makes words of quantised formats only.
@@ -257,6 +257,7 @@ const MOST_COLUMNS: usize = 64;
 /// One strip of a quantised weight; the arithmetic of [`PackedWeight::value`].
 #[inline(always)]
 fn decode<S: Simd>(
+    simd: S,
     weight: &PackedWeight,
     words: &[u32],
     quantisation: Quantisation,
@@ -267,7 +268,6 @@ fn decode<S: Simd>(
     let (k, width, per_word) = (weight.shape().k as usize, strip_columns::<S>(), quantisation.per_word() as usize);
     let (mut scales, mut minima, mut stored) = ([0.0; MOST_COLUMNS], [0.0; MOST_COLUMNS], [0; MOST_COLUMNS]);
     let (scales, minima, stored) = (&mut scales[..width], &mut minima[..width], &mut stored[..width]);
-    let (bits, mask, zero) = (quantisation.bits, (1u32 << quantisation.bits) - 1, quantisation.zero as f32);
     let block = quantisation.block.map_or(usize::MAX, |block| block as usize);
     let mut first = depth.start;
     while first < depth.end {
@@ -277,16 +277,38 @@ fn decode<S: Simd>(
         for input in (first..end).step_by(per_word) {
             let row = input / per_word * k;
             stored[..columns.len()].copy_from_slice(&words[row + columns.start..row + columns.end]);
-            for (shift, input) in (input..end.min(input + per_word)).enumerate() {
-                let shift = bits * shift as u32;
-                let at = (input - depth.start) * width;
-                let numbers = out[at..at + width].iter_mut().zip(&*stored).zip(scales.iter().zip(&*minima));
-                for ((out, stored), (scale, minimum)) in numbers {
-                    *out = scale * ((stored >> shift & mask) as i32 as f32 - zero) + minimum;
-                }
-            }
+            let inputs = end.min(input + per_word) - input;
+            let out = &mut out[(input - depth.start) * width..][..inputs * width];
+            unpack(simd, quantisation, stored, scales, minima, out);
         }
         first = end;
+    }
+}
+
+/// One word of every column to rows of numbers, `out` `[inputs, columns]`: scale · (stored − zero) + minimum.
+#[inline(always)]
+fn unpack<S: Simd>(
+    simd: S,
+    quantisation: Quantisation,
+    stored: &[u32],
+    scales: &[f32],
+    minima: &[f32],
+    out: &mut [f32],
+) {
+    // A whole number below 2²³ in the mantissa of 2²³ is that number more than 2²³.
+    const MAGIC: f32 = 8_388_608.0;
+    let (mask, magic) = (simd.splat_u32s((1 << quantisation.bits) - 1), simd.splat_u32s(MAGIC.to_bits()));
+    let zero = simd.splat_f32s(MAGIC + quantisation.zero as f32);
+    let ((stored, _), (scales, _), (minima, _)) =
+        (S::as_simd_u32s(stored), S::as_simd_f32s(scales), S::as_simd_f32s(minima));
+    for (input, out) in out.chunks_exact_mut(strip_columns::<S>()).enumerate() {
+        let shift = simd.splat_u32s(quantisation.bits * input as u32);
+        let (out, _) = S::as_mut_simd_f32s(out);
+        for (((out, stored), scale), minimum) in out.iter_mut().zip(stored).zip(scales).zip(minima) {
+            let number = simd.and_u32s(simd.wrapping_dyn_shr_u32s(*stored, shift), mask);
+            let number = simd.sub_f32s(simd.transmute_f32s_u32s(simd.or_u32s(number, magic)), zero);
+            *out = simd.add_f32s(simd.mul_f32s(*scale, number), *minimum);
+        }
     }
 }
 
@@ -303,7 +325,8 @@ fn load_scales(
     let k = weight.shape().k as usize;
     scales[columns.len()..].fill(0.0);
     let packed = |row: usize| &weight.scales()[row * k + columns.start..row * k + columns.end];
-    let half = |word: u32| half::f16::from_bits(word as u16).to_f32();
+    // The library's conversion asks the processor what it can, for every number.
+    let half = |word: u32| widen_f16(f16::from_bits(word as u16));
     match quantisation.block.map(|block| input / block as usize) {
         None => scales.iter_mut().zip(packed(0)).for_each(|(scale, bits)| *scale = f32::from_bits(*bits)),
         Some(block) if quantisation.minimum => {

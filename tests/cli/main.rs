@@ -11,6 +11,7 @@ mod gguf_writer;
 mod inspect;
 mod mistakes;
 mod report;
+mod serving;
 mod stored;
 mod tuning;
 mod world;

@@ -25,10 +25,15 @@ pub(crate) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name)
 }
 
+/// The real model; `None` where it wasn't fetched and `FLORA_MODEL` doesn't say that it has to be.
+pub(crate) fn smollm2() -> Option<PathBuf> {
+    flora_toolchain::smollm2_from_environment().expect("FLORA_MODEL=required, but SmolLM2 can't be had")
+}
+
 /// Loads the golden model of this name.
 pub(crate) fn load(name: &str) -> Served {
     let path = match name {
-        "smollm2" => flora_toolchain::smollm2().expect("the real model, which the tests' command fetches"),
+        "smollm2" => smollm2().expect("the real model is here"),
         tiny => golden(tiny).join("model"),
     };
     let checkpoint = Arc::new(Model::open(&path).expect("a golden model"));

@@ -72,6 +72,7 @@ fn client(number: u64, handle: &Handle, vocabulary: u32, names: &[String], tally
             Ok(stream) => stream,
             Err(RequestError::QueueFull { .. }) => {
                 tally.queue_full.fetch_add(1, Ordering::SeqCst);
+                thread::sleep(Duration::from_millis(random.u64(1..50)));
                 continue;
             }
             Err(error) => panic!("a request that is right was refused: {error}"),
