@@ -276,10 +276,15 @@ fn decode<S: Simd>(
         // Slices begin at a multiple of a word's inputs.
         for input in (first..end).step_by(per_word) {
             let row = input / per_word * k;
-            stored[..columns.len()].copy_from_slice(&words[row + columns.start..row + columns.end]);
+            let own = &words[row + columns.start..row + columns.end];
             let inputs = end.min(input + per_word) - input;
             let out = &mut out[(input - depth.start) * width..][..inputs * width];
-            unpack(simd, quantisation, stored, scales, minima, out);
+            if own.len() == width {
+                unpack(simd, quantisation, own, scales, minima, out);
+            } else {
+                stored[..own.len()].copy_from_slice(own);
+                unpack(simd, quantisation, stored, scales, minima, out);
+            }
         }
         first = end;
     }

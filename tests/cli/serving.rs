@@ -83,7 +83,7 @@ fn what_cannot_be_generated_is_told() {
     refused(&["--adapters", &adapters, "--adapter", "../lora"], "there is no adapter `../lora`");
     refused(&["--adapters", &adapters, "--adapter", "hira"], "adapts `model.layers.0");
     refused(&["--adapted", "nothing"], "no projection of the model is called `nothing`");
-    refused(&["--temperature", "-1"], "temperature");
+    refused(&["--temperature=-1"], "temperature");
     refused(&["--device", "cuda:99"], "no device `cuda:99`");
     let long = "a".repeat(200);
     let output = flora(["generate", "--model", &tiny.model, "--prompt", &long]);
