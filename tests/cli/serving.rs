@@ -165,16 +165,16 @@ fn the_experiment_runs_and_its_page_is_drawn() {
         "--json",
     ]);
     let count = |what: &str| said[what].as_array().expect("a list").len();
-    // The base, and three ways at two ranks.
-    assert_eq!((count("throughput"), count("latency")), (7, 7));
-    // Those, and the paper's three models.
-    assert_eq!(count("steps"), 4 * 7);
+    // The base, three ways at two ranks, and the base again.
+    assert_eq!((count("throughput"), count("latency")), (8, 8));
+    // Those, and the paper's three models, whose base is predicted once.
+    assert_eq!(count("steps"), 8 + 3 * 7);
     for one in said["throughput"].as_array().expect("a list") {
         assert_eq!(one["prompt_tokens"], said["throughput"][0]["prompt_tokens"], "the same requests");
         assert!(one["tokens_per_second"].as_f64().expect("a number") > 0.0);
     }
     let measured = |step: &&Value| step["seconds"].is_number();
-    assert_eq!(said["steps"].as_array().expect("a list").iter().filter(measured).count(), 7);
+    assert_eq!(said["steps"].as_array().expect("a list").iter().filter(measured).count(), 8);
 
     let at = |name: &str| folder.path().join(name).display().to_string();
     std::fs::write(at("serving.json"), said.to_string()).expect("a file");

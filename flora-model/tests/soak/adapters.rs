@@ -54,9 +54,7 @@ fn write(folder: &Path, model: &Model, number: usize, seed: u64) {
     let modules = modules(model).map(module).collect();
     // A folder is written once; another one takes its place.
     let _ = fs::remove_dir_all(folder.join(format!("adapter-{number}")));
-    AdapterFolder::new(&format!("adapter-{number}"), kind, modules)
-        .write(folder)
-        .expect("a folder that can be written");
+    AdapterFolder::new(format!("adapter-{number}"), kind, modules).write(folder).expect("a folder that can be written");
 }
 
 /// Writes all of them; their names.

@@ -117,7 +117,8 @@ pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
     let arriving = lengths(arguments.latency_requests, arguments.scale, longest, arguments.seed ^ 1)?;
     let arrivals = arrivals(arguments.latency_requests, arguments.rate, arguments.seed ^ 2);
 
-    let variants = variants(&arguments.ranks);
+    // The base once more at the end: by as much as the two differ, the machine has changed under the others.
+    let variants = [variants(&arguments.ranks), variants(&[])].concat();
     let bar = output::progress(variants.len(), "serving");
     let mut answer = Answer {
         device: format!("{} ({})", device.info().name, device.info().id),
@@ -184,7 +185,7 @@ fn open(arguments: &Arguments) -> Result<(Arc<Model>, &'static str, Option<TempD
     Ok((Arc::new(Model::open(&path)?), "seeded", Some(folder)))
 }
 
-/// The base once, the others at every rank.
+/// The base, and the others at every rank.
 fn variants(ranks: &[u32]) -> Vec<(Way, u32)> {
     let of = |way: Way| {
         let ranks = if way.kind.is_some() { ranks.to_vec() } else { vec![0] };

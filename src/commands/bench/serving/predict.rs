@@ -111,8 +111,9 @@ fn one(projection: &Projections, variant: &Variant, sequences: u32) -> Option<f6
 
 /// Adds to the predictions of a measured model what its step without adapters takes beyond its projections.
 pub(super) fn add_rest(steps: &mut [DecodeStep]) {
-    let base = steps.iter().find(|step| step.variant.rank == 0);
-    let rest = base.and_then(|base| Some((base.seconds? - base.predicted_base_seconds).max(0.0)));
+    let bases = steps.iter().filter(|step| step.variant.rank == 0);
+    let beyond: Vec<_> = bases.filter_map(|base| Some(base.seconds? - base.predicted_base_seconds)).collect();
+    let rest = (!beyond.is_empty()).then(|| (beyond.iter().sum::<f64>() / beyond.len() as f64).max(0.0));
     for step in steps.iter_mut() {
         step.predicted_seconds += rest.unwrap_or(0.0);
         step.predicted_base_seconds += rest.unwrap_or(0.0);

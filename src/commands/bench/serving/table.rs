@@ -14,7 +14,8 @@ pub(super) fn human(answer: &Answer) -> String {
         [variant.adapter.clone(), variant.lowering.clone(), rank]
     };
     if let Some(first) = throughput.first() {
-        let base = throughput.iter().find(|one| one.variant.rank == 0).map_or(f64::NAN, |base| base.tokens_per_second);
+        let bases: Vec<_> = throughput.iter().filter(|one| one.variant.rank == 0).collect();
+        let base = bases.iter().map(|one| one.tokens_per_second).sum::<f64>() / bases.len() as f64;
         text += &format!(
             "\nThroughput: {} requests at once, {} prompt and {} generated tokens\n\n",
             first.requests, first.prompt_tokens, first.generated_tokens

@@ -78,7 +78,8 @@ fn against_rank<'a, T: 'a>(
     let values: Vec<_> = records.iter().map(value).collect();
     let ranks = values.iter().map(|(variant, _)| f64::from(variant.rank)).filter(|rank| *rank > 0.0);
     let x = Axis::at("rank", ranks);
-    let base = values.iter().find(|(variant, _)| variant.rank == 0).map(|(_, value)| *value);
+    let bases: Vec<_> = values.iter().filter(|(variant, _)| variant.rank == 0).map(|(_, value)| *value).collect();
+    let base = (!bases.is_empty()).then(|| bases.iter().sum::<f64>() / bases.len() as f64);
     let mut series = Vec::new();
     if let Some(base) = base {
         series.push(Series {
