@@ -50,7 +50,7 @@ pub enum TensorError {
     #[error("a tensor of {0:?} was passed; layers take F32, F16 and BF16")]
     Type(DType),
     /// A buffer of another kind of device.
-    #[error("the buffer lies on another device than the tensors of this model; make both on one")]
+    #[error("a tensor lies on another device than the layer; make both on one")]
     OtherDevice,
     /// Another number of elements.
     #[error("a buffer of {found} numbers can't be a tensor of {wanted}")]

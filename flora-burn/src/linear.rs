@@ -190,6 +190,9 @@ impl<B: FloraBackend> AdaptedLinear<B> {
             return Err(LinearError::Input { rows: batch.rows(), d, found: dims.to_vec() });
         }
         let device = x.device();
+        if B::device(projection.device()).is_none_or(|own| own != device) {
+            return Err(TensorError::OtherDevice.into());
+        }
         let adapters = projection.adapters();
         // An adapter that leaves this layer alone has no place here.
         let known = |segment: &Segment| if (segment.adapter as usize) < adapters.len() { segment.adapter } else { 0 };

@@ -36,8 +36,13 @@ impl RequestLimits {
         }
     }
 
-    /// The most tokens of one sequence, prompt and generated ones.
-    pub fn context_length(&self) -> usize {
+    /// The most tokens of one sequence, prompt and generated ones: what the model knows and the cache holds.
+    pub fn most_tokens(&self) -> usize {
+        self.context_length.min(self.cache_tokens)
+    }
+
+    /// The most tokens that the model knows.
+    pub(crate) fn context_length(&self) -> usize {
         self.context_length
     }
 

@@ -77,7 +77,7 @@ impl Asked {
             );
             return Err(ApiError::invalid("n", message));
         }
-        let context = app.engine().limits().context_length();
+        let context = app.engine().limits().most_tokens();
         let mut requests = Vec::with_capacity(prompts * parameters.n);
         let (prompts, max_tokens) = self.tokens(app)?;
         for prompt in prompts {
