@@ -1,11 +1,12 @@
 //! The golden files that transformers and PEFT made (tests/golden/README.md).
 
+use flora_codegen::layer::Element;
 use flora_engine::{AdapterId, Decoder, Segment, SequenceId};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use crate::is_host;
-use crate::served::{Served, golden, load, smollm2};
+use crate::served::{Served, golden, load, load_in, smollm2};
+use crate::{device, is_host};
 
 /// One prompt of a golden file.
 struct Prompt {
@@ -157,6 +158,32 @@ fn gpt_big_code_equals_transformers() {
 fn llama_of_a_folder_equals_transformers() {
     let mut model = load("llama_tiny");
     ["base", "lora", "hira"].iter().for_each(|name| check(&mut model, name));
+}
+
+/// Greedy choices may differ where two logits are near; the logits may not.
+#[test]
+fn half_types_are_near_transformers() {
+    for element in [Element::F16, Element::Bf16] {
+        if !device().info().element_types.iter().any(|name| name == element.name()) {
+            println!("NOT RUN: {} has no {element} buffers", device().info().id);
+            continue;
+        }
+        for name in ["gpt_bigcode", "llama_tiny"] {
+            let mut model = load_in(name, element);
+            for golden in ["base", "lora"] {
+                let (prompts, adapter) = prompts(name, golden);
+                let adapter = adapter.map(|adapter| model.adapter(&adapter));
+                let mut worst = 0.0f32;
+                for (number, prompt) in prompts.iter().enumerate() {
+                    let sequence = SequenceId(number as u64);
+                    let logits = prefill(&mut model, sequence, adapter, &prompt.tokens, 64);
+                    worst = worst.max(compare(&model, prompt, prompt.tokens.len() - 1, &logits));
+                    model.decoder.release(sequence);
+                }
+                println!("{name} {golden} in {element}: off by {worst:.3} of the rounding that is allowed");
+            }
+        }
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use flora_checkpoint::Model;
 use flora_checkpoint::model::DecoderConfig;
+use flora_codegen::layer::Element;
 use flora_engine::{AdapterId, AdapterSource, Decoder, Segment};
 use flora_model::{AdapterDirectory, DeviceModel, ServeOptions};
 
@@ -30,8 +31,13 @@ pub(crate) fn smollm2() -> Option<PathBuf> {
     flora_toolchain::smollm2_from_environment().expect("FLORA_MODEL=required, but SmolLM2 can't be had")
 }
 
-/// Loads the golden model of this name.
+/// Loads the golden model of this name, activations and adapters in f32.
 pub(crate) fn load(name: &str) -> Served {
+    load_in(name, Element::F32)
+}
+
+/// The same in another type.
+pub(crate) fn load_in(name: &str, element: Element) -> Served {
     let path = match name {
         "smollm2" => smollm2().expect("the real model is here"),
         tiny => golden(tiny).join("model"),
@@ -43,14 +49,25 @@ pub(crate) fn load(name: &str) -> Served {
         _ => &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     };
     let adapted = adapted.iter().map(|name| (*name).to_owned()).collect();
-    let options = ServeOptions { adapted, adapter_bytes: 32 << 20, block_tokens: 16, ..ServeOptions::default() };
+    let (activations, adapters) = (element, element);
+    let options = ServeOptions {
+        adapted,
+        activations,
+        adapters,
+        adapter_bytes: 32 << 20,
+        block_tokens: 16,
+        ..ServeOptions::default()
+    };
     let decoder = flora_model::load(&device(), &checkpoint, &options).expect("a decoder of a known family");
     let source = AdapterDirectory::new(Some(&golden(name).join("adapters")), &checkpoint, options.adapters);
     let (layers, width) = match checkpoint.decoder().expect("a decoder") {
         DecoderConfig::Llama(config) => (config.layers, config.feed_forward.max(config.d)),
         DecoderConfig::GptBigCode(config) => (config.layers, config.feed_forward.max(config.d)),
     };
-    let rounding = f32::EPSILON / 2.0 * (width as f32).sqrt() * 2.0 * layers as f32;
+    // A half type rounds what a layer leaves, and not its sums.
+    let unit = element.rounding() as f32;
+    let sums = if element == Element::F32 { (width as f32).sqrt() } else { 1.0 };
+    let rounding = unit * sums * 2.0 * layers as f32;
     Served { name: name.to_owned(), decoder, source: source.expect("built-in layers"), placed: Vec::new(), rounding }
 }
 
