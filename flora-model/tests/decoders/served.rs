@@ -17,8 +17,9 @@ pub(crate) struct Served {
     pub(crate) decoder: DeviceModel,
     source: AdapterDirectory,
     placed: Vec<String>,
-    /// The rounding of one logit, of the largest logit: every one of two sums a block has up to `width` products, whose rounding
-    /// grows like its root, and in the worst case all push one way.
+    /// What rounding may do to a logit, of the largest logit: four standard deviations, as everywhere. A block has eight steps that
+    /// round (two norms, the products with four kinds of weights, attention's two), the model two more. Each is a sum whose
+    /// rounding walks at random, √width of a unit; the steps' add up likewise, and those of transformers' side too.
     pub(crate) rounding: f32,
 }
 
@@ -64,10 +65,10 @@ pub(crate) fn load_in(name: &str, element: Element) -> Served {
         DecoderConfig::Llama(config) => (config.layers, config.feed_forward.max(config.d)),
         DecoderConfig::GptBigCode(config) => (config.layers, config.feed_forward.max(config.d)),
     };
-    // A half type rounds what a layer leaves, and not its sums.
-    let unit = element.rounding() as f32;
-    let sums = if element == Element::F32 { (width as f32).sqrt() } else { 1.0 };
-    let rounding = unit * sums * 2.0 * layers as f32;
+    let steps = (8 * layers + 2) as f32;
+    // Sums are in f32 whatever the type: a half type rounds what a step leaves, and is alone in it.
+    let variance = if element == Element::F32 { 2.0 * width as f32 } else { 1.0 };
+    let rounding = 4.0 * element.rounding() as f32 * (steps * variance).sqrt();
     Served { name: name.to_owned(), decoder, source: source.expect("built-in layers"), placed: Vec::new(), rounding }
 }
 
