@@ -15,7 +15,7 @@
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let target = Target::<Host>::open(&Default::default())?;
-//! let weight = PackedWeight::from_f32(WeightFormat::Q8_0, LayerShape { d: 32, k: 2 }, &[0.5; 64])?;
+//! let weight = PackedWeight::from_f32(WeightFormat::default(), LayerShape { d: 32, k: 2 }, &[0.5; 64])?;
 //! let planning = Planning::Fixed(Plan::default());
 //! let query = AdaptedLinear::new(&target, &weight, ProjectionOptions::default(), planning)?;
 //!
