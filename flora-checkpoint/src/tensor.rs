@@ -135,7 +135,8 @@ impl StoredTensor {
     pub fn rows_f32(&self, rows: &[usize]) -> Result<Vec<f32>, TensorProblem> {
         let (count, columns) = self.matrix_shape()?;
         let row_bytes = self.encoding.byte_count(&[columns])?;
-        let mut values = Vec::with_capacity(rows.len().saturating_mul(columns));
+        // Grown row by row: what a file says of the columns is only as large as a row that is there.
+        let mut values = Vec::new();
         for &row in rows {
             let outside = || TensorProblem::NoSuchRow { row, rows: count };
             let start = row.checked_mul(row_bytes).filter(|_| row < count).ok_or_else(outside)?;
@@ -231,6 +232,13 @@ mod tests {
         let shape = vec![usize::MAX, 3];
         let made = StoredTensor::new(shape.clone(), Encoding::F32, SharedBytes::from(Vec::new()));
         assert_eq!(made.err(), Some(TensorProblem::TooLarge { shape }));
+    }
+
+    #[test]
+    fn rows_of_a_matrix_without_rows_are_not_there() {
+        let made = StoredTensor::new(vec![0, 1 << 48], Encoding::F32, SharedBytes::from(Vec::new()));
+        let rows = made.expect("no bytes").rows_f32(&[0, 1]);
+        assert_eq!(rows.err(), Some(TensorProblem::NoSuchRow { row: 0, rows: 0 }));
     }
 
     #[test]
