@@ -90,7 +90,16 @@ fn adapter_module(sample: &Sample, module: &Module, seed: u64) -> AdapterModule 
     let &Module { d, k, has_bias, .. } = module;
     // PEFT's output form would scale a bias too, which isn't supported.
     let layer = if sample.layer == "ia3" && has_bias { "ia3_feedforward" } else { sample.layer };
-    let mut random = Random::new(seed, &["adapter", name, &module.path]);
+    made_up(&mut Random::new(seed, &["adapter", name, &module.path]), (kind, layer, rank, scale), d, k)
+}
+
+/// A module's part of an adapter of this kind, built-in layer, rank and LoRA's s.
+pub(crate) fn made_up(
+    random: &mut Random,
+    (kind, layer, rank, scale): (AdapterKind, &'static str, usize, f32),
+    d: usize,
+    k: usize,
+) -> AdapterModule {
     let mut operand = |shape: Vec<usize>, centre: f32, half_width: f32| {
         let count = shape.iter().fold(1, |count, extent| product(count, *extent));
         Operand { shape, values: random.around(centre, half_width, count) }

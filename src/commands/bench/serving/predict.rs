@@ -9,7 +9,7 @@ use flora::prelude::*;
 use flora::runtime::BaseForm;
 
 use super::record::{DecodeStep, Variant};
-use super::{BASE, Setting, WAYS, variants};
+use super::{Setting, variants};
 use crate::models::{self, QUERY_AND_KEY, is_target};
 
 /// So many projections of one shape.
@@ -28,9 +28,9 @@ impl Setting<'_> {
             let shape = LayerShape { d: projection.d as u32, k: projection.k as u32 };
             let weight = BaseForm::Stored.format(projection.encoding, self.device);
             let format = LayerFormat { weight, ..LayerFormat::uniform(dtype) };
-            let last = projection.path.rsplit('.').next().unwrap_or_default();
             let prices = planner.prices(PricedLayer { shape, format });
-            Projections { prices, count: 1, adapted: self.adapted.iter().any(|name| name == last) }
+            let adapted = self.adapted.iter().any(|name| is_target(&projection.path, name));
+            Projections { prices, count: 1, adapted }
         });
         step(self.model.name(), variant, sequences, seconds, &projections.collect::<Vec<_>>())
     }
@@ -71,41 +71,54 @@ fn step(
     seconds: Option<f64>,
     projections: &[Projections],
 ) -> Option<DecodeStep> {
-    let of = |variant: &Variant| {
-        let each = projections.iter().map(|own| Some(own.count as f64 * one(own, variant, sequences)?));
-        each.sum::<Option<f64>>()
+    let base = BatchShape::of(&[Segment { rows: sequences, adapter: 0 }], &[AdapterSlots::base()]);
+    let plain = |own: &Projections| {
+        let prices = &own.prices;
+        prices.price(&work(&Plan::default(), prices.layer(), &base, false, prices.pads_blocks()))
     };
-    let base = Variant { adapter: BASE.to_owned(), lowering: "matmul".to_owned(), rank: 0 };
+    let predicted_base_seconds = projections.iter().map(|own| own.count as f64 * plain(own)).sum();
+    let predicted_seconds = match adapted_batch(variant, sequences)? {
+        None => predicted_base_seconds,
+        Some((part, batch)) => {
+            let each = projections.iter().map(|own| {
+                let one = if own.adapted { adapted(own, variant, part, &batch)? } else { plain(own) };
+                Some(own.count as f64 * one)
+            });
+            each.sum::<Option<f64>>()?
+        }
+    };
     Some(DecodeStep {
         model: model.to_owned(),
         variant: variant.clone(),
         sequences,
         seconds,
-        predicted_seconds: of(variant)?,
-        predicted_base_seconds: of(&base)?,
+        predicted_seconds,
+        predicted_base_seconds,
     })
 }
 
-/// One projection, each row with an adapter of its own.
-fn one(projection: &Projections, variant: &Variant, sequences: u32) -> Option<f64> {
-    let prices = &projection.prices;
-    let base = BatchShape::of(&[Segment { rows: sequences, adapter: 0 }], &[AdapterSlots::base()]);
-    let plain = prices.price(&work(&Plan::default(), prices.layer(), &base, false, prices.pads_blocks()));
-    if !projection.adapted || variant.rank == 0 {
-        return Some(plain);
+/// The batch of an adapted projection, a row for each adapter, and the part that computes it: `Some(None)` where nobody has one,
+/// `None` for an adapter that isn't built in.
+fn adapted_batch(variant: &Variant, sequences: u32) -> Option<Option<(Part, BatchShape)>> {
+    if variant.rank == 0 {
+        return Some(None);
     }
-    let way = WAYS.iter().find(|way| way.adapter == variant.adapter)?;
-    let part = if way.adapter == "flora" { Part::Multiplicative } else { Part::Additive };
-    let compiled = compile_verified(flora::ir::builtin::builtin(way.adapter)?.clone()).ok()?;
+    let part = if variant.adapter == "flora" { Part::Multiplicative } else { Part::Additive };
+    let compiled = compile_verified(flora::ir::builtin::builtin(&variant.adapter)?.clone()).ok()?;
     let slots: Vec<_> = (0..sequences).map(|_| compiled.slots(variant.rank, 0)).collect();
     let rows: Vec<_> = (0..sequences).map(|adapter| Segment { rows: 1, adapter }).collect();
-    let candidates = candidates(part, prices, &BatchShape::of(&rows, &slots));
+    Some(Some((part, BatchShape::of(&rows, &slots))))
+}
+
+/// One projection of such a batch.
+fn adapted(projection: &Projections, variant: &Variant, part: Part, batch: &BatchShape) -> Option<f64> {
     let wanted = |lowering: &Lowering| match variant.lowering.as_str() {
         "tuned" => *lowering != Lowering::Merged,
         // Single rows are stacked by the fixed plan.
         "on_chip" => *lowering == Lowering::Stacked,
         name => lowering.name() == name,
     };
+    let candidates = candidates(part, &projection.prices, batch);
     candidates.iter().find(|candidate| wanted(&candidate.lowering)).map(|candidate| candidate.predicted_seconds)
 }
 

@@ -30,7 +30,7 @@ pub(crate) struct Answer {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Variant {
-    /// `base`, `lora` or `flora`.
+    /// `none`, `lora` or `flora`.
     pub(crate) adapter: String,
     /// What computes the adapter's part; `matmul` for the base, `tuned` where the planner chose step by step.
     pub(crate) lowering: String,

@@ -2,11 +2,10 @@
 //! stay finite.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use flora::checkpoint::{AdapterFolder, AdapterKind, AdapterModule, Model, Operand};
+use flora::checkpoint::{AdapterFolder, AdapterKind, AdapterModule, Model, Projection};
 use flora::engine::{AdapterFailure, AdapterSource};
 use flora::model::PreparedAdapter;
 use flora::prelude::*;
@@ -15,7 +14,8 @@ use half::bf16;
 use safetensors::{Dtype, SafeTensorError, View};
 use serde_json::json;
 
-use crate::commands::run::samples::Random;
+use crate::commands::run::samples::{Random, made_up};
+use crate::models::is_target;
 
 /// Adapters that are made when they are asked for: `lora-0`, `lora-1`, …
 pub(crate) struct SeededAdapters {
@@ -37,26 +37,10 @@ impl SeededAdapters {
     }
 
     fn module(&self, name: &str, path: &str, d: usize, k: usize) -> Option<AdapterModule> {
-        let rank = self.rank;
+        let kind = self.kind?;
+        let layer = if kind == AdapterKind::Flora { "flora" } else { "lora" };
         let mut random = Random::new(self.seed, &["serving", name, path]);
-        let mut operand = |shape: Vec<usize>, centre: f32, half_width: f32| {
-            let values = random.around(centre, half_width, shape.iter().product());
-            Operand { shape, values }
-        };
-        let narrow = 1.0 / (d as f32).sqrt();
-        let (layer, operands) = match self.kind? {
-            AdapterKind::Flora => {
-                let share = 1.0 / rank as f32;
-                let b = operand(vec![d, rank], 1.0, 0.1);
-                ("flora", BTreeMap::from([("b", b), ("a", operand(vec![rank, k], share, 0.1 * share))]))
-            }
-            _ => {
-                let (b, a) = (operand(vec![d, rank], 0.0, narrow), operand(vec![rank, k], 0.0, 0.05));
-                let s = Operand { shape: Vec::new(), values: vec![2.0] };
-                ("lora", BTreeMap::from([("b", b), ("a", a), ("s", s)]))
-            }
-        };
-        Some(AdapterModule { layer, rank, operands })
+        Some(made_up(&mut random, (kind, layer, self.rank, 2.0), d, k))
     }
 }
 
@@ -73,10 +57,8 @@ impl AdapterSource for SeededAdapters {
 
     fn prepare(&self, name: &str) -> Result<PreparedAdapter, AdapterFailure> {
         let Some(kind) = self.kind else { return Err(AdapterFailure::Unknown(name.to_owned())) };
-        let adapted = self.model.projections().iter().filter(|projection| {
-            let last = projection.path.rsplit('.').next().unwrap_or_default();
-            self.adapted.iter().any(|name| name == last)
-        });
+        let adapts = |projection: &&Projection| self.adapted.iter().any(|name| is_target(&projection.path, name));
+        let adapted = self.model.projections().iter().filter(adapts);
         let modules = adapted.filter_map(|projection| {
             let module = self.module(name, &projection.path, projection.d, projection.k)?;
             Some((projection.path.clone(), module))
