@@ -186,7 +186,11 @@ mod tests {
 
     #[test]
     fn drawing_follows_temperature_top_p_and_seed() {
-        let sampling = |body, index| parse(body).unwrap().draw.choice(index);
+        // No closure: rustc before 1.97 hands two calls of one the same empty map, and it is freed twice
+        // (rust-lang/rust#155241).
+        fn sampling(body: Value, index: usize) -> Sampling {
+            parse(body).unwrap().draw.choice(index)
+        }
         for body in [json!({"temperature": 0}), json!({"top_p": 0.0}), json!({"temperature": 1e-30, "seed": 7})] {
             assert_eq!(sampling(body, 3), Sampling::Greedy);
         }

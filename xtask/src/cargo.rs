@@ -8,8 +8,11 @@ use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 
+/// The most lines of a test binary's output that are said again at the end.
+const SAID_AGAIN: usize = 60;
+
 /// What came of one `cargo test`.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
     /// Tests that passed.
     pub(crate) passed: u64,
@@ -17,6 +20,10 @@ pub(crate) struct Tally {
     pub(crate) failed: u64,
     /// Whether cargo itself said that all is well; it doesn't where a build failed.
     pub(crate) success: bool,
+    /// The last lines of each test binary that failed or was cut off, so that they can be found in a long output.
+    pub(crate) failures: Vec<String>,
+    /// Those of the test binary that is running.
+    running: Vec<String>,
 }
 
 /// Why a build left nothing to use.
@@ -108,13 +115,18 @@ pub(crate) fn tally(mut command: Command) -> io::Result<Tally> {
             out.write_all(b"\n")?;
         }
     }
+    tally.cut_off();
     tally.success = child.wait()?.success();
     Ok(tally)
 }
 
 impl Tally {
-    /// Counts a line of libtest: `test result: ok. 8 passed; 0 failed; 0 ignored; …`.
+    /// Counts a line of libtest: `running 8 tests`, what they print, `test result: ok. 8 passed; 0 failed; 0 ignored; …`.
     fn add(&mut self, line: &str) {
+        if line.starts_with("running ") && (line.ends_with(" tests") || line.ends_with(" test")) {
+            self.cut_off();
+        }
+        self.running.push(line.to_owned());
         let Some(result) = line.strip_prefix("test result: ") else { return };
         for part in result.split([';', '.']) {
             match part.trim().split_once(' ') {
@@ -122,6 +134,18 @@ impl Tally {
                 Some((count, "failed")) => self.failed += count.parse().unwrap_or(0),
                 _ => {}
             }
+        }
+        if !result.starts_with("ok") {
+            self.cut_off();
+        }
+        self.running.clear();
+    }
+
+    /// Keeps what a test binary said that gave no good result: one that aborts gives none at all.
+    fn cut_off(&mut self) {
+        let lines = std::mem::take(&mut self.running);
+        if lines.iter().any(|line| !line.trim().is_empty()) {
+            self.failures.push(lines[lines.len().saturating_sub(SAID_AGAIN)..].join("\n"));
         }
     }
 }
@@ -136,12 +160,31 @@ mod tests {
         for line in [
             "running 8 tests",
             "test result: ok. 8 passed; 0 failed; 0 ignored; 0 measured; 1 filtered out; finished in 0.16s",
+            "",
+            "running 5 tests",
             "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.00s",
+            "running 1 test",
             "the test result: ok. 100 passed; 0 failed",
+            "test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.16s",
         ] {
             tally.add(line);
         }
-        assert_eq!(tally, Tally { passed: 11, failed: 2, success: false });
+        assert_eq!((tally.passed, tally.failed, tally.failures.len()), (12, 2, 1));
+        assert!(tally.failures[0].starts_with("running 5 tests"), "{tally:?}");
+    }
+
+    #[test]
+    fn a_binary_that_gives_no_result_is_kept() {
+        let mut tally = Tally::default();
+        for line in ["running 2 tests", "test a ... ok", "", "running 0 tests"] {
+            tally.add(line);
+        }
+        assert_eq!(tally.failures, ["running 2 tests\ntest a ... ok\n"]);
+        for _ in 0..2 * SAID_AGAIN {
+            tally.add("noise");
+        }
+        tally.cut_off();
+        assert_eq!(tally.failures[1].lines().count(), SAID_AGAIN);
     }
 
     #[test]

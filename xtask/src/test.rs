@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use flora_toolchain::{Cache, CudaCompiler, FetchError, Lavapipe, openai_client, smollm2};
 
-use crate::cargo;
+use crate::cargo::{self, Tally};
 
 /// Cases for each fuzz test, chosen so that all of them take about a minute.
 const FUZZ_CASES: &str = "20000";
@@ -27,6 +27,8 @@ pub(crate) struct Arguments {
 struct Row {
     suite: &'static str,
     outcome: Outcome,
+    /// What the test binaries that failed said last.
+    failures: Vec<String>,
     time: Duration,
 }
 
@@ -74,7 +76,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
 fn need<T>(suite: &'static str, fetched: Result<T, FetchError>) -> Result<(), Row> {
     fetched.map(drop).map_err(|error| {
         eprintln!("warning: {error}");
-        Row { suite, outcome: Outcome::NotRun(error.to_string()), time: Duration::ZERO }
+        Row { suite, outcome: Outcome::NotRun(error.to_string()), failures: Vec::new(), time: Duration::ZERO }
     })
 }
 
@@ -100,20 +102,22 @@ fn on_lavapipe() -> Command {
 fn suite(suite: &'static str, command: Command) -> Row {
     eprintln!("\n== {suite}");
     let start = Instant::now();
-    let outcome = match cargo::tally(command) {
-        Ok(tally) if tally.failed > 0 => Outcome::Failed(format!("{} tests failed", tally.failed)),
-        Ok(tally) if !tally.success => Outcome::Failed("cargo test failed; see above".to_owned()),
-        Ok(tally) if tally.passed == 0 => Outcome::NotRun("there is no such test".to_owned()),
-        Ok(tally) => Outcome::Passed(tally.passed),
-        Err(error) => Outcome::Failed(format!("cargo can't be run: {error}")),
+    let (outcome, failures) = match cargo::tally(command) {
+        Ok(tally) => (Outcome::of(&tally), tally.failures),
+        Err(error) => (Outcome::Failed(format!("cargo can't be run: {error}")), Vec::new()),
     };
-    Row { suite, outcome, time: start.elapsed() }
+    Row { suite, outcome, failures, time: start.elapsed() }
 }
 
 /// Prints the table and gives the exit code.
 fn report(rows: &[Row], strict: bool) -> ExitCode {
+    for Row { suite, failures, .. } in rows {
+        for failure in failures {
+            println!("\n== what failed in {suite}, again:\n{failure}");
+        }
+    }
     println!("\n{:<26}{:>9}  result", "suite", "seconds");
-    for Row { suite, outcome, time } in rows {
+    for Row { suite, outcome, time, .. } in rows {
         println!("{suite:<26}{:>9.1}  {outcome}", time.as_secs_f64());
     }
     let failed = rows.iter().any(|row| matches!(row.outcome, Outcome::Failed(_)));
@@ -123,6 +127,17 @@ fn report(rows: &[Row], strict: bool) -> ExitCode {
         println!("\nNOT RUN: {not_run} of {}; {consequence}", rows.len());
     }
     if failed || (strict && not_run > 0) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+impl Outcome {
+    fn of(tally: &Tally) -> Self {
+        match *tally {
+            Tally { failed: 1.., .. } => Self::Failed(format!("{} tests failed", tally.failed)),
+            Tally { success: false, .. } => Self::Failed("a build failed or a test was cut off; see above".to_owned()),
+            Tally { passed: 0, .. } => Self::NotRun("there is no such test".to_owned()),
+            Tally { passed, .. } => Self::Passed(passed),
+        }
+    }
 }
 
 impl fmt::Display for Outcome {
