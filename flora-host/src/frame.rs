@@ -121,6 +121,19 @@ pub(crate) fn scatter<S: Simd>(row: &[f32], at: usize, count: usize, out: &mut [
 
 /// Ranges of at most `most` that differ in length by one at most.
 pub(crate) fn even_tiles(count: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
-    let tiles = count.div_ceil(most);
-    (0..tiles).map(move |tile| tile * count / tiles..(tile + 1) * count / tiles)
+    even_parts(count, count.div_ceil(most))
+}
+
+/// The rows of a block. With a panel's columns their outputs are as large as a second-level cache of 1 MiB, but a tile touches
+/// its own alone, once for every slice; fewer rows would have W0 packed more often.
+const BLOCK_ROWS: usize = 512;
+
+/// Rows in blocks of about [`BLOCK_ROWS`], up to half as many more: a few rows in a block of their own would have the whole of W0
+/// packed once more for them.
+pub(crate) fn blocks(rows: usize) -> impl Iterator<Item = Range<usize>> {
+    even_parts(rows, ((rows + BLOCK_ROWS / 2) / BLOCK_ROWS).max(1))
+}
+
+fn even_parts(count: usize, parts: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..parts).map(move |part| part * count / parts..(part + 1) * count / parts)
 }

@@ -11,17 +11,13 @@ use flora_plan::schedule::{LowRankRows, OnChipSegment, Scale, VirtualRow};
 use pulp::Simd;
 
 use crate::finish::Finish;
-use crate::frame::{Frame, PANEL_COLUMNS, even_tiles, panels};
+use crate::frame::{Frame, PANEL_COLUMNS, blocks, even_tiles, panels};
 use crate::kernel::{MOST_TILE_ROWS, Multiply, SLICE, Strip, X_PITCH, strip_columns, tile_rows};
 use crate::low_rank::expand;
 use crate::pack::{Vectors, Weight, fetch_row, pack_panel, pack_rows, strip_pitch};
 use crate::strips::{Strips, Tile};
 use crate::values::Sink;
 use crate::workspace::{Pool, Scratch};
-
-/// Rows of a block. With a panel's columns their outputs are as large as a second-level cache of 1 MiB, but a tile touches its own
-/// alone, once for every slice; fewer rows would have W0 packed more often.
-pub(crate) const BLOCK_ROWS: usize = 512;
 
 /// The rows of a pass; the fields are those of [`Gemm`](flora_plan::schedule::Gemm).
 #[derive(Clone, Copy, Default)]
@@ -134,8 +130,8 @@ impl<S: Simd> Panel<'_, S> {
         let last_row = gemm.rows.last().map_or(0, |row| row.row as usize + 1);
         let last_segment = gemm.segments.last().map_or(0, |segment| segment.first_row as usize + segment.rows as usize);
         let end = last_row.max(last_segment);
-        for first in (0..end).step_by(BLOCK_ROWS) {
-            let block = Block::of(gemm, first..(first + BLOCK_ROWS).min(end));
+        for range in blocks(end) {
+            let block = Block::of(gemm, range);
             if block.rows.is_empty() && block.segments.is_empty() {
                 continue;
             }

@@ -7,8 +7,7 @@ use flora_plan::schedule::LowRankRows;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::frame::{Frame, PANEL_COLUMNS, PARALLEL_MACS, even_tiles, panels, scatter};
-use crate::gemm::BLOCK_ROWS;
+use crate::frame::{Frame, PANEL_COLUMNS, PARALLEL_MACS, blocks, even_tiles, panels, scatter};
 use crate::kernel::{MOST_TILE_ROWS, SLICE, X_PITCH, strip_columns, tile_rows};
 use crate::pack::Vectors;
 use crate::strips::{Strips, Tile};
@@ -133,8 +132,8 @@ pub(crate) fn expand_all<S: Simd>(
             for run in runs {
                 let (own, rest) = hidden.split_at(run.rows as usize * run.rank as usize);
                 hidden = rest;
-                for first in (0..run.rows as usize).step_by(BLOCK_ROWS) {
-                    let rows = BLOCK_ROWS.min(run.rows as usize - first);
+                for Range { start: first, end } in blocks(run.rows as usize) {
+                    let rows = end - first;
                     let sums = buffer.floats(rows * frame.width());
                     // SAFETY: the outputs outlive the call, and no other task has these columns.
                     let output = |row: usize| unsafe {
