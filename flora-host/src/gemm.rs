@@ -12,12 +12,12 @@ use pulp::Simd;
 
 use crate::finish::Finish;
 use crate::frame::{Frame, PANEL_COLUMNS, blocks, even_tiles, panels};
-use crate::kernel::{MOST_TILE_ROWS, Multiply, SLICE, Strip, X_PITCH, strip_columns, tile_rows};
+use crate::kernel::{MOST_TILE_ROWS, Multiply, NO_SCALES, OutScales, SLICE, Strip, X_PITCH, strip_columns, tile_rows};
 use crate::low_rank::expand;
 use crate::pack::{Vectors, Weight, fetch_row, pack_panel, pack_rows, strip_pitch};
 use crate::strips::{Strips, Tile};
-use crate::values::Sink;
-use crate::workspace::{Pool, Scratch};
+use crate::values::{Sink, Values};
+use crate::workspace::{Buffer, Pool, Scratch};
 
 /// The rows of a pass; the fields are those of [`Gemm`](flora_plan::schedule::Gemm).
 #[derive(Clone, Copy, Default)]
@@ -163,7 +163,8 @@ impl<S: Simd> Panel<'_, S> {
             let row = row.floats(self.frame.width());
             pack_panel(self.frame.simd, self.pass.weight, k, depth.clone(), columns, row, packed);
         }
-        let (mut places, width) = ([0; MOST_SWEPT_ROWS], self.frame.width());
+        let (mut places, mut scale_places) = ([0; MOST_SWEPT_ROWS], [NO_SCALES; MOST_SWEPT_ROWS]);
+        let width = self.frame.width();
         let most = if block.sweeps(self.pass.swept_rows) { MOST_SWEPT_ROWS } else { tile_rows::<S>() };
         let strips = Strips { in_place, pitch: k, whole, packed, strip_pitch: strip_pitch::<S>(), columns: width };
         for tile in even_tiles(block.rows.len(), most) {
@@ -174,18 +175,12 @@ impl<S: Simd> Panel<'_, S> {
             let x = x.floats(rows.len() * X_PITCH);
             let sources = rows.iter().map(|row| (row.row, row.in_slot));
             pack_rows(self.frame.simd, self.pass.x, self.pass.in_pool, sources, depth.clone(), x);
-            let scaled = rows.iter().any(|row| row.out_slot > 0);
-            let scales = scales.floats(if scaled { rows.len() * width } else { 0 });
-            let needed = rows.iter().zip(scales.chunks_exact_mut(width));
-            for (row, scales) in needed.filter(|(row, _)| row.out_slot > 0) {
-                self.frame.out_vector(row.out_slot, scales);
-            }
+            let scales = self.out_scales(rows, scales, &mut scale_places);
             let sums = sums.floats(block.range.len() * width);
             for (place, row) in places.iter_mut().zip(rows) {
                 *place = (row.row as usize - block.range.start) * width;
             }
-            let (places, scales) = (&places[..rows.len()], scaled.then_some((&*scales, rows)));
-            let tile = Tile { x, depth: depth.len(), places, scales, sums };
+            let tile = Tile { x, depth: depth.len(), places: &places[..rows.len()], scales, sums };
             strips.multiply(self.frame.simd, tile, products, || {
                 for row in next.by_ref().take(share) {
                     fetch_row(self.pass.x, self.pass.in_pool, (row.row, row.in_slot), &depth);
@@ -196,6 +191,43 @@ impl<S: Simd> Panel<'_, S> {
         for segment in block.segments {
             self.segment(block, segment, depth.clone(), scratch);
         }
+    }
+
+    /// The out-scales of a tile's rows, and where each row's begin: in the pool if their numbers can be read there, else in `copies`.
+    fn out_scales<'s>(
+        &'s self,
+        rows: &[VirtualRow],
+        copies: &'s mut Buffer,
+        places: &'s mut [usize; MOST_SWEPT_ROWS],
+    ) -> Option<OutScales<'s>> {
+        if rows.iter().all(|row| row.out_slot == 0) {
+            return None;
+        }
+        let Range { start, end } = self.frame.columns;
+        let pool = self.pass.out_pool;
+        let (width, places) = (self.frame.width(), &mut places[..rows.len()]);
+        let values = match pool.values {
+            // Whole strips alone, because a strip that isn't would be read beyond the vector's end.
+            Values::F32(values) if end - start == width => {
+                for (place, row) in places.iter_mut().zip(rows) {
+                    *place = row.out_slot.checked_sub(1).map_or(NO_SCALES, |slot| slot as usize * pool.width + start);
+                }
+                values
+            }
+            _ => {
+                let copies = copies.floats(rows.len() * width);
+                for (at, ((place, row), copy)) in
+                    places.iter_mut().zip(rows).zip(copies.chunks_exact_mut(width)).enumerate()
+                {
+                    *place = if row.out_slot > 0 { at * width } else { NO_SCALES };
+                    if row.out_slot > 0 {
+                        self.frame.out_vector(row.out_slot, copy);
+                    }
+                }
+                copies
+            }
+        };
+        Some(OutScales { values, places })
     }
 
     /// The products of an `on_chip` segment's rows with its own weight, of which one strip is in being at a time.

@@ -37,13 +37,14 @@ pub(crate) struct Strip<'a> {
 /// The factors of a tile's outputs.
 #[derive(Clone, Copy)]
 pub(crate) struct OutScales<'a> {
-    /// From the first column of the strip in the first row.
+    /// The scales of all rows.
     pub(crate) values: &'a [f32],
-    /// Floats from one row to the next.
-    pub(crate) pitch: usize,
-    /// A bit for every row, the first row's the lowest: 0 where it has no scales, and its place in `values` is not read.
-    pub(crate) rows: u32,
+    /// Where each row's begin; [`NO_SCALES`] where it has none.
+    pub(crate) places: &'a [usize],
 }
+
+/// The place of a row's scales that has none.
+pub(crate) const NO_SCALES: usize = usize::MAX;
 
 /// `sums[places[i]..] += scales[i] ∘ (x[i] @ weight)` for every row of a tile.
 pub(crate) struct Multiply<'a> {
@@ -99,7 +100,10 @@ impl Multiply<'_> {
         assert!(self.x.len() >= (rows - 1) * X_PITCH + self.depth);
         assert!(self.weight.values.len() >= (self.depth - 1) * self.weight.pitch + columns);
         assert!(self.places.iter().all(|place| place + columns <= self.sums.len()));
-        assert!(self.scales.is_none_or(|scales| scales.values.len() >= (rows - 1) * scales.pitch + columns));
+        assert!(self.scales.is_none_or(|scales| {
+            let within = |place: &usize| *place == NO_SCALES || place + columns <= scales.values.len();
+            scales.places.len() == rows && scales.places.iter().all(within)
+        }));
         with_rows!(rows, multiply, simd, self)
     }
 }
@@ -118,14 +122,16 @@ fn multiply<S: Simd, const ROWS: usize>(simd: S, work: Multiply<'_>) {
                 let weights = Operand { values: weight.values.as_ptr(), pitch: weight.pitch };
                 let own = accumulate::<S, ROWS>(simd, zero, x.as_ptr(), X_PITCH, 1, weights, depth);
                 for (row, own) in own.into_iter().enumerate() {
-                    let scales = scales.filter(|scales| scales.rows >> row & 1 == 1);
+                    let scales = scales
+                        .map(|scales| (scales.values.as_ptr(), *scales.places.get_unchecked(row)))
+                        .filter(|(_, place)| *place != NO_SCALES);
                     for (half, own) in own.into_iter().enumerate() {
                         let place = sums.as_mut_ptr().add(*places.get_unchecked(row) + half * S::F32_LANES);
                         let sum = load::<S>(place);
                         let sum = match scales {
-                            Some(scales) => {
-                                let at = scales.values.as_ptr().add(row * scales.pitch + half * S::F32_LANES);
-                                simd.mul_add_e_f32s(own, load::<S>(at), sum)
+                            Some((values, place)) => {
+                                let scale = load::<S>(values.add(place + half * S::F32_LANES));
+                                simd.mul_add_e_f32s(own, scale, sum)
                             }
                             None => simd.add_f32s(sum, own),
                         };

@@ -1,11 +1,11 @@
 //! A matrix `[depth, columns]` that a tile of rows is multiplied by: where it lies, or packed into strips.
 
-use flora_plan::schedule::VirtualRow;
 use pulp::Simd;
 
 use crate::frame::even_tiles;
 use crate::kernel::{
-    MOST_TILE_ROWS, Multiply, OutScales, Strip, Sweep, X_PITCH, add_scaled, products_pitch, strip_columns, tile_rows,
+    MOST_TILE_ROWS, Multiply, NO_SCALES, OutScales, Strip, Sweep, X_PITCH, add_scaled, products_pitch, strip_columns,
+    tile_rows,
 };
 use crate::workspace::Buffer;
 
@@ -31,8 +31,8 @@ pub(crate) struct Tile<'a> {
     pub(crate) depth: usize,
     /// The first sum of each row.
     pub(crate) places: &'a [usize],
-    /// `[rows, columns]`, and the rows, of which some may have no scales: their place holds anything. `None`: none has.
-    pub(crate) scales: Option<(&'a [f32], &'a [VirtualRow])>,
+    /// From the first column on. `None`: no row has any.
+    pub(crate) scales: Option<OutScales<'a>>,
     pub(crate) sums: &'a mut [f32],
 }
 
@@ -49,20 +49,21 @@ impl Strips<'_> {
             for (row, (place, products)) in
                 places.iter().zip(products.chunks_exact(products_pitch(in_place))).enumerate()
             {
-                let own = scales.filter(|(_, rows)| rows[row].out_slot > 0);
-                let scales = own.map(|(scales, _)| &scales[row * self.columns..][..in_place]);
+                let own = scales.filter(|scales| scales.places[row] != NO_SCALES);
+                let scales = own.map(|scales| &scales.values[scales.places[row]..][..in_place]);
                 add_scaled(simd, &products[..in_place], scales, &mut sums[*place..place + in_place]);
             }
         }
-        let mut own_places = [0; MOST_TILE_ROWS];
+        let (mut own_places, mut scale_places) = ([0; MOST_TILE_ROWS], [0; MOST_TILE_ROWS]);
         for first in (in_place..self.columns).step_by(strip) {
             let weight = Strip { values: &self.packed[(first - in_place) / strip * self.strip_pitch..], pitch: strip };
             for tile in even_tiles(rows, tile_rows::<S>()) {
                 own_places.iter_mut().zip(&places[tile.clone()]).for_each(|(own, place)| *own = place + first);
-                let scales = scales.map(|(scales, rows)| OutScales {
-                    values: &scales[tile.start * self.columns + first..],
-                    pitch: self.columns,
-                    rows: scaled(&rows[tile.clone()]),
+                let scales = scales.map(|OutScales { values, places }| {
+                    let own = scale_places.iter_mut().zip(&places[tile.clone()]);
+                    // `NO_SCALES` is the largest number, and stays.
+                    own.for_each(|(own, place)| *own = place.saturating_add(first));
+                    OutScales { values, places: &scale_places[..tile.len()] }
                 });
                 let (x, places) = (&x[tile.start * X_PITCH..], &own_places[..tile.len()]);
                 Multiply { x, depth, weight, places, scales, sums }.run(simd);
@@ -70,9 +71,4 @@ impl Strips<'_> {
             }
         }
     }
-}
-
-/// [`OutScales::rows`] of a tile.
-fn scaled(rows: &[VirtualRow]) -> u32 {
-    rows.iter().enumerate().fold(0, |bits, (at, row)| bits | u32::from(row.out_slot > 0) << at)
 }
