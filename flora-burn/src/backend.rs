@@ -2,12 +2,13 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{DType, Shape, Tensor, TensorMetadata, TensorPrimitive};
+use burn::tensor::{DType, Element as Scalar, Shape, Slice, Tensor, TensorMetadata, TensorPrimitive, bf16, f16};
 use burn_cubecl::element::BoolElement;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeRuntime, FloatElement, IntElement};
 use burn_flex::{Flex, FlexDevice, FlexTensor, Layout};
+use bytemuck::Pod;
 use cubecl::cuda::{CudaDevice, CudaRuntime};
 use cubecl::wgpu::{WgpuDevice, WgpuRuntime};
 use flora_codegen::layer::Element;
@@ -20,6 +21,9 @@ pub trait FloraBackend: Backend {
     /// Whether several threads get further with work on independent tensors than one: so on the processor, where an operation is
     /// done when it returns, and not on a device, which has one queue.
     const CONCURRENT: bool;
+
+    /// Whether attention copies keys and values that are a part of a tensor, where it reads a whole one in place.
+    const COPIES_PARTS: bool;
 
     /// The flora device with the same memory and queue as a device of Burn's.
     ///
@@ -41,6 +45,17 @@ pub trait FloraBackend: Backend {
     /// # Errors
     /// A buffer of another device, or of another number of elements than the shape.
     fn tensor(device: &Self::Device, buffer: &Buffer, shape: Shape) -> Result<FloatTensor<Self>, TensorError>;
+
+    /// Writes `new` `[1, heads, tokens, size]` over the tokens from `at` on of `held` `[1, heads, capacity, size]`, in the same
+    /// memory where nothing else has it.
+    ///
+    /// # Panics
+    /// As [`Tensor::slice_assign`] does, where those tokens are more than `held` has.
+    fn write_tokens(held: FloatTensor<Self>, new: FloatTensor<Self>, at: usize) -> FloatTensor<Self> {
+        let [one, heads, tokens, size] = new.shape().dims();
+        let place = [0..one, 0..heads, at..at + tokens, 0..size].map(Slice::from);
+        Self::float_slice_assign(held, &place, new)
+    }
 }
 
 /// Why a tensor can't be a buffer, or a buffer no tensor.
@@ -128,6 +143,7 @@ fn fits(buffer: &Buffer, shape: &Shape) -> Result<(), TensorError> {
 
 impl FloraBackend for Flex {
     const CONCURRENT: bool = true;
+    const COPIES_PARTS: bool = true;
 
     fn open(_device: &FlexDevice) -> Result<Device, DeviceError> {
         Ok(Device::host())
@@ -146,6 +162,31 @@ impl FloraBackend for Flex {
         fits(buffer, &shape)?;
         let bytes = buffer.bytes().ok_or(TensorError::OtherDevice)?.clone();
         Ok(FlexTensor::from_arc(bytes, Layout::contiguous(shape), dtype(buffer.element())))
+    }
+
+    // Flex's own assignment holds its operand twice, and so copies it whole for every token.
+    fn write_tokens(held: FlexTensor, new: FlexTensor, at: usize) -> FlexTensor {
+        let mut written = held.to_contiguous();
+        drop(held);
+        let new = new.to_contiguous();
+        match written.dtype() {
+            DType::F16 => write_heads::<f16>(&mut written, &new, at),
+            DType::BF16 => write_heads::<bf16>(&mut written, &new, at),
+            DType::F64 => write_heads::<f64>(&mut written, &new, at),
+            _ => write_heads::<f32>(&mut written, &new, at),
+        }
+        written
+    }
+}
+
+/// [`FloraBackend::write_tokens`] of contiguous tensors.
+fn write_heads<E: Scalar + Pod>(held: &mut FlexTensor, new: &FlexTensor, at: usize) {
+    let [_, _, capacity, size] = held.shape().dims();
+    let [_, _, tokens, _] = new.shape().dims();
+    let from = new.storage::<E>();
+    let heads = held.storage_mut::<E>().chunks_exact_mut((capacity * size).max(1));
+    for (held, new) in heads.zip(from.chunks_exact((tokens * size).max(1))) {
+        held[at * size..][..new.len()].copy_from_slice(new);
     }
 }
 
@@ -190,6 +231,7 @@ where
     Self: Backend<Device = R::Device, FloatTensorPrimitive = CubeTensor<R>>,
 {
     const CONCURRENT: bool = false;
+    const COPIES_PARTS: bool = false;
 
     fn open(device: &R::Device) -> Result<Device, DeviceError> {
         R::open(device)

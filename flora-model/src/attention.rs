@@ -3,9 +3,9 @@
 
 use std::ops::Range;
 
-use burn::tensor::Tensor;
 use burn::tensor::module::attention;
 use burn::tensor::ops::AttentionModuleOptions;
+use burn::tensor::{Tensor, TensorData};
 use flora_burn::FloraBackend;
 use rayon::prelude::*;
 
@@ -62,9 +62,16 @@ pub(crate) fn attend<B: FloraBackend>(
         cache.append(keys, values, segment.first_position, block_tokens);
         let queries = rows(&queries, heads.queries);
         let pieces = segment.pieces().filter_map(|piece| {
-            let (keys, values) = cache.first(segment.first_position + piece.end)?;
+            let length = segment.first_position + piece.end;
+            let alone = piece.len() == 1;
             let queries = queries.clone().slice([piece, 0..heads.queries, 0..heads.size]);
-            Some(piece_attention(heads, queries, keys, values))
+            let held = if alone && B::COPIES_PARTS { length.next_multiple_of(block_tokens) } else { length };
+            let (keys, values) = cache.first(held)?;
+            Some(if alone {
+                token_attention(heads, queries, keys, values, length)
+            } else {
+                piece_attention(heads, queries, keys, values)
+            })
         });
         join(pieces.collect())
     };
@@ -81,6 +88,25 @@ fn join<B: FloraBackend>(mut parts: Vec<Tensor<B, 2>>) -> Tensor<B, 2> {
     if parts.len() == 1 { parts.swap_remove(0) } else { Tensor::cat(parts, 0) }
 }
 
+/// The queries `[1, query heads, size]` of one token, which see the first `length` of the keys `[1, key-value heads, held, size]`.
+fn token_attention<B: FloraBackend>(
+    Heads { queries: query_heads, keys: key_heads, size }: Heads,
+    queries: Tensor<B, 3>,
+    keys: Tensor<B, 4>,
+    values: Tensor<B, 4>,
+    length: usize,
+) -> Tensor<B, 2> {
+    let (group, held) = (query_heads / key_heads, keys.dims()[2]);
+    let hidden = (length < held).then(|| {
+        let hidden: Vec<bool> = (0..group).flat_map(|_| (0..held).map(|at| at >= length)).collect();
+        Tensor::from_data(TensorData::new(hidden, [1, 1, group, held]), &keys.device())
+    });
+    // A key head's queries see the same keys: rows of one product.
+    let queries = queries.reshape([1, key_heads, group, size]);
+    let options = AttentionModuleOptions::default();
+    attention(queries, keys, values, hidden, None, options).reshape([1, query_heads * size])
+}
+
 /// Queries `[tokens, query heads, size]`, the last of which is the last of the keys `[1, key-value heads, length, size]`.
 fn piece_attention<B: FloraBackend>(
     Heads { queries: query_heads, keys: key_heads, size }: Heads,
@@ -90,12 +116,7 @@ fn piece_attention<B: FloraBackend>(
 ) -> Tensor<B, 2> {
     let (tokens, length) = (queries.dims()[0], keys.dims()[2]);
     let group = query_heads / key_heads;
-    let options = AttentionModuleOptions { is_causal: tokens > 1, ..AttentionModuleOptions::default() };
-    if tokens == 1 {
-        // A key head's queries see the same keys, and all of them: rows of one product.
-        let queries = queries.reshape([1, key_heads, group, size]);
-        return attention(queries, keys, values, None, None, options).reshape([1, query_heads * size]);
-    }
+    let options = AttentionModuleOptions { is_causal: true, ..AttentionModuleOptions::default() };
     let for_each_query = |tensor: Tensor<B, 4>| {
         tensor.reshape([1, key_heads, 1, length, size]).expand([1, key_heads, group, length, size]).reshape([
             1,

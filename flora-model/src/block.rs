@@ -73,7 +73,7 @@ impl<B: FloraBackend> Block<B> {
     ) -> Result<Tensor<B, 2>, LinearError> {
         let [queries, keys, values] = self.inputs.forward(self.attention_norm.forward(x.clone()), step)?;
         let (queries, keys) = match &step.rotary {
-            Some(rotary) => (rotary.rotate(queries), rotary.rotate(keys)),
+            Some(rotary) => rotary.rotate(queries, keys),
             None => (queries, keys),
         };
         let attended = attend(step.heads, [queries, keys, values], step.segments, caches, step.block_tokens);

@@ -1,21 +1,21 @@
 //! Keys and values of one sequence in one layer: tensors of its own that grow by whole blocks, so that attention reads them where
 //! they lie. How many blocks there are in all is the engine's account.
 
-use burn::tensor::Tensor;
-use burn::tensor::backend::Backend;
+use burn::tensor::{Tensor, TensorPrimitive};
+use flora_burn::FloraBackend;
 
 /// Keys and values of one layer, each `[1, key-value heads, capacity, head size]`.
 #[derive(Debug)]
-pub(crate) struct LayerCache<B: Backend> {
+pub(crate) struct LayerCache<B: FloraBackend> {
     keys: Half<B>,
     values: Half<B>,
 }
 
 /// One of the two. The tensor is taken out while it is written, so that it is the only one of its memory and changed in place.
 #[derive(Debug)]
-struct Half<B: Backend>(Option<Tensor<B, 4>>);
+struct Half<B: FloraBackend>(Option<Tensor<B, 4>>);
 
-impl<B: Backend> LayerCache<B> {
+impl<B: FloraBackend> LayerCache<B> {
     pub(crate) fn new() -> Self {
         Self { keys: Half(None), values: Half(None) }
     }
@@ -32,7 +32,7 @@ impl<B: Backend> LayerCache<B> {
     }
 }
 
-impl<B: Backend> Half<B> {
+impl<B: FloraBackend> Half<B> {
     fn append(&mut self, new: Tensor<B, 4>, at: usize, block_tokens: usize) {
         let [_, heads, tokens, size] = new.dims();
         let end = at + tokens;
@@ -40,24 +40,26 @@ impl<B: Backend> Half<B> {
             Some(held) if end <= held.dims()[2] => held,
             smaller => grown(smaller, [1, heads, end.next_multiple_of(block_tokens.max(1)), size], &new),
         };
-        self.0 = Some(room.slice_assign([0..1, 0..heads, at..end, 0..size], new));
+        self.0 = Some(written(room, new, at));
     }
 
     fn first(&self, length: usize) -> Option<Tensor<B, 4>> {
-        let all = self.0.as_ref()?;
-        let [_, heads, _, size] = all.dims();
-        Some(all.clone().slice([0..1, 0..heads, 0..length, 0..size]))
+        let all = self.0.as_ref()?.clone();
+        let [_, heads, capacity, size] = all.dims();
+        Some(if length == capacity { all } else { all.slice([0..1, 0..heads, 0..length, 0..size]) })
     }
 }
 
 /// A larger tensor that begins with the smaller one.
-fn grown<B: Backend>(smaller: Option<Tensor<B, 4>>, shape: [usize; 4], like: &Tensor<B, 4>) -> Tensor<B, 4> {
+fn grown<B: FloraBackend>(smaller: Option<Tensor<B, 4>>, shape: [usize; 4], like: &Tensor<B, 4>) -> Tensor<B, 4> {
     let larger = Tensor::zeros(shape, (&like.device(), like.dtype()));
     match smaller {
-        Some(smaller) => {
-            let [one, heads, held, size] = smaller.dims();
-            larger.slice_assign([0..one, 0..heads, 0..held, 0..size], smaller)
-        }
+        Some(smaller) => written(larger, smaller, 0),
         None => larger,
     }
+}
+
+fn written<B: FloraBackend>(held: Tensor<B, 4>, new: Tensor<B, 4>, at: usize) -> Tensor<B, 4> {
+    let [held, new] = [held, new].map(|tensor| tensor.into_primitive().tensor());
+    Tensor::from_primitive(TensorPrimitive::Float(B::write_tokens(held, new, at)))
 }

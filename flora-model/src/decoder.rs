@@ -144,7 +144,7 @@ impl<B: FloraBackend> ServedModel<B> {
         let step = Step {
             batch: &batch,
             segments: &rows,
-            rotary: self.parts.rotary.as_ref().map(|table| table.rows(&positions)),
+            rotary: self.parts.rotary.as_ref().map(|table| table.rows(&positions, self.parts.heads)),
             heads: self.parts.heads,
             block_tokens: self.block_tokens,
         };

@@ -1,19 +1,32 @@
 //! Rotary position embedding in Hugging Face's order: pair i of a head is (i, i + size/2).
 
+use std::ops::Range;
+
 use burn::tensor::{Int, Tensor, TensorData};
 use flora_burn::{FloraBackend, Target, TensorError};
 use flora_codegen::layer::Element;
 
-/// Cosines and sines `[positions, size / 2]` of every position that a model knows.
+use crate::attention::Heads;
+
+/// Of every position that a model knows, for both halves of a head: `[positions, size]` cosines, and sines of which those of the
+/// first half are negative.
 #[derive(Clone, Debug)]
 pub(crate) struct RotaryTable<B: FloraBackend> {
     cosines: Tensor<B, 2>,
     sines: Tensor<B, 2>,
 }
 
-/// Those of a step's rows, `[rows, 1, size / 2]`.
+/// Those of a step's rows.
 #[derive(Clone, Debug)]
 pub(crate) struct RotaryRows<B: FloraBackend> {
+    queries: Turn<B>,
+    keys: Turn<B>,
+}
+
+/// Cosines and sines `[rows, heads, size]`, the same for every head: a product of equal shapes is quicker than one that repeats an
+/// operand, and every layer of a step takes it.
+#[derive(Clone, Debug)]
+struct Turn<B: FloraBackend> {
     cosines: Tensor<B, 3>,
     sines: Tensor<B, 3>,
 }
@@ -28,33 +41,43 @@ impl<B: FloraBackend> RotaryTable<B> {
         element: Element,
     ) -> Result<Self, TensorError> {
         let half = size / 2;
-        let table = |function: fn(f64) -> f64| {
+        let table = |function: fn(f64) -> f64, first: f64| {
             let angle = |position: usize, pair: usize| position as f64 * base.powf(-2.0 * pair as f64 / size as f64);
-            let rows = (0..positions).flat_map(|position| (0..half).map(move |pair| (position, pair)));
-            let values: Vec<f32> = rows.map(|(position, pair)| function(angle(position, pair)) as f32).collect();
-            target.upload(&values, [positions, half], element)
+            let sign = |at: usize| if at < half { first } else { 1.0 };
+            let row = |position: usize| (0..size).map(move |at| sign(at) * function(angle(position, at % half)));
+            let values: Vec<f32> = (0..positions).flat_map(row).map(|value| value as f32).collect();
+            target.upload(&values, [positions, size], element)
         };
-        Ok(Self { cosines: table(f64::cos)?, sines: table(f64::sin)? })
+        Ok(Self { cosines: table(f64::cos, 1.0)?, sines: table(f64::sin, -1.0)? })
     }
 
     /// The rows at these positions.
-    pub(crate) fn rows(&self, positions: &[usize]) -> RotaryRows<B> {
+    pub(crate) fn rows(&self, positions: &[usize], heads: Heads) -> RotaryRows<B> {
         let index: Vec<i32> = positions.iter().map(|position| *position as i32).collect();
         let index = Tensor::<B, 1, Int>::from_data(TensorData::from(&index[..]), &self.cosines.device());
-        let rows = |table: &Tensor<B, 2>| table.clone().select(0, index.clone()).unsqueeze_dim(1);
-        RotaryRows { cosines: rows(&self.cosines), sines: rows(&self.sines) }
+        let turn = |heads: usize| {
+            let rows = |table: &Tensor<B, 2>| {
+                table.clone().select(0, index.clone()).unsqueeze_dim::<3>(1).repeat_dim(1, heads)
+            };
+            Turn { cosines: rows(&self.cosines), sines: rows(&self.sines) }
+        };
+        RotaryRows { queries: turn(heads.queries), keys: turn(heads.keys) }
     }
 }
 
 impl<B: FloraBackend> RotaryRows<B> {
-    /// Rotates x `[rows, heads, size]`.
-    pub(crate) fn rotate(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+    /// Rotates queries and keys, `[rows, their heads, size]` each.
+    pub(crate) fn rotate(&self, queries: Tensor<B, 3>, keys: Tensor<B, 3>) -> (Tensor<B, 3>, Tensor<B, 3>) {
+        (self.queries.of(queries), self.keys.of(keys))
+    }
+}
+
+impl<B: FloraBackend> Turn<B> {
+    /// (a, b) becomes (a · cos − b · sin, b · cos + a · sin).
+    fn of(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         let [rows, heads, size] = x.dims();
-        let half = size / 2;
-        let first = x.clone().slice([0..rows, 0..heads, 0..half]);
-        let second = x.slice([0..rows, 0..heads, half..size]);
-        let (cosines, sines) = (self.cosines.clone(), self.sines.clone());
-        let turned = first.clone() * cosines.clone() - second.clone() * sines.clone();
-        Tensor::cat(vec![turned, second * cosines + first * sines], 2)
+        let half = |columns: Range<usize>| x.clone().slice([0..rows, 0..heads, columns]);
+        let swapped = Tensor::cat(vec![half(size / 2..size), half(0..size / 2)], 2);
+        x * self.cosines.clone() + swapped * self.sines.clone()
     }
 }
