@@ -69,6 +69,9 @@ pub struct AdapterOptions {
     pub loaders: usize,
     /// The most adapters that are being read, or are ready in host memory and wait for a place.
     pub loading: usize,
+    /// The most bytes of adapters that are placed between two steps, or else one adapter: those that run wait for no more than
+    /// such a copy to the device.
+    pub bytes_per_step: u64,
     /// How long a resident adapter is taken to be that of the disk after it was compared with it.
     pub recheck: Duration,
 }
@@ -81,6 +84,7 @@ impl Default for AdapterOptions {
             pinned: Vec::new(),
             loaders: 2,
             loading: 8,
+            bytes_per_step: 4 << 20,
             recheck: Duration::from_secs(1),
         }
     }

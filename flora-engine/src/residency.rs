@@ -65,7 +65,10 @@ pub(crate) enum Standing {
     /// Being read, or will be.
     Loading,
     /// In host memory; has to be placed.
-    Prepared,
+    Prepared {
+        /// What it takes on the device.
+        bytes: u64,
+    },
     /// The request fails.
     Failed(AdapterFailure),
 }
@@ -185,9 +188,9 @@ impl<P> Residency<P> {
         let resident = self.resident(name);
         match self.work.get_mut(name) {
             Some(Work::Ordered { .. }) => return resident.map_or(Standing::Loading, Standing::Checking),
-            Some(Work::Prepared { wanted, .. }) => {
+            Some(Work::Prepared { wanted, bytes, .. }) => {
                 *wanted = true;
-                return Standing::Prepared;
+                return Standing::Prepared { bytes: *bytes };
             }
             None => {}
         }

@@ -18,8 +18,8 @@ struct Pass {
     changed: bool,
     /// No one was turned back for want of a block or a sequence.
     has_room: bool,
-    /// One adapter a step is placed, so that those that run wait for no more than one copy to the device.
-    may_place: bool,
+    /// Bytes of adapters that may still be placed; `None` before the first, which may be as large as it is.
+    placeable: Option<u64>,
     /// Someone waits for another's adapter to leave.
     place_is_waited_for: bool,
     /// Adapters that those who came before are about to use.
@@ -51,7 +51,7 @@ impl<D: Decoder> Core<D> {
             now,
             changed: false,
             has_room: true,
-            may_place: true,
+            placeable: None,
             place_is_waited_for: false,
             protected: Vec::new(),
         };
@@ -91,11 +91,13 @@ impl<D: Decoder> Core<D> {
                 *missed = true;
                 Turn::Wait
             }
-            Standing::Prepared => {
+            Standing::Prepared { bytes } => {
                 *missed = true;
-                if !std::mem::take(&mut pass.may_place) {
+                let all = self.options.adapters.bytes_per_step;
+                if pass.place_is_waited_for || pass.placeable.is_some_and(|left| bytes > left) {
                     return Turn::Wait;
                 }
+                pass.placeable = Some(pass.placeable.unwrap_or(all).saturating_sub(bytes));
                 let name = name.clone();
                 self.place(&name, pass)
             }

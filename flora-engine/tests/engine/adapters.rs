@@ -386,3 +386,23 @@ fn made_up_names_are_answered() {
     let real = drive.serve("ann");
     assert!(matches!(drive.end(real), End::Finished(..)));
 }
+
+/// As many begin with one step as the bytes of a step allow, and one of any size.
+#[test]
+fn small_ones_are_placed_together() {
+    let disk = Disk::with(&[]);
+    for (name, bytes) in [("large", 7), ("ann", 2), ("bob", 2), ("cat", 2)] {
+        disk.write(name, bytes, Files::Good);
+    }
+    let mut drive = drive_with(AdapterOptions { bytes_per_step: 4, ..AdapterOptions::default() }, disk);
+    let asked = ["large", "ann", "bob", "cat"].map(|name| drive.ask(name));
+    drive.step();
+    drive.load();
+    let heard = |drive: &Drive| asked.map(|id| drive.heard[&id].tokens.len());
+    drive.step();
+    assert_eq!(heard(&drive), [1, 0, 0, 0]);
+    drive.step();
+    assert_eq!(heard(&drive), [2, 1, 1, 0]);
+    drive.step();
+    assert_eq!(heard(&drive), [3, 2, 2, 1]);
+}

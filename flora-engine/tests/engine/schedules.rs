@@ -85,7 +85,7 @@ fn arrival() -> impl Strategy<Value = Arrival> {
 fn schedule() -> impl Strategy<Value = Schedule> {
     // A request comes to 48 tokens at most, so that the smallest cache holds any of them, and little more.
     let sizes = (1usize..8, 1usize..6, 0usize..10, 1usize..5, 0usize..40);
-    let adapters = (1usize..5, 3u64..8, 1usize..4, 0u64..10, vec(0..NAMES.len(), 0..2));
+    let adapters = (1usize..5, 3u64..8, 1usize..4, 0u64..12, 0u64..10, vec(0..NAMES.len(), 0..2));
     (
         sizes,
         adapters,
@@ -96,7 +96,7 @@ fn schedule() -> impl Strategy<Value = Schedule> {
     )
         .prop_map(|(sizes, adapters, capacity, arrivals, mishaps, delays)| {
             let (sequences, chunk_tokens, spare, block_tokens, more_cache) = sizes;
-            let (resident, bytes, loading, recheck, pinned) = adapters;
+            let (resident, bytes, loading, bytes_per_step, recheck, pinned) = adapters;
             let options = Options {
                 sequences,
                 chunk_tokens,
@@ -107,6 +107,7 @@ fn schedule() -> impl Strategy<Value = Schedule> {
                     resident,
                     bytes,
                     loading,
+                    bytes_per_step,
                     recheck: std::time::Duration::from_millis(recheck),
                     pinned: pinned.into_iter().map(|index| NAMES[index].to_string()).collect(),
                     ..AdapterOptions::default()
@@ -275,7 +276,7 @@ proptest! {
 fn schedules_meet_what_they_are_for() {
     let mut runner = TestRunner::deterministic();
     let (mut preemptions, mut evictions, mut failures, mut recomputed, mut finished) = (0, 0, 0, 0, 0);
-    for _ in 0..100 {
+    for _ in 0..1000 {
         let schedule = schedule().new_tree(&mut runner).expect("a schedule").current();
         let metrics = run(&schedule).drive.core.metrics();
         preemptions += metrics.preemptions;
@@ -285,5 +286,5 @@ fn schedules_meet_what_they_are_for() {
         finished += metrics.finished;
     }
     let all = format!("{preemptions} {recomputed} {evictions} {failures} {finished}");
-    assert!(preemptions > 100 && recomputed > 500 && evictions > 100 && failures > 30 && finished > 500, "{all}");
+    assert!(preemptions > 500 && recomputed > 5000 && evictions > 1000 && failures > 500 && finished > 5000, "{all}");
 }

@@ -27,7 +27,7 @@ pub(crate) struct FakeAdapter {
 /// The decoder; its clones are views of the same device.
 #[derive(Clone, Debug)]
 pub(crate) struct FakeDecoder {
-    options: Options,
+    pub(crate) options: Options,
     state: Arc<Mutex<State>>,
 }
 
@@ -44,7 +44,7 @@ pub(crate) struct State {
     /// What every sequence says, in place of the hash.
     pub(crate) script: Vec<u32>,
     pub(crate) steps: usize,
-    pub(crate) places: usize,
+    pub(crate) places: Vec<u64>,
     /// Sequences of the last step.
     pub(crate) last_step: Vec<SequenceId>,
 }
@@ -163,7 +163,7 @@ impl Decoder for FakeDecoder {
 
     fn place(&mut self, adapter: AdapterId, prepared: FakeAdapter) -> Result<(), PlaceError<FakeAdapter>> {
         let mut state = self.state();
-        state.places += 1;
+        state.places.push(prepared.bytes);
         if !prepared.fits {
             let reason = "of another shape".into();
             return Err(PlaceError::Unfit(AdapterFailure::Unusable { name: prepared.name, reason }));
