@@ -277,6 +277,8 @@ fn decode<S: Simd>(
         for input in (first..end).step_by(per_word) {
             let row = input / per_word * k;
             let own = &words[row + columns.start..row + columns.end];
+            // Of the next strip: rows of words lie too far from one another for the processor to foresee them.
+            fetch(&words[row + columns.end..row + k.min(columns.end + width)]);
             let inputs = end.min(input + per_word) - input;
             let out = &mut out[(input - depth.start) * width..][..inputs * width];
             if own.len() == width {
@@ -300,19 +302,49 @@ fn unpack<S: Simd>(
     minima: &[f32],
     out: &mut [f32],
 ) {
+    // Whole words with shifts that the compiler knows: an instruction each, where others are three.
+    match (quantisation.bits, out.len() / strip_columns::<S>()) {
+        (4, 8) => unpack_inputs::<S, 8>(simd, 4, quantisation, stored, scales, minima, out),
+        (8, 4) => unpack_inputs::<S, 4>(simd, 8, quantisation, stored, scales, minima, out),
+        (bits, _) => {
+            for (input, out) in out.chunks_exact_mut(strip_columns::<S>()).enumerate() {
+                let shift = simd.splat_u32s(bits * input as u32);
+                let mut shifted = [0; MOST_COLUMNS];
+                let ((stored, _), (words, _)) = (S::as_simd_u32s(stored), S::as_mut_simd_u32s(&mut shifted));
+                words.iter_mut().zip(stored).for_each(|(word, own)| *word = simd.wrapping_dyn_shr_u32s(*own, shift));
+                let shifted = &shifted[..strip_columns::<S>()];
+                unpack_inputs::<S, 1>(simd, bits, quantisation, shifted, scales, minima, out);
+            }
+        }
+    }
+}
+
+/// The first `INPUTS` numbers of every word.
+#[inline(always)]
+fn unpack_inputs<S: Simd, const INPUTS: usize>(
+    simd: S,
+    bits: u32,
+    quantisation: Quantisation,
+    stored: &[u32],
+    scales: &[f32],
+    minima: &[f32],
+    out: &mut [f32],
+) {
     // A whole number below 2²³ in the mantissa of 2²³ is that number more than 2²³.
     const MAGIC: f32 = 8_388_608.0;
-    let (mask, magic) = (simd.splat_u32s((1 << quantisation.bits) - 1), simd.splat_u32s(MAGIC.to_bits()));
+    let (mask, magic) = (simd.splat_u32s((1 << bits) - 1), simd.splat_u32s(MAGIC.to_bits()));
     let zero = simd.splat_f32s(MAGIC + quantisation.zero as f32);
     let ((stored, _), (scales, _), (minima, _)) =
         (S::as_simd_u32s(stored), S::as_simd_f32s(scales), S::as_simd_f32s(minima));
-    for (input, out) in out.chunks_exact_mut(strip_columns::<S>()).enumerate() {
-        let shift = simd.splat_u32s(quantisation.bits * input as u32);
-        let (out, _) = S::as_mut_simd_f32s(out);
-        for (((out, stored), scale), minimum) in out.iter_mut().zip(stored).zip(scales).zip(minima) {
-            let number = simd.and_u32s(simd.wrapping_dyn_shr_u32s(*stored, shift), mask);
-            let number = simd.sub_f32s(simd.transmute_f32s_u32s(simd.or_u32s(number, magic)), zero);
-            *out = simd.add_f32s(simd.mul_f32s(*scale, number), *minimum);
+    let (out, _) = S::as_mut_simd_f32s(out);
+    let vectors = stored.len();
+    assert!(scales.len() == vectors && minima.len() == vectors && out.len() == INPUTS * vectors);
+    for (at, ((stored, scale), minimum)) in stored.iter().zip(scales).zip(minima).enumerate() {
+        for input in 0..INPUTS {
+            let number = simd.wrapping_dyn_shr_u32s(*stored, simd.splat_u32s(bits * input as u32));
+            let number = simd.or_u32s(simd.and_u32s(number, mask), magic);
+            let number = simd.sub_f32s(simd.transmute_f32s_u32s(number), zero);
+            out[input * vectors + at] = simd.add_f32s(simd.mul_f32s(*scale, number), *minimum);
         }
     }
 }
