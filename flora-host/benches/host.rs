@@ -132,8 +132,6 @@ fn main() {
             Case::adapted((Kind::Flora, 1), (32, 1), 0, stacked),
             Case::adapted((Kind::Flora, 1), (1, 1), 255, stacked),
             Case::adapted((Kind::Flora, 1), (1, 1), 31, stacked),
-            Case::adapted(flora, (4, 1), 192, stacked),
-            Case::adapted(flora, (8, 1), 384, stacked),
             Case::adapted(flora, (4, 128), 0, (Lowering::Bmm, Lowering::Fused)),
         ])
         .chain(

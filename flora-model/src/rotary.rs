@@ -8,8 +8,7 @@ use flora_codegen::layer::Element;
 
 use crate::attention::Heads;
 
-/// Of every position that a model knows, for both halves of a head: `[positions, size]` cosines, and sines of which those of the
-/// first half are negative.
+/// Cosines and sines `[positions, size / 2]` of every position that a model knows.
 #[derive(Clone, Debug)]
 pub(crate) struct RotaryTable<B: FloraBackend> {
     cosines: Tensor<B, 2>,
@@ -23,8 +22,8 @@ pub(crate) struct RotaryRows<B: FloraBackend> {
     keys: Turn<B>,
 }
 
-/// Cosines and sines `[rows, heads, size]`, the same for every head: a product of equal shapes is quicker than one that repeats an
-/// operand, and every layer of a step takes it.
+/// Cosines and sines `[rows, heads, size]`, the same for every head and for both halves but for the sign of the first's sines: a
+/// product of equal shapes is quicker than one that repeats an operand, and every layer of a step takes it.
 #[derive(Clone, Debug)]
 struct Turn<B: FloraBackend> {
     cosines: Tensor<B, 3>,
@@ -41,25 +40,26 @@ impl<B: FloraBackend> RotaryTable<B> {
         element: Element,
     ) -> Result<Self, TensorError> {
         let half = size / 2;
-        let table = |function: fn(f64) -> f64, first: f64| {
+        let table = |function: fn(f64) -> f64| {
             let angle = |position: usize, pair: usize| position as f64 * base.powf(-2.0 * pair as f64 / size as f64);
-            let sign = |at: usize| if at < half { first } else { 1.0 };
-            let row = |position: usize| (0..size).map(move |at| sign(at) * function(angle(position, at % half)));
-            let values: Vec<f32> = (0..positions).flat_map(row).map(|value| value as f32).collect();
-            target.upload(&values, [positions, size], element)
+            let rows = (0..positions).flat_map(|position| (0..half).map(move |pair| (position, pair)));
+            let values: Vec<f32> = rows.map(|(position, pair)| function(angle(position, pair)) as f32).collect();
+            target.upload(&values, [positions, half], element)
         };
-        Ok(Self { cosines: table(f64::cos, 1.0)?, sines: table(f64::sin, -1.0)? })
+        Ok(Self { cosines: table(f64::cos)?, sines: table(f64::sin)? })
     }
 
     /// The rows at these positions.
     pub(crate) fn rows(&self, positions: &[usize], heads: Heads) -> RotaryRows<B> {
         let index: Vec<i32> = positions.iter().map(|position| *position as i32).collect();
         let index = Tensor::<B, 1, Int>::from_data(TensorData::from(&index[..]), &self.cosines.device());
-        let turn = |heads: usize| {
-            let rows = |table: &Tensor<B, 2>| {
-                table.clone().select(0, index.clone()).unsqueeze_dim::<3>(1).repeat_dim(1, heads)
-            };
-            Turn { cosines: rows(&self.cosines), sines: rows(&self.sines) }
+        let rows = |table: &Tensor<B, 2>| table.clone().select(0, index.clone()).unsqueeze_dim::<3>(1);
+        let (cosines, sines) = (rows(&self.cosines), rows(&self.sines));
+        let cosines = Tensor::cat(vec![cosines.clone(), cosines], 2);
+        let sines = Tensor::cat(vec![sines.clone().neg(), sines], 2);
+        let turn = |heads: usize| Turn {
+            cosines: cosines.clone().repeat_dim(1, heads),
+            sines: sines.clone().repeat_dim(1, heads),
         };
         RotaryRows { queries: turn(heads.queries), keys: turn(heads.keys) }
     }
