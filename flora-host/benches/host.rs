@@ -5,13 +5,13 @@
 
 use std::time::Instant;
 
-use flora_host::{Engine, Operands, Values, ValuesMut};
+use flora_host::{Engine, Operands, Values, ValuesMut, Weight};
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Element, Epilogue, LayerShape, WeightFormat};
 use flora_plan::lowering::Lowering;
 use flora_plan::plan::Plan;
 use flora_plan::schedule::{Schedule, schedule};
-use flora_plan::weight::{PackedWeight, WeightValues};
+use flora_plan::weight::PackedWeight;
 
 const SHAPE: LayerShape = LayerShape { d: 2048, k: 2048 };
 const SLOTS: usize = 1024;
@@ -147,13 +147,8 @@ fn main() {
     let most = cases.iter().map(|case| case.rows).max().unwrap_or(0);
     let (x, values) = (random(most * d, 1), random(d * k, 2));
     let (in_pool, out_pool) = (random(SLOTS * d, 3), random(SLOTS * k, 4));
-    let weights: Vec<_> = WeightFormat::ALL
-        .map(|(_, format)| PackedWeight::from_f32(format, SHAPE, &values).expect("whole blocks"))
-        .into();
-    // The library reads the very same memory, so that neither finds the other's in the cache.
-    let Some(WeightValues::F32(floats)) = weights.first().map(PackedWeight::values) else {
-        unreachable!("the first format is f32")
-    };
+    let packed = |(_, format)| PackedWeight::from_f32(format, SHAPE, &values).expect("whole blocks");
+    let weights: Vec<_> = WeightFormat::ALL.map(|format| Weight::new(&packed(format))).into();
     let mut y = vec![0.0; most * k];
     let engine = Engine::new();
     let mut run = |case: &Case| {
@@ -180,7 +175,7 @@ fn main() {
             let is_base = case.name.starts_with("base f32");
             let start = Instant::now();
             if is_base {
-                library(case.rows, &x[..case.rows * d], floats, &mut peer_y[..case.rows * k]);
+                library(case.rows, &x[..case.rows * d], &values, &mut peer_y[..case.rows * k]);
             }
             // The first round warms up.
             if round > 0 {

@@ -2,11 +2,11 @@
 
 use flora_plan::layer::LayerShape;
 use flora_plan::schedule::{Gemm, LowRankRows, Materialised, NO_ROW, Packing, Scale, Schedule, Step};
-use flora_plan::weight::PackedWeight;
 
 use crate::engine::Operands;
 use crate::error::HostError;
 use crate::values::Values;
+use crate::weight::Weight;
 
 /// How many of each thing an index may point to.
 struct Limits {
@@ -70,7 +70,7 @@ fn length(what: &'static str, found: usize, expected: usize) -> Result<(), HostE
     if found == expected { Ok(()) } else { Err(HostError::WrongLength { what, expected, found }) }
 }
 
-fn check_shape(what: &'static str, weight: &PackedWeight, LayerShape { d, k }: LayerShape) -> Result<(), HostError> {
+fn check_shape(what: &'static str, weight: &Weight, LayerShape { d, k }: LayerShape) -> Result<(), HostError> {
     let LayerShape { d: found_d, k: found_k } = weight.shape();
     if (d, k) == (found_d, found_k) { Ok(()) } else { Err(HostError::WrongShape { what, d, k, found_d, found_k }) }
 }

@@ -1,28 +1,28 @@
 //! A schedule's steps, one after the other, on the processor.
 
-use flora_plan::layer::{Epilogue, LayerShape, WeightFormat};
+use flora_plan::layer::{Epilogue, LayerShape};
 use flora_plan::schedule::{
     Gemm, LowRankBmm, LowRankRows, Materialised, NO_ROW, Packing, Schedule, SegmentItem, Step, VirtualRow,
 };
-use flora_plan::weight::PackedWeight;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::check::{check, check_recipe};
 use crate::error::HostError;
 use crate::finish::Finish;
-use crate::gemm::{self, MOST_SWEPT_ROWS, Pass, Rows};
+use crate::gemm::{self, Pass, Rows};
 use crate::low_rank::{self, Shrink};
 use crate::materialise::{self, Recipe};
-use crate::pack::{Vectors, Weight};
+use crate::pack::Vectors;
 use crate::values::{Shared, Sink, Values, ValuesMut};
+use crate::weight::{STRIP, Strips, Weight};
 use crate::workspace::{Buffer, CallMemory, Lent, Pool, Scratch};
 
 /// What a layer computes with, apart from the batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Operands<'a> {
     /// W0 `[d, k]`.
-    pub weight: &'a PackedWeight,
+    pub weight: &'a Weight,
     /// `[k]`; needed where the epilogue adds it.
     pub bias: Option<&'a [f32]>,
     /// In-scales and shrink vectors of all adapters, `[slots, d]`.
@@ -32,14 +32,13 @@ pub struct Operands<'a> {
     /// What follows the products.
     pub epilogue: Epilogue,
     /// W_i `[d, k]` of the adapter that a `Merged` step names.
-    pub merged: Option<&'a PackedWeight>,
+    pub merged: Option<&'a Weight>,
 }
 
 /// The processor, and the memory that it computes in. One engine serves any number of layers and threads; what the largest
 /// call needed is kept until the engine is dropped, and calls that need no more allocate nothing.
 pub struct Engine {
     arch: Arch,
-    swept_rows: usize,
     calls: Pool<CallMemory>,
     scratches: Pool<Scratch>,
 }
@@ -72,14 +71,7 @@ impl Engine {
     }
 
     fn of(arch: Arch) -> Self {
-        Self { arch, swept_rows: MOST_SWEPT_ROWS, calls: Pool::default(), scratches: Pool::default() }
-    }
-
-    /// The same engine, with the weight read where it lies for batches of up to so many virtual rows, and packed for more. Which is
-    /// quicker is the processor's affair; results have the same bits. More than the engine can is as much as it can.
-    #[must_use]
-    pub fn with_swept_rows(self, rows: usize) -> Self {
-        Self { swept_rows: rows.min(MOST_SWEPT_ROWS), ..self }
+        Self { arch, calls: Pool::default(), scratches: Pool::default() }
     }
 
     /// [`Engine::vectors`] of the best instruction set that this processor has.
@@ -137,12 +129,12 @@ impl Engine {
         operands: &Operands<'_>,
         step: &Materialised,
         position: usize,
-    ) -> Result<PackedWeight, HostError> {
+    ) -> Result<Weight, HostError> {
         check_recipe(operands, step, position)?;
-        let LayerShape { d, k } = operands.weight.shape();
-        let mut made = vec![0.0; d as usize * k as usize];
-        self.arch.dispatch(Making { engine: self, operands, step, position, out: &mut made });
-        PackedWeight::from_f32(WeightFormat::default(), operands.weight.shape(), &made).map_err(HostError::NotAWeight)
+        let (mut made, shape) = (Buffer::default(), operands.weight.shape());
+        let out = made.floats(strips_len(shape.d as usize, shape.k as usize));
+        self.arch.dispatch(Making { engine: self, operands, step, position, out });
+        Weight::of_strips(shape, made).map_err(HostError::NotAWeight)
     }
 }
 
@@ -162,7 +154,7 @@ impl WithSimd for Making<'_> {
         let LayerShape { d, k } = self.operands.weight.shape();
         let in_pool = Vectors { values: self.operands.in_pool, width: d as usize };
         let out_pool = Vectors { values: self.operands.out_pool, width: k as usize };
-        let recipe = Recipe::of(self.step, self.position, Weight::Packed(self.operands.weight), (in_pool, out_pool));
+        let recipe = Recipe::of(self.step, self.position, self.operands.weight.strips(), (in_pool, out_pool));
         materialise::make(simd, recipe, self.out, &self.engine.scratches);
     }
 }
@@ -188,7 +180,6 @@ struct Sources<'a, S> {
     out_pool: Vectors<'a>,
     finish: Finish<'a>,
     scratches: &'a Pool<Scratch>,
-    swept_rows: usize,
 }
 
 impl WithSimd for Call<'_> {
@@ -215,7 +206,6 @@ impl WithSimd for Call<'_> {
                 residual: residual.filter(|_| epilogue.residual),
             },
             scratches: &engine.scratches,
-            swept_rows: engine.swept_rows,
         };
         let CallMemory { stage, lent } = memory;
         if schedule.steps().iter().all(writes) && !schedule.steps().is_empty() {
@@ -259,7 +249,7 @@ impl<S: Simd> Sources<'_, S> {
 
     /// Runs a step of those that write.
     fn write(&self, step: &Step, sink: Sink, lent: &mut Lent) {
-        let weight = Weight::Packed(self.operands.weight);
+        let weight = self.operands.weight.strips();
         match step {
             Step::Gemm(gemm) => {
                 let hidden = self.shrink(&gemm.low_rank, &mut lent.shrinks, &mut lent.hidden);
@@ -270,7 +260,7 @@ impl<S: Simd> Sources<'_, S> {
                 if let Some(merged) = self.operands.merged {
                     lent.rows.clear();
                     plain_rows(0..self.tokens, &mut lent.rows);
-                    self.pass(Weight::Packed(merged), Rows::plain(&lent.rows), &[], true, sink);
+                    self.pass(merged.strips(), Rows::plain(&lent.rows), &[], true, sink);
                 }
             }
             Step::Materialised(step) => self.materialised(weight, step, sink, lent),
@@ -278,17 +268,17 @@ impl<S: Simd> Sources<'_, S> {
         }
     }
 
-    fn pass(&self, weight: Weight<'_>, rows: Rows<'_>, hidden: &[f32], finishes: bool, sink: Sink) {
-        let Self { x, in_pool, out_pool, swept_rows, .. } = *self;
+    fn pass(&self, weight: Strips<'_>, rows: Rows<'_>, hidden: &[f32], finishes: bool, sink: Sink) {
+        let Self { x, in_pool, out_pool, .. } = *self;
         let finish = finishes.then_some(self.finish);
-        let pass = Pass { weight, x, in_pool, out_pool, rows, hidden, finish, sink, swept_rows };
+        let pass = Pass { weight, x, in_pool, out_pool, rows, hidden, finish, sink };
         gemm::run(self.simd, pass, self.scratches);
     }
 
     /// One weight after the other is made in the same memory.
-    fn materialised(&self, weight: Weight<'_>, step: &Materialised, sink: Sink, lent: &mut Lent) {
+    fn materialised(&self, weight: Strips<'_>, step: &Materialised, sink: Sink, lent: &mut Lent) {
         let Self { in_pool, out_pool, .. } = *self;
-        let size = in_pool.width * out_pool.width;
+        let size = strips_len(in_pool.width, out_pool.width);
         for at in 0..step.adapters.len() {
             lent.rows.clear();
             for run in step.runs.iter().filter(|run| run.weight as usize == at) {
@@ -297,7 +287,13 @@ impl<S: Simd> Sources<'_, S> {
             let recipe = Recipe::of(step, at, weight, (in_pool, out_pool));
             let made = lent.weight.floats(size);
             materialise::make(self.simd, recipe, made, self.scratches);
-            self.pass(Weight::Made(made), Rows::plain(&lent.rows), &[], step.finishes, sink);
+            self.pass(
+                Strips::floats(out_pool.width.div_ceil(STRIP), made),
+                Rows::plain(&lent.rows),
+                &[],
+                step.finishes,
+                sink,
+            );
         }
     }
 
@@ -338,6 +334,11 @@ impl<S: Simd> Sources<'_, S> {
         let pools = (self.in_pool, self.out_pool);
         low_rank::expand_all(self.simd, pools, &lent.runs, hidden, outputs, self.scratches);
     }
+}
+
+/// Floats of a weight `[d, k]` in strips.
+fn strips_len(d: usize, k: usize) -> usize {
+    k.next_multiple_of(STRIP) * d
 }
 
 /// Appends rows that are multiplied as they are.

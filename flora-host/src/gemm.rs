@@ -1,8 +1,8 @@
-//! One pass over a base weight for rows of every kind, panel of columns by panel of columns.
+//! One pass over a base weight for rows of every kind, panel of columns by panel of columns and block of rows by block of rows.
 //!
-//! A task owns a panel of columns. For every slice of the depth it decodes the panel of W0 once, into the second-level cache, and
-//! uses it for all rows of the block: tiles of virtual rows multiply it as it is, and every `on_chip` segment first turns each
-//! strip into its own W_i. The outputs of the block stay in cache until their low-rank sum and epilogue are applied, and are
+//! A task owns a panel's outputs of a block. For every slice of the depth it packs rows, as many as fit the second-level cache with
+//! a strip of the weight, and takes strip after strip for all of them: tiles of virtual rows multiply it as it is, and every
+//! `on_chip` segment first turns it into its own W_i, a part at a time. Low-rank sums and the epilogue follow, and outputs are
 //! written once. Tasks share nothing, so the order of every sum is fixed.
 
 use std::ops::Range;
@@ -10,13 +10,15 @@ use std::ops::Range;
 use flora_plan::schedule::{LowRankRows, OnChipSegment, Scale, VirtualRow};
 use pulp::Simd;
 
+use crate::factors::{Factors, PackedSegment, Terms};
 use crate::finish::Finish;
-use crate::frame::{Frame, PANEL_COLUMNS, blocks, even_tiles, panels};
-use crate::kernel::{MOST_TILE_ROWS, Multiply, NO_SCALES, OutScales, SLICE, Strip, X_PITCH, strip_columns, tile_rows};
+use crate::frame::{Frame, blocks, even_part, even_tiles, panels};
+use crate::kernel::{Columns, NO_SCALES, OutScales, SLICE, X_PITCH};
 use crate::low_rank::expand;
-use crate::pack::{Vectors, Weight, fetch_row, pack_panel, pack_rows, strip_pitch};
-use crate::strips::{Strips, Tile};
+use crate::pack::{Vectors, pack_rows};
+use crate::tiles::{StripPart, Tiles};
 use crate::values::{Sink, Values};
+use crate::weight::{STRIP, Strips};
 use crate::workspace::{Buffer, Pool, Scratch};
 
 /// The rows of a pass; the fields are those of [`Gemm`](flora_plan::schedule::Gemm).
@@ -35,20 +37,17 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// The most rows that can read the weight where it lies. Few rows are quicker so than by packing the weight: packing waits for
-/// memory, a sweep multiplies meanwhile. Measured at d = k = 2048: 1.6 times as fast at 16 rows, 1.2 at 32, 1.02 at 96 and 128, and
-/// no longer at 160, where the products don't stay in cache. Tuning says up to how many rows a sweep is worth it on a processor.
-pub(crate) const MOST_SWEPT_ROWS: usize = 128;
+/// Inputs of a strip that are decoded or composed at a time: as large as two thirds of the first-level cache.
+const PART: usize = 256;
 
-/// Columns of a panel for so many rows: at most a page of each of the weight's, and products that stay in cache.
-fn swept_columns(rows: usize) -> usize {
-    (32768 / rows.max(1)).clamp(PANEL_COLUMNS, 1024)
-}
+/// Rows and in-vectors that are packed at a time. A slice of them stays in the second-level cache beside a strip, and every strip
+/// serves all of them.
+const PACKED: usize = 192;
 
 /// What a pass reads and writes.
 #[derive(Clone, Copy)]
 pub(crate) struct Pass<'a> {
-    pub(crate) weight: Weight<'a>,
+    pub(crate) weight: Strips<'a>,
     /// `[tokens, d]`
     pub(crate) x: Vectors<'a>,
     /// `[slots, d]`
@@ -62,23 +61,39 @@ pub(crate) struct Pass<'a> {
     pub(crate) finish: Option<Finish<'a>>,
     /// `[tokens, k]`
     pub(crate) sink: Sink,
-    /// Virtual rows up to which the weight is read where it lies, at most [`MOST_SWEPT_ROWS`].
-    pub(crate) swept_rows: usize,
 }
 
 /// Runs a pass.
 pub(crate) fn run<S: Simd>(simd: S, pass: Pass<'_>, scratches: &Pool<Scratch>) {
-    let k = pass.out_pool.width;
-    let rows: u64 =
-        pass.rows.rows.len() as u64 + pass.rows.segments.iter().map(|segment| u64::from(segment.rows)).sum::<u64>();
-    let macs = rows * pass.x.width as u64 * k as u64;
-    let rows = pass.rows;
-    let in_place = rows.segments.is_empty() && rows.rows.len() <= pass.swept_rows && pass.weight.floats().is_some();
-    let widest = if in_place { swept_columns(rows.rows.len()) } else { PANEL_COLUMNS };
-    panels::<S>(k, widest, macs, |columns| {
+    let Rows { rows, segments, .. } = pass.rows;
+    let (d, k) = (pass.x.width, pass.out_pool.width);
+    let products = rows.len() as u64 + segments.iter().map(|segment| u64::from(segment.rows)).sum::<u64>();
+    let last_row = rows.last().map_or(0, |row| row.row as usize + 1);
+    let end = last_row.max(segments.last().map_or(0, end_row));
+    let count = blocks(end);
+    panels(k, count, products * d as u64 * k as u64, |columns, at| {
+        let Range { start: first, end } = even_part(end, count, at);
+        let block = Block::of(pass.rows, whole_segments(segments, first)..whole_segments(segments, end));
         let frame = Frame { simd, in_pool: pass.in_pool, out_pool: pass.out_pool, columns };
-        scratches.lend(|scratch| Panel { frame, pass: &pass }.run(scratch));
+        scratches.lend(|scratch| Panel { frame, pass: &pass }.run(&block, scratch));
     });
+}
+
+fn end_row(segment: &OnChipSegment) -> usize {
+    segment.first_row as usize + segment.rows as usize
+}
+
+/// Where a block should end instead of at `row`, so that a segment's weights are made for one block alone: a short way from it.
+fn whole_segments(segments: &[OnChipSegment], row: usize) -> usize {
+    const SHORT: usize = 60;
+    let after = segments.partition_point(|segment| end_row(segment) <= row);
+    let Some(segment) = segments.get(after).filter(|segment| (segment.first_row as usize) < row) else { return row };
+    let (back, ahead) = (row - segment.first_row as usize, end_row(segment) - row);
+    match (back.min(ahead) <= SHORT, back < ahead) {
+        (false, _) => row,
+        (true, true) => row - back,
+        (true, false) => row + ahead,
+    }
 }
 
 /// A panel of a pass.
@@ -98,7 +113,7 @@ struct Block<'a> {
 impl<'a> Block<'a> {
     fn of(gemm: Rows<'a>, range: Range<usize>) -> Self {
         let before = |end: usize| gemm.rows.partition_point(|row| (row.row as usize) < end);
-        let ends_before = |segment: &OnChipSegment| segment.first_row as usize + segment.rows as usize <= range.start;
+        let ends_before = |segment: &OnChipSegment| end_row(segment) <= range.start;
         let first = gemm.segments.partition_point(ends_before);
         let last = gemm.segments.partition_point(|segment| (segment.first_row as usize) < range.end);
         Self {
@@ -108,9 +123,16 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// Whether its rows are few enough to read the weight once, and where it lies.
-    fn sweeps(&self, swept_rows: usize) -> bool {
-        self.segments.is_empty() && self.rows.len() <= swept_rows
+    /// How many of `segments`, one at least, are packed at a time.
+    fn packed_together(&self, segments: &[OnChipSegment]) -> usize {
+        let vectors =
+            |segment: &OnChipSegment| self.rows_of(segment).len() + (segment.end_scale - segment.first_scale) as usize;
+        let mut packed = 0;
+        let fits = |segment: &&OnChipSegment| {
+            packed += vectors(segment);
+            packed <= PACKED
+        };
+        segments.iter().take_while(fits).count().max(1)
     }
 
     fn rows_of(&self, segment: &OnChipSegment) -> Range<usize> {
@@ -125,101 +147,100 @@ fn clip(first: u32, rows: u32, range: &Range<usize>) -> Range<usize> {
 }
 
 impl<S: Simd> Panel<'_, S> {
-    fn run(&self, scratch: &mut Scratch) {
-        let gemm = self.pass.rows;
-        let last_row = gemm.rows.last().map_or(0, |row| row.row as usize + 1);
-        let last_segment = gemm.segments.last().map_or(0, |segment| segment.first_row as usize + segment.rows as usize);
-        let end = last_row.max(last_segment);
-        for range in blocks(end) {
-            let block = Block::of(gemm, range);
-            if block.rows.is_empty() && block.segments.is_empty() {
-                continue;
-            }
-            let sums = block.range.len() * self.frame.width();
-            scratch.sums.floats(sums).fill(0.0);
-            for depth in (0..self.pass.x.width).step_by(SLICE) {
-                self.slice(&block, depth..(depth + SLICE).min(self.pass.x.width), scratch);
-            }
-            self.add_low_rank(&block, scratch);
-            self.write(&block, scratch);
+    fn run(&self, block: &Block<'_>, scratch: &mut Scratch) {
+        if block.rows.is_empty() && block.segments.is_empty() {
+            return;
         }
+        scratch.sums.floats(block.range.len() * self.frame.pitch()).fill(0.0);
+        for depth in (0..self.pass.x.width).step_by(SLICE) {
+            self.slice(block, depth..(depth + SLICE).min(self.pass.x.width), scratch);
+        }
+        self.add_low_rank(block, scratch);
+        self.write(block, scratch);
     }
 
     /// Adds the products of one slice of the depth.
     fn slice(&self, block: &Block<'_>, depth: Range<usize>, scratch: &mut Scratch) {
-        let Scratch { panel, row, x, scales, sums, products, .. } = scratch;
-        let (k, strip) = (self.pass.out_pool.width, strip_columns::<S>());
-        // Rows of a single tile need the weight once, and read it where it lies: all but the strip that isn't whole.
-        let (in_place, whole) = match self.pass.weight.floats() {
-            Some(values) if block.sweeps(self.pass.swept_rows) => (
-                values.get(depth.start * k + self.frame.columns.start..).unwrap_or_default(),
-                self.frame.columns.len() / strip,
-            ),
-            _ => (&[][..], 0),
-        };
-        let packed = panel.floats((self.frame.strips() - whole) * strip_pitch::<S>());
-        if whole < self.frame.strips() {
-            let columns = self.frame.columns.start + whole * strip..self.frame.columns.end;
-            let row = row.floats(self.frame.width());
-            pack_panel(self.frame.simd, self.pass.weight, k, depth.clone(), columns, row, packed);
+        for chunk in even_tiles(block.rows.len(), PACKED) {
+            self.rows(block, &block.rows[chunk], depth.clone(), scratch);
         }
-        let (mut places, mut scale_places) = ([0; MOST_SWEPT_ROWS], [NO_SCALES; MOST_SWEPT_ROWS]);
-        let width = self.frame.width();
-        let most = if block.sweeps(self.pass.swept_rows) { MOST_SWEPT_ROWS } else { tile_rows::<S>() };
-        let strips = Strips { in_place, pitch: k, whole, packed, strip_pitch: strip_pitch::<S>(), columns: width };
-        for tile in even_tiles(block.rows.len(), most) {
-            // The next tile's operands are fetched a few at a time while this one is multiplied.
-            let share = (tile.len() + 1).div_ceil(self.frame.strips());
-            let mut next = block.rows[tile.end..].iter().take(tile.len() + 1);
-            let rows = &block.rows[tile];
-            let x = x.floats(rows.len() * X_PITCH);
-            let sources = rows.iter().map(|row| (row.row, row.in_slot));
-            pack_rows(self.frame.simd, self.pass.x, self.pass.in_pool, sources, depth.clone(), x);
-            let scales = self.out_scales(rows, scales, &mut scale_places);
-            let sums = sums.floats(block.range.len() * width);
-            for (place, row) in places.iter_mut().zip(rows) {
-                *place = (row.row as usize - block.range.start) * width;
-            }
-            let tile = Tile { x, depth: depth.len(), places: &places[..rows.len()], scales, sums };
-            strips.multiply(self.frame.simd, tile, products, || {
-                for row in next.by_ref().take(share) {
-                    fetch_row(self.pass.x, self.pass.in_pool, (row.row, row.in_slot), &depth);
-                    self.frame.fetch_out_vector(row.out_slot);
-                }
-            });
-        }
-        for segment in block.segments {
-            self.segment(block, segment, depth.clone(), scratch);
+        let mut rest = block.segments;
+        while !rest.is_empty() {
+            let (group, others) = rest.split_at(block.packed_together(rest));
+            self.segments(block, group, depth.clone(), scratch);
+            rest = others;
         }
     }
 
-    /// The out-scales of a tile's rows, and where each row's begin: in the pool if their numbers can be read there, else in `copies`.
+    /// The products of virtual rows with W0.
+    fn rows(&self, block: &Block<'_>, rows: &[VirtualRow], depth: Range<usize>, scratch: &mut Scratch) {
+        let Scratch { decoded, x, scales, sums, products, places, scale_places, .. } = scratch;
+        let (simd, pitch) = (self.frame.simd, self.frame.pitch());
+        let x = x.floats(rows.len() * X_PITCH);
+        let sources = rows.iter().map(|row| (row.row, row.in_slot));
+        pack_rows(simd, self.pass.x, self.pass.in_pool, sources, depth.clone(), x);
+        places.clear();
+        places.extend(rows.iter().map(|row| (row.row as usize - block.range.start) * pitch));
+        let scales = self.out_scales(rows, scales, scale_places);
+        let tiles = Tiles { x, depth: depth.len(), places, scales };
+        let sums = sums.floats(block.range.len() * pitch);
+        let products = products.floats(rows.len() * STRIP);
+        let most = if self.pass.weight.are_encoded() { PART } else { SLICE };
+        for strip in 0..self.frame.strips() {
+            for part in parts(depth.len(), most) {
+                let weight = self.weight(strip, &depth, &part, decoded);
+                let ahead = self.ahead(strip + 1, &depth, &part);
+                tiles.multiply(simd, &strip_part(weight, ahead, strip, part), products, sums);
+            }
+        }
+    }
+
+    /// Inputs `part` of the slice `depth` of a strip.
+    fn weight<'b>(
+        &'b self,
+        strip: usize,
+        depth: &Range<usize>,
+        part: &Range<usize>,
+        decoded: &'b mut Buffer,
+    ) -> &'b [f32] {
+        let at = self.frame.columns.start / STRIP + strip;
+        self.pass.weight.read(self.frame.simd, at, depth.start + part.start..depth.start + part.end, decoded)
+    }
+
+    /// The same of a strip that will be needed, where it lies.
+    fn ahead(&self, strip: usize, depth: &Range<usize>, part: &Range<usize>) -> &[u8] {
+        if strip >= self.frame.strips() {
+            return &[];
+        }
+        let at = self.frame.columns.start / STRIP + strip;
+        self.pass.weight.stored(at, depth.start + part.start..depth.start + part.end)
+    }
+
+    /// The out-scales of virtual rows, and where each row's begin: in the pool if their numbers can be read there, else in `copies`.
     fn out_scales<'s>(
         &'s self,
         rows: &[VirtualRow],
         copies: &'s mut Buffer,
-        places: &'s mut [usize; MOST_SWEPT_ROWS],
+        places: &'s mut Vec<usize>,
     ) -> Option<OutScales<'s>> {
         if rows.iter().all(|row| row.out_slot == 0) {
             return None;
         }
         let Range { start, end } = self.frame.columns;
-        let pool = self.pass.out_pool;
-        let (width, places) = (self.frame.width(), &mut places[..rows.len()]);
+        let (pool, width) = (self.pass.out_pool, self.frame.width());
+        places.clear();
         let values = match pool.values {
             // Whole strips alone, because a strip that isn't would be read beyond the vector's end.
             Values::F32(values) if end - start == width => {
-                for (place, row) in places.iter_mut().zip(rows) {
-                    *place = row.out_slot.checked_sub(1).map_or(NO_SCALES, |slot| slot as usize * pool.width + start);
-                }
+                let place =
+                    |slot: u32| slot.checked_sub(1).map_or(NO_SCALES, |slot| slot as usize * pool.width + start);
+                places.extend(rows.iter().map(|row| place(row.out_slot)));
                 values
             }
             _ => {
                 let copies = copies.floats(rows.len() * width);
-                for (at, ((place, row), copy)) in
-                    places.iter_mut().zip(rows).zip(copies.chunks_exact_mut(width)).enumerate()
-                {
-                    *place = if row.out_slot > 0 { at * width } else { NO_SCALES };
+                for (at, (row, copy)) in rows.iter().zip(copies.chunks_exact_mut(width)).enumerate() {
+                    places.push(if row.out_slot > 0 { at * width } else { NO_SCALES });
                     if row.out_slot > 0 {
                         self.frame.out_vector(row.out_slot, copy);
                     }
@@ -230,31 +251,43 @@ impl<S: Simd> Panel<'_, S> {
         Some(OutScales { values, places })
     }
 
-    /// The products of an `on_chip` segment's rows with its own weight, of which one strip is in being at a time.
-    fn segment(&self, block: &Block<'_>, segment: &OnChipSegment, depth: Range<usize>, scratch: &mut Scratch) {
-        let Scratch { panel, composed, x, inner, outer, sums, row, .. } = scratch;
-        let rows = block.rows_of(segment);
-        let scales = &self.pass.rows.scales[segment.first_scale as usize..segment.end_scale as usize];
-        let x = x.floats(rows.len() * X_PITCH);
-        let sources = rows.clone().map(|row| (row as u32, 0));
-        pack_rows(self.frame.simd, self.pass.x, self.pass.in_pool, sources, depth.clone(), x);
+    /// The products of `on_chip` segments, each with its own weight, of which a part of one strip is in being at a time.
+    fn segments(&self, block: &Block<'_>, group: &[OnChipSegment], depth: Range<usize>, scratch: &mut Scratch) {
+        let Scratch { decoded, composed, x, inner, outer, sums, products, row, places, segments, .. } = scratch;
+        let (simd, pitch) = (self.frame.simd, self.frame.pitch());
+        let scales_of = |segment: &OnChipSegment| {
+            self.pass.rows.scales[segment.first_scale as usize..segment.end_scale as usize].iter().copied()
+        };
+        places.clear();
+        segments.clear();
+        let mut count = 0;
+        for segment in group {
+            let terms = Terms::of(scales_of(segment), count);
+            count = terms.end();
+            let first = places.len();
+            places.extend(block.rows_of(segment).map(|row| (row - block.range.start) * pitch));
+            segments.push(PackedSegment { rows: first..places.len(), terms });
+        }
+        let scales = group.iter().flat_map(scales_of);
+        let factors = Factors::gather(&self.frame, scales, count, depth.clone(), (inner, outer, row));
+        let x = x.floats(places.len() * X_PITCH);
+        let sources = group.iter().flat_map(|segment| block.rows_of(segment)).map(|row| (row as u32, 0));
+        pack_rows(simd, self.pass.x, self.pass.in_pool, sources, depth.clone(), x);
 
-        let strip = strip_columns::<S>();
-        let factors = self.frame.factors(scales.iter().copied(), depth.clone(), (inner, outer, row));
-        let panel = panel.floats(self.frame.strips() * strip_pitch::<S>());
-        let composed = composed.floats(depth.len() * strip);
-        let (mut places, width) = ([0; MOST_TILE_ROWS], self.frame.width());
-        let sums = sums.floats(block.range.len() * width);
-        for (strip_at, weight) in panel.chunks_exact(strip_pitch::<S>()).enumerate() {
-            factors.compose(self.frame.simd, strip_at, Some(&weight[..depth.len() * strip]), composed);
-            let weight = Strip { values: composed, pitch: strip };
-            for tile in even_tiles(rows.len(), tile_rows::<S>()) {
-                let first_row = rows.start - block.range.start + tile.start;
-                for (at, place) in places.iter_mut().enumerate() {
-                    *place = (first_row + at) * width + strip_at * strip;
+        let tiles = Tiles { x, depth: depth.len(), places, scales: None };
+        let sums = sums.floats(block.range.len() * pitch);
+        let products = products.floats(places.len() * STRIP);
+        for strip in 0..self.frame.strips() {
+            for part in parts(depth.len(), PART) {
+                let weight = self.weight(strip, &depth, &part, decoded);
+                let mut ahead = self.ahead(strip + 1, &depth, &part);
+                let composed = composed.floats(weight.len());
+                for PackedSegment { rows, terms } in segments.iter() {
+                    factors.compose(simd, terms, (strip, part.clone()), Some(weight), composed);
+                    let products = &mut products[rows.start * STRIP..];
+                    let own = strip_part(composed, std::mem::take(&mut ahead), strip, part.clone());
+                    tiles.rows(rows.clone()).multiply(simd, &own, products, sums);
                 }
-                let (x, places) = (&x[tile.start * X_PITCH..], &places[..tile.len()]);
-                Multiply { x, depth: depth.len(), weight, places, scales: None, sums }.run(self.frame.simd);
             }
         }
     }
@@ -262,7 +295,7 @@ impl<S: Simd> Panel<'_, S> {
     /// Adds the low-rank sums of the block's rows.
     fn add_low_rank(&self, block: &Block<'_>, scratch: &mut Scratch) {
         let mut buffer = std::mem::take(&mut scratch.sums);
-        let sums = buffer.floats(block.range.len() * self.frame.width());
+        let sums = buffer.floats(block.range.len() * self.frame.pitch());
         let mut hidden = self.pass.hidden;
         for run in self.pass.rows.low_rank {
             let (own, rest) = hidden.split_at(run.rows as usize * run.rank as usize);
@@ -270,7 +303,7 @@ impl<S: Simd> Panel<'_, S> {
             let rows = clip(run.first_row, run.rows, &block.range);
             if !rows.is_empty() {
                 let own = &own[(rows.start - run.first_row as usize) * run.rank as usize..];
-                let first_sum = (rows.start - block.range.start) * self.frame.width();
+                let first_sum = (rows.start - block.range.start) * self.frame.pitch();
                 expand(&self.frame, run, rows.len(), own, &mut sums[first_sum..], scratch);
             }
         }
@@ -280,12 +313,12 @@ impl<S: Simd> Panel<'_, S> {
     /// Finishes and writes the block's outputs.
     fn write(&self, block: &Block<'_>, scratch: &mut Scratch) {
         let Scratch { sums, row, .. } = scratch;
-        let (k, width) = (self.pass.out_pool.width, self.frame.width());
-        let (sums, spare) = (sums.floats(block.range.len() * width), row.floats(width));
+        let (k, pitch) = (self.pass.out_pool.width, self.frame.pitch());
+        let (sums, spare) = (sums.floats(block.range.len() * pitch), row.floats(self.frame.width()));
         let (columns, spare) = (self.frame.columns.len(), &mut spare[..self.frame.columns.len()]);
         let stacked = block.rows.iter().filter(|row| row.last == 1).map(|row| row.row as usize);
         for row in stacked.chain(block.segments.iter().flat_map(|segment| block.rows_of(segment))) {
-            let outputs = &mut sums[(row - block.range.start) * width..][..columns];
+            let outputs = &mut sums[(row - block.range.start) * pitch..][..columns];
             if let Some(finish) = &self.pass.finish {
                 finish.apply(self.frame.simd, (row, self.frame.columns.start, k), outputs, spare);
             }
@@ -293,4 +326,14 @@ impl<S: Simd> Panel<'_, S> {
             unsafe { self.pass.sink.write(row * k + self.frame.columns.start, outputs) };
         }
     }
+}
+
+/// Ranges of `most` each, but for the last.
+fn parts(depth: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..depth).step_by(most).map(move |first| first..depth.min(first + most))
+}
+
+/// A part of the panel's strip `strip`.
+fn strip_part<'a>(weight: &'a [f32], ahead: &'a [u8], strip: usize, depth: Range<usize>) -> StripPart<'a> {
+    StripPart { weight: Columns { values: weight, pitch: STRIP }, depth, column: strip * STRIP, ahead }
 }

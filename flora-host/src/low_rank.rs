@@ -7,11 +7,13 @@ use flora_plan::schedule::LowRankRows;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::frame::{Frame, PANEL_COLUMNS, PARALLEL_MACS, blocks, even_tiles, panels, scatter};
-use crate::kernel::{MOST_TILE_ROWS, SLICE, X_PITCH, strip_columns, tile_rows};
+use crate::factors::scatter;
+use crate::frame::{Frame, PARALLEL_MACS, even_tiles, panels};
+use crate::kernel::{Columns, SLICE, X_PITCH, tile_rows};
 use crate::pack::Vectors;
-use crate::strips::{Strips, Tile};
+use crate::tiles::{StripPart, Tiles};
 use crate::values::{Shared, Values};
+use crate::weight::STRIP;
 use crate::workspace::{Pool, Scratch};
 
 /// Rows that are shrunk at a time, each with [`TILE_VECTORS`] vectors: as many sums as stay in the registers.
@@ -20,6 +22,13 @@ const TILE_VECTORS: usize = 4;
 
 /// Rows of a task.
 const TASK_ROWS: usize = 16;
+
+/// Inputs that products are summed over at a time: two tiles of vectors are a first-level cache's share. Fixed, because a row's
+/// bits depend on it.
+const DOT: usize = 256;
+
+/// Floats from one packed vector to the next: not a multiple of the cache's period.
+const DOT_PITCH: usize = DOT + 16;
 
 /// Rows that one task shrinks.
 #[derive(Clone, Copy, Debug)]
@@ -70,45 +79,48 @@ pub(crate) fn shrink<S: Simd>(
     if macs < PARALLEL_MACS { tasks.iter().for_each(run) } else { tasks.par_iter().for_each(run) }
 }
 
-/// Adds h @ a to `rows` rows of sums, [`Frame::width`] apart, in tiles. `hidden` begins with the first row's.
+/// Adds h @ a to `rows` rows of sums, [`Frame::pitch`] apart. `hidden` begins with the first row's.
 pub(crate) fn expand<S: Simd>(
     frame: &Frame<'_, S>,
     run: &LowRankRows,
     rows: usize,
     hidden: &[f32],
     sums: &mut [f32],
-    Scratch { x, outer, row, products, .. }: &mut Scratch,
+    Scratch { x, outer, row, places, .. }: &mut Scratch,
 ) {
-    let (rank, strip, width) = (run.rank as usize, strip_columns::<S>(), frame.width());
-    let (row, mut places) = (row.floats(width), [0; MOST_TILE_ROWS]);
-    let x = x.floats(MOST_TILE_ROWS * X_PITCH);
+    let rank = run.rank as usize;
+    places.clear();
+    places.extend((0..rows).map(|row| row * frame.pitch()));
+    let x = x.floats(rows * X_PITCH);
     for first in (0..rank).step_by(SLICE) {
         let ranks = first..(first + SLICE).min(rank);
+        for (x, hidden) in x.chunks_exact_mut(X_PITCH).zip(hidden.chunks_exact(rank)) {
+            x[..ranks.len()].copy_from_slice(&hidden[ranks.clone()]);
+        }
+        let tiles = Tiles { x, depth: ranks.len(), places, scales: None };
         let slot = (run.expand as usize + first) * frame.out_pool.width;
-        // Vectors that a single tile needs are read where they lie.
+        // Vectors that a single tile needs are read where they lie, but for the strip that isn't whole.
         let (in_place, whole) = match frame.out_pool.values {
             Values::F32(values) if rows <= tile_rows::<S>() => {
-                (values.get(slot + frame.columns.start..).unwrap_or_default(), frame.columns.len() / strip)
+                (values.get(slot + frame.columns.start..).unwrap_or_default(), frame.columns.len() / STRIP)
             }
             _ => (&[][..], 0),
         };
-        let packed = outer.floats((frame.strips() - whole) * ranks.len() * strip);
+        let packed = outer.floats((frame.strips() - whole) * ranks.len() * STRIP);
         if whole < frame.strips() {
+            let row = row.floats(frame.width());
             for (at, slot) in ranks.clone().enumerate() {
                 frame.out_vector(run.expand + slot as u32 + 1, row);
-                scatter::<S>(&row[whole * strip..], at, ranks.len(), packed);
+                scatter(&row[whole * STRIP..], at, ranks.len(), packed);
             }
         }
-        let (pitch, strip_pitch) = (frame.out_pool.width, ranks.len() * strip);
-        let strips = Strips { in_place, pitch, whole, packed, strip_pitch, columns: width };
-        for tile in even_tiles(rows, tile_rows::<S>()) {
-            for (x, row) in x.chunks_exact_mut(X_PITCH).zip(tile.clone()) {
-                x[..ranks.len()].copy_from_slice(&hidden[row * rank..][ranks.clone()]);
-            }
-            places.iter_mut().zip(tile.clone()).for_each(|(place, row)| *place = row * width);
-            let (places, sums) = (&places[..tile.len()], &mut *sums);
-            let tile = Tile { x, depth: ranks.len(), places, scales: None, sums };
-            strips.multiply(frame.simd, tile, products, || {});
+        for strip in 0..frame.strips() {
+            let weight = match strip.checked_sub(whole) {
+                None => Columns { values: &in_place[strip * STRIP..], pitch: frame.out_pool.width },
+                Some(at) => Columns { values: &packed[at * ranks.len() * STRIP..], pitch: STRIP },
+            };
+            let strip = StripPart { weight, depth: 0..ranks.len(), column: strip * STRIP, ahead: &[] };
+            tiles.multiply(frame.simd, &strip, &mut [], sums);
         }
     }
 }
@@ -124,7 +136,7 @@ pub(crate) fn expand_all<S: Simd>(
 ) {
     let k = out_pool.width;
     let outputs = Shared::new(outputs);
-    panels::<S>(k, PANEL_COLUMNS, hidden.len() as u64 * k as u64, |columns| {
+    panels(k, 1, hidden.len() as u64 * k as u64, |columns, _| {
         let frame = Frame { simd, in_pool, out_pool, columns: columns.clone() };
         scratches.lend(|scratch| {
             let mut buffer = std::mem::take(&mut scratch.sums);
@@ -132,19 +144,19 @@ pub(crate) fn expand_all<S: Simd>(
             for run in runs {
                 let (own, rest) = hidden.split_at(run.rows as usize * run.rank as usize);
                 hidden = rest;
-                for Range { start: first, end } in blocks(run.rows as usize) {
+                for Range { start: first, end } in even_tiles(run.rows as usize, TASK_ROWS) {
                     let rows = end - first;
-                    let sums = buffer.floats(rows * frame.width());
+                    let sums = buffer.floats(rows * frame.pitch());
                     // SAFETY: the outputs outlive the call, and no other task has these columns.
                     let output = |row: usize| unsafe {
                         outputs.slice((run.first_row as usize + first + row) * k + columns.start, columns.len())
                     };
-                    for (at, sums) in sums.chunks_exact_mut(frame.width()).enumerate() {
+                    for (at, sums) in sums.chunks_exact_mut(frame.pitch()).enumerate() {
                         sums[..columns.len()].copy_from_slice(output(at));
                     }
                     let own = &own[first * run.rank as usize..];
                     expand(&frame, run, rows, own, sums, scratch);
-                    for (at, sums) in sums.chunks_exact(frame.width()).enumerate() {
+                    for (at, sums) in sums.chunks_exact(frame.pitch()).enumerate() {
                         output(at).copy_from_slice(&sums[..columns.len()]);
                     }
                 }
@@ -164,21 +176,21 @@ fn shrink_rows<S: Simd>(
 ) {
     hidden.fill(0.0);
     let pack = |vectors: Vectors<'_>, first: usize, count: usize, depth: Range<usize>, out: &mut [f32]| {
-        for (at, out) in out.chunks_exact_mut(X_PITCH).take(count).enumerate() {
+        for (at, out) in out.chunks_exact_mut(DOT_PITCH).take(count).enumerate() {
             let (own, padding) = out.split_at_mut(depth.len());
             vectors.widen(first + at, depth.start, own);
             padding.fill(0.0);
         }
     };
-    for first in (0..x.width).step_by(SLICE) {
-        let depth = first..(first + SLICE).min(x.width);
-        let rows = scratch.x.floats(task.rows.next_multiple_of(TILE_ROWS) * X_PITCH);
+    for first in (0..x.width).step_by(DOT) {
+        let depth = first..(first + DOT).min(x.width);
+        let rows = scratch.x.floats(task.rows.next_multiple_of(TILE_ROWS) * DOT_PITCH);
         pack(x, task.first_row, task.rows, depth.clone(), rows);
         for vector in (0..task.rank).step_by(TILE_VECTORS) {
             let vectors = TILE_VECTORS.min(task.rank - vector);
-            let inner = scratch.inner.floats(TILE_VECTORS * X_PITCH);
+            let inner = scratch.inner.floats(TILE_VECTORS * DOT_PITCH);
             pack(in_pool, task.shrink + vector, vectors, depth.clone(), inner);
-            for (tile, rows) in rows.chunks_exact(TILE_ROWS * X_PITCH).enumerate() {
+            for (tile, rows) in rows.chunks_exact(TILE_ROWS * DOT_PITCH).enumerate() {
                 let products = Dot { rows, vectors: inner, depth: depth.len() }.run(simd);
                 let own = hidden[tile * TILE_ROWS * task.rank..].chunks_mut(task.rank);
                 for (hidden, products) in own.zip(products) {
@@ -190,7 +202,7 @@ fn shrink_rows<S: Simd>(
     }
 }
 
-/// Products of every row with every vector, [`X_PITCH`] apart and padded with zeros to it.
+/// Products of every row with every vector, [`DOT_PITCH`] apart and padded with zeros to it.
 struct Dot<'a> {
     rows: &'a [f32],
     vectors: &'a [f32],
@@ -199,8 +211,8 @@ struct Dot<'a> {
 
 impl Dot<'_> {
     fn run<S: Simd>(self, simd: S) -> [[f32; TILE_VECTORS]; TILE_ROWS] {
-        assert!(self.depth <= SLICE);
-        assert!(self.rows.len() >= TILE_ROWS * X_PITCH && self.vectors.len() >= TILE_VECTORS * X_PITCH);
+        assert!(self.depth <= DOT);
+        assert!(self.rows.len() >= TILE_ROWS * DOT_PITCH && self.vectors.len() >= TILE_VECTORS * DOT_PITCH);
         simd.vectorize(self)
     }
 }
@@ -252,5 +264,5 @@ const MOST_LANES: usize = 16;
 
 #[inline(always)]
 fn row_of<S: Simd>(values: &[f32], at: usize, steps: usize) -> &[S::f32s] {
-    &S::as_simd_f32s(&values[at * X_PITCH..(at + 1) * X_PITCH]).0[..steps]
+    &S::as_simd_f32s(&values[at * DOT_PITCH..(at + 1) * DOT_PITCH]).0[..steps]
 }

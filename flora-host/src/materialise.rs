@@ -1,19 +1,23 @@
 //! W_i = w0 ∘ Σ_v in_v out_vᵀ + Σ_q shrink_q expand_qᵀ, made whole for the `bmm` lowering.
 
+use std::ops::Range;
+
 use flora_plan::schedule::{Materialised, MaterialisedAdapter, Scale};
 use pulp::Simd;
 
-use crate::frame::{Frame, PANEL_COLUMNS, panels};
-use crate::kernel::{SLICE, strip_columns};
-use crate::pack::{Vectors, Weight, pack_panel, strip_pitch};
+use crate::factors::{Factors, Terms};
+use crate::frame::{Frame, panels};
+use crate::kernel::SLICE;
+use crate::pack::Vectors;
 use crate::values::Shared;
+use crate::weight::{STRIP, Strips};
 use crate::workspace::{Pool, Scratch};
 
 /// What a weight is made of.
 #[derive(Clone, Copy)]
 pub(crate) struct Recipe<'a> {
     /// W0 `[d, k]`.
-    pub(crate) weight: Weight<'a>,
+    pub(crate) weight: Strips<'a>,
     /// `[slots, d]`
     pub(crate) in_pool: Vectors<'a>,
     /// `[slots, k]`
@@ -31,7 +35,7 @@ impl<'a> Recipe<'a> {
     pub(crate) fn of(
         step: &'a Materialised,
         position: usize,
-        weight: Weight<'a>,
+        weight: Strips<'a>,
         (in_pool, out_pool): (Vectors<'a>, Vectors<'a>),
     ) -> Self {
         let MaterialisedAdapter { first_scale, end_scale, shrink, expand, rank } = step.adapters[position];
@@ -40,12 +44,12 @@ impl<'a> Recipe<'a> {
     }
 }
 
-/// Writes W_i to `out`, `[d, k]`.
+/// Writes the strips of W_i to `out`.
 pub(crate) fn make<S: Simd>(simd: S, recipe: Recipe<'_>, out: &mut [f32], scratches: &Pool<Scratch>) {
     let (d, k) = (recipe.in_pool.width, recipe.out_pool.width);
     let terms = recipe.scales.len() as u64 + u64::from(recipe.rank) + 1;
     let out = Shared::new(out);
-    panels::<S>(k, PANEL_COLUMNS, terms * d as u64 * k as u64, |columns| {
+    panels(k, 1, terms * d as u64 * k as u64, |columns, _| {
         let frame = Frame { simd, in_pool: recipe.in_pool, out_pool: recipe.out_pool, columns };
         scratches.lend(|scratch| {
             for first in (0..d).step_by(SLICE) {
@@ -58,37 +62,26 @@ pub(crate) fn make<S: Simd>(simd: S, recipe: Recipe<'_>, out: &mut [f32], scratc
 fn slice<S: Simd>(
     frame: &Frame<'_, S>,
     recipe: &Recipe<'_>,
-    depth: std::ops::Range<usize>,
+    depth: Range<usize>,
     out: Shared<f32>,
     scratch: &mut Scratch,
 ) {
-    let Scratch { panel, composed, inner, outer, row, .. } = scratch;
-    let (strip, k) = (strip_columns::<S>(), recipe.out_pool.width);
-    let panel = panel.floats(frame.strips() * strip_pitch::<S>());
-    let columns = frame.columns.clone();
-    pack_panel(frame.simd, recipe.weight, k, depth.clone(), columns, row.floats(frame.width()), panel);
-    let composed = composed.floats(frame.strips() * strip_pitch::<S>());
-    let strips = || panel.chunks_exact(strip_pitch::<S>());
-
-    let factors = frame.factors(recipe.scales.iter().copied(), depth.clone(), (inner, outer, row));
-    for (at, (weight, composed)) in strips().zip(composed.chunks_exact_mut(strip_pitch::<S>())).enumerate() {
-        let len = depth.len() * strip;
-        factors.compose(frame.simd, at, Some(&weight[..len]), &mut composed[..len]);
-    }
-    if recipe.rank > 0 {
-        let ranks = (0..recipe.rank)
-            .map(|rank| Scale { in_slot: recipe.shrink + rank + 1, out_slot: recipe.expand + rank + 1 });
-        let factors = frame.factors(ranks, depth.clone(), (inner, outer, row));
-        for (at, composed) in composed.chunks_exact_mut(strip_pitch::<S>()).enumerate() {
-            factors.compose(frame.simd, at, None, &mut composed[..depth.len() * strip]);
-        }
-    }
-    for (at, composed) in composed.chunks_exact(strip_pitch::<S>()).enumerate() {
-        let first = frame.columns.start + at * strip;
-        let columns = strip.min(frame.columns.end - first);
-        for (depth, composed) in depth.clone().zip(composed.chunks_exact(strip)) {
-            // SAFETY: W_i outlives the call, and no other task has these columns.
-            unsafe { out.slice(depth * k + first, columns) }.copy_from_slice(&composed[..columns]);
+    let Scratch { decoded, inner, outer, row, .. } = scratch;
+    let ranks =
+        (0..recipe.rank).map(|rank| Scale { in_slot: recipe.shrink + rank + 1, out_slot: recipe.expand + rank + 1 });
+    let scales = recipe.scales.iter().copied();
+    let product = Terms::of(scales.clone(), 0);
+    let sum = Terms::of(ranks.clone(), product.end());
+    let gathered = scales.chain(ranks);
+    let factors = Factors::gather(frame, gathered, sum.end(), depth.clone(), (inner, outer, row));
+    for strip in 0..frame.strips() {
+        let at = frame.columns.start / STRIP + strip;
+        let weight = recipe.weight.read(frame.simd, at, depth.clone(), decoded);
+        // SAFETY: W_i outlives the call, and no other task has these columns.
+        let made = unsafe { out.slice((at * recipe.in_pool.width + depth.start) * STRIP, weight.len()) };
+        factors.compose(frame.simd, &product, (strip, 0..depth.len()), Some(weight), made);
+        if recipe.rank > 0 {
+            factors.compose(frame.simd, &sum, (strip, 0..depth.len()), None, made);
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use flora_host::{Engine, Operands, Values, ValuesMut};
+use flora_host::{Engine, Operands, Values, ValuesMut, Weight};
 use flora_ir::Activation;
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Epilogue, LayerShape, WeightFormat};
@@ -48,7 +48,7 @@ fn a_warm_engine_allocates_nothing() {
     let adapters = [AdapterSlots::base(), flora(0), flora(4), lora];
     let segments: Vec<_> = (0..12).map(|at| Segment { rows: 1 + 5 * at, adapter: at % 4 }).collect();
     let tokens = segments.iter().map(|segment| segment.rows as usize).sum::<usize>();
-    let weight = PackedWeight::from_f32(WeightFormat::Q4_1, shape, &vec![0.25; d * k]).unwrap();
+    let weight = Weight::new(&PackedWeight::from_f32(WeightFormat::Q4_1, shape, &vec![0.25; d * k]).unwrap());
     let (in_pool, out_pool) = (vec![f16::ONE; 8 * d], vec![f16::ONE; 8 * k]);
     let (x, residual, bias) = (vec![f16::ONE; tokens * d], vec![f16::ONE; tokens * k], vec![1.0; k]);
     let mut y = vec![f16::ZERO; tokens * k];

@@ -39,8 +39,6 @@ pub struct TileChoice {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Blueprints {
-    /// Virtual rows up to which the host reads the weight where it lies, and doesn't pack it; `None`: the host's own choice.
-    pub swept_rows: Option<u32>,
     /// Virtual rows up to which cubes share the depth of a layer that has few columns; 0: they never do.
     pub split_rows: u32,
     /// Tiles that were faster than the routine's; those that the routine doesn't know are left alone.

@@ -1,12 +1,12 @@
 //! A row's bits depend on its own x and adapter alone.
 
 use flora_host::Engine;
-use flora_plan::batch::AdapterSlots;
+use flora_plan::batch::{AdapterSlots, Segment};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::plan::Plan;
 use proptest::prelude::*;
 
-use crate::problem::{Problem, config, elements, epilogues};
+use crate::problem::{Problem, config, elements, epilogues, random_values};
 
 /// The rows of one segment.
 fn alone(problem: &Problem, position: usize) -> Problem {
@@ -49,11 +49,6 @@ fn check(problem: &Problem) {
     for engine in Engine::all() {
         check_on(problem, &engine);
     }
-    // How the weight is read changes no bit.
-    let (packing, sweeping) = (Engine::new().with_swept_rows(0), Engine::new().with_swept_rows(1000));
-    for plan in Plan::unmerged() {
-        assert_eq!(problem.run(&packing, &plan).bits(), problem.run(&sweeping, &plan).bits());
-    }
 }
 
 fn check_on(problem: &Problem, engine: &Engine) {
@@ -90,7 +85,24 @@ proptest! {
 }
 
 #[test]
-fn several_panels_change_no_bit() {
-    let shape = LayerShape { d: 330, k: 600 };
-    check(&Problem::new(shape, LayerFormat::default(), Epilogue::default(), 5));
+fn several_panels_and_slices_change_no_bit() {
+    for (d, k) in [(330, 600), (1061, 70)] {
+        for (_, weight) in WeightFormat::ALL.into_iter().filter(|(_, weight)| weight.fits(LayerShape { d, k })) {
+            let format = LayerFormat { weight, ..LayerFormat::default() };
+            check(&Problem::new(LayerShape { d, k }, format, Epilogue::default(), 5));
+        }
+    }
+}
+
+#[test]
+fn blocks_of_rows_change_no_bit() {
+    let shape = LayerShape { d: 150, k: 33 };
+    let mut problem = Problem::new(shape, LayerFormat::default(), Epilogue::default(), 9);
+    // Blocks end within segments, far from their ends and near them.
+    let rows = [3, 250, 20, 130, 170, 40, 300, 1];
+    problem.segments = rows.into_iter().enumerate().map(|(at, rows)| Segment { rows, adapter: at as u32 }).collect();
+    let mut random = fastrand::Rng::with_seed(9);
+    problem.x = random_values(problem.tokens() * shape.d as usize, &mut random);
+    problem.residual = vec![0.0; problem.tokens() * shape.k as usize];
+    check(&problem);
 }

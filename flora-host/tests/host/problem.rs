@@ -1,6 +1,6 @@
 //! Random layers and batches, and what they should give.
 
-use flora_host::{Engine, Operands, Values, ValuesMut};
+use flora_host::{Engine, Operands, Values, ValuesMut, Weight};
 use flora_ir::Activation;
 use flora_ir::evaluate::apply_activation;
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
@@ -137,8 +137,9 @@ impl Problem {
         let numbers = |values: &[f32], element| Numbers::new(element, values);
         let (x, residual) = (numbers(&self.x, format.activations), numbers(&self.residual, format.activations));
         let (in_pool, out_pool) = (numbers(&self.in_pool, format.adapters), numbers(&self.out_pool, format.adapters));
+        let weight = Weight::new(&self.weight);
         let operands = Operands {
-            weight: &self.weight,
+            weight: &weight,
             bias: Some(&self.bias),
             in_pool: in_pool.values(),
             out_pool: out_pool.values(),

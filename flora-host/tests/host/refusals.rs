@@ -1,6 +1,6 @@
 //! What doesn't fit together is refused, and y stays as it was.
 
-use flora_host::{Engine, HostError, Operands, Values, ValuesMut};
+use flora_host::{Engine, HostError, Operands, Values, ValuesMut, Weight};
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Epilogue, LayerShape, WeightFormat};
 use flora_plan::lowering::Lowering;
@@ -10,8 +10,9 @@ use flora_plan::weight::PackedWeight;
 
 const SHAPE: LayerShape = LayerShape { d: 4, k: 3 };
 
-fn weight(shape: LayerShape) -> PackedWeight {
-    PackedWeight::from_f32(WeightFormat::default(), shape, &vec![1.0; (shape.d * shape.k) as usize]).unwrap()
+fn weight(shape: LayerShape) -> Weight {
+    let ones = vec![1.0; (shape.d * shape.k) as usize];
+    Weight::new(&PackedWeight::from_f32(WeightFormat::default(), shape, &ones).unwrap())
 }
 
 /// Two rows of an adapter with a virtual row and a low-rank sum, both of slot 2.

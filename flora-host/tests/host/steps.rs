@@ -54,9 +54,18 @@ proptest! {
 }
 
 #[test]
-fn long_batches_and_wide_panels() {
+fn long_batches_wide_panels_and_several_slices() {
     let engine = Engine::new();
-    for (d, k, rows, seed) in [(65, 777, 530, 1), (300, 290, 1, 2), (13, 1030, 14, 3), (257, 33, 1100, 4)] {
+    let cases = [
+        (65, 777, 530, 1),
+        (300, 290, 1, 2),
+        (13, 1030, 14, 3),
+        (257, 33, 1100, 4),
+        (2100, 40, 33, 5),
+        (1061, 35, 290, 6),
+        (9, 4500, 20, 7),
+    ];
+    for (d, k, rows, seed) in cases {
         let mut problem = Problem::new(LayerShape { d, k }, LayerFormat::default(), Epilogue::default(), seed);
         let segments = (0..8).map(|adapter| Segment { rows: rows / 8 + u32::from(adapter < rows % 8), adapter });
         problem.segments = segments.collect();

@@ -60,7 +60,7 @@ fn wrong_numbers_and_wrong_types_are_damage() {
         ("/seconds_per_launch".to_owned(), vec![json!(-1.0), json!("1"), json!(null), json!([])]),
         ("/seconds_per_byte".to_owned(), vec![json!(-1e-9), json!({})]),
         ("/formats".to_owned(), vec![json!({}), json!([]), json!(null)]),
-        ("/schema".to_owned(), vec![json!("3"), json!(null), json!(3.5), json!(-3)]),
+        ("/schema".to_owned(), vec![json!("4"), json!(null), json!(3.5), json!(-3)]),
         (format!("{surface}/seconds_per_mac/0"), vec![json!(0.0), json!(-1e-12), json!(null), json!("fast")]),
         (format!("{surface}/spread/0"), vec![json!(-0.5), json!(null)]),
         (format!("{surface}/measured/0"), vec![json!(1), json!(null)]),

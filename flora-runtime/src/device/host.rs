@@ -8,7 +8,7 @@ use flora_codegen::blueprints::{Blueprints, Tile};
 use flora_codegen::layer::{Element, LayerFormat, WeightFormat};
 use flora_codegen::schedule::{Materialised, Schedule};
 use flora_codegen::weight::PackedWeight;
-use flora_host::{Engine, Operands, Values, ValuesMut};
+use flora_host::{Engine, Operands, Values, ValuesMut, Weight};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -108,7 +108,7 @@ fn foreign() -> DeviceError {
     DeviceError::Execution("a device's memory was passed to the host".to_owned())
 }
 
-fn weight(weight: &WeightBuffer) -> Result<&PackedWeight, DeviceError> {
+fn weight(weight: &WeightBuffer) -> Result<&Weight, DeviceError> {
     match &weight.storage {
         WeightStorage::Host(weight) => Ok(weight),
         WeightStorage::Device { .. } => Err(foreign()),
@@ -162,7 +162,7 @@ impl Backend for HostBackend {
     }
 
     fn upload_weight(&self, weight: &PackedWeight) -> WeightStorage {
-        WeightStorage::Host(Arc::new(weight.clone()))
+        WeightStorage::Host(Arc::new(Weight::new(weight)))
     }
 
     fn read(&self, storage: &Storage, _elements: usize, element: Element) -> Result<Vec<f32>, DeviceError> {
@@ -197,12 +197,8 @@ impl Backend for HostBackend {
         None
     }
 
-    fn tuned(&self, blueprints: &Blueprints) -> Arc<dyn Backend> {
-        let engine = match blueprints.swept_rows {
-            Some(rows) => Engine::new().with_swept_rows(rows as usize),
-            None => Engine::new(),
-        };
-        Arc::new(Self { engine })
+    fn tuned(&self, _blueprints: &Blueprints) -> Arc<dyn Backend> {
+        Arc::new(Self { engine: Engine::new() })
     }
 
     fn tiles(&self, _format: LayerFormat) -> Vec<Tile> {

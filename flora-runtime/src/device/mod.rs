@@ -45,7 +45,7 @@ pub struct WeightBuffer {
 
 #[derive(Clone, Debug)]
 enum WeightStorage {
-    Host(Arc<PackedWeight>),
+    Host(Arc<flora_host::Weight>),
     Device { values: Handle, scales: Option<Handle> },
 }
 

@@ -16,7 +16,7 @@ use crate::measure::{EqualSegments, LayerBench, Sample, unscheduled};
 
 /// What is faster by less than this share is left as it was.
 const WORTHWHILE: f64 = 0.03;
-/// Rows that the host's two ways to read a weight are compared at, and that split and whole depth are.
+/// Rows that split and whole depth are compared at.
 const FEW_ROWS: [u32; 8] = [4, 8, 16, 32, 48, 64, 96, 128];
 /// The rank of the tiles of W_i that are timed.
 const RANK: u32 = 8;
@@ -29,11 +29,8 @@ pub(super) fn measure(
     launch: &Launch,
 ) -> Result<Blueprints, DeviceError> {
     let mut blueprints = Blueprints::default();
-    let Some(format) = formats.first().filter(|_| effort.blueprints) else { return Ok(blueprints) };
-    if device.info().backend == BackendKind::Host {
-        blueprints.swept_rows = Some(swept_rows(&bench(device, *format, effort, launch)?, effort)?);
-        return Ok(blueprints);
-    }
+    let has_choices = effort.blueprints && device.info().backend != BackendKind::Host;
+    let Some(format) = formats.first().filter(|_| has_choices) else { return Ok(blueprints) };
     let mut done = BTreeSet::new();
     for format in formats.iter().filter(|format| done.insert(format.activations)) {
         let bench = bench(device, *format, effort, launch)?;
@@ -97,17 +94,6 @@ fn rows_where(
         most = rows;
     }
     Ok(most)
-}
-
-/// Up to how many rows the host should read the weight where it lies.
-fn swept_rows(bench: &LayerBench<'_>, effort: &Effort) -> Result<u32, DeviceError> {
-    let last = FEW_ROWS[FEW_ROWS.len() - 1];
-    let of = |rows| bench.device().tuned(&Blueprints { swept_rows: Some(rows), ..Blueprints::default() });
-    let (packing, sweeping) = (of(0), of(last));
-    rows_where(bench, effort, |bench, rows| {
-        let gemm = Schedule::base_gemm(bench.layer().shape, rows).map_err(unscheduled)?;
-        Ok([(packing.clone(), gemm.clone()), (sweeping.clone(), gemm)])
-    })
 }
 
 /// The tiles that are faster than the routine's own.

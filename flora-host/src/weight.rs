@@ -1,0 +1,172 @@
+//! A base weight as the processor reads it: cut into strips of columns once, when it is loaded. A strip is one run of memory from
+//! the first input to the last, in the order in which its numbers are multiplied, so that a pass packs nothing and the processor
+//! foresees every read.
+
+use std::ops::Range;
+
+use bytemuck::Pod;
+use flora_plan::layer::{Element, LayerShape, Quantisation, WeightFormat};
+use flora_plan::weight::{PackedWeight, WeightError, WeightValues};
+use half::{bf16, f16};
+use pulp::Simd;
+
+use crate::decode::{self, Words};
+use crate::workspace::Buffer;
+
+/// Columns of a strip: a tile's on the widest instruction set, and whole tiles' on the others.
+pub(crate) const STRIP: usize = 32;
+
+/// W0 `[d, k]` in strips: as many numbers as it has, but for the last strip's padding.
+#[derive(Debug)]
+pub struct Weight {
+    shape: LayerShape,
+    format: WeightFormat,
+    /// `[strips, d, STRIP]`; of a quantised weight its words, `[strips, d / per_word, STRIP]`, rounded up.
+    values: Buffer,
+    /// `[strips, rows, STRIP]` with the rows of [`PackedWeight::scales`].
+    scales: Buffer,
+}
+
+impl Weight {
+    /// Copies a weight into strips. No bit of a number changes.
+    pub fn new(weight: &PackedWeight) -> Self {
+        let (shape, format) = (weight.shape(), weight.format());
+        let k = shape.k as usize;
+        let values = match weight.values() {
+            WeightValues::F32(values) => cut(values, k),
+            WeightValues::F16(values) => cut(values, k),
+            WeightValues::Bf16(values) => cut(values, k),
+            WeightValues::Words(words) => cut(words, k),
+        };
+        Self { shape, format, values, scales: cut(weight.scales(), k) }
+    }
+
+    /// The weight whose strips these are.
+    pub(crate) fn of_strips(shape: LayerShape, values: Buffer) -> Result<Self, WeightError> {
+        let made = Self { shape, format: WeightFormat::default(), values, scales: Buffer::default() };
+        let (d, k) = (shape.d as usize, shape.k as usize);
+        let numbers: &[f32] = made.values.numbers();
+        for (row, numbers) in numbers.chunks_exact(STRIP).enumerate() {
+            let (first, input) = (row / d * STRIP, row % d);
+            let own = &numbers[..STRIP.min(k.saturating_sub(first))];
+            if let Some((column, value)) = own.iter().enumerate().find(|(_, value)| !value.is_finite()) {
+                return Err(WeightError::NotFinite { value: *value, input, output: first + column });
+            }
+        }
+        Ok(made)
+    }
+
+    /// Extents.
+    pub fn shape(&self) -> LayerShape {
+        self.shape
+    }
+
+    /// How its numbers are kept.
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
+    pub(crate) fn strips(&self) -> Strips<'_> {
+        let numbers = match (self.format, self.format.quantisation()) {
+            (_, Some(quantisation)) => {
+                Numbers::Words { words: self.values.numbers(), scales: self.scales.numbers(), quantisation }
+            }
+            (WeightFormat::Float(Element::F16), None) => Numbers::F16(self.values.numbers()),
+            (WeightFormat::Float(Element::Bf16), None) => Numbers::Bf16(self.values.numbers()),
+            _ => Numbers::F32(self.values.numbers()),
+        };
+        Strips { count: (self.shape.k as usize).div_ceil(STRIP), numbers }
+    }
+}
+
+/// A matrix `[rows, k]` in strips, the last one padded with zeros.
+fn cut<T: Pod>(values: &[T], k: usize) -> Buffer {
+    let Some(rows) = values.len().checked_div(k) else { return Buffer::default() };
+    let mut buffer = Buffer::default();
+    let strips = buffer.numbers_mut(k.div_ceil(STRIP) * rows * STRIP);
+    for (at, strip) in strips.chunks_exact_mut((rows * STRIP).max(1)).enumerate() {
+        let columns = at * STRIP..k.min((at + 1) * STRIP);
+        for (out, row) in strip.chunks_exact_mut(STRIP).zip(values.chunks_exact(k)) {
+            out[..columns.len()].copy_from_slice(&row[columns.clone()]);
+        }
+    }
+    buffer
+}
+
+/// Strips to read.
+#[derive(Clone, Copy)]
+pub(crate) struct Strips<'a> {
+    /// How many.
+    count: usize,
+    numbers: Numbers<'a>,
+}
+
+/// Their numbers, one strip after the other.
+#[derive(Clone, Copy)]
+enum Numbers<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+    Words { words: &'a [u32], scales: &'a [u32], quantisation: Quantisation },
+}
+
+impl<'a> Strips<'a> {
+    /// Strips of floats, `[count, d, STRIP]`.
+    pub(crate) fn floats(count: usize, values: &'a [f32]) -> Self {
+        Self { count, numbers: Numbers::F32(values) }
+    }
+
+    /// Whether numbers have to be decoded before they are multiplied.
+    pub(crate) fn are_encoded(&self) -> bool {
+        !matches!(self.numbers, Numbers::F32(_))
+    }
+
+    /// Inputs `depth` of strip `at`, `[depth, STRIP]`: where they lie, or decoded into `decoded`. Of an encoded weight the first
+    /// input is a multiple of 32.
+    pub(crate) fn read<'b, S: Simd>(
+        &self,
+        simd: S,
+        at: usize,
+        depth: Range<usize>,
+        decoded: &'b mut Buffer,
+    ) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        let own = depth.start * STRIP..depth.end * STRIP;
+        let decoded = match self.numbers {
+            Numbers::F32(values) => return &self.strip(values, at)[own],
+            _ => decoded.floats(own.len()),
+        };
+        match self.numbers {
+            Numbers::F32(_) => {}
+            Numbers::F16(values) => decode::widen(simd, &self.strip(values, at)[own], decode::widen_f16, decoded),
+            Numbers::Bf16(values) => decode::widen(simd, &self.strip(values, at)[own], decode::widen_bf16, decoded),
+            Numbers::Words { words, scales, quantisation } => {
+                let strip = Words { words: self.strip(words, at), scales: self.strip(scales, at), quantisation };
+                strip.decode(simd, depth, decoded);
+            }
+        }
+        decoded
+    }
+
+    /// The memory of inputs `depth` of strip `at`, but for scales.
+    pub(crate) fn stored(&self, at: usize, depth: Range<usize>) -> &'a [u8] {
+        let Range { start, end } = depth;
+        let own = start * STRIP..end * STRIP;
+        match self.numbers {
+            Numbers::F32(values) => bytemuck::cast_slice(&self.strip(values, at)[own]),
+            Numbers::F16(values) => bytemuck::cast_slice(&self.strip(values, at)[own]),
+            Numbers::Bf16(values) => bytemuck::cast_slice(&self.strip(values, at)[own]),
+            Numbers::Words { words, quantisation, .. } => {
+                let per_word = quantisation.per_word() as usize;
+                bytemuck::cast_slice(&self.strip(words, at)[start / per_word * STRIP..end.div_ceil(per_word) * STRIP])
+            }
+        }
+    }
+
+    fn strip<'v, T>(&self, values: &'v [T], at: usize) -> &'v [T] {
+        let len = values.len() / self.count;
+        &values[at * len..(at + 1) * len]
+    }
+}
