@@ -32,9 +32,9 @@ p and w are measured in the same run, each the best of at least five repetitions
 square matmul of the dtype, w the bytes a second, read plus written, of a copy of 256 MiB. Padding and temporaries are
 not in the floor.
 
-A timed repetition is one untimed call, which wakes the threads and fills the caches, and then --calls timed ones; its
-seconds are those of one call. In a round every variant of a shape has one repetition; the first round is not counted.
-On CUDA, time is taken by events on the stream, after a synchronisation; the gaps between kernels that PyTorch can't
+A timed repetition is untimed calls for 20 ms, one at least, which wake the threads and fill the caches, and then
+--calls timed ones; its seconds are those of one call. In a round every variant of a shape has one repetition; the first
+round is not counted. On CUDA, time is taken by events on the stream, after a synchronisation; the gaps between kernels that PyTorch can't
 launch fast enough count, unless --graphs replays each variant as a CUDA graph.
 
 
@@ -78,7 +78,7 @@ A request that can't be served prepares and drops nothing and is answered with
 OpenMP's idle threads spin for some milliseconds after a call and would take processor time from the other program. On
 the CPU the answers to "run" and to a prepared case are therefore sent --settle milliseconds after the work is done,
 which is not part of the seconds. The other program should likewise let its threads fall idle before it sends "run",
-and make an untimed call before its own timed ones.
+and make untimed calls for as long before its own timed ones.
 """
 
 import argparse

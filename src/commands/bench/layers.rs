@@ -17,7 +17,7 @@ use crate::commands::{output, types};
 /// Time one layer: shapes × tokens × ranks × adapters × lowerings × types
 ///
 /// Every variant of a shape has its turn, round after round; the first round warms up, the median of the others counts. A timed
-/// repetition is an untimed call and then the timed ones, on operands that are on the device already.
+/// repetition is untimed calls for 20 ms, one at least, and then the timed ones, on operands that are on the device already.
 ///
 /// floor: max(MACs of the lowering / p, bytes / w), with p the MACs a second of the best large base GEMM and w the bytes a second
 /// of the best large epilogue or one-row GEMM, both measured in the same run; each operand is read once and y written once.

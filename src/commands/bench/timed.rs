@@ -22,6 +22,10 @@ pub(super) struct Timed {
 /// A repetition needs no more calls than take this long: their own time is then far above the wait for the device's end.
 const REPETITION_SECONDS: f64 = 0.02;
 
+/// Untimed calls before a timed repetition take this long at least: a processor that was idle, or at another program's work, takes
+/// milliseconds to be as fast as in a loop over the same layer.
+const WARM_UP_SECONDS: f64 = 0.02;
+
 /// A device and how it is timed.
 #[derive(Clone, Copy)]
 pub(super) struct Clock<'a> {
@@ -31,14 +35,20 @@ pub(super) struct Clock<'a> {
 }
 
 impl Clock<'_> {
-    /// One timed repetition, after an untimed call that wakes the threads and fills the caches: seconds of a call.
+    /// One timed repetition, after untimed calls that wake the threads and fill the caches: seconds of a call.
     pub(super) fn seconds(self, timed: &Timed) -> Result<f64, DeviceError> {
         let call = || self.device.execute(&timed.operands, &timed.schedule, &timed.x, None);
-        let start = Instant::now();
-        drop(call()?);
-        self.device.synchronize()?;
+        let warm_up = Instant::now();
+        let own = loop {
+            let start = Instant::now();
+            drop(call()?);
+            self.device.synchronize()?;
+            if warm_up.elapsed().as_secs_f64() >= WARM_UP_SECONDS {
+                break start.elapsed().as_secs_f64();
+            }
+        };
         let [least, most] = self.calls;
-        let calls = ((REPETITION_SECONDS / start.elapsed().as_secs_f64()) as usize).clamp(least, most);
+        let calls = ((REPETITION_SECONDS / own) as usize).clamp(least, most);
         let start = Instant::now();
         let mut last = call()?;
         for _ in 1..calls {
