@@ -57,40 +57,71 @@ impl Words<'_> {
     fn decode_blocks<S: Simd>(self, simd: S, depth: Range<usize>, out: &mut [f32]) {
         let per_word = self.quantisation.per_word() as usize;
         let block = self.quantisation.block.map_or(usize::MAX, |block| block as usize);
-        let (mut scales, mut minima) = ([0.0; STRIP], [0.0; STRIP]);
+        let (mut scales, mut offsets) = ([0.0; STRIP], [0.0; STRIP]);
         let mut first = depth.start;
         while first < depth.end {
             let end = depth.end.min((first / block + 1).saturating_mul(block));
-            self.load_scales(first, &mut scales, &mut minima);
+            self.load_scales(first, &mut scales, &mut offsets);
             for input in (first..end).step_by(per_word) {
                 let stored = &self.words[input / per_word * STRIP..][..STRIP];
                 let inputs = end.min(input + per_word) - input;
                 let out = &mut out[(input - depth.start) * STRIP..][..inputs * STRIP];
-                unpack(simd, self.quantisation, stored, &scales, &minima, out);
+                // With bits and inputs that the compiler knows, shifts are an instruction each, where others are three.
+                let unpack = |quantisation, out| unpack(simd, quantisation, stored, &scales, &offsets, out);
+                match (self.quantisation, inputs) {
+                    (Quantisation { bits: 4, .. }, 8) => unpack(Quantisation { bits: 4, ..self.quantisation }, out),
+                    (Quantisation { bits: 8, .. }, 4) => unpack(Quantisation { bits: 8, ..self.quantisation }, out),
+                    (other, _) => unpack(other, out),
+                }
             }
             first = end;
         }
     }
 
-    /// The scales and minima of the block that holds `input`.
+    /// The scales of the block that holds `input`, and what is added to their products with [`based`] numbers.
     #[inline(always)]
-    fn load_scales(self, input: usize, scales: &mut [f32; STRIP], minima: &mut [f32; STRIP]) {
+    fn load_scales(self, input: usize, scales: &mut [f32; STRIP], offsets: &mut [f32; STRIP]) {
         let packed = |row: usize| &self.scales[row * STRIP..(row + 1) * STRIP];
         // The library's conversion asks the processor what it can, for every number.
         let half = |word: u32| widen_f16(f16::from_bits(word as u16));
+        // Exact, as scales and minima have eleven bits, but for minima of quite another magnitude.
+        let offset =
+            |scale: f32, minimum: f32| minimum - scale * (base(self.quantisation) + self.quantisation.zero as f32);
         match self.quantisation.block.map(|block| input / block as usize) {
             None => scales.iter_mut().zip(packed(0)).for_each(|(scale, bits)| *scale = f32::from_bits(*bits)),
             Some(block) if self.quantisation.minimum => {
-                for ((scale, minimum), word) in scales.iter_mut().zip(minima).zip(packed(block)) {
-                    (*scale, *minimum) = (half(*word), half(word >> 16));
+                for ((scale, own), word) in scales.iter_mut().zip(offsets).zip(packed(block)) {
+                    *scale = half(*word);
+                    *own = offset(*scale, half(word >> 16));
                 }
             }
             Some(block) => {
                 let shift = 16 * (block % 2) as u32;
-                scales.iter_mut().zip(packed(block / 2)).for_each(|(scale, word)| *scale = half(word >> shift));
+                for ((scale, own), word) in scales.iter_mut().zip(offsets).zip(packed(block / 2)) {
+                    *scale = half(word >> shift);
+                    *own = offset(*scale, 0.0);
+                }
             }
         }
     }
+}
+
+/// 2 to the bits of a stored number.
+#[inline(always)]
+fn base(quantisation: Quantisation) -> f32 {
+    (1u32 << quantisation.bits) as f32
+}
+
+/// The number of `bits` bits from `first` on, as a float, and [`base`] more: in the mantissa of the base, its bits are the highest.
+#[inline(always)]
+fn based<S: Simd>(simd: S, stored: S::u32s, bits: u32, first: u32) -> S::f32s {
+    let highest = 23 - bits;
+    let shifted = match first <= highest {
+        true => simd.wrapping_dyn_shl_u32s(stored, simd.splat_u32s(highest - first)),
+        false => simd.wrapping_dyn_shr_u32s(stored, simd.splat_u32s(first - highest)),
+    };
+    let own = simd.and_u32s(shifted, simd.splat_u32s(((1 << bits) - 1) << highest));
+    simd.transmute_f32s_u32s(simd.or_u32s(own, simd.splat_u32s(((1 << bits) as f32).to_bits())))
 }
 
 /// One word of every column to rows of numbers, `out` `[inputs, columns]`: scale · (stored − zero) + minimum.
@@ -100,51 +131,23 @@ fn unpack<S: Simd>(
     quantisation: Quantisation,
     stored: &[u32],
     scales: &[f32],
-    minima: &[f32],
+    offsets: &[f32],
     out: &mut [f32],
 ) {
-    // Whole words with shifts that the compiler knows: an instruction each, where others are three.
-    match (quantisation.bits, out.len() / STRIP) {
-        (4, 8) => unpack_inputs::<S, 8>(simd, 4, quantisation, stored, scales, minima, out),
-        (8, 4) => unpack_inputs::<S, 4>(simd, 8, quantisation, stored, scales, minima, out),
-        (bits, _) => {
-            for (input, out) in out.chunks_exact_mut(STRIP).enumerate() {
-                let shift = simd.splat_u32s(bits * input as u32);
-                let mut shifted = [0; STRIP];
-                let ((stored, _), (words, _)) = (S::as_simd_u32s(stored), S::as_mut_simd_u32s(&mut shifted));
-                words.iter_mut().zip(stored).for_each(|(word, own)| *word = simd.wrapping_dyn_shr_u32s(*own, shift));
-                unpack_inputs::<S, 1>(simd, bits, quantisation, &shifted, scales, minima, out);
-            }
-        }
-    }
-}
-
-/// The first `INPUTS` numbers of every word.
-#[inline(always)]
-fn unpack_inputs<S: Simd, const INPUTS: usize>(
-    simd: S,
-    bits: u32,
-    quantisation: Quantisation,
-    stored: &[u32],
-    scales: &[f32],
-    minima: &[f32],
-    out: &mut [f32],
-) {
-    // A whole number below 2²³ in the mantissa of 2²³ is that number more than 2²³.
-    const MAGIC: f32 = 8_388_608.0;
-    let (mask, magic) = (simd.splat_u32s((1 << bits) - 1), simd.splat_u32s(MAGIC.to_bits()));
-    let zero = simd.splat_f32s(MAGIC + quantisation.zero as f32);
-    let ((stored, _), (scales, _), (minima, _)) =
-        (S::as_simd_u32s(stored), S::as_simd_f32s(scales), S::as_simd_f32s(minima));
+    let ((stored, _), (scales, _), (offsets, _)) =
+        (S::as_simd_u32s(stored), S::as_simd_f32s(scales), S::as_simd_f32s(offsets));
     let (out, _) = S::as_mut_simd_f32s(out);
     let vectors = stored.len();
-    assert!(scales.len() == vectors && minima.len() == vectors && out.len() == INPUTS * vectors);
-    for (at, ((stored, scale), minimum)) in stored.iter().zip(scales).zip(minima).enumerate() {
-        for input in 0..INPUTS {
-            let number = simd.wrapping_dyn_shr_u32s(*stored, simd.splat_u32s(bits * input as u32));
-            let number = simd.or_u32s(simd.and_u32s(number, mask), magic);
-            let number = simd.sub_f32s(simd.transmute_f32s_u32s(number), zero);
-            out[input * vectors + at] = simd.add_f32s(simd.mul_f32s(*scale, number), *minimum);
+    assert!(scales.len() == vectors && offsets.len() == vectors);
+    let zero = simd.splat_f32s(base(quantisation) + quantisation.zero as f32);
+    for (input, out) in out.chunks_exact_mut(vectors).enumerate() {
+        for (at, out) in out.iter_mut().enumerate() {
+            let number = based(simd, stored[at], quantisation.bits, quantisation.bits * input as u32);
+            *out = match quantisation.block {
+                Some(_) => simd.mul_add_e_f32s(scales[at], number, offsets[at]),
+                // Its scales have too many bits for an exact offset.
+                None => simd.mul_f32s(scales[at], simd.sub_f32s(number, zero)),
+            };
         }
     }
 }
