@@ -88,11 +88,14 @@ impl<B: FloraBackend> AttentionInputs<B> {
         let Heads { queries: query_heads, keys: key_heads, size } = step.heads;
         let rows = step.batch.rows();
         Ok(match self {
-            Self::Separate { queries, keys, values } => [
-                queries.forward(x.clone(), step.batch, None)?.reshape([rows, query_heads, size]),
-                keys.forward(x.clone(), step.batch, None)?.reshape([rows, key_heads, size]),
-                values.forward(x, step.batch, None)?.reshape([rows, key_heads, size]),
-            ],
+            Self::Separate { queries, keys, values } => {
+                let of = |linear: &AdaptedLinear<B>, heads: usize| -> Result<Tensor<B, 3>, LinearError> {
+                    Ok(linear.forward(x.clone(), step.batch, None)?.reshape([rows, heads, size]))
+                };
+                let keys_and_values = || both::<B, _, _>(|| of(keys, key_heads), || of(values, key_heads));
+                let (queries, (keys, values)) = both::<B, _, _>(|| of(queries, query_heads), keys_and_values);
+                [queries?, keys?, values?]
+            }
             Self::Joined(joined) => {
                 let all = joined.forward(x, step.batch, None)?;
                 let (queries, keys) = (query_heads * size, key_heads * size);
@@ -109,10 +112,17 @@ impl<B: FloraBackend> FeedForward<B> {
     fn forward(&self, x: Tensor<B, 2>, residual: Tensor<B, 2>, batch: &StepBatch) -> Result<Tensor<B, 2>, LinearError> {
         match self {
             Self::Gated { gate, up, down } => {
-                let gated = gate.forward(x.clone(), batch, None)? * up.forward(x, batch, None)?;
-                down.forward(gated, batch, Some(residual))
+                let (gate, up) =
+                    both::<B, _, _>(|| gate.forward(x.clone(), batch, None), || up.forward(x.clone(), batch, None));
+                down.forward(gate? * up?, batch, Some(residual))
             }
             Self::Plain { up, down } => down.forward(up.forward(x, batch, None)?, batch, Some(residual)),
         }
     }
+}
+
+/// Both results, computed at the same time where that gets further: threads that finish one early help with the other, where they
+/// would wait at the end of each.
+fn both<B: FloraBackend, X: Send, Y: Send>(one: impl FnOnce() -> X + Send, other: impl FnOnce() -> Y + Send) -> (X, Y) {
+    if B::CONCURRENT { rayon::join(one, other) } else { (one(), other()) }
 }

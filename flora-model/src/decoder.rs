@@ -198,7 +198,11 @@ impl<B: FloraBackend> Decoder for ServedModel<B> {
 
     fn step(&mut self, segments: &[Segment<'_>]) -> Result<Vec<f32>, ServeError> {
         let mut sequences = self.take_sequences(segments)?;
-        let logits = self.run(segments, &mut sequences)?;
+        // A thread of the pool works along with the others; any other would sleep through every operation and be woken after it.
+        let logits = match B::CONCURRENT {
+            true => rayon::scope(|_| self.run(segments, &mut sequences)),
+            false => self.run(segments, &mut sequences),
+        }?;
         for (segment, mut sequence) in segments.iter().zip(sequences) {
             sequence.length += segment.tokens.len();
             self.sequences.insert(segment.sequence, sequence);
