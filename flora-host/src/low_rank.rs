@@ -23,6 +23,9 @@ const TILE_VECTORS: usize = 4;
 /// Rows of a task.
 const TASK_ROWS: usize = 16;
 
+/// Rows whose outputs are fetched, added to and put back at a time, and that share the expand vectors' strips.
+const EXPANDED_ROWS: usize = 256;
+
 /// Inputs that products are summed over at a time: two tiles of vectors are a first-level cache's share. Fixed, because a row's
 /// bits depend on it.
 const DOT: usize = 256;
@@ -144,7 +147,7 @@ pub(crate) fn expand_all<S: Simd>(
             for run in runs {
                 let (own, rest) = hidden.split_at(run.rows as usize * run.rank as usize);
                 hidden = rest;
-                for Range { start: first, end } in even_tiles(run.rows as usize, TASK_ROWS) {
+                for Range { start: first, end } in even_tiles(run.rows as usize, EXPANDED_ROWS) {
                     let rows = end - first;
                     let sums = buffer.floats(rows * frame.pitch());
                     // SAFETY: the outputs outlive the call, and no other task has these columns.

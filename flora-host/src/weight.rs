@@ -1,6 +1,5 @@
 //! A base weight as the processor reads it: cut into strips of columns once, when it is loaded. A strip is one run of memory from
-//! the first input to the last, in the order in which its numbers are multiplied, so that a pass packs nothing and the processor
-//! foresees every read.
+//! the first input to the last, in the order in which its numbers are multiplied, so that a pass packs nothing.
 
 use std::ops::Range;
 
