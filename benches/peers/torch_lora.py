@@ -34,8 +34,8 @@ not in the floor.
 
 A timed repetition is untimed calls for 20 ms, one at least, which wake the threads and fill the caches, and then
 --calls timed ones; its seconds are those of one call. In a round every variant of a shape has one repetition; the first
-round is not counted. On CUDA, time is taken by events on the stream, after a synchronisation; the gaps between kernels that PyTorch can't
-launch fast enough count, unless --graphs replays each variant as a CUDA graph.
+round is not counted. On CUDA, time is taken by events on the stream, after a synchronisation; the gaps between kernels
+that PyTorch can't launch fast enough count, unless --graphs replays each variant as a CUDA graph.
 
 
 The protocol of --serve (version 1)
