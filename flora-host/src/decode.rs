@@ -1,4 +1,5 @@
-//! Numbers of a weight's strips as floats; the arithmetic of [`PackedWeight::value`](flora_plan::weight::PackedWeight::value).
+//! Numbers of a weight's strips as floats: those of [`PackedWeight::value`](flora_plan::weight::PackedWeight::value), but for
+//! roundings where a block has a minimum.
 
 use std::ops::Range;
 
@@ -9,13 +10,19 @@ use pulp::Simd;
 use crate::pack::vectorised;
 use crate::weight::STRIP;
 
-/// Widens numbers.
-pub(crate) fn widen<S: Simd, T: Copy>(simd: S, values: &[T], number: impl Fn(T) -> f32, out: &mut [f32]) {
+/// Widens numbers into `out`.
+pub(crate) fn widen<'o, S: Simd, T: Copy>(
+    simd: S,
+    values: &[T],
+    number: impl Fn(T) -> f32,
+    out: &'o mut [f32],
+) -> &'o [f32] {
     vectorised(
         simd,
         #[inline(always)]
         || out.iter_mut().zip(values).for_each(|(out, value)| *out = number(*value)),
     );
+    out
 }
 
 /// Exact for what a weight holds, finite numbers, and without the branches that keep the library's from being computed a vector at
@@ -45,12 +52,13 @@ pub(crate) struct Words<'a> {
 
 impl Words<'_> {
     /// Inputs `depth`, from a multiple of 32 on, to `out` `[depth, STRIP]`.
-    pub(crate) fn decode<S: Simd>(self, simd: S, depth: Range<usize>, out: &mut [f32]) {
+    pub(crate) fn decode<S: Simd>(self, simd: S, depth: Range<usize>, out: &mut [f32]) -> &[f32] {
         vectorised(
             simd,
             #[inline(always)]
             || self.decode_blocks(simd, depth, out),
         );
+        out
     }
 
     #[inline(always)]

@@ -15,7 +15,7 @@ use crate::low_rank::{self, Shrink};
 use crate::materialise::{self, Recipe};
 use crate::pack::Vectors;
 use crate::values::{Shared, Sink, Values, ValuesMut};
-use crate::weight::{STRIP, Strips, Weight};
+use crate::weight::{Strips, Weight, strips_len};
 use crate::workspace::{Buffer, CallMemory, Lent, Pool, Scratch};
 
 /// What a layer computes with, apart from the batch.
@@ -287,13 +287,8 @@ impl<S: Simd> Sources<'_, S> {
             let recipe = Recipe::of(step, at, weight, (in_pool, out_pool));
             let made = lent.weight.floats(size);
             materialise::make(self.simd, recipe, made, self.scratches);
-            self.pass(
-                Strips::floats(out_pool.width.div_ceil(STRIP), made),
-                Rows::plain(&lent.rows),
-                &[],
-                step.finishes,
-                sink,
-            );
+            let made = Strips::floats(out_pool.width, made);
+            self.pass(made, Rows::plain(&lent.rows), &[], step.finishes, sink);
         }
     }
 
@@ -334,11 +329,6 @@ impl<S: Simd> Sources<'_, S> {
         let pools = (self.in_pool, self.out_pool);
         low_rank::expand_all(self.simd, pools, &lent.runs, hidden, outputs, self.scratches);
     }
-}
-
-/// Floats of a weight `[d, k]` in strips.
-fn strips_len(d: usize, k: usize) -> usize {
-    k.next_multiple_of(STRIP) * d
 }
 
 /// Appends rows that are multiplied as they are.

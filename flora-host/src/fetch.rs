@@ -5,7 +5,6 @@
 const LINE: usize = 64;
 
 /// Cache lines that are asked for while something else is computed, some at every turn.
-#[derive(Clone, Copy)]
 pub(crate) struct Ahead<'a> {
     bytes: &'a [u8],
     per_turn: usize,

@@ -186,34 +186,23 @@ impl<S: Simd> Panel<'_, S> {
         let sums = sums.floats(block.range.len() * pitch);
         let products = products.floats(rows.len() * STRIP);
         let most = if self.pass.weight.are_encoded() { PART } else { SLICE };
-        for strip in 0..self.frame.strips() {
-            for part in parts(depth.len(), most) {
-                let weight = self.weight(strip, &depth, &part, decoded);
-                let ahead = self.ahead(strip + 1, &depth, &part);
-                tiles.multiply(simd, &strip_part(weight, ahead, strip, part), products, sums);
+        self.strips(depth, most, decoded, |part| tiles.multiply(simd, &part, products, sums));
+    }
+
+    /// Strip after strip of the panel, in parts of at most `most` inputs of a slice.
+    fn strips(&self, slice: Range<usize>, most: usize, decoded: &mut Buffer, mut work: impl FnMut(StripPart<'_>)) {
+        let weight = self.pass.weight;
+        let strips = self.frame.columns.start / STRIP..self.frame.columns.end.div_ceil(STRIP);
+        for (at, strip) in strips.clone().enumerate() {
+            for first in slice.clone().step_by(most) {
+                let inputs = first..slice.end.min(first + most);
+                let next = strip + 1;
+                let ahead = if next < strips.end { weight.stored(next, inputs.clone()) } else { &[] };
+                let depth = inputs.start - slice.start..inputs.end - slice.start;
+                let values = weight.read(self.frame.simd, strip, inputs, decoded);
+                work(StripPart { weight: Columns { values, pitch: STRIP }, depth, column: at * STRIP, ahead });
             }
         }
-    }
-
-    /// Inputs `part` of the slice `depth` of a strip.
-    fn weight<'b>(
-        &'b self,
-        strip: usize,
-        depth: &Range<usize>,
-        part: &Range<usize>,
-        decoded: &'b mut Buffer,
-    ) -> &'b [f32] {
-        let at = self.frame.columns.start / STRIP + strip;
-        self.pass.weight.read(self.frame.simd, at, depth.start + part.start..depth.start + part.end, decoded)
-    }
-
-    /// The same of a strip that will be needed, where it lies.
-    fn ahead(&self, strip: usize, depth: &Range<usize>, part: &Range<usize>) -> &[u8] {
-        if strip >= self.frame.strips() {
-            return &[];
-        }
-        let at = self.frame.columns.start / STRIP + strip;
-        self.pass.weight.stored(at, depth.start + part.start..depth.start + part.end)
     }
 
     /// The out-scales of virtual rows, and where each row's begin: in the pool if their numbers can be read there, else in `copies`.
@@ -277,19 +266,17 @@ impl<S: Simd> Panel<'_, S> {
         let tiles = Tiles { x, depth: depth.len(), places, scales: None };
         let sums = sums.floats(block.range.len() * pitch);
         let products = products.floats(places.len() * STRIP);
-        for strip in 0..self.frame.strips() {
-            for part in parts(depth.len(), PART) {
-                let weight = self.weight(strip, &depth, &part, decoded);
-                let mut ahead = self.ahead(strip + 1, &depth, &part);
-                let composed = composed.floats(weight.len());
-                for PackedSegment { rows, terms } in segments.iter() {
-                    factors.compose(simd, terms, (strip, part.clone()), Some(weight), composed);
-                    let products = &mut products[rows.start * STRIP..];
-                    let own = strip_part(composed, std::mem::take(&mut ahead), strip, part.clone());
-                    tiles.rows(rows.clone()).multiply(simd, &own, products, sums);
-                }
+        self.strips(depth, PART, decoded, |part| {
+            let StripPart { weight, depth, column, mut ahead } = part;
+            let composed = composed.floats(weight.values.len());
+            for PackedSegment { rows, terms } in segments.iter() {
+                factors.compose(simd, terms, (column / STRIP, depth.clone()), Some(weight.values), composed);
+                let weight = Columns { values: composed, pitch: STRIP };
+                // The first segment fetches it for all.
+                let own = StripPart { weight, depth: depth.clone(), column, ahead: std::mem::take(&mut ahead) };
+                tiles.rows(rows.clone()).multiply(simd, &own, &mut products[rows.start * STRIP..], sums);
             }
-        }
+        });
     }
 
     /// Adds the low-rank sums of the block's rows.
@@ -326,14 +313,4 @@ impl<S: Simd> Panel<'_, S> {
             unsafe { self.pass.sink.write(row * k + self.frame.columns.start, outputs) };
         }
     }
-}
-
-/// Ranges of `most` each, but for the last.
-fn parts(depth: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..depth).step_by(most).map(move |first| first..depth.min(first + most))
-}
-
-/// A part of the panel's strip `strip`.
-fn strip_part<'a>(weight: &'a [f32], ahead: &'a [u8], strip: usize, depth: Range<usize>) -> StripPart<'a> {
-    StripPart { weight: Columns { values: weight, pitch: STRIP }, depth, column: strip * STRIP, ahead }
 }

@@ -22,7 +22,6 @@ pub(crate) struct Tiles<'a> {
 }
 
 /// Inputs of a strip.
-#[derive(Clone)]
 pub(crate) struct StripPart<'a> {
     /// `[depth, STRIP]`
     pub(crate) weight: Columns<'a>,
@@ -34,7 +33,7 @@ pub(crate) struct StripPart<'a> {
     pub(crate) ahead: &'a [u8],
 }
 
-impl<'a> Tiles<'a> {
+impl Tiles<'_> {
     /// Rows `range` of these.
     pub(crate) fn rows(self, range: Range<usize>) -> Self {
         let scales =

@@ -78,11 +78,16 @@ impl Weight {
     }
 }
 
+/// Numbers of a matrix `[rows, k]` in strips.
+pub(crate) fn strips_len(rows: usize, k: usize) -> usize {
+    rows * k.next_multiple_of(STRIP)
+}
+
 /// A matrix `[rows, k]` in strips, the last one padded with zeros.
 fn cut<T: Pod>(values: &[T], k: usize) -> Buffer {
     let Some(rows) = values.len().checked_div(k) else { return Buffer::default() };
     let mut buffer = Buffer::default();
-    let strips = buffer.numbers_mut(k.div_ceil(STRIP) * rows * STRIP);
+    let strips = buffer.numbers_mut(strips_len(rows, k));
     for (at, strip) in strips.chunks_exact_mut((rows * STRIP).max(1)).enumerate() {
         let columns = at * STRIP..k.min((at + 1) * STRIP);
         for (out, row) in strip.chunks_exact_mut(STRIP).zip(values.chunks_exact(k)) {
@@ -110,9 +115,9 @@ enum Numbers<'a> {
 }
 
 impl<'a> Strips<'a> {
-    /// Strips of floats, `[count, d, STRIP]`.
-    pub(crate) fn floats(count: usize, values: &'a [f32]) -> Self {
-        Self { count, numbers: Numbers::F32(values) }
+    /// Strips of floats with `k` columns, [`strips_len`] of them.
+    pub(crate) fn floats(k: usize, values: &'a [f32]) -> Self {
+        Self { count: k.div_ceil(STRIP), numbers: Numbers::F32(values) }
     }
 
     /// Whether numbers have to be decoded before they are multiplied.
@@ -133,20 +138,18 @@ impl<'a> Strips<'a> {
         'a: 'b,
     {
         let own = depth.start * STRIP..depth.end * STRIP;
-        let decoded = match self.numbers {
-            Numbers::F32(values) => return &self.strip(values, at)[own],
-            _ => decoded.floats(own.len()),
-        };
+        let out = |decoded: &'b mut Buffer| decoded.floats(depth.len() * STRIP);
         match self.numbers {
-            Numbers::F32(_) => {}
-            Numbers::F16(values) => decode::widen(simd, &self.strip(values, at)[own], decode::widen_f16, decoded),
-            Numbers::Bf16(values) => decode::widen(simd, &self.strip(values, at)[own], decode::widen_bf16, decoded),
+            Numbers::F32(values) => &self.strip(values, at)[own],
+            Numbers::F16(values) => decode::widen(simd, &self.strip(values, at)[own], decode::widen_f16, out(decoded)),
+            Numbers::Bf16(values) => {
+                decode::widen(simd, &self.strip(values, at)[own], decode::widen_bf16, out(decoded))
+            }
             Numbers::Words { words, scales, quantisation } => {
                 let strip = Words { words: self.strip(words, at), scales: self.strip(scales, at), quantisation };
-                strip.decode(simd, depth, decoded);
+                strip.decode(simd, depth.clone(), out(decoded))
             }
         }
-        decoded
     }
 
     /// The memory of inputs `depth` of strip `at`, but for scales.
