@@ -125,8 +125,11 @@ impl Tally {
     fn add(&mut self, line: &str) {
         if line.starts_with("running ") && (line.ends_with(" tests") || line.ends_with(" test")) {
             self.cut_off();
+            self.running.push(line.to_owned());
+        } else if !self.running.is_empty() {
+            // What comes between two binaries, as how long doctests took, is no binary's.
+            self.running.push(line.to_owned());
         }
-        self.running.push(line.to_owned());
         let Some(result) = line.strip_prefix("test result: ") else { return };
         for part in result.split([';', '.']) {
             match part.trim().split_once(' ') {
@@ -166,9 +169,11 @@ mod tests {
             "running 1 test",
             "the test result: ok. 100 passed; 0 failed",
             "test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.16s",
+            "all doctests ran in 2.81s; merged doctests compilation took 2.79s",
         ] {
             tally.add(line);
         }
+        tally.cut_off();
         assert_eq!((tally.passed, tally.failed, tally.failures.len()), (12, 2, 1));
         assert!(tally.failures[0].starts_with("running 5 tests"), "{tally:?}");
     }
