@@ -424,11 +424,12 @@ const BY_FRAGMENTS: [Tile; 6] = [
     // Few rows: a deep stage keeps many loads of w0 in flight.
     tile(16, 64, 128, 1, 4),
     tile(32, 64, 64, 1, 4),
-    tile(64, 64, 64, 2, 4),
+    tile(64, 64, 64, 1, 4),
     tile(128, 64, 64, 4, 2),
     // All virtual rows of a decode batch in one tile, so that w0 is read once.
     tile(256, 64, 32, 8, 2),
-    tile(512, 64, 32, 16, 1),
+    // No deeper than leaves registers for what is fetched.
+    tile(512, 64, 16, 16, 1),
 ];
 /// Many rows: the most products for each number that is staged.
 const PREFILL: Tile = tile(128, 128, 32, 2, 4);

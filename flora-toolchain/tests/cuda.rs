@@ -11,7 +11,7 @@ use flora_toolchain::{
 
 const KERNEL: &str = include_str!("kernel.cu");
 const ON_CHIP: &str = include_str!("on_chip.cu");
-const HALF: Expectations = Expectations { half_types: true, wide_weight_loads: true };
+const HALF: Expectations = Expectations { half_types: true, wide_weight_loads: true, fetches_ahead: false };
 
 /// The compilers, or `None` with a line that says the test did not run.
 fn compiler() -> Option<CudaCompiler> {

@@ -162,9 +162,11 @@ fn verdict(reports: &[Report]) -> Result<(), CommandError> {
 fn expectations(name: &str, format: LayerFormat, k: u32) -> Expectations {
     let multiplies = ["tile", "shrink", "expand"].iter().any(|start| name.starts_with(start));
     let line_bytes = u64::from(k) * if let WeightFormat::Float(element) = format.weight { element.bytes() } else { 4 };
+    let wide_weight_loads = name.starts_with("tile") && line_bytes % 16 == 0;
     Expectations {
         half_types: multiplies && format.activations != Element::F32,
-        wide_weight_loads: name.starts_with("tile") && line_bytes % 16 == 0,
+        wide_weight_loads,
+        fetches_ahead: wide_weight_loads,
     }
 }
 
@@ -199,10 +201,11 @@ impl Checked {
                     _ => "on tensor cores",
                 };
                 format!(
-                    "// main loop, {products}, at depth {}: {}\n// loads from global memory around it, by bits: {}\n",
+                    "// main loop, {products}, at depth {}: {}\n// loads from global memory around it, by bits: {}; {} of 16 bytes under way while it multiplies\n",
                     main.depth,
                     main.mix,
-                    loads(&main.nest)
+                    loads(&main.nest),
+                    main.loads_ahead
                 )
             }
             None => "// main loop: none multiplies\n".to_owned(),
@@ -330,7 +333,11 @@ mod tests {
     #[test]
     fn what_is_expected_depends_on_the_kernel_and_its_types() {
         let half = LayerFormat::uniform(Element::F16);
-        let both = |half_types, wide_weight_loads| Expectations { half_types, wide_weight_loads };
+        let both = |half_types, wide_weight_loads| Expectations {
+            half_types,
+            wide_weight_loads,
+            fetches_ahead: wide_weight_loads,
+        };
         assert_eq!(expectations("tile_x", half, 8), both(true, true));
         assert_eq!(expectations("tile_x", half, 4), both(true, false));
         assert_eq!(expectations("tile_x", LayerFormat::default(), 4), both(false, true));

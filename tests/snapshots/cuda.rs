@@ -1,5 +1,5 @@
 //! Every CUDA kernel is really compiled, for three architectures, and what it costs is a table, so that a spill shows in a diff; a
-//! kernel of half types without tensor cores in its main loop, and a narrow load of a weight, fail. Needs NVRTC, ptxas and nvdisasm; `cargo xtask test`
+//! kernel of half types without tensor cores in its main loop, a narrow load of a weight, and a main loop that waits for its loads, fail. Needs NVRTC, ptxas and nvdisasm; `cargo xtask test`
 //! fetches them, and says so where it can't.
 
 use std::collections::BTreeMap;
@@ -47,6 +47,7 @@ fn kernels(target: Target) -> Vec<Kernel> {
     for (chosen, format, load) in sets {
         for lowered in lowered().into_iter().filter(|lowered| chosen(&lowered.title())) {
             for emitted in lowered.emit(target, format, load) {
+                let wide_weight_loads = emitted.name.starts_with("tile") && load.k % 8 == 0;
                 let multiplies = ["tile", "shrink", "expand"].iter().any(|name| emitted.name.starts_with(name));
                 let is_half = format.activations != Element::F32;
                 let title = format!("{format} {}x{} {} {}", load.d, load.k, lowered.title(), emitted.name);
@@ -55,7 +56,8 @@ fn kernels(target: Target) -> Vec<Kernel> {
                     source: emitted.source,
                     expectations: Expectations {
                         half_types: multiplies && is_half,
-                        wide_weight_loads: emitted.name.starts_with("tile") && load.k % 8 == 0,
+                        wide_weight_loads,
+                        fetches_ahead: wide_weight_loads,
                     },
                 });
             }
@@ -87,13 +89,12 @@ fn every_cuda_kernel_compiles() {
             defects.extend(failing.map(|defect| format!("{title} for {name}: {defect}")));
             let occupancy = compiled.occupancy();
             let occupancy = occupancy.unwrap_or_else(|error| panic!("{title} for {name}: {error}"));
-            let (tensor, wide) = compiled
-                .main_loop
-                .as_ref()
-                .map_or((0, 0), |main| (main.mix.count(Class::TensorCore), main.nest.wide_global_loads()));
+            let (tensor, wide, ahead) = compiled.main_loop.as_ref().map_or((0, 0, 0), |main| {
+                (main.mix.count(Class::TensorCore), main.nest.wide_global_loads(), main.loads_ahead)
+            });
             rows.push(format!(
                 "{title:<90} {name:<12} {:>4} registers {:>7} shared {:>3} spilled {:>4.2} occupancy {tensor:>4} tensor {:>5} FMA  \
-                 {wide:>3} wide loads",
+                 {wide:>3} wide loads {ahead:>3} ahead",
                 compiled.registers,
                 compiled.shared_bytes + compiled.dynamic_shared_bytes.unwrap_or(0),
                 compiled.spill_bytes,

@@ -23,43 +23,43 @@ fn half<N: Size>(bits: Vector<u32, N>) -> Vector<f32, N> {
     value * (Vector::new(1.0f32) - negative - negative)
 }
 
-/// Scale of `depth` of the columns of vector `column`; `scales` as [`flora_plan::weight::PackedWeight::scales`] has them,
-/// `columns` vectors a line.
+/// The word that has the scale of `depth` for the columns of vector `column`; `scales` as
+/// [`flora_plan::weight::PackedWeight::scales`] has them, `columns` vectors a line.
 #[cube]
-pub(crate) fn scale<N: Size>(
+pub(crate) fn scale_word<N: Size>(
     scales: &Array<Vector<u32, N>>,
     depth: u32,
     column: u32,
     columns: u32,
     #[comptime] quantisation: Quantisation,
+) -> Vector<u32, N> {
+    let mut line = 0u32;
+    if comptime!(quantisation.block.is_some()) {
+        // Two scales in a word, or a scale and a minimum.
+        line = depth / comptime!(quantisation.block.unwrap_or(1) * if quantisation.minimum { 1 } else { 2 });
+    }
+    scales[(line * columns + column) as usize]
+}
+
+/// The scale of `depth` in its word.
+#[cube]
+pub(crate) fn scale<N: Size>(
+    word: Vector<u32, N>,
+    depth: u32,
+    #[comptime] quantisation: Quantisation,
 ) -> Vector<f32, N> {
-    let block = comptime!(quantisation.block);
-    if comptime!(block.is_none()) {
-        Vector::<f32, N>::reinterpret(scales[column as usize])
+    if comptime!(quantisation.block.is_none()) {
+        Vector::<f32, N>::reinterpret(word)
+    } else if comptime!(quantisation.minimum) {
+        half(word)
     } else {
-        let at = depth / comptime!(block.unwrap_or(1));
-        if comptime!(quantisation.minimum) {
-            half(scales[(at * columns + column) as usize])
-        } else {
-            let word = scales[(at / 2 * columns + column) as usize];
-            half((word >> Vector::new(16 * (at % 2))) & Vector::new(0xffffu32))
-        }
+        let at = depth / comptime!(quantisation.block.unwrap_or(1));
+        half((word >> Vector::new(16 * (at % 2))) & Vector::new(0xffffu32))
     }
 }
 
-/// The minimum of the same place; 0 where the format has none.
+/// The minimum in the same word; 0 where the format has none.
 #[cube]
-pub(crate) fn minimum<N: Size>(
-    scales: &Array<Vector<u32, N>>,
-    depth: u32,
-    column: u32,
-    columns: u32,
-    #[comptime] quantisation: Quantisation,
-) -> Vector<f32, N> {
-    let block = comptime!(quantisation.block.unwrap_or(1));
-    if comptime!(quantisation.minimum) {
-        half(scales[(depth / block * columns + column) as usize] >> Vector::new(16u32))
-    } else {
-        Vector::new(0.0f32)
-    }
+pub(crate) fn minimum<N: Size>(word: Vector<u32, N>, #[comptime] quantisation: Quantisation) -> Vector<f32, N> {
+    if comptime!(quantisation.minimum) { half(word >> Vector::new(16u32)) } else { Vector::new(0.0f32) }
 }

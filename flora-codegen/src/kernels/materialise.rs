@@ -5,7 +5,7 @@
 use cubecl::prelude::*;
 use flora_plan::layer::Quantisation;
 
-use super::decode::{minimum, scale, stored};
+use super::decode::{minimum, scale, scale_word, stored};
 
 /// Words of one entry: first virtual row, one past the last, first shrink slot, first expand slot, rank.
 pub(crate) const ENTRY_WORDS: u32 = 5;
@@ -79,7 +79,7 @@ fn base_value<W: Numeric, N: Size>(
         let shifted = words >> Vector::new(depth % per_word * comptime!(quantisation.bits));
         let number = stored::<N>(shifted, 0u32, comptime!(quantisation.bits));
         let zero = Vector::<f32, N>::new(comptime!(quantisation.zero as f32));
-        scale::<N>(weight_scales, depth, column, columns, quantisation) * (number - zero)
-            + minimum::<N>(weight_scales, depth, column, columns, quantisation)
+        let scales = scale_word::<N>(weight_scales, depth, column, columns, quantisation);
+        scale::<N>(scales, depth, quantisation) * (number - zero) + minimum::<N>(scales, quantisation)
     }
 }

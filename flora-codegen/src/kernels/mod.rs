@@ -10,6 +10,7 @@ mod on_chip;
 pub(crate) mod reduce;
 pub(crate) mod rows;
 pub(crate) mod shrink;
+mod stage;
 pub(crate) mod tile;
 mod units;
 

@@ -6,18 +6,20 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{ALIGNMENT, Multiply, PAD, RANK_CHUNK, SUM_PAD, TileBlueprint};
-use super::tile::Layout;
+use super::stage::{Fetched, fetch_vectors, stage_vectors};
+use super::tile::{Layout, column_tile_of};
 use super::units::{plane, staged_at, staged_column, staged_row, stages};
 
-/// The factor of every weight of the tile, `[depth, columns + SUM_PAD]`; 1 for an item without a W_i.
+/// The factor of every weight of the tile, `[depth, columns + SUM_PAD]`; 1 for an item without a W_i. The first in-vectors
+/// have been fetched.
 #[cube]
-pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
+pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size, XW: Size, AW: Size, WW: Size>(
     in_pool: &Array<Vector<A, M>>,
     out_pool: &Array<Vector<A, N>>,
     tables: &Array<u32>,
+    fetched: &mut Fetched<N, XW, AW, WW>,
     layout: Layout,
     entry: &SharedMemory<u32>,
-    column0: u32,
     depth0: u32,
     is_first: bool,
     #[comptime] blueprint: TileBlueprint,
@@ -28,7 +30,6 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
     let width = out_pool.vector_size();
     let width = comptime!(width as u32);
     let units = comptime!(blueprint.units());
-    let in_line = comptime!(tile.depth / row_width);
     let in_pitch = comptime!((tile.depth + PAD) / row_width);
     let line = comptime!(tile.columns / width);
     let pitch = comptime!((tile.columns + PAD) / width);
@@ -45,9 +46,12 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
 
     let first = entry[3];
     let end = entry[4];
-    let depth_vectors = layout.d / row_width;
     let columns = layout.k / width;
-    let plain = Vector::<f32, N>::new(f32::cast_from(entry[5]));
+    let column0 = column_tile_of(entry, blueprint) * line;
+    let mut plain = f32::cast_from(entry[5]);
+    if first == end && entry[5] == 0 {
+        plain = 1.0f32.runtime();
+    }
     // Fragments of the factor, shared out among the planes.
     let planes = comptime!(blueprint.planes());
     let across = comptime!(tile.columns / n);
@@ -62,28 +66,13 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
             comptime!(n as usize),
             comptime!(k as usize),
             cmma::MatrixLayout::Undefined,
-            0.0,
+            plain,
         ));
     }
 
     let mut chunk = first;
     while chunk < end {
-        #[unroll]
-        for pass in 0..comptime!((RANK_CHUNK * in_line).div_ceil(units)) {
-            if stages(pass, in_line, RANK_CHUNK, units) {
-                let rank = staged_row(chunk, pass, in_line, units);
-                let depth = depth0 / row_width + staged_column(pass, in_line, units);
-                let mut value = Vector::<S, M>::new(S::new(0.0));
-                if rank < end && depth < depth_vectors {
-                    value = Vector::new(S::new(1.0));
-                    let slot = tables[(layout.scales + rank * 2) as usize];
-                    if slot > 0 {
-                        value = Vector::cast_from(in_pool[((slot - 1) * depth_vectors + depth) as usize]);
-                    }
-                }
-                in_tile[staged_at(pass, in_line, in_pitch, units) as usize] = value;
-            }
-        }
+        stage_vectors::<A, S, M, N, XW, AW, WW>(fetched, &mut in_tile, blueprint);
         // An adapter whose vectors fit one chunk keeps its out-vectors from the first step of d on.
         if is_first || end - first > RANK_CHUNK {
             #[unroll]
@@ -108,7 +97,7 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
             let mut at = UNIT_POS_X;
             while at < comptime!(tile.depth * line) {
                 let depth = at / line;
-                let mut sum = Vector::<f32, N>::new(0.0);
+                let mut sum = Vector::<f32, N>::new(plain);
                 if chunk > first {
                     sum = factor[(depth * factor_pitch + at % line) as usize];
                 }
@@ -165,6 +154,9 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
         }
         sync_cube();
         chunk += RANK_CHUNK;
+        if chunk < end {
+            fetch_vectors::<A, M, N, XW, AW, WW>(in_pool, tables, fetched, layout, chunk, end, depth0, blueprint);
+        }
     }
     if !is_fma {
         #[unroll]
@@ -186,20 +178,14 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size>(
         }
         sync_cube();
     }
-    // Every unit reads again what it writes here, and the fragments' sums that others stored.
-    let mut at = UNIT_POS_X;
-    while at < comptime!(tile.depth * line) {
-        let place = (at / line * factor_pitch + at % line) as usize;
-        let mut sum = plain;
-        if first < end {
-            sum += factor[place];
-        } else if entry[5] == 0 {
-            sum = Vector::new(1.0f32);
+    if is_fma && first == end {
+        let mut at = UNIT_POS_X;
+        while at < comptime!(tile.depth * line) {
+            factor[(at / line * factor_pitch + at % line) as usize] = Vector::new(plain);
+            at += CUBE_DIM;
         }
-        factor[place] = sum;
-        at += CUBE_DIM;
+        sync_cube();
     }
-    sync_cube();
     factor
 }
 

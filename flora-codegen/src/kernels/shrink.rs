@@ -1,12 +1,16 @@
 //! x @ b for one *shrink task*: up to 16 rows of one segment by up to 16 of its adapter's shrink vectors. The same code is a
 //! kernel of `segmented` and the first cubes of `fused`.
 //!
+//! A task is short of work for the time that memory takes to answer, so by fragments two stages of d are fetched at a time, while the
+//! stage before them is multiplied.
+//!
 //! MACs: 256·d. Bytes: the task's rows and vectors once. Sums are made in an order that depends on d alone, whatever cube does
 //! the task.
 
 use cubecl::prelude::*;
 
 use super::blueprint::{ALIGNMENT, Multiply, PAD};
+use super::stage::{from_words, to_words, word_count};
 use super::units::{plane, staged_at, staged_column, staged_row, stages};
 
 /// Rows of a task, and ranks of a task.
@@ -18,6 +22,10 @@ const STRIP: u32 = 16;
 /// Strips that are staged at once.
 const STRIPS: u32 = 8;
 const DEPTH: u32 = STRIP * STRIPS;
+/// Stages that are fetched at a time. Devices with small fragments expand each into scalars, and would compile for seconds.
+fn stages_fetched(k: usize) -> u32 {
+    if k >= 16 { 2 } else { 1 }
+}
 const SIDE: usize = TASK_SIDE as usize;
 /// Units that share a sum (without fragments).
 const LANES: u32 = 16;
@@ -150,68 +158,70 @@ fn by_fragments<X: Float, A: Float, S: Float, M: Size>(
             0.0,
         ));
     }
+    let x_bytes = X::type_size();
+    let a_bytes = A::type_size();
+    let size!(XW) = comptime!(word_count(width as usize, x_bytes));
+    let size!(AW) = comptime!(word_count(width as usize, a_bytes));
+    let together = comptime!(stages_fetched(k));
+    let passes = comptime!((TASK_SIDE * line).div_ceil(units));
+    let mut inputs = Array::<Vector<u32, XW>>::new(comptime!((together * passes) as usize));
+    let mut shrinks = Array::<Vector<u32, AW>>::new(comptime!((together * passes) as usize));
     let mut depth0 = 0u32;
+    fetch_lines::<X, M, XW>(x, &mut inputs, first_row, rows, depth0, vectors, together, units);
+    fetch_lines::<A, M, AW>(in_pool, &mut shrinks, slot, ranks, depth0, vectors, together, units);
     while depth0 < vectors {
         #[unroll]
-        for pass in 0..comptime!((TASK_SIDE * line).div_ceil(units)) {
-            if stages(pass, line, TASK_SIDE, units) {
-                let side = staged_row(0u32, pass, line, units);
-                let depth = depth0 + staged_column(pass, line, units);
-                let at = staged_at(pass, line, comptime!(pitch / width), units) as usize;
-                let mut value = Vector::<S, M>::new(S::new(0.0));
-                if side < rows && depth < vectors {
-                    value = Vector::cast_from(x[(staged_row(first_row, pass, line, units) * vectors + depth) as usize]);
+        for stage in 0..together {
+            stage_lines::<X, S, M, XW>(&inputs, &mut left, stage, units);
+            stage_lines::<A, S, M, AW>(&shrinks, &mut right, stage, units);
+            sync_cube();
+            if comptime!(stage + 1 == together) {
+                depth0 += comptime!(together * line);
+                if depth0 < vectors {
+                    fetch_lines::<X, M, XW>(x, &mut inputs, first_row, rows, depth0, vectors, together, units);
+                    fetch_lines::<A, M, AW>(in_pool, &mut shrinks, slot, ranks, depth0, vectors, together, units);
                 }
-                left[at] = value;
-                let mut value = Vector::<S, M>::new(S::new(0.0));
-                if side < ranks && depth < vectors {
-                    value =
-                        Vector::cast_from(in_pool[(staged_row(slot, pass, line, units) * vectors + depth) as usize]);
-                }
-                right[at] = value;
             }
-        }
-        sync_cube();
-        if plane(units, planes) < STRIPS {
-            #[unroll]
-            for strip in 0..own {
+            if plane(units, planes) < STRIPS {
                 #[unroll]
-                for step in 0..comptime!(STRIP as usize / k) {
-                    let start = plane(units, planes) * comptime!(STRIP / width);
-                    let along = comptime!(strip * planes * STRIP + (step * k) as u32);
+                for strip in 0..own {
                     #[unroll]
-                    for i in 0..down {
-                        let at = start + comptime!((along + (i * m) as u32 * pitch) / width);
-                        let a = cmma::Matrix::<Vector<S, M>>::from_slice(
-                            cmma::MatrixIdent::A,
-                            m,
-                            n,
-                            k,
-                            cmma::MatrixLayout::RowMajor,
-                            &left.slice(at as usize, left.len()),
-                            pitch,
-                        );
+                    for step in 0..comptime!(STRIP as usize / k) {
+                        let start = plane(units, planes) * comptime!(STRIP / width);
+                        let along = comptime!(strip * planes * STRIP + (step * k) as u32);
                         #[unroll]
-                        for j in 0..across {
-                            let at = start + comptime!((along + (j * n) as u32 * pitch) / width);
-                            let b = cmma::Matrix::<Vector<S, M>>::from_slice(
-                                cmma::MatrixIdent::B,
+                        for i in 0..down {
+                            let at = start + comptime!((along + (i * m) as u32 * pitch) / width);
+                            let a = cmma::Matrix::<Vector<S, M>>::from_slice(
+                                cmma::MatrixIdent::A,
                                 m,
                                 n,
                                 k,
-                                cmma::MatrixLayout::ColMajor,
-                                &right.slice(at as usize, right.len()),
+                                cmma::MatrixLayout::RowMajor,
+                                &left.slice(at as usize, left.len()),
                                 pitch,
                             );
-                            let sum = sums.index(comptime!((strip as usize * down + i) * across + j));
-                            cmma::execute(&a, &b, sum, sum);
+                            #[unroll]
+                            for j in 0..across {
+                                let at = start + comptime!((along + (j * n) as u32 * pitch) / width);
+                                let b = cmma::Matrix::<Vector<S, M>>::from_slice(
+                                    cmma::MatrixIdent::B,
+                                    m,
+                                    n,
+                                    k,
+                                    cmma::MatrixLayout::ColMajor,
+                                    &right.slice(at as usize, right.len()),
+                                    pitch,
+                                );
+                                let sum = sums.index(comptime!((strip as usize * down + i) * across + j));
+                                cmma::execute(&a, &b, sum, sum);
+                            }
                         }
                     }
                 }
             }
+            sync_cube();
         }
-        sync_cube();
-        depth0 += line;
     }
     if plane(units, planes) < STRIPS {
         #[unroll]
@@ -242,6 +252,59 @@ fn by_fragments<X: Float, A: Float, S: Float, M: Size>(
     }
     sync_cube();
     result
+}
+
+/// Fetches the first `count` of up to 16 lines from line `first`, a unit's part of each of `together` stages.
+#[cube]
+fn fetch_lines<T: Float, M: Size, P: Size>(
+    lines: &Array<Vector<T, M>>,
+    fetched: &mut Array<Vector<u32, P>>,
+    first: u32,
+    count: u32,
+    depth0: u32,
+    vectors: u32,
+    #[comptime] together: u32,
+    #[comptime] units: u32,
+) {
+    let width = M::value();
+    let line = comptime!(DEPTH / width as u32);
+    let passes = comptime!((TASK_SIDE * line).div_ceil(units));
+    #[unroll]
+    for stage in 0..together {
+        #[unroll]
+        for pass in 0..passes {
+            let depth = depth0 + staged_column(pass, line, units) + comptime!(stage * line);
+            let inside =
+                stages(pass, line, TASK_SIDE, units) && staged_row(0u32, pass, line, units) < count && depth < vectors;
+            let mut words = Vector::<u32, P>::new(0u32);
+            if inside {
+                words = to_words::<T, M, P>(lines[(staged_row(first, pass, line, units) * vectors + depth) as usize]);
+            }
+            fetched[comptime!((stage * passes + pass) as usize)] = words;
+        }
+    }
+}
+
+/// Stages one of the stages that were fetched, `[16, DEPTH + PAD]`.
+#[cube]
+fn stage_lines<T: Float, S: Float, M: Size, P: Size>(
+    fetched: &Array<Vector<u32, P>>,
+    tile: &mut SharedMemory<Vector<S, M>>,
+    #[comptime] stage: u32,
+    #[comptime] units: u32,
+) {
+    let width = M::value();
+    let width = comptime!(width as u32);
+    let line = comptime!(DEPTH / width);
+    let passes = comptime!((TASK_SIDE * line).div_ceil(units));
+    #[unroll]
+    for pass in 0..passes {
+        if stages(pass, line, TASK_SIDE, units) {
+            let at = staged_at(pass, line, comptime!((DEPTH + PAD) / width), units) as usize;
+            let words = fetched[comptime!((stage * passes + pass) as usize)];
+            tile[at] = Vector::cast_from(from_words::<T, M, P>(words));
+        }
+    }
 }
 
 /// The comptime key of the kernels of `segmented`.

@@ -14,12 +14,11 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{ALIGNMENT, PAD, SUM_PAD, TileBlueprint};
-use super::decode::{minimum, scale, stored};
 use super::epilogue::finish;
 use super::multiply::{multiply, no_sums, store_strip, strip_column};
 use super::on_chip::multiplier;
 use super::shrink::{TASK_SIDE, TASK_WORDS, shrink_task};
-use super::units::{staged_at, staged_column, staged_row, stages};
+use super::stage::{fetch, fetches_ahead, nothing_fetched, stage_rows, stage_weight, word_count};
 
 /// Words of a virtual row: input row, in-slot + 1 or 0, out-slot + 1 or 0, 1 if it is the last of its output row, first expand
 /// slot, rank, where its h lies, unused.
@@ -227,75 +226,104 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
         }
     }
     sync_cube();
-    let first = entry[0];
-    let end = entry[1];
-    let column0 = column_tile_of(&entry, blueprint) * comptime!(tile.columns / width);
-    let depth_start = split_of(&entry, blueprint) * layout.depth;
-    let depth_end = min(depth_start + layout.depth, layout.d);
+    let mut depth_start = 0u32;
+    let mut depth_end = layout.d;
+    if comptime!(blueprint.split) {
+        depth_start = split_of(&entry, blueprint) * layout.depth;
+        depth_end = min(depth_start + layout.depth, layout.d);
+    }
 
-    let mut chunk = first;
-    while chunk < end {
+    let x_bytes = X::type_size();
+    let a_bytes = A::type_size();
+    let w_bytes = W::type_size();
+    let size!(XW) = comptime!(word_count(row_width as usize, x_bytes));
+    let size!(AW) = comptime!(word_count(row_width as usize, a_bytes));
+    let size!(WW) = comptime!(word_count(width as usize, w_bytes));
+    let ahead = comptime!(fetches_ahead(blueprint, row_width as usize, width as usize));
+    let mut fetched = nothing_fetched::<M, N, XW, AW, WW>(blueprint);
+
+    // What the entry has is read again wherever it is needed.
+    let mut chunk = entry[0];
+    while chunk < entry[1] {
         let mut sums = no_sums::<N>(blueprint);
         let mut depth0 = depth_start;
-        while depth0 < depth_end {
-            load_rows::<X, A, S, M>(
+        if comptime!(ahead) {
+            fetch::<X, W, A, M, N, XW, AW, WW>(
                 x,
+                weight,
+                weight_scales,
                 in_pool,
                 tables,
-                &mut row_tile,
+                &mut fetched,
+                layout,
+                &entry,
                 chunk,
-                end,
                 depth0,
                 depth_end,
-                layout.d,
                 blueprint,
             );
-            if comptime!(blueprint.on_chip) {
-                let factor = multiplier::<A, S, M, N>(
+        }
+        while depth0 < depth_end {
+            if comptime!(!ahead) {
+                fetch::<X, W, A, M, N, XW, AW, WW>(
+                    x,
+                    weight,
+                    weight_scales,
                     in_pool,
-                    out_pool,
                     tables,
+                    &mut fetched,
                     layout,
                     &entry,
-                    column0,
-                    depth0,
-                    depth0 == depth_start,
-                    blueprint,
-                );
-                load_weight::<W, S, N>(
-                    weight,
-                    weight_scales,
-                    &mut weight_tile,
-                    &factor,
-                    layout,
-                    &entry,
-                    column0,
-                    depth0,
-                    depth_end,
-                    blueprint,
-                );
-            } else {
-                load_weight::<W, S, N>(
-                    weight,
-                    weight_scales,
-                    &mut weight_tile,
-                    &sum_tile,
-                    layout,
-                    &entry,
-                    column0,
+                    chunk,
                     depth0,
                     depth_end,
                     blueprint,
                 );
             }
-            sync_cube();
-            multiply::<S, M, N>(&row_tile, &weight_tile, &mut sums, blueprint);
+            stage_rows::<X, A, S, M, N, XW, AW, WW>(&fetched, &mut row_tile, blueprint);
+            if comptime!(blueprint.on_chip) {
+                let factor = multiplier::<A, S, M, N, XW, AW, WW>(
+                    in_pool,
+                    out_pool,
+                    tables,
+                    &mut fetched,
+                    layout,
+                    &entry,
+                    depth0,
+                    depth0 == depth_start,
+                    blueprint,
+                );
+                stage_weight::<W, S, N, XW, AW, WW>(&fetched, &mut weight_tile, &factor, depth0, blueprint);
+            } else {
+                stage_weight::<W, S, N, XW, AW, WW>(&fetched, &mut weight_tile, &sum_tile, depth0, blueprint);
+            }
             sync_cube();
             depth0 += tile.depth;
+            if comptime!(ahead) {
+                // A branch of its own, past which CUDA's assembler doesn't put off the loads.
+                if depth0 < depth_end {
+                    fetch::<X, W, A, M, N, XW, AW, WW>(
+                        x,
+                        weight,
+                        weight_scales,
+                        in_pool,
+                        tables,
+                        &mut fetched,
+                        layout,
+                        &entry,
+                        chunk,
+                        depth0,
+                        depth_end,
+                        blueprint,
+                    );
+                }
+            }
+            multiply::<S, M, N>(&row_tile, &weight_tile, &mut sums, blueprint);
+            sync_cube();
         }
         let mut start = chunk;
         if comptime!(!blueprint.chunks()) {
-            // The only chunk starts where the item does, which needn't stay in a register through the main loop.
+            // The only chunk starts where the item does.
             start = entry[0];
         }
         if comptime!(blueprint.hidden > 0 && !blueprint.split) {
@@ -306,11 +334,11 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
             store_strip::<N>(&sums, &mut sum_tile, strip, blueprint);
             sync_cube();
             if comptime!(blueprint.split) {
-                write_partial::<Y, N>(&sum_tile, y, layout, &entry, start, end, strip, blueprint);
+                write_partial::<Y, N>(&sum_tile, y, layout, &entry, start, strip, blueprint);
             } else {
                 write_strip::<A, Y, N>(
-                    &sum_tile, &mut carry, &hidden, out_pool, tables, bias, residual, y, layout, &entry, start, end,
-                    strip, blueprint,
+                    &sum_tile, &mut carry, &hidden, out_pool, tables, bias, residual, y, layout, &entry, start, strip,
+                    blueprint,
                 );
             }
             sync_cube();
@@ -319,133 +347,19 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
             chunk += tile.rows;
         } else {
             // An item is one tile, and a compiler that sees it keeps nothing for a next one through the loop over d.
-            chunk = end;
+            chunk = entry[1];
         }
     }
 }
 
 #[cube]
-fn column_tile_of(entry: &SharedMemory<u32>, #[comptime] blueprint: TileBlueprint) -> u32 {
+pub(crate) fn column_tile_of(entry: &SharedMemory<u32>, #[comptime] blueprint: TileBlueprint) -> u32 {
     if comptime!(blueprint.hidden > 0) { entry[COLUMN_TILE] } else { CUBE_POS_Y }
 }
 
 #[cube]
 fn split_of(entry: &SharedMemory<u32>, #[comptime] blueprint: TileBlueprint) -> u32 {
     if comptime!(blueprint.hidden > 0) { entry[SPLIT] } else { CUBE_POS_Z }
-}
-
-/// Stages the virtual rows from `chunk`, scaled.
-#[cube]
-fn load_rows<X: Float, A: Float, S: Float, M: Size>(
-    x: &Array<Vector<X, M>>,
-    in_pool: &Array<Vector<A, M>>,
-    tables: &Array<u32>,
-    row_tile: &mut SharedMemory<Vector<S, M>>,
-    chunk: u32,
-    end: u32,
-    depth0: u32,
-    depth_end: u32,
-    d: u32,
-    #[comptime] blueprint: TileBlueprint,
-) {
-    let tile = comptime!(blueprint.tile);
-    let width = x.vector_size();
-    let width = comptime!(width as u32);
-    let line = comptime!(tile.depth / width);
-    let units = comptime!(blueprint.units());
-    let pitch = comptime!((tile.depth + PAD) / width);
-    let vectors = d / width;
-    #[unroll]
-    for pass in 0..comptime!((tile.rows * line).div_ceil(units)) {
-        if stages(pass, line, tile.rows, units) {
-            let row = staged_row(chunk, pass, line, units);
-            let depth = depth0 / width + staged_column(pass, line, units);
-            let mut value = Vector::<S, M>::new(S::new(0.0));
-            if row < end && depth < depth_end / width {
-                let entry = row * ROW_WORDS;
-                let input = x[(tables[entry as usize] * vectors + depth) as usize];
-                value = Vector::cast_from(input);
-                if comptime!(blueprint.scaled) {
-                    let slot = tables[(entry + 1) as usize];
-                    if slot > 0 {
-                        let scale = Vector::<f32, M>::cast_from(in_pool[((slot - 1) * vectors + depth) as usize]);
-                        value = Vector::cast_from(Vector::<f32, M>::cast_from(input) * scale);
-                    }
-                }
-            }
-            row_tile[staged_at(pass, line, pitch, units) as usize] = value;
-        }
-    }
-}
-
-/// Stages a tile of the item's weight: decoded, and times `factor` `[depth, columns + SUM_PAD]` where the item has a W_i.
-#[cube]
-fn load_weight<W: Numeric, S: Float, N: Size>(
-    weight: &Array<Vector<W, N>>,
-    weight_scales: &Array<Vector<u32, N>>,
-    weight_tile: &mut SharedMemory<Vector<S, N>>,
-    factor: &SharedMemory<Vector<f32, N>>,
-    layout: Layout,
-    entry: &SharedMemory<u32>,
-    column0: u32,
-    depth0: u32,
-    depth_end: u32,
-    #[comptime] blueprint: TileBlueprint,
-) {
-    let tile = comptime!(blueprint.tile);
-    let width = weight.vector_size();
-    let width = comptime!(width as u32);
-    let line = comptime!(tile.columns / width);
-    let pitch = comptime!((tile.columns + PAD) / width);
-    let factor_pitch = comptime!((tile.columns + SUM_PAD) / width);
-    let units = comptime!(blueprint.units());
-    let columns = layout.k / width;
-    let per_value = comptime!(blueprint.quantisation.map_or(1, |quantisation| quantisation.per_word()));
-    let lines = comptime!(tile.depth / per_value);
-    #[unroll]
-    for pass in 0..comptime!((lines * line).div_ceil(units)) {
-        if stages(pass, line, lines, units) {
-            let column = column0 + staged_column(pass, line, units);
-            let depth = staged_row(depth0 / per_value, pass, line, units) * per_value;
-            let inside = depth < depth_end && column < columns;
-            if comptime!(blueprint.quantisation.is_none()) {
-                let mut value = Vector::<S, N>::new(S::new(0.0));
-                if inside {
-                    // Read again where it is used, and so not kept in a register.
-                    let first = entry[2] * layout.d;
-                    let raw = weight[((first + depth) * columns + column) as usize];
-                    value = Vector::cast_from(raw);
-                    if comptime!(blueprint.on_chip) {
-                        let scale = factor[staged_at(pass, line, factor_pitch, units) as usize];
-                        value = Vector::cast_from(Vector::<f32, N>::cast_from(raw) * scale);
-                    }
-                }
-                weight_tile[staged_at(pass, line, pitch, units) as usize] = value;
-            } else {
-                let quantisation = comptime!(blueprint.quantisation.unwrap());
-                let mut words = Vector::<u32, N>::new(0u32);
-                let mut slope = Vector::<f32, N>::new(0.0);
-                let mut least = Vector::<f32, N>::new(0.0);
-                if inside {
-                    words = Vector::<u32, N>::cast_from(weight[(depth / per_value * columns + column) as usize]);
-                    slope = scale::<N>(weight_scales, depth, column, columns, quantisation);
-                    least = minimum::<N>(weight_scales, depth, column, columns, quantisation);
-                }
-                let zero = Vector::<f32, N>::new(comptime!(quantisation.zero as f32));
-                #[unroll]
-                for position in 0..per_value {
-                    let number = stored::<N>(words, position, comptime!(quantisation.bits));
-                    let mut value = slope * (number - zero) + least;
-                    if comptime!(blueprint.on_chip) {
-                        let at = staged_at(pass, line, comptime!(per_value * factor_pitch), units);
-                        value *= factor[(at + position * factor_pitch) as usize];
-                    }
-                    let at = staged_at(pass, line, comptime!(per_value * pitch), units);
-                    weight_tile[(at + position * pitch) as usize] = Vector::cast_from(value);
-                }
-            }
-        }
-    }
 }
 
 /// Waits for the low-rank sums of the item's rows.
@@ -478,7 +392,6 @@ fn write_strip<A: Float, Y: Float, N: Size>(
     layout: Layout,
     entry: &SharedMemory<u32>,
     chunk: u32,
-    end: u32,
     #[comptime] strip: u32,
     #[comptime] blueprint: TileBlueprint,
 ) {
@@ -489,6 +402,7 @@ fn write_strip<A: Float, Y: Float, N: Size>(
     let pitch = comptime!((blueprint.strip() + SUM_PAD) / width);
     let units = comptime!(blueprint.units());
     let columns = layout.k / width;
+    let end = entry[1];
 
     let column0 = column_tile_of(entry, blueprint) * comptime!(tile.columns / width);
     // Units beyond the last whole line of units have nothing to do.
@@ -560,7 +474,6 @@ fn write_partial<Y: Float, N: Size>(
     layout: Layout,
     entry: &SharedMemory<u32>,
     chunk: u32,
-    end: u32,
     #[comptime] strip: u32,
     #[comptime] blueprint: TileBlueprint,
 ) {
@@ -572,6 +485,7 @@ fn write_partial<Y: Float, N: Size>(
     let columns = layout.k / width;
     let column0 = column_tile_of(entry, blueprint) * comptime!(tile.columns / width);
     let split = split_of(entry, blueprint);
+    let end = entry[1];
     let mut load = UNIT_POS_X;
     while load < comptime!(tile.rows * line) {
         let row = chunk + load / line;

@@ -14,6 +14,8 @@ pub struct Expectations {
     pub half_types: bool,
     /// It reads a base weight whose sizes allow loads of 16 bytes.
     pub wide_weight_loads: bool,
+    /// It fetches the next step of its main loop while it multiplies one.
+    pub fetches_ahead: bool,
 }
 
 /// Something that makes a kernel slower than it has to be.
@@ -49,6 +51,12 @@ pub enum Defect {
         /// Tensor-core instructions in the rest of the kernel.
         elsewhere: u32,
     },
+    /// Every load of the main loop is waited for before it multiplies.
+    #[error(
+        "no load of 16 bytes is under way while the main loop multiplies: the assembler moved what is fetched ahead behind \
+         the products, or something touches it before them"
+    )]
+    WaitsForLoads,
     /// No load of 16 bytes where there should be one.
     #[error("no load from global memory around the main loop is 16 bytes wide (by width: {})", list(.loads))]
     NarrowLoads {
@@ -63,7 +71,7 @@ impl Compiled {
     /// Loads are looked for in the loop nest that holds the main loop, and in the whole kernel where no loop multiplies.
     #[must_use]
     pub fn defects(&self, expectations: Expectations) -> Vec<Defect> {
-        let Expectations { half_types, wide_weight_loads } = expectations;
+        let Expectations { half_types, wide_weight_loads, fetches_ahead } = expectations;
         let main = self.main_loop.as_ref();
         let nest = main.map_or(&self.mix, |main| &main.nest);
         let products = main.map_or(0, |main| main.mix.count(Class::TensorCore));
@@ -76,6 +84,7 @@ impl Compiled {
             (self.spill_bytes == 0 && self.stack_bytes > 0, Defect::LocalArrays { bytes: self.stack_bytes }),
             (half_types && products == 0, Defect::NoTensorCore { elsewhere: self.mix.count(Class::TensorCore) }),
             (wide_weight_loads && nest.wide_global_loads() == 0, Defect::NarrowLoads { loads: loads(nest) }),
+            (fetches_ahead && main.is_some_and(|main| main.loads_ahead == 0), Defect::WaitsForLoads),
         ];
         rows.into_iter().filter(|(found, _)| *found).map(|(_, defect)| defect).collect()
     }

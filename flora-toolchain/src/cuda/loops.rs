@@ -30,6 +30,9 @@ pub struct MainLoop {
     pub mix: Mix,
     /// What the outermost loop that holds it consists of, this one included; the same as `mix` at depth 1.
     pub nest: Mix,
+    /// Loads of 16 bytes or more from global memory in the nest that are under way while the loop multiplies: a product
+    /// follows before anything touches the registers that they fill.
+    pub loads_ahead: u32,
 }
 
 impl MainLoop {
@@ -56,8 +59,45 @@ impl MainLoop {
         let mix = |blocks: &BTreeSet<usize>| {
             Mix::of(blocks.iter().flat_map(|block| &listing.instructions[graph.blocks[*block].clone()]))
         };
-        Some(Self { depth: u32::try_from(holding.len()).unwrap_or(u32::MAX), mix: mix(main), nest: mix(outermost) })
+        let depth = u32::try_from(holding.len()).unwrap_or(u32::MAX);
+        let (mix, nest) = (mix(main), mix(outermost));
+        let product = if mix.count(Class::TensorCore) > 0 { Class::TensorCore } else { Class::Fma };
+        let multiplies: BTreeSet<_> = main
+            .iter()
+            .flat_map(|block| graph.blocks[*block].clone())
+            .filter(|position| Class::of(&listing.instructions[*position]) == product)
+            .collect();
+        let nested: Vec<_> = outermost.iter().flat_map(|block| graph.blocks[*block].clone()).collect();
+        let ahead = nested.iter().enumerate().filter(|(at, position)| {
+            let touches = registers(&listing.instructions[**position]);
+            let rest = nested[at + 1..].iter();
+            let mut rest = rest.skip_while(|next| {
+                !multiplies.contains(next) && !touches.iter().any(|own| mentions(&listing.instructions[**next], *own))
+            });
+            !touches.is_empty() && rest.next().is_some_and(|next| multiplies.contains(next))
+        });
+        let loads_ahead = u32::try_from(ahead.count()).unwrap_or(u32::MAX);
+        Some(Self { depth, mix, nest, loads_ahead })
     }
+}
+
+/// The registers that a load of 16 bytes or more from global memory fills; none of any other instruction.
+fn registers(instruction: &Instruction) -> Vec<u32> {
+    let wide = Mix::of([instruction]).wide_global_loads() > 0;
+    let first = wide.then(|| named(&instruction.operands).next()).flatten();
+    let count = if instruction.modifiers.iter().any(|modifier| modifier == "256") { 8 } else { 4 };
+    first.map_or(Vec::new(), |first| (first..first + count).collect())
+}
+
+/// Whether an instruction names a register.
+fn mentions(instruction: &Instruction, register: u32) -> bool {
+    named(&instruction.operands).any(|named| named == register)
+}
+
+/// The registers that operands name.
+fn named(operands: &str) -> impl Iterator<Item = u32> {
+    static REGISTER: LazyLock<Regex> = LazyLock::new(|| pattern(r"\bR(\d+)\b"));
+    REGISTER.captures_iter(operands).filter_map(|found| found[1].parse().ok())
 }
 
 /// The flow graph of a program.
@@ -242,6 +282,27 @@ mod tests {
         assert_eq!(main.nest.count(Class::GlobalLoad), 2);
         assert_eq!(main.nest.wide_global_loads(), 1);
         assert_eq!(main.nest.count(Class::Fma), 3);
+    }
+
+    #[test]
+    fn loads_ahead_are_touched_after_the_products() {
+        let ahead = |program: &str| find(program).unwrap().loads_ahead;
+        let waits = "@P0 STS.128 [R2], R12";
+        let program = |before: &str, between: &str, after: &str| {
+            format!(
+                ".L_loop:\n{before}\nLDG.E.128 R12, [R2.64]\n{between}\nHMMA.16816.F32 R4, R8, R10, R4\n{after}\n@P0 BRA `(.L_loop)"
+            )
+        };
+        let products = "HMMA.16816.F32 R4, R8, R10, R4";
+        assert_eq!(ahead(&program(waits, "MOV R16, R3", "")), 1);
+        assert_eq!(ahead(&program("", "", waits)), 1);
+        assert_eq!(ahead(&program("", waits, "")), 0);
+        assert_eq!(ahead(&program("", "PRMT R20, R15, R16, R17", "")), 0);
+        assert_eq!(ahead(&format!(".L_loop:\n{products}\nLDG.E.128 R12, [R2.64]\n{waits}\n@P0 BRA `(.L_loop)")), 0);
+        // A narrow load is none, and the loop of the products may lie in the one that loads.
+        assert_eq!(ahead(&format!(".L_loop:\nLDG.E R12, [R2.64]\n{products}\n@P0 BRA `(.L_loop)")), 0);
+        let inner = format!(".L_in:\n{products}\n@P0 BRA `(.L_in)");
+        assert_eq!(ahead(&format!(".L_loop:\nLDG.E.128 R12, [R2.64]\n{inner}\n{waits}\n@P0 BRA `(.L_loop)")), 1);
     }
 
     #[test]
