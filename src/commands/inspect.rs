@@ -201,7 +201,8 @@ impl Checked {
                     _ => "on tensor cores",
                 };
                 format!(
-                    "// main loop, {products}, at depth {}: {}\n// loads from global memory around it, by bits: {}; {} of 16 bytes under way while it multiplies\n",
+                    "// main loop, {products}, at depth {}: {}\n\
+                     // loads from global memory around it, by bits: {}; {} of 16 bytes under way while it multiplies\n",
                     main.depth,
                     main.mix,
                     loads(&main.nest),

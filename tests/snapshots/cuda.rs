@@ -1,6 +1,6 @@
-//! Every CUDA kernel is really compiled, for three architectures, and what it costs is a table, so that a spill shows in a diff; a
-//! kernel of half types without tensor cores in its main loop, a narrow load of a weight, and a main loop that waits for its loads, fail. Needs NVRTC, ptxas and nvdisasm; `cargo xtask test`
-//! fetches them, and says so where it can't.
+//! Every CUDA kernel is really compiled, for three architectures, and what it costs is a table, so that a spill shows in a diff.
+//! A kernel of half types without tensor cores in its main loop, a narrow load of a weight, and a main loop that waits for its
+//! loads, fail. Needs NVRTC, ptxas and nvdisasm; `cargo xtask test` fetches them, and says so where it can't.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;

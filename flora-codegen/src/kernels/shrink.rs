@@ -1,8 +1,8 @@
 //! x @ b for one *shrink task*: up to 16 rows of one segment by up to 16 of its adapter's shrink vectors. The same code is a
 //! kernel of `segmented` and the first cubes of `fused`.
 //!
-//! A task is short of work for the time that memory takes to answer, so by fragments two stages of d are fetched at a time, while the
-//! stage before them is multiplied.
+//! A task is short of work for the time that memory takes to answer, so by fragments two stages of d are fetched at a time,
+//! while the stage before them is multiplied.
 //!
 //! MACs: 256·d. Bytes: the task's rows and vectors once. Sums are made in an order that depends on d alone, whatever cube does
 //! the task.
@@ -22,13 +22,14 @@ const STRIP: u32 = 16;
 /// Strips that are staged at once.
 const STRIPS: u32 = 8;
 const DEPTH: u32 = STRIP * STRIPS;
+const SIDE: usize = TASK_SIDE as usize;
+/// Units that share a sum (without fragments).
+const LANES: u32 = 16;
+
 /// Stages that are fetched at a time. Devices with small fragments expand each into scalars, and would compile for seconds.
 fn stages_fetched(k: usize) -> u32 {
     if k >= 16 { 2 } else { 1 }
 }
-const SIDE: usize = TASK_SIDE as usize;
-/// Units that share a sum (without fragments).
-const LANES: u32 = 16;
 
 /// Bytes of shared memory.
 pub(crate) fn shared_bytes(multiply: Multiply, units: u32, stage: u32) -> u32 {

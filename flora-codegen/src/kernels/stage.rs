@@ -5,7 +5,7 @@
 //! What is fetched waits as words, whatever it is: halves would each take a register of CUDA's, and be packed again with an
 //! instruction for two.
 //!
-//! Bytes: those of the tile kernel. Registers: the vectors that a unit stages, of x one to four and of w0 one to eight.
+//! Bytes: those of the tile kernel. Registers: a vector for each load of a unit, see [`MOST_AHEAD`].
 
 use cubecl::prelude::*;
 
@@ -86,7 +86,8 @@ fn per_value(blueprint: TileBlueprint) -> u32 {
     blueprint.quantisation.map_or(1, |quantisation| quantisation.per_word())
 }
 
-/// Most loads of a unit that are fetched ahead, twice what whole vectors come to.
+/// Most loads of a unit that are fetched ahead: room for vectors of eight halves, over all tiles at most 14 loads, and for quantised
+/// weights, which make vectors of four, at most 22. Single halves come to 18 to 112.
 const MOST_AHEAD: u32 = 24;
 
 /// Whether a step is fetched while the one before it is multiplied, and not just before it is staged: where vectors are whole.
