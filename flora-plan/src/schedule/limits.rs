@@ -1,0 +1,50 @@
+//! How large a batch, and what a plan puts in memory for it, may be.
+
+use super::error::ScheduleError;
+use crate::batch::BatchShape;
+use crate::layer::LayerShape;
+use crate::lowering::Lowering;
+use crate::plan::Plan;
+
+/// Kernels index with 32 bits; half of them leave room for the last cube's units past the end, and for "no row".
+const INDEX_LIMIT: u64 = i32::MAX as u64;
+
+pub(super) fn fits(what: &'static str, elements: u64) -> Result<(), ScheduleError> {
+    if elements <= INDEX_LIMIT { Ok(()) } else { Err(ScheduleError::TooLarge { what, elements }) }
+}
+
+pub(super) fn batch_fits(shape: LayerShape, tokens: u64) -> Result<(), ScheduleError> {
+    let (d, k) = (u64::from(shape.d), u64::from(shape.k));
+    fits("the batch", tokens)?;
+    fits("x", tokens * d)?;
+    fits("y", tokens * k)?;
+    fits("the base weight", d * k)
+}
+
+/// What a plan puts in memory beside x, y and the layer's operands, in elements.
+pub(super) fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str, u64); 5] {
+    let (d, k) = (u64::from(shape.d), u64::from(shape.k));
+    let group = batch.multiplicative;
+    let materialises = plan.multiplicative() == Lowering::Bmm;
+    let scaled = match plan.multiplicative() {
+        Lowering::Stacked => group.tokens_times_width,
+        Lowering::OnChip => group.tokens_times_width - batch.wide_from(plan.on_chip_from()).0.tokens_times_width,
+        _ => 0,
+    };
+    let additive = if materialises { batch.additive } else { batch.additive.and(batch.scaled_additive) };
+    let packs = plan.additive() == Lowering::Bmm;
+    let of = |used: bool, elements: u64| if used { elements } else { 0 };
+    [
+        ("the table of virtual rows", 4 * (batch.plain_rows + scaled)),
+        ("the table of materialised weights", of(materialises, group.adapters * d * k)),
+        ("the packed rows of additive adapters", of(packs, additive.adapters * additive.longest * d.max(k))),
+        ("the packed vectors of additive adapters", of(packs, additive.adapters * additive.largest_width * d.max(k))),
+        ("the shrunk rows", additive.adapters * additive.longest * additive.largest_width),
+    ]
+}
+
+/// Whether a plan's buffers can be indexed and are no longer than the device's longest.
+pub fn can_hold(plan: &Plan, shape: LayerShape, batch: &BatchShape, largest_buffer_bytes: Option<u64>) -> bool {
+    let longest = largest_buffer_bytes.map_or(u64::MAX, |bytes| bytes / size_of::<f32>() as u64).min(INDEX_LIMIT);
+    buffers(plan, shape, batch).into_iter().all(|(_, elements)| elements <= longest)
+}

@@ -1,0 +1,15 @@
+//! From a plan and a batch to the steps that run it: which rows, which vectors, in which order. Index tables, no tensor data;
+//! the host backend and every kernel read the same ones.
+
+mod error;
+mod lay_out;
+mod limits;
+mod steps;
+
+pub use error::ScheduleError;
+pub use lay_out::{Schedule, schedule};
+pub use limits::can_hold;
+pub use steps::{
+    Gemm, LowRankBmm, LowRankRows, Materialised, MaterialisedAdapter, NO_ROW, OnChipSegment, Packing,
+    SEGMENT_ITEM_ROWS, Scale, SegmentItem, Step, VirtualRow, WeightRun,
+};
