@@ -166,7 +166,7 @@ fn main() {
         engine.execute(&operands, &case.schedule, x, ValuesMut::F32(y), None).expect("operands fit");
         start.elapsed().as_secs_f64()
     };
-    let mut own = vec![Vec::new(); cases.len()];
+    let mut times = vec![Vec::new(); cases.len()];
     let mut peers = vec![Vec::new(); cases.len()];
     let mut peer_y = vec![0.0; most * k];
     for round in 0..=rounds {
@@ -179,7 +179,7 @@ fn main() {
             }
             // The first round warms up.
             if round > 0 {
-                own[at].push(seconds);
+                times[at].push(seconds);
                 peers[at].push(start.elapsed().as_secs_f64());
             }
         }
@@ -191,19 +191,19 @@ fn main() {
     };
     let base_of = |rows: usize| {
         let at = cases.iter().position(|case| case.name == format!("base {} {rows}", Element::F32));
-        at.map_or(f64::NAN, |at| median(&own[at]))
+        at.map_or(f64::NAN, |at| median(&times[at]))
     };
     println!("{}, {} threads, d = k = {}", Engine::instruction_set(), rayon::current_num_threads(), SHAPE.d);
     let best = |times: &[f64]| times.iter().copied().fold(f64::NAN, f64::min);
     println!("{:<32} {:>9} {:>9} {:>9} {:>8} {:>10}", "case", "best ms", "ms", "GFLOP/s", "to base", "gemm crate");
     for (at, case) in cases.iter().enumerate() {
-        let seconds = median(&own[at]);
+        let seconds = median(&times[at]);
         let rate = 2.0 * (case.rows * d * k) as f64 / seconds / 1e9;
         let peer = match case.name.starts_with("base f32") {
             true => format!("{:>10.2}", seconds / median(&peers[at])),
             false => String::new(),
         };
-        let (ratio, best) = (seconds / base_of(case.rows), best(&own[at]) * 1e3);
+        let (ratio, best) = (seconds / base_of(case.rows), best(&times[at]) * 1e3);
         println!("{:<32} {best:>9.3} {:>9.3} {rate:>9.1} {ratio:>8.3} {peer}", case.name, seconds * 1e3);
     }
 }

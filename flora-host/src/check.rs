@@ -3,8 +3,8 @@
 use flora_plan::layer::LayerShape;
 use flora_plan::schedule::{Gemm, LowRankRows, Materialised, NO_ROW, Packing, Scale, Schedule, Step};
 
-use crate::engine::Operands;
 use crate::error::HostError;
+use crate::operands::Operands;
 use crate::values::Values;
 use crate::weight::Weight;
 

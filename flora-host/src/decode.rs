@@ -7,8 +7,8 @@ use flora_plan::layer::Quantisation;
 use half::{bf16, f16};
 use pulp::Simd;
 
-use crate::pack::vectorised;
-use crate::weight::STRIP;
+use crate::layout::STRIP;
+use crate::vectorise::vectorised;
 
 /// Widens numbers into `out`.
 pub(crate) fn widen<'o, S: Simd, T: Copy>(
@@ -79,7 +79,7 @@ impl Words<'_> {
                 match (self.quantisation, inputs) {
                     (Quantisation { bits: 4, .. }, 8) => unpack(Quantisation { bits: 4, ..self.quantisation }, out),
                     (Quantisation { bits: 8, .. }, 4) => unpack(Quantisation { bits: 8, ..self.quantisation }, out),
-                    (other, _) => unpack(other, out),
+                    (quantisation, _) => unpack(quantisation, out),
                 }
             }
             first = end;
@@ -93,21 +93,21 @@ impl Words<'_> {
         // The library's conversion asks the processor what it can, for every number.
         let half = |word: u32| widen_f16(f16::from_bits(word as u16));
         // Exact, as scales and minima have eleven bits, but for minima of quite another magnitude.
-        let offset =
+        let offset_of =
             |scale: f32, minimum: f32| minimum - scale * (base(self.quantisation) + self.quantisation.zero as f32);
         match self.quantisation.block.map(|block| input / block as usize) {
             None => scales.iter_mut().zip(packed(0)).for_each(|(scale, bits)| *scale = f32::from_bits(*bits)),
             Some(block) if self.quantisation.minimum => {
-                for ((scale, own), word) in scales.iter_mut().zip(offsets).zip(packed(block)) {
+                for ((scale, offset), word) in scales.iter_mut().zip(offsets).zip(packed(block)) {
                     *scale = half(*word);
-                    *own = offset(*scale, half(word >> 16));
+                    *offset = offset_of(*scale, half(word >> 16));
                 }
             }
             Some(block) => {
                 let shift = 16 * (block % 2) as u32;
-                for ((scale, own), word) in scales.iter_mut().zip(offsets).zip(packed(block / 2)) {
+                for ((scale, offset), word) in scales.iter_mut().zip(offsets).zip(packed(block / 2)) {
                     *scale = half(word >> shift);
-                    *own = offset(*scale, 0.0);
+                    *offset = offset_of(*scale, 0.0);
                 }
             }
         }
@@ -128,8 +128,8 @@ fn based<S: Simd>(simd: S, stored: S::u32s, bits: u32, first: u32) -> S::f32s {
         true => simd.wrapping_dyn_shl_u32s(stored, simd.splat_u32s(highest - first)),
         false => simd.wrapping_dyn_shr_u32s(stored, simd.splat_u32s(first - highest)),
     };
-    let own = simd.and_u32s(shifted, simd.splat_u32s(((1 << bits) - 1) << highest));
-    simd.transmute_f32s_u32s(simd.or_u32s(own, simd.splat_u32s(((1 << bits) as f32).to_bits())))
+    let mantissa = simd.and_u32s(shifted, simd.splat_u32s(((1 << bits) - 1) << highest));
+    simd.transmute_f32s_u32s(simd.or_u32s(mantissa, simd.splat_u32s(((1 << bits) as f32).to_bits())))
 }
 
 /// One word of every column to rows of numbers, `out` `[inputs, columns]`: scale · (stored − zero) + minimum.
@@ -167,12 +167,12 @@ mod tests {
     #[test]
     fn halves_are_widened_exactly() {
         for bits in 0..=u16::MAX {
-            let (one, other) = (f16::from_bits(bits), bf16::from_bits(bits));
-            if one.is_finite() {
-                assert_eq!(widen_f16(one).to_bits(), one.to_f32().to_bits(), "f16 {bits:#x}");
+            let (half, brain) = (f16::from_bits(bits), bf16::from_bits(bits));
+            if half.is_finite() {
+                assert_eq!(widen_f16(half).to_bits(), half.to_f32().to_bits(), "f16 {bits:#x}");
             }
-            if other.is_finite() {
-                assert_eq!(widen_bf16(other).to_bits(), other.to_f32().to_bits(), "bf16 {bits:#x}");
+            if brain.is_finite() {
+                assert_eq!(widen_bf16(brain).to_bits(), brain.to_f32().to_bits(), "bf16 {bits:#x}");
             }
         }
     }

@@ -1,39 +1,27 @@
 //! A schedule's steps, one after the other, on the processor.
 
-use flora_plan::layer::{Epilogue, LayerShape};
+use flora_plan::layer::LayerShape;
 use flora_plan::schedule::{
     Gemm, LowRankBmm, LowRankRows, Materialised, NO_ROW, Packing, Schedule, SegmentItem, Step, VirtualRow,
 };
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use crate::buffer::Buffer;
+use crate::call_memory::{CallMemory, Lent};
 use crate::check::{check, check_recipe};
 use crate::error::HostError;
 use crate::finish::Finish;
 use crate::gemm::{self, Pass, Rows};
+use crate::layout::strips_len;
 use crate::low_rank::{self, Shrink};
 use crate::materialise::{self, Recipe};
+use crate::operands::Operands;
 use crate::pack::Vectors;
+use crate::pool::Pool;
+use crate::scratch::Scratch;
 use crate::values::{Shared, Sink, Values, ValuesMut};
-use crate::weight::{Strips, Weight, strips_len};
-use crate::workspace::{Buffer, CallMemory, Lent, Pool, Scratch};
-
-/// What a layer computes with, apart from the batch.
-#[derive(Clone, Copy, Debug)]
-pub struct Operands<'a> {
-    /// W0 `[d, k]`.
-    pub weight: &'a Weight,
-    /// `[k]`; needed where the epilogue adds it.
-    pub bias: Option<&'a [f32]>,
-    /// In-scales and shrink vectors of all adapters, `[slots, d]`.
-    pub in_pool: Values<'a>,
-    /// Out-scales and expand vectors of all adapters, `[slots, k]`.
-    pub out_pool: Values<'a>,
-    /// What follows the products.
-    pub epilogue: Epilogue,
-    /// W_i `[d, k]` of the adapter that a `Merged` step names.
-    pub merged: Option<&'a Weight>,
-}
+use crate::weight::{Strips, Weight};
 
 /// The processor, and the memory that it computes in. One engine serves any number of layers and threads; what the largest
 /// call needed is kept until the engine is dropped, and calls that need no more allocate nothing.

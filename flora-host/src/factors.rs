@@ -5,42 +5,11 @@ use std::ops::Range;
 use flora_plan::schedule::Scale;
 use pulp::Simd;
 
+use crate::buffer::Buffer;
 use crate::frame::Frame;
-use crate::kernel::{Compose, X_PITCH};
-use crate::weight::STRIP;
-use crate::workspace::Buffer;
-
-/// A segment of a block: its rows, and its terms among those that were gathered.
-#[derive(Clone, Debug)]
-pub(crate) struct PackedSegment {
-    /// Of the packed rows.
-    pub(crate) rows: Range<usize>,
-    pub(crate) terms: Terms,
-}
-
-/// offset + Σ_v in_v out_vᵀ over some of the terms that were gathered.
-#[derive(Clone, Debug)]
-pub(crate) struct Terms {
-    range: Range<usize>,
-    /// The number of terms without scales.
-    offset: f32,
-}
-
-impl Terms {
-    /// Of virtual rows; their scaled terms follow the first `before` that are gathered.
-    pub(crate) fn of(scales: impl Iterator<Item = Scale> + Clone, before: usize) -> Self {
-        let count = scales.clone().filter(is_scaled).count();
-        Self { range: before..before + count, offset: (scales.count() - count) as f32 }
-    }
-
-    pub(crate) fn end(&self) -> usize {
-        self.range.end
-    }
-}
-
-fn is_scaled(scale: &Scale) -> bool {
-    scale.in_slot > 0 || scale.out_slot > 0
-}
+use crate::kernel::Compose;
+use crate::layout::{STRIP, X_PITCH};
+use crate::terms::{Terms, is_scaled};
 
 /// Vectors of terms.
 #[derive(Clone, Copy)]

@@ -19,16 +19,16 @@ impl<'a> Ahead<'a> {
     /// The next lines, into the second-level cache.
     #[inline(always)]
     pub(crate) fn fetch(&mut self) {
-        let (own, rest) = self.bytes.split_at(self.per_turn.min(self.bytes.len()));
+        let (lines, rest) = self.bytes.split_at(self.per_turn.min(self.bytes.len()));
         self.bytes = rest;
         #[cfg(target_arch = "x86_64")]
-        for line in own.chunks(LINE) {
+        for line in lines.chunks(LINE) {
             use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
             // SAFETY: the instruction reads and writes nothing.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = own;
+        let _ = lines;
     }
 }
 

@@ -3,8 +3,8 @@
 use flora_ir::Activation;
 use pulp::Simd;
 
-use crate::pack::vectorised;
 use crate::values::Values;
+use crate::vectorise::vectorised;
 
 /// An epilogue and its operands.
 #[derive(Clone, Copy)]

@@ -10,16 +10,21 @@ use std::ops::Range;
 use flora_plan::schedule::{LowRankRows, OnChipSegment, Scale, VirtualRow};
 use pulp::Simd;
 
-use crate::factors::{Factors, PackedSegment, Terms};
+use crate::buffer::Buffer;
+use crate::factors::Factors;
 use crate::finish::Finish;
-use crate::frame::{Frame, blocks, even_part, even_tiles, panels};
-use crate::kernel::{Columns, NO_SCALES, OutScales, SLICE, X_PITCH};
+use crate::frame::Frame;
+use crate::kernel::{Columns, NO_SCALES, OutScales};
+use crate::layout::{SLICE, STRIP, X_PITCH};
 use crate::low_rank::expand;
 use crate::pack::{Vectors, pack_rows};
+use crate::partition::{blocks, even_part, even_tiles, panels};
+use crate::pool::Pool;
+use crate::scratch::Scratch;
+use crate::terms::{PackedSegment, Terms};
 use crate::tiles::{StripPart, Tiles};
 use crate::values::{Sink, Values};
-use crate::weight::{STRIP, Strips};
-use crate::workspace::{Buffer, Pool, Scratch};
+use crate::weight::Strips;
 
 /// The rows of a pass; the fields are those of [`Gemm`](flora_plan::schedule::Gemm).
 #[derive(Clone, Copy, Default)]
@@ -273,8 +278,8 @@ impl<S: Simd> Panel<'_, S> {
                 factors.compose(simd, terms, (column / STRIP, depth.clone()), Some(weight.values), composed);
                 let weight = Columns { values: composed, pitch: STRIP };
                 // The first segment fetches it for all.
-                let own = StripPart { weight, depth: depth.clone(), column, ahead: std::mem::take(&mut ahead) };
-                tiles.rows(rows.clone()).multiply(simd, &own, &mut products[rows.start * STRIP..], sums);
+                let part = StripPart { weight, depth: depth.clone(), column, ahead: std::mem::take(&mut ahead) };
+                tiles.rows(rows.clone()).multiply(simd, &part, &mut products[rows.start * STRIP..], sums);
             }
         });
     }
@@ -285,13 +290,13 @@ impl<S: Simd> Panel<'_, S> {
         let sums = buffer.floats(block.range.len() * self.frame.pitch());
         let mut hidden = self.pass.hidden;
         for run in self.pass.rows.low_rank {
-            let (own, rest) = hidden.split_at(run.rows as usize * run.rank as usize);
+            let (run_hidden, rest) = hidden.split_at(run.rows as usize * run.rank as usize);
             hidden = rest;
             let rows = clip(run.first_row, run.rows, &block.range);
             if !rows.is_empty() {
-                let own = &own[(rows.start - run.first_row as usize) * run.rank as usize..];
+                let rows_hidden = &run_hidden[(rows.start - run.first_row as usize) * run.rank as usize..];
                 let first_sum = (rows.start - block.range.start) * self.frame.pitch();
-                expand(&self.frame, run, rows.len(), own, &mut sums[first_sum..], scratch);
+                expand(&self.frame, run, rows.len(), rows_hidden, &mut sums[first_sum..], scratch);
             }
         }
         scratch.sums = buffer;

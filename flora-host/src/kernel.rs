@@ -6,14 +6,7 @@
 use pulp::{Simd, WithSimd};
 
 use crate::fetch::{Ahead, fetch_near};
-use crate::weight::STRIP;
-
-/// The depth that a row's products are summed over before they are scaled and added to its sum. Fixed, because a row's bits depend
-/// on it.
-pub(crate) const SLICE: usize = 1024;
-
-/// Floats from one row of packed x to the next: not a multiple of the cache's period, so that rows don't evict one another.
-pub(crate) const X_PITCH: usize = SLICE + 16;
+use crate::layout::{STRIP, X_PITCH};
 
 /// The most rows of a tile on any instruction set.
 pub(crate) const MOST_TILE_ROWS: usize = 14;
@@ -64,7 +57,7 @@ pub(crate) struct Part<'a> {
 pub(crate) struct Multiply<'a> {
     /// Packed rows, [`X_PITCH`] apart.
     pub(crate) x: &'a [f32],
-    /// At most [`SLICE`].
+    /// At most [`SLICE`](crate::layout::SLICE).
     pub(crate) depth: usize,
     /// `[depth, tile_columns]`
     pub(crate) weight: Columns<'a>,
@@ -140,10 +133,10 @@ fn multiply<S: Simd, const ROWS: usize>(simd: S, work: Multiply<'_>) {
             let Multiply { x, depth, weight, places, scales, column, sums, part, ahead } = self.0;
             // SAFETY: `Multiply::run` has compared every extent with its slice.
             unsafe {
-                let mut own = [[simd.splat_f32s(0.0); 2]; ROWS];
+                let mut products = [[simd.splat_f32s(0.0); 2]; ROWS];
                 if let Some(part) = part.as_ref().filter(|part| !part.is_first) {
-                    for (at, own) in own.as_flattened_mut().iter_mut().enumerate() {
-                        *own = load::<S>(part.products.as_ptr().add(at * S::F32_LANES));
+                    for (at, product) in products.as_flattened_mut().iter_mut().enumerate() {
+                        *product = load::<S>(part.products.as_ptr().add(at * S::F32_LANES));
                     }
                 }
                 let mut ahead = Ahead::new(ahead, depth / TURN);
@@ -153,28 +146,29 @@ fn multiply<S: Simd, const ROWS: usize>(simd: S, work: Multiply<'_>) {
                     let steps = TURN.min(depth - first);
                     let weights =
                         Operand { values: weight.values.as_ptr().add(first * weight.pitch), pitch: weight.pitch };
-                    own = accumulate::<S, ROWS, true>(simd, own, x.as_ptr().add(first), X_PITCH, 1, weights, steps);
+                    products =
+                        accumulate::<S, ROWS, true>(simd, products, x.as_ptr().add(first), X_PITCH, 1, weights, steps);
                     first += steps;
                 }
                 if let Some(part) = part.filter(|part| !part.is_last) {
-                    for (at, own) in own.as_flattened().iter().enumerate() {
-                        store::<S>(part.products.as_mut_ptr().add(at * S::F32_LANES), *own);
+                    for (at, product) in products.as_flattened().iter().enumerate() {
+                        store::<S>(part.products.as_mut_ptr().add(at * S::F32_LANES), *product);
                     }
                     return;
                 }
-                for (row, own) in own.into_iter().enumerate() {
+                for (row, products) in products.into_iter().enumerate() {
                     let scales = scales
                         .map(|scales| (scales.values.as_ptr(), *scales.places.get_unchecked(row)))
                         .filter(|(_, place)| *place != NO_SCALES);
-                    for (half, own) in own.into_iter().enumerate() {
+                    for (half, product) in products.into_iter().enumerate() {
                         let column = column + half * S::F32_LANES;
                         let place = sums.as_mut_ptr().add(*places.get_unchecked(row) + column);
                         let sum = load::<S>(place);
                         let sum = match scales {
                             Some((values, place)) => {
-                                simd.mul_add_e_f32s(own, load::<S>(values.add(place + column)), sum)
+                                simd.mul_add_e_f32s(product, load::<S>(values.add(place + column)), sum)
                             }
-                            None => simd.add_f32s(sum, own),
+                            None => simd.add_f32s(sum, product),
                         };
                         store::<S>(place, sum);
                     }
@@ -296,11 +290,11 @@ unsafe fn accumulate<S: Simd, const ROWS: usize, const FETCH: bool>(
                 fetch_near(right.wrapping_add(NEAR * pitch));
                 fetch_near(right.wrapping_add(NEAR * pitch + S::F32_LANES));
             }
-            let (one, two) = (load::<S>(right), load::<S>(right.add(S::F32_LANES)));
+            let (first, second) = (load::<S>(right), load::<S>(right.add(S::F32_LANES)));
             for (row, sums) in sums.iter_mut().enumerate() {
                 let left = simd.splat_f32s(*left.add(row * row_pitch + step * step_pitch));
-                sums[0] = simd.mul_add_e_f32s(left, one, sums[0]);
-                sums[1] = simd.mul_add_e_f32s(left, two, sums[1]);
+                sums[0] = simd.mul_add_e_f32s(left, first, sums[0]);
+                sums[1] = simd.mul_add_e_f32s(left, second, sums[1]);
             }
         }
     }

@@ -8,6 +8,8 @@
 //!
 //! The order of every sum depends on the layer alone, so that a row has the same bits whatever else is in its batch.
 
+mod buffer;
+mod call_memory;
 mod check;
 mod decode;
 mod engine;
@@ -18,15 +20,22 @@ mod finish;
 mod frame;
 mod gemm;
 mod kernel;
+mod layout;
 mod low_rank;
 mod materialise;
+mod operands;
 mod pack;
+mod partition;
+mod pool;
+mod scratch;
+mod terms;
 mod tiles;
 mod values;
+mod vectorise;
 mod weight;
-mod workspace;
 
-pub use engine::{Engine, Operands};
+pub use engine::Engine;
 pub use error::HostError;
+pub use operands::Operands;
 pub use values::{Values, ValuesMut};
 pub use weight::Weight;

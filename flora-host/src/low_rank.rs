@@ -8,13 +8,15 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::factors::scatter;
-use crate::frame::{Frame, PARALLEL_MACS, even_tiles, panels};
-use crate::kernel::{Columns, SLICE, X_PITCH, tile_rows};
+use crate::frame::Frame;
+use crate::kernel::{Columns, tile_rows};
+use crate::layout::{SLICE, STRIP, X_PITCH};
 use crate::pack::Vectors;
+use crate::partition::{PARALLEL_MACS, even_tiles, panels};
+use crate::pool::Pool;
+use crate::scratch::Scratch;
 use crate::tiles::{StripPart, Tiles};
 use crate::values::{Shared, Values};
-use crate::weight::STRIP;
-use crate::workspace::{Pool, Scratch};
 
 /// Rows that are shrunk at a time, each with [`TILE_VECTORS`] vectors: as many sums as stay in the registers.
 const TILE_ROWS: usize = 4;
@@ -145,7 +147,7 @@ pub(crate) fn expand_all<S: Simd>(
             let mut buffer = std::mem::take(&mut scratch.sums);
             let mut hidden = hidden;
             for run in runs {
-                let (own, rest) = hidden.split_at(run.rows as usize * run.rank as usize);
+                let (run_hidden, rest) = hidden.split_at(run.rows as usize * run.rank as usize);
                 hidden = rest;
                 for Range { start: first, end } in even_tiles(run.rows as usize, EXPANDED_ROWS) {
                     let rows = end - first;
@@ -157,8 +159,8 @@ pub(crate) fn expand_all<S: Simd>(
                     for (at, sums) in sums.chunks_exact_mut(frame.pitch()).enumerate() {
                         sums[..columns.len()].copy_from_slice(output(at));
                     }
-                    let own = &own[first * run.rank as usize..];
-                    expand(&frame, run, rows, own, sums, scratch);
+                    let rows_hidden = &run_hidden[first * run.rank as usize..];
+                    expand(&frame, run, rows, rows_hidden, sums, scratch);
                     for (at, sums) in sums.chunks_exact(frame.pitch()).enumerate() {
                         output(at).copy_from_slice(&sums[..columns.len()]);
                     }
@@ -180,8 +182,8 @@ fn shrink_rows<S: Simd>(
     hidden.fill(0.0);
     let pack = |vectors: Vectors<'_>, first: usize, count: usize, depth: Range<usize>, out: &mut [f32]| {
         for (at, out) in out.chunks_exact_mut(DOT_PITCH).take(count).enumerate() {
-            let (own, padding) = out.split_at_mut(depth.len());
-            vectors.widen(first + at, depth.start, own);
+            let (numbers, padding) = out.split_at_mut(depth.len());
+            vectors.widen(first + at, depth.start, numbers);
             padding.fill(0.0);
         }
     };
@@ -195,8 +197,8 @@ fn shrink_rows<S: Simd>(
             pack(in_pool, task.shrink + vector, vectors, depth.clone(), inner);
             for (tile, rows) in rows.chunks_exact(TILE_ROWS * DOT_PITCH).enumerate() {
                 let products = Dot { rows, vectors: inner, depth: depth.len() }.run(simd);
-                let own = hidden[tile * TILE_ROWS * task.rank..].chunks_mut(task.rank);
-                for (hidden, products) in own.zip(products) {
+                let tile_hidden = hidden[tile * TILE_ROWS * task.rank..].chunks_mut(task.rank);
+                for (hidden, products) in tile_hidden.zip(products) {
                     let hidden = &mut hidden[vector..vector + vectors];
                     hidden.iter_mut().zip(products).for_each(|(hidden, product)| *hidden += product);
                 }

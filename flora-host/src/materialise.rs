@@ -5,13 +5,16 @@ use std::ops::Range;
 use flora_plan::schedule::{Materialised, MaterialisedAdapter, Scale};
 use pulp::Simd;
 
-use crate::factors::{Factors, Terms};
-use crate::frame::{Frame, panels};
-use crate::kernel::SLICE;
+use crate::factors::Factors;
+use crate::frame::Frame;
+use crate::layout::{SLICE, STRIP};
 use crate::pack::Vectors;
+use crate::partition::panels;
+use crate::pool::Pool;
+use crate::scratch::Scratch;
+use crate::terms::Terms;
 use crate::values::Shared;
-use crate::weight::{STRIP, Strips};
-use crate::workspace::{Pool, Scratch};
+use crate::weight::Strips;
 
 /// What a weight is made of.
 #[derive(Clone, Copy)]

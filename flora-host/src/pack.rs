@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use pulp::{Simd, WithSimd};
+use pulp::Simd;
 
-use crate::kernel::X_PITCH;
+use crate::layout::X_PITCH;
 use crate::values::Values;
+use crate::vectorise::vectorised;
 
 /// A matrix of vectors `[slots, width]`.
 #[derive(Clone, Copy)]
@@ -39,19 +40,6 @@ impl Vectors<'_> {
 
 fn multiply(out: &mut [f32], factors: &[f32]) {
     out.iter_mut().zip(factors).for_each(|(out, factor)| *out *= factor);
-}
-
-/// Runs `work` with the instruction set's vectors at the compiler's disposal.
-pub(crate) fn vectorised<S: Simd, R>(simd: S, work: impl FnOnce() -> R) -> R {
-    struct Work<F>(F);
-    impl<F: FnOnce() -> R, R> WithSimd for Work<F> {
-        type Output = R;
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, _: S) -> R {
-            (self.0)()
-        }
-    }
-    simd.vectorize(Work(work))
 }
 
 /// Packs rows of x, [`X_PITCH`] apart, each by its in-vector where it has one (slots count from 1).

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use crate::frame::even_tiles;
-use crate::kernel::{Columns, Multiply, OutScales, Part, X_PITCH, tile_columns, tile_rows};
-use crate::weight::STRIP;
+use crate::kernel::{Columns, Multiply, OutScales, Part, tile_columns, tile_rows};
+use crate::layout::{STRIP, X_PITCH};
+use crate::partition::even_tiles;
 
 /// Rows and where their sums are.
 #[derive(Clone, Copy)]
@@ -53,8 +53,9 @@ impl Tiles<'_> {
             let products = products.get_mut(tile.start * STRIP..tile.end * STRIP).unwrap_or_default();
             for column in (0..STRIP).step_by(tile_columns::<S>()) {
                 let weight = Columns { values: &strip.weight.values[column..], ..strip.weight };
-                let own = column * tile.len();
-                let part = (!(is_first && is_last)).then(|| Part { products: &mut products[own..], is_first, is_last });
+                let first = column * tile.len();
+                let part =
+                    (!(is_first && is_last)).then(|| Part { products: &mut products[first..], is_first, is_last });
                 let (x, column) = (&x[start..], strip.column + column);
                 Multiply { x, depth: end - start, weight, places, scales, column, sums, part, ahead }.run(simd);
             }

@@ -9,11 +9,9 @@ use flora_plan::weight::{PackedWeight, WeightError, WeightValues};
 use half::{bf16, f16};
 use pulp::Simd;
 
+use crate::buffer::Buffer;
 use crate::decode::{self, Words};
-use crate::workspace::Buffer;
-
-/// Columns of a strip: a tile's on the widest instruction set, and whole tiles' on the others.
-pub(crate) const STRIP: usize = 32;
+use crate::layout::{STRIP, strips_len};
 
 /// W0 `[d, k]` in strips: as many numbers as it has, but for the last strip's padding.
 #[derive(Debug)]
@@ -47,8 +45,8 @@ impl Weight {
         let numbers: &[f32] = made.values.numbers();
         for (row, numbers) in numbers.chunks_exact(STRIP).enumerate() {
             let (first, input) = (row / d * STRIP, row % d);
-            let own = &numbers[..STRIP.min(k.saturating_sub(first))];
-            if let Some((column, value)) = own.iter().enumerate().find(|(_, value)| !value.is_finite()) {
+            let columns = &numbers[..STRIP.min(k.saturating_sub(first))];
+            if let Some((column, value)) = columns.iter().enumerate().find(|(_, value)| !value.is_finite()) {
                 return Err(WeightError::NotFinite { value: *value, input, output: first + column });
             }
         }
@@ -76,11 +74,6 @@ impl Weight {
         };
         Strips { count: (self.shape.k as usize).div_ceil(STRIP), numbers }
     }
-}
-
-/// Numbers of a matrix `[rows, k]` in strips.
-pub(crate) fn strips_len(rows: usize, k: usize) -> usize {
-    rows * k.next_multiple_of(STRIP)
 }
 
 /// A matrix `[rows, k]` in strips, the last one padded with zeros.
@@ -137,13 +130,15 @@ impl<'a> Strips<'a> {
     where
         'a: 'b,
     {
-        let own = depth.start * STRIP..depth.end * STRIP;
+        let numbers = depth.start * STRIP..depth.end * STRIP;
         let out = |decoded: &'b mut Buffer| decoded.floats(depth.len() * STRIP);
         match self.numbers {
-            Numbers::F32(values) => &self.strip(values, at)[own],
-            Numbers::F16(values) => decode::widen(simd, &self.strip(values, at)[own], decode::widen_f16, out(decoded)),
+            Numbers::F32(values) => &self.strip(values, at)[numbers],
+            Numbers::F16(values) => {
+                decode::widen(simd, &self.strip(values, at)[numbers], decode::widen_f16, out(decoded))
+            }
             Numbers::Bf16(values) => {
-                decode::widen(simd, &self.strip(values, at)[own], decode::widen_bf16, out(decoded))
+                decode::widen(simd, &self.strip(values, at)[numbers], decode::widen_bf16, out(decoded))
             }
             Numbers::Words { words, scales, quantisation } => {
                 let strip = Words { words: self.strip(words, at), scales: self.strip(scales, at), quantisation };
@@ -155,11 +150,11 @@ impl<'a> Strips<'a> {
     /// The memory of inputs `depth` of strip `at`, but for scales.
     pub(crate) fn stored(&self, at: usize, depth: Range<usize>) -> &'a [u8] {
         let Range { start, end } = depth;
-        let own = start * STRIP..end * STRIP;
+        let numbers = start * STRIP..end * STRIP;
         match self.numbers {
-            Numbers::F32(values) => bytemuck::cast_slice(&self.strip(values, at)[own]),
-            Numbers::F16(values) => bytemuck::cast_slice(&self.strip(values, at)[own]),
-            Numbers::Bf16(values) => bytemuck::cast_slice(&self.strip(values, at)[own]),
+            Numbers::F32(values) => bytemuck::cast_slice(&self.strip(values, at)[numbers]),
+            Numbers::F16(values) => bytemuck::cast_slice(&self.strip(values, at)[numbers]),
+            Numbers::Bf16(values) => bytemuck::cast_slice(&self.strip(values, at)[numbers]),
             Numbers::Words { words, quantisation, .. } => {
                 let per_word = quantisation.per_word() as usize;
                 bytemuck::cast_slice(&self.strip(words, at)[start / per_word * STRIP..end.div_ceil(per_word) * STRIP])

@@ -58,11 +58,11 @@ fn check_on(problem: &Problem, engine: &Engine) {
         for (position, segment) in problem.segments.iter().enumerate() {
             let adapter = &problem.adapters[segment.adapter as usize];
             let rows = segment.rows as usize * problem.shape.k as usize;
-            let own = &whole[first..first + rows];
+            let expected = &whole[first..first + rows];
             let name = format!("{} + {}", plan.multiplicative(), plan.additive());
-            assert_eq!(alone(problem, position).run(engine, &plan).bits(), own, "{name}, alone");
+            assert_eq!(alone(problem, position).run(engine, &plan).bits(), expected, "{name}, alone");
             let poisoned = poisoned(problem, adapter).run(engine, &plan).bits();
-            assert_eq!(&poisoned[first..first + rows], own, "{name}, beside NaN");
+            assert_eq!(&poisoned[first..first + rows], expected, "{name}, beside NaN");
             first += rows;
         }
     }

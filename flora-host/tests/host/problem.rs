@@ -146,9 +146,10 @@ impl Problem {
             epilogue: self.epilogue,
             merged: None,
         };
-        let own = self.segments.iter().find(|segment| segment.rows > 0).map_or(0, |segment| segment.adapter as usize);
+        let adapter =
+            self.segments.iter().find(|segment| segment.rows > 0).map_or(0, |segment| segment.adapter as usize);
         let merged = (plan.multiplicative() == Lowering::Merged)
-            .then(|| engine.materialise(&operands, &self.recipe(own), 0).unwrap());
+            .then(|| engine.materialise(&operands, &self.recipe(adapter), 0).unwrap());
         let operands = Operands { merged: merged.as_ref(), ..operands };
         // What was there before must not matter.
         let mut y = numbers(&vec![f32::NAN; self.tokens() * self.shape.k as usize], format.activations);

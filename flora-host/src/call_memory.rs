@@ -1,0 +1,29 @@
+//! What one call keeps between its steps, apart from the scratch of its threads.
+
+use flora_plan::schedule::{LowRankRows, VirtualRow};
+
+use crate::buffer::Buffer;
+use crate::low_rank::Shrink;
+
+/// What one call needs beside its threads' scratch.
+#[derive(Default)]
+pub(crate) struct CallMemory {
+    /// Outputs that later steps add to, where y itself is too narrow for sums.
+    pub(crate) stage: Buffer,
+    pub(crate) lent: Lent,
+}
+
+/// What the steps of a call use one after the other.
+#[derive(Default)]
+pub(crate) struct Lent {
+    /// The shrunk rows of every low-rank sum.
+    pub(crate) hidden: Buffer,
+    /// A materialised W_i.
+    pub(crate) weight: Buffer,
+    /// Row tiles to shrink.
+    pub(crate) shrinks: Vec<Shrink>,
+    /// Rows of a pass that the schedule doesn't list.
+    pub(crate) rows: Vec<VirtualRow>,
+    /// Low-rank sums that the schedule lists in another form.
+    pub(crate) runs: Vec<LowRankRows>,
+}
