@@ -244,7 +244,11 @@ where
     fn buffer(device: &Device, tensor: CubeTensor<R>) -> Result<Buffer, TensorError> {
         let element = element(tensor.dtype())?;
         let elements = tensor.shape().num_elements();
-        Ok(device.share_handle(into_contiguous(tensor).handle, elements, element)?)
+        if R::device(device).is_none_or(|own| own != tensor.device) {
+            return Err(TensorError::OtherDevice);
+        }
+        // SAFETY: the tensor is of the runtime's device that this one is, and a runtime has one client for a device.
+        Ok(unsafe { device.share_handle(into_contiguous(tensor).handle, elements, element) }?)
     }
 
     fn tensor(device: &R::Device, buffer: &Buffer, shape: Shape) -> Result<CubeTensor<R>, TensorError> {

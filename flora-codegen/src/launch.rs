@@ -10,7 +10,7 @@ use cubecl::server::Handle;
 
 use crate::layer::{Element, Epilogue, LayerFormat, LayerShape};
 use crate::routine::{Hardware, RoutineError};
-use crate::schedule::{Materialised, Schedule};
+use crate::schedule::{Materialised, Schedule, Step};
 use run::Run;
 
 /// A layer's operands on the device, row-major, in the types of `format`.
@@ -143,7 +143,8 @@ pub unsafe fn launch<R: Runtime>(
     x: &Handle,
     residual: Option<&Handle>,
 ) -> Result<Handle, LaunchError> {
-    check(schedule, layer.shape, layer.in_pool.slots, layer.out_pool.slots)?;
+    let merged = layer.merged.as_ref().map(|merged| merged.adapter);
+    check(schedule, layer.shape, layer.in_pool.slots, layer.out_pool.slots, merged)?;
     if layer.epilogue.residual && residual.is_none() {
         return Err(LaunchError::NoResidual);
     }
@@ -167,11 +168,19 @@ pub unsafe fn merge<R: Runtime>(
     Run::new(client, hardware, layer, 0, &layer.base_weight, None)?.made(step)
 }
 
-/// Whether a schedule is one of a layer of this shape whose pools have so many slots.
+/// Whether a schedule is one of a layer of this shape whose pools have so many slots, and that keeps the W_i of the adapter
+/// `merged`.
 ///
 /// # Errors
-/// A schedule of another layer or of slots that the pools lack; pools that kernels can't index.
-pub fn check(schedule: &Schedule, shape: LayerShape, in_slots: u32, out_slots: u32) -> Result<(), LaunchError> {
+/// A schedule of another layer, of slots that the pools lack or of the merged weight of another adapter; pools that kernels can't
+/// index.
+pub fn check(
+    schedule: &Schedule,
+    shape: LayerShape,
+    in_slots: u32,
+    out_slots: u32,
+    merged: Option<u32>,
+) -> Result<(), LaunchError> {
     if shape != schedule.shape() {
         return Err(LaunchError::OtherLayer { schedule: schedule.shape(), layer: shape });
     }
@@ -183,6 +192,13 @@ pub fn check(schedule: &Schedule, shape: LayerShape, in_slots: u32, out_slots: u
         let elements = u64::from(slots) * u64::from(width);
         if elements > i32::MAX as u64 {
             return Err(LaunchError::PoolTooLarge { pool, elements });
+        }
+    }
+    for step in schedule.steps() {
+        if let Step::Merged { adapter } = step
+            && merged != Some(*adapter)
+        {
+            return Err(LaunchError::NotMerged { wanted: *adapter, found: merged });
         }
     }
     Ok(())

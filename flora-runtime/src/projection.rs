@@ -263,12 +263,14 @@ impl Projection {
         self.put(position, &vectors)
     }
 
-    /// Frees a position of the table and its place in the pools: its rows are base rows from now on. Nothing where it is free.
+    /// Frees a position of the table and its place in the pools: its rows are base rows from now on, and a name that it had is no
+    /// adapter's any more. Nothing where it is free.
     pub fn remove(&mut self, position: u32) {
         let Some(places) = self.places.get_mut(position as usize).and_then(Option::take) else { return };
         self.in_pool.give_back(places.in_slots);
         self.out_pool.give_back(places.out_slots);
         self.adapters[position as usize] = AdapterSlots::base();
+        self.names.retain(|_, named| *named != position);
         if self.operands.merged.as_ref().is_some_and(|(merged, _)| *merged == position) {
             self.operands.merged = None;
         }
@@ -286,9 +288,11 @@ impl Projection {
             self.in_pool.give_back(in_slots);
             return Err(full);
         };
-        let LayerShape { d, k } = self.operands.shape;
-        self.device.write(&mut self.operands.in_pool, in_slots.start, d, &adapter.in_vectors)?;
-        self.device.write(&mut self.operands.out_pool, out_slots.start, k, &adapter.out_vectors)?;
+        if let Err(error) = self.write(in_slots.start, out_slots.start, adapter) {
+            self.in_pool.give_back(in_slots);
+            self.out_pool.give_back(out_slots);
+            return Err(error.into());
+        }
         if self.places.len() <= at {
             self.places.resize(at + 1, None);
             self.adapters.resize(at + 1, AdapterSlots::base());
@@ -296,6 +300,12 @@ impl Projection {
         self.adapters[at] = adapter.slots(in_slots.start, out_slots.start);
         self.places[at] = Some(Places { in_slots, out_slots });
         Ok(())
+    }
+
+    fn write(&mut self, in_slot: u32, out_slot: u32, adapter: &AdapterVectors) -> Result<(), DeviceError> {
+        let LayerShape { d, k } = self.operands.shape;
+        self.device.write(&mut self.operands.in_pool, in_slot, d, &adapter.in_vectors)?;
+        self.device.write(&mut self.operands.out_pool, out_slot, k, &adapter.out_vectors)
     }
 
     /// The adapter's vectors one after the other, and where each is.

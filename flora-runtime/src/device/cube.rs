@@ -148,10 +148,14 @@ impl<R: Runtime> Backend for CubeBackend<R> {
         }?))
     }
 
-    fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<(WeightStorage, WeightFormat), DeviceError> {
+    fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<WeightStorage, DeviceError> {
         // SAFETY: `Device::merge` has checked every buffer's owner, type and length, and the slots.
         let values = unsafe { merge(&self.client, &self.hardware, &buffers(layer)?, step) }?;
-        Ok((WeightStorage::Device { values, scales: None }, WeightFormat::Float(layer.format.activations)))
+        Ok(WeightStorage::Device { values, scales: None })
+    }
+
+    fn merged_format(&self, format: LayerFormat) -> WeightFormat {
+        WeightFormat::Float(format.activations)
     }
 
     fn device_seconds(&self, work: &mut Queueing<'_>) -> Option<Result<f64, DeviceError>> {

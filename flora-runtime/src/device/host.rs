@@ -187,10 +187,13 @@ impl Backend for HostBackend {
         Ok(y.storage())
     }
 
-    fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<(WeightStorage, WeightFormat), DeviceError> {
-        let made = self.engine.materialise(&operands(layer)?, step, 0)?;
-        let format = made.format();
-        Ok((WeightStorage::Host(Arc::new(made)), format))
+    fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<WeightStorage, DeviceError> {
+        Ok(WeightStorage::Host(Arc::new(self.engine.materialise(&operands(layer)?, step, 0)?)))
+    }
+
+    fn merged_format(&self, _format: LayerFormat) -> WeightFormat {
+        // Made in f32, and kept so.
+        WeightFormat::Float(Element::F32)
     }
 
     fn device_seconds(&self, _work: &mut Queueing<'_>) -> Option<Result<f64, DeviceError>> {

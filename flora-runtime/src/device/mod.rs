@@ -205,9 +205,11 @@ pub enum DeviceError {
         /// What it is.
         found: Element,
     },
-    /// A base weight in another format than the layer says.
-    #[error("the base weight is kept in {found} and the layer says {expected}")]
+    /// A weight in another format than the layer says.
+    #[error("{what} is kept in {found} and the layer says {expected}")]
     WrongFormat {
+        /// Which weight.
+        what: &'static str,
         /// What the layer says.
         expected: WeightFormat,
         /// What the weight is.
@@ -273,7 +275,9 @@ trait Backend: Send + Sync {
         x: &Storage,
         residual: Option<&Storage>,
     ) -> Result<Storage, DeviceError>;
-    fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<(WeightStorage, WeightFormat), DeviceError>;
+    fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<WeightStorage, DeviceError>;
+    /// The format of what [`Self::merge`] makes, and of what a step that is merged multiplies by.
+    fn merged_format(&self, format: LayerFormat) -> WeightFormat;
     fn synchronize(&self) -> Result<(), DeviceError>;
     /// Seconds of what `work` queues, by the device's own clock; `None`, and nothing done, where it has none.
     fn device_seconds(&self, work: &mut Queueing<'_>) -> Option<Result<f64, DeviceError>>;
@@ -408,7 +412,16 @@ impl Device {
     ///
     /// # Errors
     /// The host; a handle of fewer bytes than that.
-    pub fn share_handle(&self, handle: Handle, elements: usize, element: Element) -> Result<Buffer, DeviceError> {
+    ///
+    /// # Safety
+    /// The handle is of the client that this device runs on. A handle doesn't say whose it is, and another client's would name other
+    /// memory here.
+    pub unsafe fn share_handle(
+        &self,
+        handle: Handle,
+        elements: usize,
+        element: Element,
+    ) -> Result<Buffer, DeviceError> {
         if self.info.backend == BackendKind::Host {
             return Err(DeviceError::ForeignBuffer { owner: "a device".to_owned(), device: self.info.id.clone() });
         }
@@ -484,7 +497,8 @@ impl Device {
             None if layer.epilogue.residual => return Err(LaunchError::NoResidual.into()),
             None => {}
         }
-        launch::check(schedule, layer.shape, layer.in_pool.slots, layer.out_pool.slots)?;
+        let merged = layer.merged.as_ref().map(|(adapter, _)| *adapter);
+        launch::check(schedule, layer.shape, layer.in_pool.slots, layer.out_pool.slots, merged)?;
         let residual = residual.map(|residual| &residual.storage);
         let y = self.backend.execute(layer, schedule, &x.storage, residual)?;
         Ok(self.own(y, tokens * k, activations))
@@ -497,7 +511,8 @@ impl Device {
     pub fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<WeightBuffer, DeviceError> {
         self.check_layer(layer)?;
         launch::check_slots(step, layer.in_pool.slots, layer.out_pool.slots)?;
-        let (storage, format) = self.backend.merge(layer, step)?;
+        let storage = self.backend.merge(layer, step)?;
+        let format = self.backend.merged_format(layer.format);
         Ok(WeightBuffer { storage, shape: layer.shape, format, owner: self.info.clone() })
     }
 
@@ -515,7 +530,13 @@ impl Device {
         }
         if layer.base_weight.format != layer.format.weight {
             let (expected, found) = (layer.format.weight, layer.base_weight.format);
-            return Err(DeviceError::WrongFormat { expected, found });
+            return Err(DeviceError::WrongFormat { what: "the base weight", expected, found });
+        }
+        if let Some(merged) = merged {
+            let (expected, found) = (self.backend.merged_format(layer.format), merged.format);
+            if found != expected {
+                return Err(DeviceError::WrongFormat { what: "the merged weight", expected, found });
+            }
         }
         self.check("the in-vectors", &layer.in_pool.buffer, layer.in_pool.slots as usize * d, adapters)?;
         self.check("the out-vectors", &layer.out_pool.buffer, layer.out_pool.slots as usize * k, adapters)?;

@@ -1,0 +1,98 @@
+//! Which adapter's weight a batch meets, whatever was loaded, merged and removed before.
+
+use flora_codegen::layer::{Element, LayerShape, WeightFormat};
+use flora_codegen::plan::Plan;
+use flora_codegen::schedule::{Materialised, ScheduleError};
+use flora_codegen::weight::PackedWeight;
+use flora_ir::Activation;
+use flora_ir::algebra::{FoldedAdapter, VirtualRow};
+use flora_runtime::{Batch, BatchError, Device, DeviceError, Projection, ProjectionError};
+
+/// Outputs scaled by a number.
+fn scaled(by: f32) -> FoldedAdapter {
+    let row = VirtualRow { in_scale: None, out_scale: Some(vec![by; 2]) };
+    FoldedAdapter { virtual_rows: vec![row], low_rank: Vec::new() }
+}
+
+/// A weight of ones `[3, 2]`, with alice (10), bob (100) and one that leaves it alone.
+fn projection() -> Projection {
+    let shape = LayerShape { d: 3, k: 2 };
+    let mut projection = Projection::new(&Device::host(), shape, &[1.0; 6], None, Activation::Identity).unwrap();
+    let (alice, bob) = (scaled(10.0), scaled(100.0));
+    projection.load([("alice", Some(&alice)), ("bob", Some(&bob)), ("idle", None)]).unwrap();
+    projection
+}
+
+fn forward(projection: &Projection, segments: &[(Option<&str>, u32)]) -> Result<Vec<f32>, ProjectionError> {
+    let rows: u32 = segments.iter().map(|(_, rows)| rows).sum();
+    projection.forward(&Batch::new(segments.iter().copied()), &Plan::MERGED, &vec![1.0; 3 * rows as usize])
+}
+
+#[test]
+fn a_merged_weight_serves_its_own_adapter_alone() {
+    let mut projection = projection();
+    projection.merge("alice").unwrap();
+    assert_eq!(forward(&projection, &[(Some("alice"), 2)]).unwrap(), [30.0; 4]);
+    for other in [Some("bob"), Some("idle"), None] {
+        let refused = forward(&projection, &[(other, 2)]);
+        let Err(ProjectionError::Device(DeviceError::Launch(error))) = refused else {
+            panic!("{other:?}: {refused:?}");
+        };
+        assert!(error.to_string().contains("merge the adapter first"), "{error}");
+        for mixed in [[(Some("alice"), 1), (other, 1)], [(other, 1), (Some("alice"), 1)]] {
+            let refused = forward(&projection, &mixed);
+            let expected = ProjectionError::Schedule(ScheduleError::NotOneAdapter { adapters: 2 });
+            assert_eq!(refused.unwrap_err().to_string(), expected.to_string(), "{mixed:?}");
+        }
+    }
+    projection.merge("bob").unwrap();
+    assert_eq!(forward(&projection, &[(Some("bob"), 1)]).unwrap(), [300.0; 2]);
+    assert!(forward(&projection, &[(Some("alice"), 1)]).is_err());
+}
+
+#[test]
+fn a_removed_name_is_nobody_elses() {
+    let mut projection = projection();
+    projection.merge("alice").unwrap();
+    let batch = Batch::new([(Some("alice"), 1)]);
+    let alice = projection.segments(&batch).unwrap()[0].adapter;
+    projection.remove(alice);
+    assert!(matches!(projection.segments(&batch), Err(BatchError::UnknownAdapter { .. })));
+    // Bob's vectors at alice's position are not alice's.
+    projection.place(alice, &scaled(100.0)).unwrap();
+    let refused = projection.forward(&batch, &Plan::default(), &[1.0; 3]);
+    assert!(matches!(refused, Err(ProjectionError::Batch(BatchError::UnknownAdapter { .. }))), "{refused:?}");
+    // Names of others, and of adapters that leave the layer alone, stay.
+    for (name, expected) in [("bob", 300.0), ("idle", 3.0)] {
+        let batch = Batch::new([(Some(name), 1)]);
+        assert_eq!(projection.forward(&batch, &Plan::default(), &[1.0; 3]).unwrap(), [expected; 2]);
+    }
+    projection.load([("alice", Some(&scaled(10.0)))]).unwrap();
+    assert_eq!(projection.forward(&batch, &Plan::default(), &[1.0; 3]).unwrap(), [30.0; 2]);
+}
+
+#[test]
+fn a_merged_weight_is_in_the_format_that_is_multiplied() {
+    let mut projection = projection();
+    projection.merge("alice").unwrap();
+    let batch = Batch::new([(Some("alice"), 1)]);
+    let schedule = projection.schedule(&batch, &Plan::MERGED).unwrap();
+    let (device, shape) = (projection.device(), projection.shape());
+    let x = device.upload(&[1.0; 3]).unwrap();
+    let mut operands = projection.operands().clone();
+    assert!(device.execute(&operands, &schedule, &x, None).is_ok());
+    let step = Materialised::weight_of(&projection.adapters()[schedule_adapter(&projection, &batch) as usize]);
+    assert!(device.merge(&operands, &step).is_ok());
+    for format in [WeightFormat::Int8, WeightFormat::Float(Element::F16)] {
+        let packed = PackedWeight::from_f32(format, shape, &[1.0; 6]).unwrap();
+        let weight = device.upload_weight(&packed).unwrap();
+        operands.merged = Some((schedule_adapter(&projection, &batch), weight));
+        let refused = device.execute(&operands, &schedule, &x, None);
+        assert!(matches!(refused, Err(DeviceError::WrongFormat { what: "the merged weight", .. })), "{refused:?}");
+    }
+}
+
+/// The position of the adapter of a batch of one segment.
+fn schedule_adapter(projection: &Projection, batch: &Batch) -> u32 {
+    projection.segments(batch).unwrap()[0].adapter
+}
