@@ -114,8 +114,8 @@ pub fn schedule(
     let has_rows = |adapter: usize| !rows_of[adapter].is_empty();
     let lowering = plan.multiplicative();
     if lowering == Lowering::Merged {
-        let own = (0..adapters.len()).find(|adapter| has_rows(*adapter));
-        steps.extend(own.map(|adapter| Step::Merged { adapter: adapter as u32 }));
+        let with_rows = (0..adapters.len()).find(|adapter| has_rows(*adapter));
+        steps.extend(with_rows.map(|adapter| Step::Merged { adapter: adapter as u32 }));
     } else {
         let materialises = |adapter: &AdapterSlots| lowering == Lowering::Bmm && !adapter.is_plain();
         // A materialised weight holds the additive part of its adapter already.
@@ -320,9 +320,11 @@ fn segmented(segments: &[Segment], adapters: &[AdapterSlots], adds: impl Fn(&Ada
 
 fn low_rank_bmm(adapters: &[AdapterSlots], rows_of: &[Vec<u32>], adds: impl Fn(&AdapterSlots) -> bool) -> LowRankBmm {
     let (mut rows, mut shrink, mut expand) = (Vec::new(), Vec::new(), Vec::new());
-    for (adapter, own) in adapters.iter().zip(rows_of).filter(|(adapter, own)| !own.is_empty() && adds(adapter)) {
+    for (adapter, adapter_rows) in
+        adapters.iter().zip(rows_of).filter(|(adapter, rows)| !rows.is_empty() && adds(adapter))
+    {
         let low_rank = adapter.low_rank;
-        rows.push(own.clone());
+        rows.push(adapter_rows.clone());
         shrink.push((low_rank.shrink..).take(low_rank.rank as usize).collect());
         expand.push((low_rank.expand..).take(low_rank.rank as usize).collect());
     }
