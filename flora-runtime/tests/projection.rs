@@ -2,7 +2,7 @@
 
 use flora_codegen::layer::{Element, LayerShape, WeightFormat};
 use flora_codegen::plan::Plan;
-use flora_codegen::schedule::{Materialised, ScheduleError};
+use flora_codegen::schedule::ScheduleError;
 use flora_codegen::weight::PackedWeight;
 use flora_ir::Activation;
 use flora_ir::algebra::{FoldedAdapter, VirtualRow};
@@ -81,18 +81,12 @@ fn a_merged_weight_is_in_the_format_that_is_multiplied() {
     let x = device.upload(&[1.0; 3]).unwrap();
     let mut operands = projection.operands().clone();
     assert!(device.execute(&operands, &schedule, &x, None).is_ok());
-    let step = Materialised::weight_of(&projection.adapters()[schedule_adapter(&projection, &batch) as usize]);
-    assert!(device.merge(&operands, &step).is_ok());
+    let (alice, _) = operands.merged.clone().expect("it was merged");
     for format in [WeightFormat::Int8, WeightFormat::Float(Element::F16)] {
         let packed = PackedWeight::from_f32(format, shape, &[1.0; 6]).unwrap();
         let weight = device.upload_weight(&packed).unwrap();
-        operands.merged = Some((schedule_adapter(&projection, &batch), weight));
+        operands.merged = Some((alice, weight));
         let refused = device.execute(&operands, &schedule, &x, None);
         assert!(matches!(refused, Err(DeviceError::WrongFormat { what: "the merged weight", .. })), "{refused:?}");
     }
-}
-
-/// The position of the adapter of a batch of one segment.
-fn schedule_adapter(projection: &Projection, batch: &Batch) -> u32 {
-    projection.segments(batch).unwrap()[0].adapter
 }

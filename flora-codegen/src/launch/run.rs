@@ -348,10 +348,9 @@ impl<'a, R: Runtime> Run<'a, R> {
     }
 
     fn merged(&self, adapter: u32, schedule: &Schedule) -> Result<(), LaunchError> {
-        let found = self.layer.merged.as_ref();
-        let Some(merged) = found.filter(|merged| merged.adapter == adapter) else {
-            return Err(LaunchError::NotMerged { wanted: adapter, found: found.map(|merged| merged.adapter) });
-        };
+        // Whose it is was compared before the first launch.
+        let missing = LaunchError::NotMerged { wanted: adapter, found: None };
+        let merged = self.layer.merged.as_ref().ok_or(missing)?;
         let format = self.made_format();
         let wanted = Wanted { format, ..self.wanted(true, schedule.splits()) };
         let launch = routine::matrices(self.hardware, wanted, 1, schedule.tokens())?;
