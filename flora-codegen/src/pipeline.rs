@@ -1,11 +1,11 @@
 //! The whole compiler, top to bottom: each pass takes what the one before it returned.
 //!
 //! ```text
-//! Layer ──verify──▶ VerifiedLayer ──normalize──▶ AdaptedLinear ──parts──▶ [Lowering]      once a layer
+//! Layer ──verify──▶ VerifiedLayer ──normalize──▶ NormalForm ──parts──▶ [Lowering]      once a layer
 //! segments ──shape──▶ BatchShape ──plan──▶ Plan ──schedule──▶ Schedule ──launch | emit    once a batch
 //! ```
 
-use flora_ir::algebra::{AdaptedLinear, Core, Derivation, NormalizeError, Normalized, Term, normalize};
+use flora_ir::algebra::{Core, Derivation, NormalForm, NormalizeError, Normalized, Term, normalize};
 use flora_ir::{Activation, Layer, Shape, VerifiedLayer, verify};
 
 use crate::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
@@ -20,7 +20,7 @@ pub struct CompiledLayer {
     /// As its author wrote it; what the oracle evaluates.
     pub written: VerifiedLayer,
     /// The normal form.
-    pub linear: AdaptedLinear,
+    pub linear: NormalForm,
     /// How it came about.
     pub derivation: Derivation,
     /// The parts that need a lowering; none for a plain linear.
@@ -68,7 +68,7 @@ impl CompiledLayer {
     }
 
     /// Slots as an adapter of this form and rank takes them, counted from `first` in both pools: what
-    /// [`AdaptedLinear::fold`] makes of it.
+    /// [`NormalForm::fold`] makes of it.
     pub fn slots(&self, rank: u32, first: u32) -> AdapterSlots {
         let mut next = first;
         let mut take = |count: u32| {

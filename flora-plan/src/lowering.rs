@@ -1,6 +1,6 @@
 //! The legal ways to compute the parts of an adapted linear, as one table.
 
-use flora_ir::algebra::{AdaptedLinear, Core};
+use flora_ir::algebra::{Core, NormalForm};
 use serde::{Deserialize, Serialize};
 
 /// How one part of an adapter is computed.
@@ -117,7 +117,7 @@ pub fn lowerings_of(part: Part) -> impl Iterator<Item = &'static Row> {
 }
 
 /// The parts that an adapter of this form has. Empty for a plain linear.
-pub fn parts_of(linear: &AdaptedLinear) -> Vec<Part> {
+pub fn parts_of(linear: &NormalForm) -> Vec<Part> {
     let scaled = |term: &flora_ir::algebra::Term| term.inner.is_some() || term.outer.is_some();
     let base = linear.terms.iter().filter(|term| matches!(term.core, Core::Base));
     let multiplicative = linear.terms.iter().any(|term| matches!(term.core, Core::Multiplicative { .. }))

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use flora::codegen::lowering::{Part, lowerings_of};
-use flora::ir::algebra::{AdaptedLinear, Core, Term};
+use flora::ir::algebra::{Core, NormalForm, Term};
 use flora::ir::text::print_equation;
 use flora::ir::{Handle, Node, Reduce};
 use flora::prelude::*;
@@ -120,7 +120,7 @@ fn human(report: &Report, compiled: &CompiledLayer) -> String {
 }
 
 /// `outer ∘ core(inner ∘ x)` with the load-time values written out.
-fn term_text(linear: &AdaptedLinear, term: &Term) -> String {
+fn term_text(linear: &NormalForm, term: &Term) -> String {
     let value = |node: Handle<Node>| {
         let mut part = linear.layer.layer().clone();
         part.root = Some(node);

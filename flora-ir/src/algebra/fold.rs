@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{AdaptedLinear, Core, FoldedAdapter, RankOne, Term, VirtualRow};
+use super::{Core, FoldedAdapter, NormalForm, RankOne, Term, VirtualRow};
 use crate::arena::Handle;
 use crate::evaluate::{Bindings, EvaluateError, Extents, Value, apply_activation, evaluate_graph};
 use crate::layer::{Activation, Node, Reduce};
@@ -82,7 +82,7 @@ impl Scale {
     }
 }
 
-impl AdaptedLinear {
+impl NormalForm {
     /// The number of virtual rows per token and the additive rank of an adapter whose pairs `b`, `a` all have rank `rank`: what
     /// [`fold`](Self::fold) gives, without any values.
     pub fn rows_and_rank(&self, rank: usize) -> (usize, usize) {
@@ -126,9 +126,9 @@ impl AdaptedLinear {
     }
 }
 
-/// One run of [`AdaptedLinear::fold`].
+/// One run of [`NormalForm::fold`].
 struct Fold<'a> {
-    linear: &'a AdaptedLinear,
+    linear: &'a NormalForm,
     bindings: &'a Bindings,
     extents: Extents,
     values: BTreeMap<Handle<Node>, Value>,
@@ -249,7 +249,7 @@ impl Fold<'_> {
     }
 }
 
-impl AdaptedLinear {
+impl NormalForm {
     /// Whether every bound operand is finite.
     fn is_finite(&self, bindings: &Bindings) -> bool {
         let operands = self.layer.layer().operands.iter();

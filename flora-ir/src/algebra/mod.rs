@@ -21,10 +21,11 @@ use crate::arena::Handle;
 use crate::layer::{Activation, Node, Operand, Reduce};
 use crate::verify::VerifiedLayer;
 
-/// The adapted linear: y = φ(Σ terms + bias) + residual. Every `Handle<Node>` points into `layer` and depends on adapters, base
-/// weight and constants alone, never on the input or the residual, so it is computed once, when an adapter is loaded.
+/// What every adapted linear layer is rewritten to: y = φ(Σ terms + bias) + residual. Every `Handle<Node>` points into
+/// `layer` and depends on adapters, base weight and constants alone, never on the input or the residual, so it is computed
+/// once, when an adapter is loaded.
 #[derive(Clone, Debug)]
-pub struct AdaptedLinear {
+pub struct NormalForm {
     /// The rewritten layer that the handles point into.
     pub layer: VerifiedLayer,
     /// x, `[tokens, d]`.
@@ -95,7 +96,7 @@ pub enum Core {
     },
 }
 
-impl AdaptedLinear {
+impl NormalForm {
     /// What becomes of the sum of the terms.
     pub fn epilogue(&self) -> Epilogue {
         Epilogue { bias: self.bias.is_some(), activation: self.activation, residual: self.residual.is_some() }

@@ -1,6 +1,6 @@
-//! Rewrites an equation with the rules until none applies, and reads the adapted linear off what is left.
+//! Rewrites an equation with the rules until none applies, and reads the normal form off what is left.
 
-use super::AdaptedLinear;
+use super::NormalForm;
 use super::derivation::Derivation;
 use super::obstacle::{NormalizeError, Obstacle};
 use super::pattern::{Subject, rewrite};
@@ -17,12 +17,12 @@ pub const MAX_STEPS: usize = 1000;
 #[derive(Clone, Debug)]
 pub struct Normalized {
     /// The normal form.
-    pub linear: AdaptedLinear,
+    pub linear: NormalForm,
     /// How it was reached.
     pub derivation: Derivation,
 }
 
-/// Takes `layer` to the adapted linear by the rules of [`rules`](mod@super::rules).
+/// Takes `layer` to its normal form by the rules of [`rules`](mod@super::rules).
 ///
 /// # Errors
 /// When the rules end at something else: the term that is in the way, as it was written, and why. When the equation grows past

@@ -2,7 +2,7 @@
 
 use super::obstacle::{NormalizeError, Obstacle, blame, misplaced_residual};
 use super::pattern::Subject;
-use super::{AdaptedLinear, Core, Term};
+use super::{Core, NormalForm, Term};
 use crate::arena::Handle;
 use crate::layer::{Activation, Node, Operator, Reduce, Role};
 use crate::verify::VerifiedLayer;
@@ -11,7 +11,7 @@ use crate::verify::VerifiedLayer;
 pub const MAX_TERMS: usize = 256;
 
 /// φ(Σ terms + bias) + residual
-pub(super) fn read(layer: &VerifiedLayer) -> Result<AdaptedLinear, NormalizeError> {
+pub(super) fn read(layer: &VerifiedLayer) -> Result<NormalForm, NormalizeError> {
     let subject = Subject::new(layer);
     if let Some(error) = misplaced_residual(&subject) {
         return Err(error);
@@ -41,7 +41,7 @@ pub(super) fn read(layer: &VerifiedLayer) -> Result<AdaptedLinear, NormalizeErro
         }
     }
     let (input, base_weight) = (layer.input(), layer.base_weight());
-    Ok(AdaptedLinear { layer: layer.clone(), input, base_weight, terms, bias, activation, residual: layer.residual() })
+    Ok(NormalForm { layer: layer.clone(), input, base_weight, terms, bias, activation, residual: layer.residual() })
 }
 
 /// What the additions at `node` add, from the left.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use flora_checkpoint::{AdapterError, AdapterFolder, AdapterModule, BaseWeight, Model, Operand};
 use flora_codegen::pipeline::{CompiledLayer, compile_verified};
-use flora_ir::algebra::{AdaptedLinear, FoldError, FoldedAdapter};
+use flora_ir::algebra::{FoldError, FoldedAdapter, NormalForm};
 use flora_ir::{Bindings, EvaluateError, Value, builtin};
 
 use super::{LoadedAdapter, StoreError};
@@ -140,6 +140,6 @@ fn bindings(operands: &BTreeMap<&'static str, Operand>) -> Result<Bindings, Eval
     Ok(bindings)
 }
 
-fn base_weight_name(linear: &AdaptedLinear) -> String {
+fn base_weight_name(linear: &NormalForm) -> String {
     linear.layer.layer().operands[linear.base_weight].name.clone()
 }
