@@ -5,10 +5,10 @@
 //! segments ──shape──▶ BatchShape ──plan──▶ Plan ──schedule──▶ Schedule ──launch | emit    once a batch
 //! ```
 
-use flora_ir::algebra::{Core, Derivation, NormalForm, NormalizeError, Normalized, Term, normalize};
-use flora_ir::{Activation, Layer, Shape, VerifiedLayer, verify};
+use flora_ir::algebra::{Derivation, NormalForm, NormalizeError, Normalized, normalize};
+use flora_ir::{Activation, Layer, VerifiedLayer, verify};
 
-use crate::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
+use crate::batch::{AdapterSlots, Segment};
 use crate::layer::{Epilogue, LayerFormat, LayerShape};
 use crate::lowering::{Part, parts_of};
 use crate::plan::Plan;
@@ -70,43 +70,7 @@ impl CompiledLayer {
     /// Slots as an adapter of this form and rank takes them, counted from `first` in both pools: what
     /// [`NormalForm::fold`] makes of it.
     pub fn slots(&self, rank: u32, first: u32) -> AdapterSlots {
-        let mut next = first;
-        let mut take = |count: u32| {
-            let slot = next;
-            next = next.saturating_add(count);
-            slot
-        };
-        let is_vector = |node| !matches!(self.linear.layer.type_of(node).shape, Shape::Scalar);
-        let base = |term: &&Term| matches!(term.core, Core::Base);
-        let plain = |term: &Term| !term.inner.is_some_and(is_vector);
-        let scaled = |term: &Term| term.inner.is_some() || term.outer.is_some();
-        let mut virtual_rows = Vec::new();
-        // Base terms whose input isn't scaled by a vector are one row.
-        let merged: Vec<_> = self.linear.terms.iter().filter(base).filter(|term| plain(term)).collect();
-        if !merged.is_empty() {
-            let out_scale = (merged.len() > 1 || merged.iter().any(|term| scaled(term))).then(|| take(1));
-            virtual_rows.push(VirtualRowSlots { in_scale: None, out_scale });
-        }
-        let mut additive = 0u32;
-        for term in &self.linear.terms {
-            match term.core {
-                Core::Base if plain(term) => {}
-                Core::Base => {
-                    let slot = take(1);
-                    virtual_rows.push(VirtualRowSlots { in_scale: Some(slot), out_scale: term.outer.map(|_| slot) });
-                }
-                Core::Multiplicative { .. } => virtual_rows.extend((0..rank).map(|_| {
-                    let slot = take(1);
-                    VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) }
-                })),
-                Core::Additive { .. } => additive = additive.saturating_add(rank),
-            }
-        }
-        if virtual_rows.is_empty() {
-            virtual_rows.push(VirtualRowSlots { in_scale: None, out_scale: Some(take(1)) });
-        }
-        let slot = take(additive);
-        AdapterSlots { virtual_rows, low_rank: LowRankSlots { shrink: slot, expand: slot, rank: additive } }
+        AdapterSlots::of(&self.linear.layout(rank as usize), first)
     }
 
     /// The launches that `plan` makes on `target` for a batch of `segments` segments of `rows` rows, every one with an adapter

@@ -3,7 +3,7 @@
 mod support;
 
 use flora_ir::algebra::{
-    Core, FoldError, FoldedAdapter, NormalizeError, Obstacle, RankOne, VirtualRow, normalize, rules,
+    Core, FoldError, FoldedAdapter, NormalizeError, Obstacle, RankOne, RowScales, VirtualRow, normalize, rules,
 };
 use flora_ir::{Activation, Bindings, Dimension, EvaluateError, Role, Value, VerifiedLayer, builtin, evaluate_root};
 use proptest::prelude::*;
@@ -59,8 +59,7 @@ fn check(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> Result<(), Test
         let is_close = (expected - applied).abs() <= ROUNDED * size + EXACT * expected.abs();
         prop_assert!(is_close, "{expected} is not {applied}: {text}\n{}", normalized.derivation);
     }
-    let counted = (folded.virtual_rows.len(), folded.low_rank.len());
-    prop_assert_eq!(counted, linear.rows_and_rank(sizes[3]), "{}", text);
+    prop_assert_eq!(folded.layout(), linear.layout(sizes[3]), "{}", text);
     Ok(())
 }
 
@@ -184,7 +183,10 @@ proptest! {
 
 #[test]
 fn builtins_have_the_terms_of_their_names() {
-    let counts = |name: &str| normalize(builtin::builtin(name).expect(name)).expect(name).linear.rows_and_rank(5);
+    let counts = |name: &str| {
+        let layout = normalize(builtin::builtin(name).expect(name)).expect(name).linear.layout(5);
+        (layout.virtual_rows.len(), layout.low_rank)
+    };
     let expected = [
         ("linear", (1, 0)),
         ("flora", (5, 0)),
@@ -373,8 +375,33 @@ fn a_long_sum_is_no_trouble() {
         [(operands.to_owned(), sum.clone()), (format!("{operands}, e: residual[tokens, K]"), format!("e + {sum}"))]
     {
         let linear = normalize(&layer(&format!("layer f({operands}) {{ {sum} }}"))).unwrap().linear;
-        assert_eq!(linear.rows_and_rank(2), (1, 120));
+        let layout = linear.layout(2);
+        assert_eq!((layout.virtual_rows.len(), layout.low_rank), (1, 120));
     }
+}
+
+#[test]
+fn the_layout_of_an_adapter_follows_from_its_equation() {
+    let operands = "x: input[tokens, D], w0: weight[D, K], i: adapter[D], s: adapter[], l: adapter[K]";
+    let row = |in_scale, out_scale| RowScales { in_scale, out_scale };
+    for (equation, rows) in [
+        ("l * ((s * i * x) @ w0)", vec![row(true, true)]),
+        // The scalar goes into the vector of the input.
+        ("s * ((i * x) @ w0) + l * (x @ w0)", vec![row(false, true), row(true, false)]),
+        // A scale that happens to be 1 is a scale all the same.
+        ("s * (x @ w0) + l * ((i * x) @ w0)", vec![row(false, true), row(true, true)]),
+    ] {
+        let layer = layer(&format!("layer f({operands}) {{ {equation} }}"));
+        let linear = normalize(&layer).expect(equation).linear;
+        let ones = |extent| Value::vector(vec![1.0; extent]);
+        let mut adapter = Bindings::from_iter([("i", ones(3)), ("s", Value::scalar(1.0)), ("l", ones(4))]);
+        adapter.insert_extent(Dimension::Symbol("K".to_owned()), 4);
+        assert_eq!(linear.layout(0).virtual_rows, rows, "{equation}");
+        assert_eq!(linear.fold(&adapter).expect(equation).layout(), linear.layout(0), "{equation}");
+    }
+    let fixed = "x: input[tokens, D], w0: weight[D, K], b: adapter[D, 2], a: adapter[2, K]";
+    let linear = normalize(&layer(&format!("layer f({fixed}) {{ x @ (w0 + b @ a) }}"))).unwrap().linear;
+    assert_eq!(linear.layout(7).low_rank, 2);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The batch as the planner and the scheduler see it: contiguous segments of rows, and where each adapter's vectors lie in the
 //! device's pools. No tensor data.
 
+use flora_ir::algebra::{FoldedLayout, RowScales};
+
 /// Classes of segments by their rows: 1, 2 and 3, 4 to 7, 8 to 15, 16 and more.
 pub const ROW_CLASSES: usize = 5;
 
@@ -57,6 +59,28 @@ impl AdapterSlots {
     /// The base weight alone.
     pub fn base() -> Self {
         Self { virtual_rows: vec![VirtualRowSlots::default()], low_rank: LowRankSlots::default() }
+    }
+
+    /// Slots for an adapter of this layout, counted from `first` in both pools. Of an adapter without virtual rows the product
+    /// with the base weight counts for nothing, but the rows have to be written: it takes one that is scaled by zeros.
+    pub fn of(layout: &FoldedLayout, first: u32) -> Self {
+        let mut next = first;
+        let mut take = |count: u32| {
+            let slot = next;
+            next = next.saturating_add(count);
+            slot
+        };
+        let mut row = |scales: &RowScales| {
+            let slot = (scales.in_scale || scales.out_scale).then(|| take(1));
+            VirtualRowSlots { in_scale: slot.filter(|_| scales.in_scale), out_scale: slot.filter(|_| scales.out_scale) }
+        };
+        let virtual_rows = match &layout.virtual_rows[..] {
+            [] => vec![row(&RowScales { in_scale: false, out_scale: true })],
+            rows => rows.iter().map(row).collect(),
+        };
+        let rank = u32::try_from(layout.low_rank).unwrap_or(u32::MAX);
+        let slot = take(rank);
+        Self { virtual_rows, low_rank: LowRankSlots { shrink: slot, expand: slot, rank } }
     }
 
     /// One past the largest in-vector slot.

@@ -1,6 +1,6 @@
 //! The legal ways to compute the parts of an adapted linear, as one table.
 
-use flora_ir::algebra::{Core, NormalForm};
+use flora_ir::algebra::NormalForm;
 use serde::{Deserialize, Serialize};
 
 /// How one part of an adapter is computed.
@@ -118,18 +118,9 @@ pub fn lowerings_of(part: Part) -> impl Iterator<Item = &'static Row> {
 
 /// The parts that an adapter of this form has. Empty for a plain linear.
 pub fn parts_of(linear: &NormalForm) -> Vec<Part> {
-    let scaled = |term: &flora_ir::algebra::Term| term.inner.is_some() || term.outer.is_some();
-    let base = linear.terms.iter().filter(|term| matches!(term.core, Core::Base));
-    let multiplicative = linear.terms.iter().any(|term| matches!(term.core, Core::Multiplicative { .. }))
-        || base.clone().any(scaled)
-        || base.count() > 1;
-    let additive = linear.terms.iter().any(|term| matches!(term.core, Core::Additive { .. }));
-    let mut parts = Vec::new();
-    if multiplicative {
-        parts.push(Part::Multiplicative);
-    }
-    if additive {
-        parts.push(Part::Additive);
-    }
-    parts
+    // Of rank 0 the pairs would be missing.
+    let layout = linear.layout(1);
+    let multiplicative = !layout.virtual_rows.is_empty() && !layout.is_plain();
+    let parts = [(multiplicative, Part::Multiplicative), (layout.low_rank > 0, Part::Additive)];
+    parts.into_iter().filter_map(|(has, part)| has.then_some(part)).collect()
 }

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{Core, FoldedAdapter, NormalForm, RankOne, Term, VirtualRow};
+use super::layout::{Folding, Pair};
+use super::{FoldedAdapter, NormalForm, RankOne, Term, VirtualRow};
 use crate::arena::Handle;
 use crate::evaluate::{Bindings, EvaluateError, Extents, Value, apply_activation, evaluate_graph};
 use crate::layer::{Activation, Node, Reduce};
@@ -83,30 +84,9 @@ impl Scale {
 }
 
 impl NormalForm {
-    /// The number of virtual rows per token and the additive rank of an adapter whose pairs `b`, `a` all have rank `rank`: what
-    /// [`fold`](Self::fold) gives, without any values.
-    pub fn rows_and_rank(&self, rank: usize) -> (usize, usize) {
-        let mut plain_base = 0;
-        let (mut rows, mut low_rank) = (0, 0);
-        for term in &self.terms {
-            match term.core {
-                Core::Base if self.has_plain_input(term) => plain_base = 1,
-                Core::Base => rows += 1,
-                Core::Multiplicative { .. } => rows += rank,
-                Core::Additive { .. } => low_rank += rank,
-            }
-        }
-        (plain_base + rows, low_rank)
-    }
-
-    /// Whether the input of `term` is scaled by no vector, so that it shares its row with others of that kind.
-    fn has_plain_input(&self, term: &Term) -> bool {
-        term.inner.is_none_or(|inner| self.layer.type_of(inner).shape == Shape::Scalar)
-    }
-
     /// The adapter in the form that the kernels read. `bindings` holds the adapter's tensors by operand name, and the base
     /// weight and shared operands where a load-time value depends on them (DoRA's norm). Base terms whose input is not scaled by
-    /// a vector become one virtual row, the first.
+    /// a vector become one virtual row, the first. Which vectors there are doesn't depend on the numbers: [`layout`](Self::layout).
     ///
     /// A tensor that holds a NaN or an infinity gives an adapter that does; finite tensors never do.
     ///
@@ -118,9 +98,8 @@ impl NormalForm {
         let values = evaluate_graph(self.layer.layer(), &nodes, bindings)?;
         let values = nodes.into_iter().zip(values).collect();
         let mut fold = Fold { linear: self, bindings, extents, values, folded: FoldedAdapter::default() };
-        fold.plain_base_terms()?;
-        for term in &self.terms {
-            fold.term(term)?;
+        for folding in self.foldings() {
+            fold.add(&folding)?;
         }
         Ok(fold.folded)
     }
@@ -136,38 +115,15 @@ struct Fold<'a> {
 }
 
 impl Fold<'_> {
-    /// out ∘ (x @ w0) with the sum of the scales of all base terms that scale the input by no vector.
-    fn plain_base_terms(&mut self) -> Result<(), FoldError> {
-        let mut sum: Option<(Scale, &Term)> = None;
-        for term in self.linear.terms.iter().filter(|term| term.core == Core::Base && self.linear.has_plain_input(term))
-        {
-            let inner = match self.scale(term.inner)? {
-                Scale::Scalar(inner) => inner,
-                Scale::Vector(_) => continue,
-            };
-            let scale = self.scale(term.outer)?.scaled(inner);
-            sum = Some(match sum {
-                None => (scale, term),
-                Some((known, first)) => (known.plus(scale), first),
-            });
-        }
-        let Some((scale, term)) = sum else { return Ok(()) };
-        let out_scale = match scale {
-            Scale::Scalar(1.0) => None,
-            Scale::Scalar(_) => Some(self.round(scale.times(&vec![1.0; self.out_extent()?]), term)?),
-            Scale::Vector(vector) => Some(self.round(vector, term)?),
-        };
-        self.folded.virtual_rows.push(VirtualRow { in_scale: None, out_scale });
-        Ok(())
-    }
-
-    fn term(&mut self, term: &Term) -> Result<(), FoldError> {
-        match term.core {
-            Core::Base if self.linear.has_plain_input(term) => {}
-            Core::Base => {
-                let (inner, outer) = (self.scale(term.inner)?, self.scale(term.outer)?);
-                // The scalar of one side goes into the vector of the other, so that a row holds no vector of equal numbers.
-                let (inner, outer) = match (inner, outer) {
+    fn add(&mut self, folding: &Folding<'_>) -> Result<(), FoldError> {
+        match folding {
+            Folding::SharedRow { terms, out_scale } => {
+                let out_scale = out_scale.then(|| self.sum_of_scales(terms)).transpose()?;
+                self.folded.virtual_rows.push(VirtualRow { in_scale: None, out_scale });
+            }
+            Folding::ScaledRow { term, .. } => {
+                // A scalar goes into the vector of the other side, so that a row holds no vector of equal numbers.
+                let (inner, outer) = match (self.scale(term.inner)?, self.scale(term.outer)?) {
                     (inner, Scale::Scalar(outer)) => (inner.scaled(outer), None),
                     (inner, Scale::Vector(outer)) => (inner, Some(outer)),
                 };
@@ -178,27 +134,41 @@ impl Fold<'_> {
                 let out_scale = outer.map(|outer| self.round(outer, term)).transpose()?;
                 self.folded.virtual_rows.push(VirtualRow { in_scale, out_scale });
             }
-            Core::Multiplicative { b, a, reduce } => {
-                let rows = self.rank_one_pairs(term, b, a, reduce)?.into_iter();
+            Folding::RankRows { term, pair } => {
+                let rows = self.rank_one_pairs(term, *pair)?.into_iter();
                 let rows = rows.map(|pair| VirtualRow { in_scale: Some(pair.shrink), out_scale: Some(pair.expand) });
                 self.folded.virtual_rows.extend(rows);
             }
-            Core::Additive { b, a, reduce } => {
-                let pairs = self.rank_one_pairs(term, b, a, reduce)?;
+            Folding::LowRank { term, pair } => {
+                let pairs = self.rank_one_pairs(term, *pair)?;
                 self.folded.low_rank.extend(pairs);
             }
         }
         Ok(())
     }
 
+    /// The sum of the scales of base terms that scale the input by no vector, for each output.
+    fn sum_of_scales(&self, terms: &[&Term]) -> Result<Vec<f32>, FoldError> {
+        let mut sum = Scale::Scalar(0.0);
+        for term in terms {
+            let inner = match self.scale(term.inner)? {
+                Scale::Scalar(inner) => inner,
+                Scale::Vector(_) => continue,
+            };
+            sum = sum.plus(self.scale(term.outer)?.scaled(inner));
+        }
+        let sum = match sum {
+            Scale::Scalar(scale) => vec![scale; self.out_extent()?],
+            Scale::Vector(vector) => vector,
+        };
+        match terms {
+            [first, ..] => self.round(sum, first),
+            [] => Ok(Vec::new()),
+        }
+    }
+
     /// (inner ∘ b_r, outer ∘ a_r) for each r; a mean's 1/r goes to the second.
-    fn rank_one_pairs(
-        &self,
-        term: &Term,
-        b: Handle<Node>,
-        a: Handle<Node>,
-        reduce: Reduce,
-    ) -> Result<Vec<RankOne>, FoldError> {
+    fn rank_one_pairs(&self, term: &Term, Pair { b, a, reduce }: Pair) -> Result<Vec<RankOne>, FoldError> {
         let (b, a) = (self.value(b)?, self.value(a)?);
         let (&[_, rank], &[_, k]) = (b.shape(), a.shape()) else { return Ok(Vec::new()) };
         if reduce == Reduce::Mean && rank == 0 {

@@ -2,6 +2,7 @@
 
 mod derivation;
 mod fold;
+mod layout;
 mod normalize;
 mod obstacle;
 mod pattern;
@@ -10,6 +11,7 @@ pub mod rules;
 
 pub use derivation::{Derivation, Step};
 pub use fold::FoldError;
+pub use layout::{FoldedLayout, RowScales};
 pub use normalize::{MAX_STEPS, Normalized, normalize};
 pub use obstacle::{NormalizeError, Obstacle};
 pub use read::MAX_TERMS;
