@@ -18,7 +18,10 @@ pub use model::{
     BaseWeight, DecoderConfig, Gelu, GptBigCodeConfig, LlamaConfig, Model, ModelError, Parameter, Projection,
     StoredWeight,
 };
-pub use peft::{AdapterError, AdapterFolder, AdapterKind, AdapterModule, Operand};
+pub use peft::{
+    AdapterError, AdapterFolder, AdapterKind, AdapterKinds, AdapterModule, KindDescription, KindError, KindProblem,
+    Operand,
+};
 pub use safetensors_file::SafetensorsProblem;
 pub use tensor::{Encoding, SharedBytes, StoredTensor, TensorProblem};
 pub use tensors::{Matrix, read_matrices, write_matrices};

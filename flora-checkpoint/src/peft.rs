@@ -4,17 +4,26 @@
 //! An adapter is turned into operands of flora's layers: what a config option means (scale, rank pattern, orientation) is
 //! settled here once, and nothing after it knows PEFT. An option that would change the result and isn't understood is refused.
 //!
+//! What a kind's tensors and options mean is a [`KindDescription`], a row of [`AdapterKinds`]; the code reads rows.
+//!
 //! `FLORA` is our own `peft_type` in the same layout: `.flora_B` `[d, r]` and `.flora_A` `[r, k]`, with the config key `reduce`
 //! (`"sum"` or `"mean"`, over the rank).
 
+mod check;
 mod config;
+pub mod description;
 mod error;
+mod kind_error;
+mod kinds;
 mod modules;
 mod options;
 mod targets;
 mod write;
 
+pub use description::KindDescription;
 pub use error::AdapterError;
+pub use kind_error::{KindError, KindProblem};
+pub use kinds::{AdapterKind, AdapterKinds};
 
 use crate::error::FileError;
 use crate::json::Json;
@@ -22,6 +31,7 @@ use crate::model::Model;
 use crate::safetensors_file;
 use crate::tensor::{SharedBytes, TensorProblem};
 use config::Config;
+use description::Extent;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use targets::Targets;
@@ -33,38 +43,6 @@ const TENSORS: &str = "adapter_model.safetensors";
 const CONFIG_LIMIT: u64 = 4 << 20;
 /// The longest adapter that is accepted, in bytes.
 const TENSORS_LIMIT: u64 = 16 << 30;
-
-/// The kinds of adapter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum AdapterKind {
-    /// y = x @ (w0 + s·(b @ a))
-    Lora,
-    /// LoRA whose columns are rescaled to a learned magnitude.
-    Dora,
-    /// y = l ∘ (x @ w0), or (l ∘ x) @ w0 for the modules that the config calls feed-forward.
-    Ia3,
-    /// y = x @ (w0 + w0 ∘ (b @ a))
-    Hira,
-    /// y = x @ (w0 ∘ (b @ a))
-    Flora,
-}
-
-impl AdapterKind {
-    /// Every kind.
-    pub const ALL: [AdapterKind; 5] =
-        [AdapterKind::Lora, AdapterKind::Dora, AdapterKind::Ia3, AdapterKind::Hira, AdapterKind::Flora];
-
-    /// The name, as `flora` prints it.
-    pub fn name(self) -> &'static str {
-        match self {
-            AdapterKind::Lora => "lora",
-            AdapterKind::Dora => "dora",
-            AdapterKind::Ia3 => "ia3",
-            AdapterKind::Hira => "hira",
-            AdapterKind::Flora => "flora",
-        }
-    }
-}
 
 /// An adapter: what it adds to each module that it adapts.
 #[derive(Clone, Debug)]
@@ -82,15 +60,14 @@ pub struct AdapterFolder {
 /// The adapter of one module, as operands of one of flora's layers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterModule {
-    /// The layer: `lora`, `dora`, `ia3`, `ia3_feedforward`, `hira`, `flora` or `flora_mean`.
-    ///
-    /// Of a base layer with a bias, PEFT's `ia3` scales the bias too: l ∘ (x @ w0 + bias). All others add it unscaled.
-    pub layer: &'static str,
-    /// r; 0 for IA3, which has no rank.
+    /// The layer, by the name in its [`LayerDescription`](description::LayerDescription): `lora`, `dora`, `ia3`,
+    /// `ia3_feedforward`, `hira`, `flora`, `flora_mean`, or one that was registered.
+    pub layer: String,
+    /// r; 0 for a layer without rank, such as IA3's.
     pub rank: usize,
-    /// The operands by the layer's names: `b` `[d, r]`, `a` `[r, k]`, `s` `[]`, `m` `[k]`, `l` `[k]` (`ia3`) or `[d]`
-    /// (`ia3_feedforward`).
-    pub operands: BTreeMap<&'static str, Operand>,
+    /// The operands by the layer's names: of the built-in ones `b` `[d, r]`, `a` `[r, k]`, `s` `[]`, `m` `[k]`, `l` `[k]` (`ia3`)
+    /// or `[d]` (`ia3_feedforward`).
+    pub operands: BTreeMap<String, Operand>,
 }
 
 /// A named tensor of an adapter.
@@ -110,13 +87,13 @@ impl AdapterFolder {
         Self { path: PathBuf::from(&name), name, kind, modules, targets }
     }
 
-    /// Reads and checks a folder whole; nothing of it stays open.
-    pub fn open(path: &Path) -> Result<AdapterFolder, AdapterError> {
+    /// Reads and checks a folder of one of `kinds` whole; nothing of it stays open.
+    pub fn open(path: &Path, kinds: &AdapterKinds) -> Result<AdapterFolder, AdapterError> {
         let name = folder_name(path)?;
         let config_path = inside(path, CONFIG)?;
         let tensors_path = inside(path, TENSORS)?;
         let json = Json::parse(&config_path, SharedBytes::read(&config_path, CONFIG_LIMIT)?.as_slice())?;
-        let config = Config::read(&config_path, &json)?;
+        let config = Config::read(&config_path, &json, kinds)?;
         let tensors = safetensors_file::parse(&tensors_path, SharedBytes::read(&tensors_path, TENSORS_LIMIT)?)?;
         let modules = modules::read(&config, &tensors)?;
         config.targets.check_modules(&config_path, &tensors_path, modules.keys())?;
@@ -128,14 +105,16 @@ impl AdapterFolder {
     pub fn check_against(&self, model: &Model) -> Result<(), AdapterError> {
         for (module, adapter) in &self.modules {
             let projection = model.projection(module)?;
+            let described = self.kind.layer(&adapter.layer).map_or(&[][..], |layer| &layer.tensors);
             for (operand, tensor) in &adapter.operands {
-                let expected = match (*operand, adapter.layer) {
-                    ("b", _) => vec![projection.d, adapter.rank],
-                    ("a", _) => vec![adapter.rank, projection.k],
-                    ("l", "ia3_feedforward") => vec![projection.d],
-                    ("l" | "m", _) => vec![projection.k],
-                    _ => continue,
+                let Some(described) = described.iter().find(|tensor| tensor.operand == *operand) else { continue };
+                let extent = |extent| match extent {
+                    Extent::Inputs => projection.d,
+                    Extent::Outputs => projection.k,
+                    Extent::Rank => adapter.rank,
+                    Extent::Fixed(number) => number,
                 };
+                let expected: Vec<usize> = described.shape().into_iter().map(extent).collect();
                 if tensor.shape != expected {
                     let expected =
                         format!("{expected:?} (the model {} has d {}, k {})", model.name(), projection.d, projection.k);

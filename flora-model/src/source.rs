@@ -9,7 +9,7 @@ use flora_checkpoint::{AdapterFolder, Model};
 use flora_codegen::layer::Element;
 use flora_engine::{AdapterFailure, AdapterSource};
 use flora_ir::algebra::FoldedAdapter;
-use flora_runtime::{Layers, StoreError};
+use flora_runtime::{Layers, RegisterError, StoreError};
 use rustc_hash::FxHasher;
 
 const CONFIG: &str = "adapter_config.json";
@@ -36,13 +36,18 @@ pub struct PreparedAdapter {
 }
 
 impl AdapterDirectory {
-    /// The sub-folders of `folder`, or no adapters, for `model`; `element` is the type in which the device keeps them.
+    /// The sub-folders of `folder`, or no adapters, for `model`, of the built-in kinds; `element` is the type in which the device
+    /// keeps them.
     ///
     /// # Errors
     /// A built-in layer doesn't compile.
-    pub fn new(folder: Option<&Path>, model: &Arc<Model>, element: Element) -> Result<Self, StoreError> {
-        let layers = Layers::compile()?;
-        Ok(Self { folder: folder.map(Path::to_owned), model: model.clone(), layers, element })
+    pub fn new(folder: Option<&Path>, model: &Arc<Model>, element: Element) -> Result<Self, RegisterError> {
+        Ok(Self::with_layers(folder, model, element, Layers::builtin()?))
+    }
+
+    /// The same of the kinds of `layers`.
+    pub fn with_layers(folder: Option<&Path>, model: &Arc<Model>, element: Element, layers: Layers) -> Self {
+        Self { folder: folder.map(Path::to_owned), model: model.clone(), layers, element }
     }
 
     /// The adapter's folder. A name is one component of a path, or there is no such adapter.
@@ -81,7 +86,7 @@ impl AdapterSource for AdapterDirectory {
     fn prepare(&self, name: &str) -> Result<PreparedAdapter, AdapterFailure> {
         let path = self.path(name)?;
         let unusable = |reason: String| AdapterFailure::Unusable { name: name.to_owned(), reason };
-        let folder = AdapterFolder::open(&path).map_err(|error| unusable(error.to_string()))?;
+        let folder = AdapterFolder::open(&path, self.layers.kinds()).map_err(|error| unusable(error.to_string()))?;
         // The store's errors say the name again.
         let modules = self.layers.prepare(&folder, &self.model).map_err(|error| match error {
             StoreError::Adapter { source, .. } => unusable(source.to_string()),

@@ -5,15 +5,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 mod fold;
+mod register;
 
 use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, BaseWeight, Model, ModelError};
 use flora_codegen::pipeline::CompiledLayer;
 use flora_ir::Bindings;
-use flora_ir::algebra::{FoldError, FoldedAdapter, NormalizeError};
+use flora_ir::algebra::{FoldError, FoldedAdapter};
 use rayon::prelude::*;
 
 use fold::FoldTarget;
 pub use fold::Layers;
+pub use register::RegisterError;
 
 /// The adapters that batches may name, each whole in host memory (f32).
 #[derive(Clone, Debug)]
@@ -69,33 +71,27 @@ pub enum StoreError {
         /// What there is, shortened.
         known: String,
     },
-    /// An equation without a normal form.
-    #[error("the layer `{layer}` doesn't compile: {source}")]
-    Layer {
-        /// The built-in layer.
-        layer: String,
-        /// Why.
-        source: NormalizeError,
-    },
-    /// A layer that isn't built in.
-    #[error("the adapter `{adapter}` wants the layer `{layer}` for `{module}`, which isn't built in")]
+    /// A layer that no registered kind has.
+    #[error("the adapter `{adapter}` wants the layer `{layer}` for `{module}`, which isn't registered")]
     UnknownLayer {
         /// The adapter.
         adapter: String,
         /// The module.
         module: String,
         /// The layer.
-        layer: &'static str,
+        layer: String,
     },
-    /// IA3 on the output of a biased layer, which scales the bias with it: l ∘ (x @ w0 + bias). A bias is one vector for all
-    /// rows of a batch here.
+    /// A kind that scales the whole output of a layer, as IA3 does, on one with a bias: l ∘ (x @ w0 + bias). A bias is one vector
+    /// for all rows of a batch here.
     #[error(
-        "the adapter `{adapter}` (IA3) scales the output of `{module}`, which has a bias, and would scale the bias too; that \
-         isn't supported: train it with `{module}` among the feedforward_modules, or leave the module out"
+        "the adapter `{adapter}` ({kind}) scales the output of `{module}`, which has a bias, and would scale the bias too; \
+         that isn't supported: scale the input of `{module}` instead (IA3's feedforward_modules), or leave the module out"
     )]
     ScaledBias {
         /// The adapter.
         adapter: String,
+        /// Its kind.
+        kind: String,
         /// The module.
         module: String,
     },
@@ -120,11 +116,11 @@ pub enum StoreError {
 }
 
 impl AdapterStore {
-    /// Reads every sub-folder of `folder` that has an `adapter_config.json`.
+    /// Reads every sub-folder of `folder` that has an `adapter_config.json`, as one of the kinds of `layers`.
     ///
     /// # Errors
     /// No such sub-folder; the first one, by name, that can't be read.
-    pub fn open(folder: &Path) -> Result<Self, StoreError> {
+    pub fn open(folder: &Path, layers: Layers) -> Result<Self, StoreError> {
         let failed = |source| StoreError::List { path: folder.to_owned(), source };
         let mut paths = Vec::new();
         for entry in std::fs::read_dir(folder).map_err(failed)? {
@@ -139,23 +135,25 @@ impl AdapterStore {
         paths.sort();
         let open = |path: &PathBuf| {
             let name = || path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-            AdapterFolder::open(path).map_err(|source| StoreError::Adapter { name: name(), source: source.into() })
+            AdapterFolder::open(path, layers.kinds())
+                .map_err(|source| StoreError::Adapter { name: name(), source: source.into() })
         };
-        Self::from_folders(paths.par_iter().map(open).collect::<Result<Vec<_>, _>>()?)
+        let folders = paths.par_iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        Self::from_folders(folders, layers)
     }
 
-    /// A store of adapters that are in memory.
+    /// A store of adapters that are in memory, folded by `layers`.
     ///
     /// # Errors
     /// Two of one name.
-    pub fn from_folders(folders: Vec<AdapterFolder>) -> Result<Self, StoreError> {
+    pub fn from_folders(folders: Vec<AdapterFolder>, layers: Layers) -> Result<Self, StoreError> {
         let mut adapters = BTreeMap::new();
         for folder in folders {
             if let Some(first) = adapters.insert(folder.name.clone(), folder) {
                 return Err(StoreError::Duplicate(first.name));
             }
         }
-        Ok(Self { adapters, layers: Layers::compile()? })
+        Ok(Self { adapters, layers })
     }
 
     /// The adapters' names, sorted.
@@ -167,7 +165,7 @@ impl AdapterStore {
     pub fn kinds(&self) -> BTreeMap<AdapterKind, usize> {
         let mut kinds = BTreeMap::new();
         for adapter in self.adapters.values() {
-            *kinds.entry(adapter.kind).or_insert(0) += 1;
+            *kinds.entry(adapter.kind.clone()).or_insert(0) += 1;
         }
         kinds
     }
@@ -201,11 +199,11 @@ impl AdapterStore {
     /// # Errors
     /// The first adapter, by name, that doesn't.
     pub fn check_against(&self, model: &Model) -> Result<(), StoreError> {
-        self.adapters.values().try_for_each(|adapter| fold::check_against(adapter, model))
+        self.adapters.values().try_for_each(|adapter| self.layers.check_against(adapter, model))
     }
 
     /// The layer of base rows: x @ w0.
-    pub fn base_layer(&self) -> Option<&CompiledLayer> {
+    pub fn base_layer(&self) -> &CompiledLayer {
         self.layers.base()
     }
 
@@ -259,14 +257,24 @@ mod tests {
 
     use super::*;
 
-    fn module(layer: &'static str, rank: usize, operands: &[(&'static str, &[usize], &[f32])]) -> AdapterModule {
+    fn module(layer: &str, rank: usize, operands: &[(&str, &[usize], &[f32])]) -> AdapterModule {
         let operand = |shape: &[usize], values: &[f32]| Operand { shape: shape.to_vec(), values: values.to_vec() };
-        let operands = operands.iter().map(|(name, shape, values)| (*name, operand(shape, values))).collect();
-        AdapterModule { layer, rank, operands }
+        let operands =
+            operands.iter().map(|(name, shape, values)| ((*name).to_owned(), operand(shape, values))).collect();
+        AdapterModule { layer: layer.to_owned(), rank, operands }
     }
 
-    fn folder(name: &str, kind: AdapterKind, path: &str, module: AdapterModule) -> AdapterFolder {
+    fn layers() -> Layers {
+        Layers::builtin().expect("the built-in kinds")
+    }
+
+    fn folder(name: &str, path: &str, module: AdapterModule) -> AdapterFolder {
+        let kind = layers().kinds().kind_of_layer(&module.layer).expect("a built-in layer");
         AdapterFolder::new(name, kind, BTreeMap::from([(path.to_owned(), module)]))
+    }
+
+    fn stored(folders: Vec<AdapterFolder>) -> Result<AdapterStore, StoreError> {
+        AdapterStore::from_folders(folders, layers())
     }
 
     fn dora(magnitudes: &[f32]) -> AdapterModule {
@@ -284,8 +292,7 @@ mod tests {
 
     #[test]
     fn dora_is_folded_with_the_norm_of_the_base_weight() {
-        let store = AdapterStore::from_folders(vec![folder("a", AdapterKind::Dora, "q", dora(&[10.0, 6.0]))])
-            .expect("one adapter");
+        let store = stored(vec![folder("a", "q", dora(&[10.0, 6.0]))]).expect("one adapter");
         let loaded = store.fold("q", &base(None)).expect("it fits");
         let folded = &loaded["a"].as_ref().expect("it adapts q").folded;
         // The columns (3, 4) and (0, 2) have the norms 5 and 2.
@@ -296,32 +303,34 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_named() {
         let wide = dora(&[1.0, 1.0, 1.0]);
-        let store =
-            AdapterStore::from_folders(vec![folder("wide", AdapterKind::Dora, "q", wide)]).expect("one adapter");
+        let store = stored(vec![folder("wide", "q", wide)]).expect("one adapter");
         let message = store.fold("q", &base(None)).expect_err("3 magnitudes for 2 outputs").to_string();
         assert!(message.contains("`wide`") && message.contains("`q`"), "{message}");
 
         let scale = || module("ia3", 0, &[("l", &[2], &[1.0, 2.0])]);
-        let store = AdapterStore::from_folders(vec![folder("i", AdapterKind::Ia3, "q", scale())]).expect("one adapter");
+        let store = stored(vec![folder("i", "q", scale())]).expect("one adapter");
         assert!(store.fold("q", &base(None)).is_ok());
         let biased = store.fold("q", &base(Some(vec![1.0, 1.0])));
         assert!(matches!(biased, Err(StoreError::ScaledBias { .. })));
 
-        let twice = [scale(), scale()].map(|module| folder("i", AdapterKind::Ia3, "q", module));
-        assert!(matches!(AdapterStore::from_folders(twice.into()), Err(StoreError::Duplicate(_))));
+        let twice = [scale(), scale()].map(|module| folder("i", "q", module));
+        assert!(matches!(stored(twice.into()), Err(StoreError::Duplicate(_))));
         assert!(matches!(store.restricted_to(["i", "j"]), Err(StoreError::Unknown { .. })));
     }
 
     #[test]
     fn a_folder_that_fails_is_named() {
         let parent = tempfile::tempdir().expect("a temporary folder");
-        assert!(matches!(AdapterStore::open(parent.path()), Err(StoreError::Empty { .. })));
+        assert!(matches!(AdapterStore::open(parent.path(), layers()), Err(StoreError::Empty { .. })));
         let scale = module("ia3", 0, &[("l", &[2], &[1.0, 2.0])]);
-        folder("good", AdapterKind::Ia3, "q", scale).write(parent.path()).expect("a writable folder");
-        assert_eq!(AdapterStore::open(parent.path()).expect("one adapter").kinds()[&AdapterKind::Ia3], 1);
+        folder("good", "q", scale).write(parent.path()).expect("a writable folder");
+        assert_eq!(
+            AdapterStore::open(parent.path(), layers()).expect("one adapter").kinds().into_values().collect::<Vec<_>>(),
+            [1]
+        );
         std::fs::create_dir(parent.path().join("broken")).expect("a new folder");
         std::fs::write(parent.path().join("broken/adapter_config.json"), "{").expect("a new file");
-        let message = AdapterStore::open(parent.path()).expect_err("a broken config").to_string();
+        let message = AdapterStore::open(parent.path(), layers()).expect_err("a broken config").to_string();
         assert!(message.contains("`broken`"), "{message}");
     }
 }

@@ -11,7 +11,7 @@ pub mod projection;
 pub mod tune;
 pub mod weights;
 
-pub use adapters::{AdapterStore, Layers, LoadedAdapter, StoreError};
+pub use adapters::{AdapterStore, Layers, LoadedAdapter, RegisterError, StoreError};
 pub use batch::{Batch, BatchError, BatchSegment};
 pub use device::{Buffer, Device, DeviceError, DeviceInfo, Place, WeightBuffer};
 pub use planner::Planner;

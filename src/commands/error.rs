@@ -10,7 +10,7 @@ use flora::codegen::target::{EmitError, UnknownTarget};
 use flora::codegen::weight::WeightError;
 use flora::prelude::WeightFormat;
 use flora::runtime::oracle::OracleError;
-use flora::runtime::{BaseError, BatchError, DeviceError, ProjectionError, StoreError};
+use flora::runtime::{BaseError, BatchError, DeviceError, ProjectionError, RegisterError, StoreError};
 use miette::Diagnostic;
 
 use super::bench::PeerError;
@@ -129,6 +129,7 @@ below!(
     PeerError,
     PlanError,
     ProjectionError,
+    RegisterError,
     ScheduleError,
     StoreError,
     UnknownTarget,

@@ -107,12 +107,13 @@ fn ia3_that_would_scale_a_bias() {
     let folder = world.path("biased/i");
     std::fs::create_dir_all(&folder).expect("a writable folder");
     let module = flora::checkpoint::AdapterModule {
-        layer: "ia3",
+        layer: "ia3".to_owned(),
         rank: 0,
-        operands: [("l", flora::checkpoint::Operand { shape: vec![10], values: vec![1.0; 10] })].into(),
+        operands: [("l".to_owned(), flora::checkpoint::Operand { shape: vec![10], values: vec![1.0; 10] })].into(),
     };
     let modules = [("model.layers.0.self_attn.q_proj".to_owned(), module)].into();
-    let adapter = flora::checkpoint::AdapterFolder::new("own", flora::checkpoint::AdapterKind::Ia3, modules);
+    let kind = flora::checkpoint::AdapterKinds::builtin().kind_of_layer("ia3").expect("a built-in layer");
+    let adapter = flora::checkpoint::AdapterFolder::new("own", kind, modules);
     adapter.write(&world.path("biased")).expect("a writable folder");
     let path = |name: &str| world.path(name).to_string_lossy().into_owned();
     refused(["run", "--model", &path("model"), "--adapters", &path("biased")], &["`own`", "q_proj", "bias"]);

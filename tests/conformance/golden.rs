@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use flora::checkpoint::{AdapterFolder, Model, read_matrices};
 use flora::prelude::*;
-use flora::runtime::adapters::{AdapterStore, StoreError};
+use flora::runtime::adapters::{AdapterStore, Layers, StoreError};
 
 use super::case::{device, plans};
 
@@ -22,10 +22,11 @@ fn cases() -> Vec<PathBuf> {
 fn kernels_give_peft_s_outputs() {
     let mut refused = Vec::new();
     for case in cases() {
-        let adapter = AdapterFolder::open(&case.join("adapter")).expect("an adapter");
+        let layers = Layers::builtin().expect("the built-in kinds");
+        let adapter = AdapterFolder::open(&case.join("adapter"), layers.kinds()).expect("an adapter");
         let model = Model::open(&case.join("base.safetensors")).expect("a model");
         let name = adapter.name.clone();
-        let store = AdapterStore::from_folders(vec![adapter]).expect("one adapter");
+        let store = AdapterStore::from_folders(vec![adapter], layers).expect("one adapter");
         match store.check_against(&model) {
             Err(StoreError::ScaledBias { .. }) => {
                 refused.push(case.file_name().expect("a folder").to_string_lossy().into_owned());

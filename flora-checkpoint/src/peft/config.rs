@@ -1,10 +1,13 @@
 //! `adapter_config.json` as typed values.
 
+use super::description::{Choice, KindDescription, LayerDescription, RankDescription};
 use super::options;
 use super::targets::{Names, Pattern, PatternProblem, Targets};
-use super::{AdapterError, AdapterKind};
+use super::{AdapterError, AdapterKind, AdapterKinds};
 use crate::json::Json;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The largest rank; a larger one is a mistake, since it exceeds the width of any layer.
 const RANK_LIMIT: u64 = 1 << 20;
@@ -16,17 +19,28 @@ pub(super) struct Config {
     pub(super) path: PathBuf,
     pub(super) kind: AdapterKind,
     pub(super) targets: Targets,
-    /// r, where the kind has a rank.
-    pub(super) rank: usize,
-    pub(super) ranks: Patterns<usize>,
-    pub(super) alpha: f64,
-    pub(super) alphas: Patterns<f64>,
-    /// Scale by α/√r in place of α/r.
-    pub(super) rank_stabilised: bool,
-    /// Which modules IA3 scales at the input; `None`: PEFT's choice by architecture, seen from the tensors' shapes.
-    pub(super) feedforward: Option<Names>,
-    /// FLORA: the mean over the rank in place of the sum.
-    pub(super) mean: bool,
+    /// Where the kind says where the rank is.
+    pub(super) rank: Option<RankSetting>,
+    /// By option, the numbers that scalars are made of.
+    pub(super) numbers: BTreeMap<String, Setting<f64>>,
+    /// By option, the flags that make √r of r.
+    pub(super) roots: BTreeMap<String, bool>,
+    /// By option, the modules that are of a layer; `None`: the tensors' shapes say it.
+    pub(super) lists: BTreeMap<String, Option<Names>>,
+    /// The indices of the layers that a module can be of, in the description.
+    layers: Vec<usize>,
+}
+
+/// A value of all modules, and others by pattern.
+pub(super) struct Setting<T> {
+    pub(super) common: T,
+    pub(super) patterns: Patterns<T>,
+}
+
+/// The rank that the config says.
+pub(super) struct RankSetting {
+    pub(super) description: RankDescription,
+    pub(super) ranks: Setting<usize>,
 }
 
 /// Values by pattern, in the order of the file: the first pattern that matches holds.
@@ -48,43 +62,54 @@ impl<T: Copy> Patterns<T> {
 }
 
 impl Config {
-    pub(super) fn read(path: &Path, json: &Json) -> Result<Config, AdapterError> {
+    pub(super) fn read(path: &Path, json: &Json, kinds: &AdapterKinds) -> Result<Config, AdapterError> {
         let Json::Object(members) = json else {
             return Err(Fields { path, json }.invalid("the file", "it must be an object".to_string()));
         };
         let fields = Fields { path, json };
-        let peft_type = match json.get("peft_type") {
-            Some(Json::String(name)) => name,
-            Some(other) => {
-                return Err(AdapterError::UnknownPeftType { path: path.to_owned(), found: other.to_string() });
-            }
-            None => {
-                return Err(AdapterError::UnknownPeftType { path: path.to_owned(), found: "is missing, which".into() });
-            }
-        };
-        options::check(path, peft_type, members)?;
-        let kind = match peft_type.as_str() {
-            "LORA" if fields.flag("use_dora")? => AdapterKind::Dora,
-            "LORA" => AdapterKind::Lora,
-            "IA3" => AdapterKind::Ia3,
-            "HIRA" => AdapterKind::Hira,
-            _ => AdapterKind::Flora,
-        };
+        let description = fields.description(kinds)?;
+        options::check(path, description, members)?;
+        let layers = fields.layers(description)?;
+        let selected = || layers.iter().filter_map(|index| description.layers.get(*index));
+        // Of the layers that a config leaves, all are of one kind.
+        let kind_name = selected().next().map_or(description.peft_type.as_str(), LayerDescription::kind);
         // The factors are stored the same way whichever way the base weight is: the option only has to make sense.
         fields.flag("fan_in_fan_out")?;
-        let is_lora = matches!(kind, AdapterKind::Lora | AdapterKind::Dora);
-        Ok(Config {
-            path: path.to_owned(),
-            kind,
-            targets: fields.targets()?,
-            rank: if kind == AdapterKind::Ia3 { 0 } else { fields.rank("r", json.get("r"))? },
-            ranks: fields.patterns("rank_pattern", Fields::rank)?,
-            alpha: if is_lora { fields.number("lora_alpha", json.get("lora_alpha"))? } else { 1.0 },
-            alphas: fields.patterns("alpha_pattern", Fields::number)?,
-            rank_stabilised: fields.flag("use_rslora")?,
-            feedforward: fields.names("feedforward_modules")?,
-            mean: kind == AdapterKind::Flora && fields.reduces_by_mean()?,
-        })
+        let targets = fields.targets()?;
+        let rank = description.rank.as_ref().map(|rank| fields.ranks(rank)).transpose()?;
+        let (mut numbers, mut roots, mut lists) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        for layer in selected() {
+            for scalar in &layer.scalars {
+                let common = match (json.get(&scalar.option), scalar.default) {
+                    (None | Some(Json::Null), Some(default)) => default,
+                    (value, _) => fields.number(&scalar.option, value)?,
+                };
+                let patterns = match &scalar.patterns {
+                    Some(option) => fields.patterns(option, Fields::number)?,
+                    None => Patterns(Vec::new()),
+                };
+                numbers.insert(scalar.option.clone(), Setting { common, patterns });
+                if let Some(root) = &scalar.root {
+                    roots.insert(root.clone(), fields.flag(root)?);
+                }
+            }
+            if let Some(option) = &layer.modules {
+                lists.insert(option.clone(), fields.names(option)?);
+            }
+        }
+        let kind = AdapterKind::new(description, kind_name);
+        Ok(Config { path: path.to_owned(), kind, targets, rank, numbers, roots, lists, layers })
+    }
+
+    /// The layers that a module can be of.
+    pub(super) fn layers(&self) -> impl Iterator<Item = &LayerDescription> {
+        self.layers.iter().filter_map(|index| self.kind.description().layers.get(*index))
+    }
+
+    /// How many patterns are tried on each module.
+    pub(super) fn patterns(&self) -> usize {
+        let ranks = self.rank.as_ref().map_or(0, |rank| rank.ranks.patterns.len());
+        ranks + self.numbers.values().map(|number| number.patterns.len()).sum::<usize>()
     }
 
     /// The error that a pattern of this config can't be used.
@@ -104,6 +129,48 @@ struct Fields<'a> {
 }
 
 impl Fields<'_> {
+    fn description<'k>(&self, kinds: &'k AdapterKinds) -> Result<&'k Arc<KindDescription>, AdapterError> {
+        let unknown = |found: String| {
+            let known = kinds.peft_types().collect::<Vec<_>>().join(", ");
+            AdapterError::UnknownPeftType { path: self.path.to_owned(), found, known }
+        };
+        match self.json.get("peft_type") {
+            Some(Json::String(name)) => kinds.described(name).ok_or_else(|| unknown(format!("`{name}`"))),
+            Some(other) => Err(unknown(other.to_string())),
+            None => Err(unknown("is missing, which".to_string())),
+        }
+    }
+
+    /// The indices of the layers that the options leave.
+    fn layers(&self, description: &KindDescription) -> Result<Vec<usize>, AdapterError> {
+        let mut values = BTreeMap::new();
+        for (option, choices) in description.choices() {
+            let value = if choices.iter().any(|choice| matches!(choice, Choice::Flag(_))) {
+                Choice::Flag(self.flag(option)?)
+            } else {
+                let value = self.json.get(option).unwrap_or(&Json::Null);
+                let chosen = choices.iter().find(|choice| options::is_choice(value, choice));
+                let known = || choices.iter().map(|choice| choice.to_string()).collect::<Vec<_>>().join(" or ");
+                let expected = || self.invalid(option, format!("it must be {}", known()));
+                (*chosen.ok_or_else(expected)?).clone()
+            };
+            values.insert(option, value);
+        }
+        let left: Vec<&LayerDescription> = description.layers_when(|option| values.get(option)).collect();
+        let is_left = |layer: &LayerDescription| left.iter().any(|other| std::ptr::eq(*other, layer));
+        let indices = description.layers.iter().enumerate().filter(|(_, layer)| is_left(layer));
+        Ok(indices.map(|(index, _)| index).collect())
+    }
+
+    fn ranks(&self, rank: &RankDescription) -> Result<RankSetting, AdapterError> {
+        let common = self.rank(&rank.option, self.json.get(&rank.option))?;
+        let patterns = match &rank.patterns {
+            Some(option) => self.patterns(option, Fields::rank)?,
+            None => Patterns(Vec::new()),
+        };
+        Ok(RankSetting { description: rank.clone(), ranks: Setting { common, patterns } })
+    }
+
     fn invalid(&self, key: &str, expected: String) -> AdapterError {
         let value = self.json.get(key).map_or_else(|| "missing".to_string(), Json::to_string);
         AdapterError::InvalidOption { path: self.path.to_owned(), key: key.to_string(), value, expected }
@@ -118,7 +185,7 @@ impl Fields<'_> {
         }
     }
 
-    fn rank(&self, key: &'static str, value: Option<&Json>) -> Result<usize, AdapterError> {
+    fn rank(&self, key: &str, value: Option<&Json>) -> Result<usize, AdapterError> {
         let number = match value {
             Some(Json::Number(number)) => number.as_u64(),
             _ => None,
@@ -129,7 +196,7 @@ impl Fields<'_> {
         }
     }
 
-    fn number(&self, key: &'static str, value: Option<&Json>) -> Result<f64, AdapterError> {
+    fn number(&self, key: &str, value: Option<&Json>) -> Result<f64, AdapterError> {
         let number = match value {
             Some(Json::Number(number)) => number.as_f64(),
             _ => None,
@@ -140,8 +207,8 @@ impl Fields<'_> {
 
     fn patterns<T>(
         &self,
-        key: &'static str,
-        value: impl Fn(&Self, &'static str, Option<&Json>) -> Result<T, AdapterError>,
+        key: &str,
+        value: impl Fn(&Self, &str, Option<&Json>) -> Result<T, AdapterError>,
     ) -> Result<Patterns<T>, AdapterError> {
         let members = match self.json.get(key) {
             None | Some(Json::Null) => return Ok(Patterns(Vec::new())),
@@ -160,7 +227,7 @@ impl Fields<'_> {
     }
 
     /// A list of names, one pattern, or nothing.
-    fn names(&self, key: &'static str) -> Result<Option<Names>, AdapterError> {
+    fn names(&self, key: &str) -> Result<Option<Names>, AdapterError> {
         match self.json.get(key) {
             None | Some(Json::Null) => Ok(None),
             Some(Json::String(source)) => Pattern::full(key, source)
@@ -211,13 +278,5 @@ impl Fields<'_> {
         let layer_patterns = lists.iter().map(|list| Pattern::layer_number(key, list)).collect::<Result<_, _>>();
         let layer_patterns = layer_patterns.map_err(|problem| problem.in_file(self.path))?;
         Ok(Targets { included, excluded, layers, layer_patterns })
-    }
-
-    fn reduces_by_mean(&self) -> Result<bool, AdapterError> {
-        match self.json.get("reduce").and_then(Json::as_str) {
-            Some("sum") => Ok(false),
-            Some("mean") => Ok(true),
-            _ => Err(self.invalid("reduce", "it must be \"sum\" or \"mean\"".to_string())),
-        }
     }
 }

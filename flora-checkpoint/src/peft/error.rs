@@ -32,12 +32,14 @@ pub enum AdapterError {
         target: PathBuf,
     },
     /// A `peft_type` that flora has no layer for.
-    #[error("{}: `peft_type` {found} is not supported; supported: LORA, IA3, HIRA, FLORA", path.display())]
+    #[error("{}: `peft_type` {found} is not supported; supported: {known}", path.display())]
     UnknownPeftType {
         /// The config.
         path: PathBuf,
         /// The value there.
         found: String,
+        /// The kinds that there are.
+        known: String,
     },
     /// An option that PEFT knows, would change the result, and has no counterpart here.
     #[error("{}: the option `{key}` = {value} is not supported: {reason}", path.display())]
@@ -49,7 +51,7 @@ pub enum AdapterError {
         /// Its value, shortened.
         value: String,
         /// What it would do.
-        reason: &'static str,
+        reason: String,
     },
     /// An option that is not known to be harmless.
     #[error("{}: the option `{key}` = {value} is unknown and might change the result; remove it if it does not", path.display())]
@@ -83,7 +85,7 @@ pub enum AdapterError {
         /// The module.
         module: String,
         /// The kind of adapter.
-        kind: &'static str,
+        kind: String,
     },
     /// A tensor that is no part of the adapter.
     #[error("{}: tensor `{tensor}` {problem}", path.display())]
@@ -135,7 +137,7 @@ pub enum AdapterError {
         /// The rank it must have.
         rank: usize,
         /// Who says so.
-        expected: &'static str,
+        expected: String,
     },
     /// An adapter in memory that can't be written.
     #[error("adapter `{name}`, module `{module}`: {problem}")]

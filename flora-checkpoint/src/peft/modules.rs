@@ -1,7 +1,8 @@
 //! The tensors of an adapter file → the operands of each module.
 
 use super::config::Config;
-use super::{AdapterError, AdapterKind, AdapterModule, Operand};
+use super::description::{Divisor, Extent, LayerDescription, ScalarDescription, TensorDescription};
+use super::{AdapterError, AdapterModule, Operand};
 use crate::tensor::{StoredTensor, TensorProblem, TensorTable, transpose};
 use std::collections::BTreeMap;
 
@@ -13,85 +14,34 @@ const NAME_LIMIT: usize = 1024;
 /// The most matches of patterns with modules that are tried: a thousand patterns for four thousand modules.
 const MATCH_LIMIT: usize = 4_000_000;
 
-/// A tensor that a module of some kind has.
-pub(super) struct Slot {
-    /// What follows the module path and a dot.
-    pub(super) suffix: &'static str,
-    /// Another suffix for the same, in files of other PEFT versions.
-    alias: Option<&'static str>,
-    pub(super) operand: &'static str,
-    pub(super) form: Form,
-}
-
-/// How a stored tensor becomes an operand.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
-    /// A matrix that is stored the other way round.
-    Transposed,
-    /// A matrix that is stored as it is used.
-    AsStored,
-    /// `[n]`
-    Vector,
-    /// `[k, 1]`, or `[1, d]` for a feed-forward module.
-    ColumnOrRow,
-}
-
-const fn slot(suffix: &'static str, operand: &'static str, form: Form) -> Slot {
-    Slot { suffix, alias: None, operand, form }
-}
-
-/// PEFT computes x Aᵀ Bᵀ with A `[r, d]`, B `[k, r]`: its A transposed is our b, its B transposed our a.
-const LORA: [Slot; 2] = [slot("lora_A.weight", "b", Form::Transposed), slot("lora_B.weight", "a", Form::Transposed)];
-const DORA: [Slot; 3] = [
-    slot("lora_A.weight", "b", Form::Transposed),
-    slot("lora_B.weight", "a", Form::Transposed),
-    Slot {
-        suffix: "lora_magnitude_vector",
-        alias: Some("lora_magnitude_vector.weight"),
-        operand: "m",
-        form: Form::Vector,
-    },
-];
-const IA3: [Slot; 1] = [slot("ia3_l", "l", Form::ColumnOrRow)];
-const HIRA: [Slot; 2] = [slot("hira_A", "b", Form::Transposed), slot("hira_B", "a", Form::Transposed)];
-const FLORA: [Slot; 2] = [slot("flora_B", "b", Form::AsStored), slot("flora_A", "a", Form::AsStored)];
-
-pub(super) fn slots(kind: AdapterKind) -> &'static [Slot] {
-    match kind {
-        AdapterKind::Lora => &LORA,
-        AdapterKind::Dora => &DORA,
-        AdapterKind::Ia3 => &IA3,
-        AdapterKind::Hira => &HIRA,
-        AdapterKind::Flora => &FLORA,
-    }
-}
-
-/// The tensors of one module: for each slot of the kind, its name and the tensor.
-type Found<'a> = Vec<Option<(&'a str, &'a StoredTensor)>>;
+/// The tensors of one module, by what follows its path: the whole name and the tensor.
+type Found<'a> = BTreeMap<&'a str, (&'a str, &'a StoredTensor)>;
 
 /// Every module of the file, its operands checked against each other and the config.
 pub(super) fn read(config: &Config, tensors: &TensorTable) -> Result<BTreeMap<String, AdapterModule>, AdapterError> {
-    let found = group(config.kind, tensors)?;
+    let found = group(config, tensors)?;
     if found.is_empty() {
         let problem = format!("the file holds no {} tensors", config.kind.name());
         return Err(AdapterError::NotAnAdapter { path: tensors.path().to_owned(), reason: problem });
     }
-    let patterns = config.ranks.len() + config.alphas.len();
+    let patterns = config.patterns();
     if patterns.saturating_mul(found.len()) > MATCH_LIMIT {
         let expected = format!("that many patterns are not tried on {} modules", found.len());
-        return Err(config.invalid("rank_pattern", format!("{patterns} patterns"), expected));
+        let option = config.rank.as_ref().and_then(|rank| rank.description.patterns.as_deref()).unwrap_or("patterns");
+        return Err(config.invalid(option, format!("{patterns} patterns"), expected));
     }
     let mut modules = BTreeMap::new();
     for (module, found) in found {
-        let read = Reader { config, tensors, module: &module, found: &found }.read()?;
+        let mut reader = Reader { config, tensors, module: &module, found: &found, extents: BTreeMap::new() };
+        let read = reader.read()?;
         modules.insert(module, read);
     }
     Ok(modules)
 }
 
-/// Assigns every tensor to a slot of a module; what has no slot is an error.
-fn group(kind: AdapterKind, tensors: &TensorTable) -> Result<BTreeMap<String, Found<'_>>, AdapterError> {
-    let slots = slots(kind);
+/// Assigns every tensor to a module; what has no place in one is an error.
+fn group<'a>(config: &'a Config, tensors: &'a TensorTable) -> Result<BTreeMap<String, Found<'a>>, AdapterError> {
+    let described = || config.layers().flat_map(|layer| &layer.tensors);
     let mut modules: BTreeMap<String, Found<'_>> = BTreeMap::new();
     for name in tensors.entries().keys() {
         let extra = |problem: String| AdapterError::ExtraTensor {
@@ -105,21 +55,31 @@ fn group(kind: AdapterKind, tensors: &TensorTable) -> Result<BTreeMap<String, Fo
         let Some(path) = name.strip_prefix(PREFIX) else {
             return Err(extra(format!("does not start with `{PREFIX}`; save the adapter with PEFT's save_pretrained")));
         };
-        let ending = |suffix: &str| path.strip_suffix(suffix).and_then(|rest| rest.strip_suffix('.'));
-        let matched = slots.iter().enumerate().find_map(|(index, slot)| {
-            let module = ending(slot.suffix).or_else(|| slot.alias.and_then(ending));
-            module.filter(|module| !module.is_empty()).map(|module| (index, module))
+        let matched = described().find_map(|tensor| {
+            let (suffix, module) = tensor.names.iter().find_map(|suffix| {
+                Some((
+                    suffix,
+                    path.strip_suffix(suffix.as_str())?.strip_suffix('.').filter(|module| !module.is_empty())?,
+                ))
+            })?;
+            Some((tensor, suffix, module))
         });
-        let Some((index, module)) = matched else {
-            let known: Vec<String> = slots.iter().map(|slot| format!("`.{}`", slot.suffix)).collect();
-            let known = known.join(", ");
-            return Err(extra(format!("is no part of a {} adapter, whose tensors end in {known}", kind.name())));
+        let Some((described_tensor, suffix, module)) = matched else {
+            let mut known: Vec<String> = Vec::new();
+            for tensor in described() {
+                let end = tensor.names.first().map(|name| format!("`.{name}`"));
+                known.extend(end.filter(|end| !known.contains(end)));
+            }
+            let (kind, known) = (config.kind.name(), known.join(", "));
+            return Err(extra(format!("is no part of a {kind} adapter, whose tensors end in {known}")));
         };
         let tensor = tensors.get(name)?;
-        let found = modules.entry(module.to_string()).or_insert_with(|| vec![None; slots.len()]);
-        if let Some((other, _)) = found[index].replace((name, tensor)) {
+        let found = modules.entry(module.to_string()).or_default();
+        let others = described_tensor.names.iter().filter(|other| *other != suffix);
+        if let Some((other, _)) = others.filter_map(|other| found.get(other.as_str())).next() {
             return Err(extra(format!("says the same as `{other}`; remove one")));
         }
+        found.insert(suffix, (name, tensor));
     }
     Ok(modules)
 }
@@ -130,102 +90,182 @@ struct Reader<'a> {
     tensors: &'a TensorTable,
     module: &'a str,
     found: &'a Found<'a>,
+    /// The extents that tensors showed, and the tensor that showed each first.
+    extents: BTreeMap<Extent, (usize, String)>,
 }
 
-impl Reader<'_> {
-    fn read(&self) -> Result<AdapterModule, AdapterError> {
-        let Config { kind, mean, .. } = *self.config;
+impl<'a> Reader<'a> {
+    fn read(&mut self) -> Result<AdapterModule, AdapterError> {
+        let layer = self.layer()?;
+        if let Some(name) = self.foreign(layer) {
+            return Err(AdapterError::ExtraTensor {
+                path: self.tensors.path().to_owned(),
+                tensor: name.to_string(),
+                problem: format!("is no part of a module of the layer `{}`, which the config makes it", layer.name),
+            });
+        }
         let mut operands = BTreeMap::new();
-        let mut layer = match kind {
-            AdapterKind::Lora => "lora",
-            AdapterKind::Dora => "dora",
-            AdapterKind::Ia3 => "ia3",
-            AdapterKind::Hira => "hira",
-            AdapterKind::Flora if mean => "flora_mean",
-            AdapterKind::Flora => "flora",
+        let mut missing = Vec::new();
+        for described in &layer.tensors {
+            match self.tensor(described) {
+                Some((name, tensor)) => {
+                    operands.insert(described.operand.clone(), self.operand(described, name, tensor)?);
+                }
+                None => missing.push(described),
+            }
+        }
+        for described in missing {
+            let operand = self.filled(described)?;
+            operands.insert(described.operand.clone(), operand);
+        }
+        let rank = self.extent(Extent::Rank).unwrap_or(0);
+        for scalar in &layer.scalars {
+            let values = vec![self.scalar(scalar, rank)?];
+            operands.insert(scalar.operand.clone(), Operand { shape: Vec::new(), values });
+        }
+        Ok(AdapterModule { layer: layer.name.clone(), rank, operands })
+    }
+
+    fn tensor(&self, described: &TensorDescription) -> Option<(&'a str, &'a StoredTensor)> {
+        described.names.iter().find_map(|name| self.found.get(name.as_str()).copied())
+    }
+
+    /// A tensor of the module that `layer` doesn't have.
+    fn foreign(&self, layer: &LayerDescription) -> Option<&'a str> {
+        let has = |suffix: &str| layer.tensors.iter().flat_map(|tensor| &tensor.names).any(|name| name == suffix);
+        self.found.iter().find(|(suffix, _)| !has(suffix)).map(|(_, (name, _))| *name)
+    }
+
+    fn extent(&self, extent: Extent) -> Option<usize> {
+        match extent {
+            Extent::Fixed(number) => Some(number),
+            symbol => self.extents.get(&symbol).map(|(number, _)| *number),
+        }
+    }
+
+    /// The layer that the module is of: the one whose list has it, or, without lists, the one whose tensors have these shapes.
+    fn layer(&self) -> Result<&'a LayerDescription, AdapterError> {
+        let config = self.config;
+        let candidates: Vec<&LayerDescription> = config.layers().collect();
+        if let [only] = candidates[..] {
+            return Ok(only);
+        }
+        let mut unlisted = Vec::new();
+        for layer in &candidates {
+            match layer.modules.as_ref().and_then(|option| config.lists.get(option)) {
+                None => unlisted.push(*layer),
+                Some(Some(names)) if names.contain_loosely(self.module).map_err(config.pattern_error())? => {
+                    return Ok(layer);
+                }
+                Some(Some(_)) => {}
+                Some(None) => unlisted.push(*layer),
+            }
+        }
+        if let [only] = unlisted[..] {
+            return Ok(only);
+        }
+        let fits = |layer: &&&LayerDescription| {
+            let fits = |tensor: &TensorDescription| match self.tensor(tensor) {
+                Some((_, stored)) => is_stored_as(stored.shape(), &tensor.stored),
+                None => tensor.default.is_some(),
+            };
+            layer.tensors.iter().all(fits) && self.foreign(layer).is_none()
         };
-        let mut rank = None;
-        for (slot, found) in slots(kind).iter().zip(self.found) {
-            let Some((name, tensor)) = *found else {
-                return Err(AdapterError::MissingTensor {
-                    path: self.tensors.path().to_owned(),
-                    tensor: format!("{PREFIX}{}.{}", self.module, slot.suffix),
-                    module: self.module.to_string(),
-                    kind: kind.name(),
+        let fitting: Vec<&&LayerDescription> = unlisted.iter().filter(fits).collect();
+        match (&fitting[..], unlisted.first()) {
+            ([only], _) => Ok(only),
+            ([], Some(first)) => {
+                // Whichever layer was meant, the first tensor that fits none says what is wrong.
+                for tensor in &first.tensors {
+                    let Some((name, stored)) = self.tensor(tensor) else { continue };
+                    let shapes =
+                        unlisted.iter().flat_map(|layer| &layer.tensors).filter(|other| other.names == tensor.names);
+                    let shapes: Vec<_> = shapes.map(|other| &other.stored).collect();
+                    if !shapes.iter().any(|shape| is_stored_as(stored.shape(), shape)) {
+                        let shapes: Vec<String> = shapes.into_iter().map(|shape| bracketed(shape)).collect();
+                        return Err(self.wrong_shape(name, stored, shapes.join(" or ")));
+                    }
+                }
+                Ok(first)
+            }
+            _ => {
+                let option = candidates.iter().find_map(|layer| layer.modules.as_deref()).unwrap_or("target_modules");
+                let expected = format!(
+                    "the tensors of `{}` have shapes that fit several layers, so list the modules there",
+                    self.module
+                );
+                Err(config.invalid(option, "not given".to_string(), expected))
+            }
+        }
+    }
+
+    fn wrong_shape(&self, name: &str, tensor: &StoredTensor, expected: String) -> AdapterError {
+        self.tensors.error(name, TensorProblem::WrongShape { found: tensor.shape().to_vec(), expected }).into()
+    }
+
+    fn operand(
+        &mut self,
+        described: &TensorDescription,
+        name: &str,
+        tensor: &StoredTensor,
+    ) -> Result<Operand, AdapterError> {
+        if !is_stored_as(tensor.shape(), &described.stored) {
+            let expected = match described.stored[..] {
+                [Extent::Fixed(_)] | [Extent::Fixed(_), _] | [_, Extent::Fixed(_)] => bracketed(&described.stored),
+                [_, _] => "a matrix of a linear layer".to_string(),
+                [_] => "a vector".to_string(),
+                _ => bracketed(&described.stored),
+            };
+            return Err(self.wrong_shape(name, tensor, expected));
+        }
+        for (extent, number) in described.stored.iter().zip(tensor.shape()) {
+            self.show(*extent, *number, described, name, tensor)?;
+        }
+        let values = tensor.to_finite_f32().map_err(|problem| self.tensors.error(name, problem))?;
+        let shape: Vec<usize> = described.shape().iter().filter_map(|extent| self.extent(*extent)).collect();
+        let values = match shape[..] {
+            [rows, columns] if described.transposed => transpose(&values, columns, rows),
+            _ => values,
+        };
+        Ok(Operand { shape, values })
+    }
+
+    /// Holds an extent of a tensor against the config and the tensors before it.
+    fn show(
+        &mut self,
+        extent: Extent,
+        number: usize,
+        described: &TensorDescription,
+        name: &str,
+        tensor: &StoredTensor,
+    ) -> Result<(), AdapterError> {
+        if let Extent::Fixed(_) = extent {
+            return Ok(());
+        }
+        if extent == Extent::Rank {
+            self.check_rank(name, number)?;
+        }
+        match self.extents.get(&extent) {
+            Some((known, first)) if *known != number => {
+                let shape = described.stored.iter().map(|extent| match self.extent(*extent) {
+                    Some(number) => number.to_string(),
+                    None => extent.to_string(),
                 });
-            };
-            let shape = self.shape(name, tensor, slot.form)?;
-            if slot.form == Form::ColumnOrRow && self.is_feedforward(name, tensor)? {
-                layer = "ia3_feedforward";
+                let shape: Vec<String> = shape.collect();
+                let what = if extent == Extent::Inputs { "inputs" } else { "outputs" };
+                Err(self.wrong_shape(name, tensor, format!("[{}], the {what} of `{first}`,", shape.join(", "))))
             }
-            // b is [d, r] and a is [r, k]; nothing else has a rank.
-            let axis = match slot.operand {
-                "b" => Some(1),
-                "a" => Some(0),
-                _ => None,
-            };
-            if let Some(found) = axis.and_then(|axis| shape.get(axis).copied()) {
-                self.check_rank(name, found, &mut rank)?;
+            Some(_) => Ok(()),
+            None => {
+                // As people say it: PEFT's `lora_B.weight` is `lora_B`.
+                let end = described.names.first().map_or("", |name| name.trim_end_matches(".weight"));
+                self.extents.insert(extent, (number, end.to_string()));
+                Ok(())
             }
-            let values = tensor.to_finite_f32().map_err(|problem| self.tensors.error(name, problem))?;
-            let values = match (slot.form, &shape[..]) {
-                (Form::Transposed, [rows, columns]) => transpose(&values, *columns, *rows),
-                _ => values,
-            };
-            operands.insert(slot.operand, Operand { shape, values });
         }
-        self.check_ends(&operands)?;
-        let rank = rank.unwrap_or(0);
-        if matches!(kind, AdapterKind::Lora | AdapterKind::Dora) {
-            operands.insert("s", Operand { shape: Vec::new(), values: vec![self.scale(rank)?] });
-        }
-        Ok(AdapterModule { layer, rank, operands })
     }
 
-    /// The operand's shape, from the stored one.
-    fn shape(&self, name: &str, tensor: &StoredTensor, form: Form) -> Result<Vec<usize>, AdapterError> {
-        let shape = match (form, tensor.shape()) {
-            (Form::Transposed, [rows, columns]) => vec![*columns, *rows],
-            (Form::AsStored, [rows, columns]) => vec![*rows, *columns],
-            (Form::Vector, [length]) => vec![*length],
-            (Form::ColumnOrRow, [1, length] | [length, 1]) => vec![*length],
-            _ => Vec::new(),
-        };
-        if shape.is_empty() || shape.contains(&0) {
-            let expected = match form {
-                Form::Transposed | Form::AsStored => "a matrix of a linear layer",
-                Form::Vector => "a vector",
-                Form::ColumnOrRow => "[k, 1] or [1, d]",
-            };
-            let problem = TensorProblem::WrongShape { found: tensor.shape().to_vec(), expected: expected.to_string() };
-            return Err(self.tensors.error(name, problem).into());
-        }
-        Ok(shape)
-    }
-
-    /// Whether an IA3 vector scales the input; config and shape must agree.
-    fn is_feedforward(&self, name: &str, tensor: &StoredTensor) -> Result<bool, AdapterError> {
-        let is_row = matches!(tensor.shape(), [1, _]);
-        let is_column = matches!(tensor.shape(), [_, 1]);
-        let Some(feedforward) = &self.config.feedforward else {
-            if is_row && is_column {
-                let expected =
-                    "with one element the shapes of both forms agree, so list the feed-forward modules".to_string();
-                return Err(self.config.invalid("feedforward_modules", "not given".to_string(), expected));
-            }
-            return Ok(is_row);
-        };
-        let says = feedforward.contain_loosely(self.module).map_err(self.config.pattern_error())?;
-        if says && is_row || !says && is_column {
-            return Ok(says);
-        }
-        let expected = if says { "[1, d], for a feed-forward module of the config" } else { "[k, 1]" };
-        let problem = TensorProblem::WrongShape { found: tensor.shape().to_vec(), expected: expected.to_string() };
-        Err(self.tensors.error(name, problem).into())
-    }
-
-    fn check_rank(&self, name: &str, found: usize, rank: &mut Option<usize>) -> Result<(), AdapterError> {
-        let by_pattern = self.config.ranks.find(self.module).map_err(self.config.pattern_error())?;
+    fn check_rank(&self, name: &str, found: usize) -> Result<(), AdapterError> {
         let fail = |rank, expected| AdapterError::Rank {
             path: self.tensors.path().to_owned(),
             tensor: name.to_string(),
@@ -233,40 +273,71 @@ impl Reader<'_> {
             rank,
             expected,
         };
-        // PEFT 0.21 creates a model's first HiRA adapter with `r`, whatever the pattern; its result doesn't depend on either.
-        let ignored = self.config.kind == AdapterKind::Hira && found == self.config.rank;
-        match by_pattern {
-            Some(expected) if found != expected && !ignored => return Err(fail(expected, "`rank_pattern`")),
-            None if found != self.config.rank => return Err(fail(self.config.rank, "`r`")),
-            _ => {}
+        if let Some(setting) = &self.config.rank {
+            let (said, common) = (&setting.description, setting.ranks.common);
+            let by_pattern = setting.ranks.patterns.find(self.module).map_err(self.config.pattern_error())?;
+            let ignored = said.patterns_may_be_ignored && found == common;
+            match by_pattern {
+                Some(expected) if found != expected && !ignored => {
+                    let option = said.patterns.as_deref().unwrap_or(&said.option);
+                    return Err(fail(expected, format!("`{option}`")));
+                }
+                None if found != common => return Err(fail(common, format!("`{}`", said.option))),
+                _ => {}
+            }
         }
-        match rank.replace(found) {
-            Some(other) if other != found => Err(fail(other, "the other factor")),
+        match self.extent(Extent::Rank) {
+            Some(other) if other != found => Err(fail(other, "the other factor".to_string())),
             _ => Ok(()),
         }
     }
 
-    /// DoRA's magnitudes must be as many as the outputs.
-    fn check_ends(&self, operands: &BTreeMap<&'static str, Operand>) -> Result<(), AdapterError> {
-        let (Some(a), Some(m)) = (operands.get("a"), operands.get("m")) else { return Ok(()) };
-        if a.shape.get(1) == m.shape.first() {
-            return Ok(());
-        }
-        let expected = format!("[{}], the outputs of `lora_B`,", a.shape.get(1).copied().unwrap_or(0));
-        let problem = TensorProblem::WrongShape { found: m.shape.clone(), expected };
-        Err(self.tensors.error(&format!("{PREFIX}{}.lora_magnitude_vector", self.module), problem).into())
+    /// The operand of a tensor that isn't there.
+    fn filled(&self, described: &TensorDescription) -> Result<Operand, AdapterError> {
+        let shape: Option<Vec<usize>> = described.shape().into_iter().map(|extent| self.extent(extent)).collect();
+        let (Some(default), Some(shape)) = (described.default, shape) else {
+            let name = described.names.first().map_or("", String::as_str);
+            return Err(AdapterError::MissingTensor {
+                path: self.tensors.path().to_owned(),
+                tensor: format!("{PREFIX}{}.{name}", self.module),
+                module: self.module.to_string(),
+                kind: self.config.kind.name().to_string(),
+            });
+        };
+        let values = vec![default; shape.iter().product()];
+        Ok(Operand { shape, values })
     }
 
-    /// LoRA's scale: α/r, or α/√r when rank-stabilised.
-    fn scale(&self, rank: usize) -> Result<f32, AdapterError> {
-        let by_pattern = self.config.alphas.find(self.module).map_err(self.config.pattern_error())?;
-        let alpha = by_pattern.unwrap_or(self.config.alpha);
-        let divisor = if self.config.rank_stabilised { (rank as f64).sqrt() } else { rank as f64 };
-        let scale = (alpha / divisor) as f32;
-        if !scale.is_finite() {
+    /// A number of the config, over r or √r where the kind says so.
+    fn scalar(&self, scalar: &ScalarDescription, rank: usize) -> Result<f32, AdapterError> {
+        let missing = || self.config.invalid(&scalar.option, "missing".to_string(), "it must be a number".to_string());
+        let setting = self.config.numbers.get(&scalar.option).ok_or_else(missing)?;
+        let by_pattern = setting.patterns.find(self.module).map_err(self.config.pattern_error())?;
+        let number = by_pattern.unwrap_or(setting.common);
+        let is_root = scalar.root.as_ref().and_then(|root| self.config.roots.get(root)).copied().unwrap_or(false);
+        let divisor = match (scalar.over, is_root) {
+            (None, _) => 1.0,
+            (Some(Divisor::Rank), false) => rank as f64,
+            (Some(Divisor::Rank), true) | (Some(Divisor::RootRank), _) => (rank as f64).sqrt(),
+        };
+        let value = (number / divisor) as f32;
+        if !value.is_finite() {
             let expected = format!("the scale of module `{}` exceeds the range of f32", self.module);
-            return Err(self.config.invalid("lora_alpha", alpha.to_string(), expected));
+            return Err(self.config.invalid(&scalar.option, number.to_string(), expected));
         }
-        Ok(scale)
+        Ok(value)
     }
+}
+
+/// Whether a tensor of this shape can be stored as described. No extent is 0.
+fn is_stored_as(shape: &[usize], stored: &[Extent]) -> bool {
+    let fits = |(number, extent): (&usize, &Extent)| match extent {
+        Extent::Fixed(fixed) => number == fixed,
+        _ => *number > 0,
+    };
+    shape.len() == stored.len() && shape.iter().zip(stored).all(fits)
+}
+
+fn bracketed(extents: &[Extent]) -> String {
+    format!("[{}]", extents.iter().map(Extent::to_string).collect::<Vec<_>>().join(", "))
 }

@@ -1,147 +1,114 @@
-//! Every field of PEFT 0.21's configs, and whether an adapter that sets it can be served.
+//! The options of a config, and whether an adapter that sets them can be served: those that every config has, and those of the
+//! description of its kind. The built-in descriptions know every field of PEFT 0.21's configs.
 
 use super::AdapterError;
+use super::description::{Choice, KindDescription, OptionRule, Refusal};
 use crate::json::Json;
 use std::path::Path;
 
-/// What to do about an option.
-#[derive(Clone, Copy)]
-enum Rule {
-    /// It concerns training, bookkeeping or where files come from: the result is the same.
-    Harmless,
-    /// `Config` reads it.
-    Supported,
-    /// Refused unless null, false or empty, or one of the given values, because it would do what the text says.
-    RefusedUnless(&'static [Plain], &'static str),
+/// The options that every config has and that are read.
+const READ: [&str; 4] = ["peft_type", "target_modules", "exclude_modules", "fan_in_fan_out"];
+
+/// The options that every config has and that don't change the result.
+const HARMLESS: [&str; 6] =
+    ["task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"];
+
+/// An option that every config has and that is refused when it is set.
+const REFUSED: (&str, &str) = ("modules_to_save", "it replaces whole modules of the base model");
+
+/// The options that every config has.
+pub(super) fn common<'a>() -> impl Iterator<Item = &'a str> {
+    READ.into_iter().chain(HARMLESS).chain([REFUSED.0])
 }
 
-/// A value at which a refused option does nothing.
-#[derive(Clone, Copy)]
-enum Plain {
-    True,
-    Text(&'static str),
+/// What a kind says of an option.
+enum Rule<'a> {
+    Accepted,
+    Refused { because: &'a str, unless: &'a [Choice] },
+    Unknown,
 }
 
-use Rule::{Harmless, RefusedUnless, Supported};
-
-type Table = &'static [(&'static str, Rule)];
-
-const COMMON: Table = &[
-    ("peft_type", Supported),
-    ("target_modules", Supported),
-    ("exclude_modules", Supported),
-    ("fan_in_fan_out", Supported),
-    ("task_type", Harmless),
-    ("auto_mapping", Harmless),
-    ("peft_version", Harmless),
-    ("base_model_name_or_path", Harmless),
-    ("revision", Harmless),
-    ("inference_mode", Harmless),
-    ("modules_to_save", RefusedUnless(&[], "it replaces whole modules of the base model")),
-];
-
-const LAYERS: Table =
-    &[("r", Supported), ("layers_to_transform", Supported), ("layers_pattern", Supported), ("rank_pattern", Supported)];
-
-/// Initialisations that leave the base weights alone: what was trained from them is plain LoRA.
-const PLAIN_INIT: &[Plain] =
-    &[Plain::True, Plain::Text("gaussian"), Plain::Text("orthogonal"), Plain::Text("eva"), Plain::Text("mica")];
-
-const LORA: Table = &[
-    ("lora_alpha", Supported),
-    ("alpha_pattern", Supported),
-    ("use_rslora", Supported),
-    ("use_dora", Supported),
-    ("lora_dropout", Harmless),
-    ("megatron_core", Harmless),
-    ("qalora_group_size", Harmless),
-    ("runtime_config", Harmless),
-    ("eva_config", Harmless),
-    ("bias", RefusedUnless(&[Plain::Text("none")], "it trains biases of the base model")),
-    (
-        "init_lora_weights",
-        RefusedUnless(PLAIN_INIT, "it changes the base weights; save the adapter converted to plain LoRA"),
-    ),
-    ("megatron_config", RefusedUnless(&[], "it splits layers over devices")),
-    ("trainable_token_indices", RefusedUnless(&[], "it replaces rows of the embedding")),
-    ("loftq_config", RefusedUnless(&[], "it changes the base weights")),
-    ("corda_config", RefusedUnless(&[], "it changes the base weights")),
-    ("lora_ga_config", RefusedUnless(&[], "it changes the base weights")),
-    ("velora_config", RefusedUnless(&[], "it is another variant of LoRA (VeLoRA)")),
-    ("alora_invocation_tokens", RefusedUnless(&[], "the adapter acts only after these tokens (activated LoRA)")),
-    ("use_qalora", RefusedUnless(&[], "it pools the inputs (QALoRA)")),
-    ("monteclora_config", RefusedUnless(&[], "it samples weights (MonteCLoRA)")),
-    ("layer_replication", RefusedUnless(&[], "it repeats layers of the base model")),
-    ("lora_bias", RefusedUnless(&[], "it adds a bias to the adapter")),
-    ("target_parameters", RefusedUnless(&[], "it adapts parameters that are no linear layers")),
-    ("use_bdlora", RefusedUnless(&[], "its factors are block-diagonal (BD-LoRA)")),
-    ("arrow_config", RefusedUnless(&[], "it routes tokens between adapters (Arrow)")),
-    ("kasa_config", RefusedUnless(&[], "it truncates the base weights and scales the ranks (KaSA)")),
-    ("ensure_weight_tying", RefusedUnless(&[], "it ties the adapters of embedding and output layer")),
-];
-
-const IA3: Table = &[("feedforward_modules", Supported), ("init_ia3_weights", Harmless)];
-
-const HIRA: Table = &[("hira_dropout", Harmless), ("init_weights", Harmless)];
-
-const FLORA: Table = &[("reduce", Supported)];
-
-/// The tables that hold for a `peft_type`, which is written in capitals; `None` when it is not supported.
-fn tables(peft_type: &str) -> Option<&'static [Table]> {
-    match peft_type {
-        "LORA" => Some(&[COMMON, LAYERS, LORA]),
-        "IA3" => Some(&[COMMON, IA3]),
-        "HIRA" => Some(&[COMMON, LAYERS, HIRA]),
-        "FLORA" => Some(&[COMMON, LAYERS, FLORA]),
-        _ => None,
+fn rule<'a>(kind: &'a KindDescription, option: &str) -> Rule<'a> {
+    if option == REFUSED.0 {
+        return Rule::Refused { because: REFUSED.1, unless: &[] };
+    }
+    if READ.contains(&option) || HARMLESS.contains(&option) || is_read(kind, option) {
+        return Rule::Accepted;
+    }
+    match kind.options.get(option) {
+        Some(OptionRule::Harmless | OptionRule::Read) => Rule::Accepted,
+        Some(OptionRule::Refused(Refusal { because, unless })) => Rule::Refused { because, unless },
+        None => Rule::Unknown,
     }
 }
 
+/// Whether a rank, a number, a choice or a list of modules comes from `option`.
+fn is_read(kind: &KindDescription, option: &str) -> bool {
+    let is = |name: &String| name == option;
+    kind.rank.as_ref().is_some_and(|rank| is(&rank.option) || rank.patterns.as_ref().is_some_and(is))
+        || kind.layers.iter().any(|layer| {
+            layer.when.contains_key(option)
+                || layer.modules.as_ref().is_some_and(is)
+                || layer.scalars.iter().any(|scalar| {
+                    is(&scalar.option)
+                        || scalar.patterns.as_ref().is_some_and(is)
+                        || scalar.root.as_ref().is_some_and(is)
+                })
+        })
+}
+
 /// Refuses every option of `config` that would change the result and isn't supported, and the unknown ones that are set.
-pub(super) fn check(path: &Path, peft_type: &str, config: &[(String, Json)]) -> Result<(), AdapterError> {
-    let Some(tables) = tables(peft_type) else {
-        return Err(AdapterError::UnknownPeftType { path: path.to_owned(), found: format!("`{peft_type}`") });
-    };
+pub(super) fn check(path: &Path, kind: &KindDescription, config: &[(String, Json)]) -> Result<(), AdapterError> {
     for (key, value) in config {
-        let rule = tables.iter().copied().flatten().find(|(name, _)| name == key).map(|(_, rule)| *rule);
-        let (path, key, shown) = (path.to_owned(), key.clone(), value.to_string());
-        match rule {
-            Some(Harmless | Supported) => {}
-            Some(RefusedUnless(plain, reason)) if !is_plain(value, plain) => {
+        let (path, shown) = (path.to_owned(), value.to_string());
+        match rule(kind, key) {
+            Rule::Refused { because, unless } if !is_plain(value, unless) => {
+                let (key, reason) = (key.clone(), because.to_owned());
                 return Err(AdapterError::UnsupportedOption { path, key, value: shown, reason });
             }
-            None if !value.is_falsy() => return Err(AdapterError::UnknownOption { path, key, value: shown }),
-            Some(RefusedUnless(..)) | None => {}
+            Rule::Unknown if !value.is_falsy() => {
+                return Err(AdapterError::UnknownOption { path, key: key.clone(), value: shown });
+            }
+            Rule::Accepted | Rule::Refused { .. } | Rule::Unknown => {}
         }
     }
     Ok(())
 }
 
-fn is_plain(value: &Json, plain: &[Plain]) -> bool {
+fn is_plain(value: &Json, plain: &[Choice]) -> bool {
     // 0 is falsy in Python, but as a list of tokens or a count it may mean something.
     let unset = value.is_falsy() && !matches!(value, Json::Number(_));
-    unset
-        || plain.iter().any(|plain| match plain {
-            Plain::True => *value == Json::Bool(true),
-            Plain::Text(text) => value.as_str() == Some(text),
-        })
+    unset || plain.iter().any(|plain| is_choice(value, plain))
+}
+
+/// Whether an option has the value of a choice.
+pub(super) fn is_choice(value: &Json, choice: &Choice) -> bool {
+    match choice {
+        Choice::Flag(flag) => *value == Json::Bool(*flag),
+        Choice::Word(word) => value.as_str() == Some(word),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::peft::AdapterKinds;
 
     fn checked(peft_type: &str, key: &str, value: &str) -> Result<(), AdapterError> {
         let value = Json::parse(Path::new("value.json"), value.as_bytes()).expect("a JSON value");
-        check(Path::new("c.json"), peft_type, &[(key.to_string(), value)])
+        let kinds = AdapterKinds::builtin();
+        check(Path::new("c.json"), kinds.described(peft_type).expect("a kind"), &[(key.to_string(), value)])
     }
 
     #[test]
     fn every_refused_option_is_refused_by_name_and_its_plain_values_pass() {
-        for peft_type in ["LORA", "IA3", "HIRA", "FLORA"] {
-            let rows = tables(peft_type).into_iter().flatten().copied().flatten();
-            for (key, rule) in rows {
-                let RefusedUnless(plain, _) = rule else { continue };
+        let kinds = AdapterKinds::builtin();
+        let mut refused = 0;
+        for peft_type in kinds.peft_types() {
+            let kind = kinds.described(peft_type).expect("a kind");
+            for key in kind.options.keys().map(String::as_str).chain(common()) {
+                let Rule::Refused { unless, .. } = rule(kind, key) else { continue };
+                refused += 1;
                 for value in [r#""something""#, "1", "0", r#"[["a", 1]]"#, r#"{"a": null}"#] {
                     let message = checked(peft_type, key, value).expect_err(key).to_string();
                     assert!(message.contains(&format!("`{key}`")) && message.contains("not supported"), "{message}");
@@ -149,15 +116,17 @@ mod tests {
                 for value in ["null", "false", "[]", "{}", r#""""#] {
                     assert!(checked(peft_type, key, value).is_ok(), "{key} = {value}");
                 }
-                for plain in *plain {
+                for plain in unless {
                     let value = match plain {
-                        Plain::True => "true".to_string(),
-                        Plain::Text(text) => format!("\"{text}\""),
+                        Choice::Flag(flag) => flag.to_string(),
+                        Choice::Word(text) => format!("\"{text}\""),
                     };
                     assert!(checked(peft_type, key, &value).is_ok(), "{key} = {value}");
                 }
             }
         }
+        // LoRA's 18, and `modules_to_save` of each.
+        assert_eq!(refused, 18 + 4);
     }
 
     #[test]

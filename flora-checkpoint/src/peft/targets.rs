@@ -7,6 +7,7 @@ use super::AdapterError;
 use fancy_regex::{Regex, RegexBuilder};
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
+use std::sync::Arc;
 
 /// The longest pattern, in bytes.
 const PATTERN_LIMIT: usize = 1 << 16;
@@ -17,7 +18,7 @@ const COMPILED_LIMIT: usize = 1 << 20;
 
 /// A pattern that can't be used; [`in_file`](Self::in_file) makes it an error.
 pub(super) struct PatternProblem {
-    key: &'static str,
+    key: String,
     pattern: String,
     problem: String,
 }
@@ -26,36 +27,36 @@ impl PatternProblem {
     pub(super) fn in_file(self, path: &Path) -> AdapterError {
         let expected = format!("as a pattern it can't be used: {}", self.problem);
         let value = format!("{:?}", self.pattern.chars().take(60).collect::<String>());
-        AdapterError::InvalidOption { path: path.to_owned(), key: self.key.to_string(), value, expected }
+        AdapterError::InvalidOption { path: path.to_owned(), key: self.key, value, expected }
     }
 }
 
 /// A compiled pattern of the option `key`.
 #[derive(Clone, Debug)]
 pub(super) struct Pattern {
-    key: &'static str,
+    key: Arc<str>,
     source: String,
     regex: Regex,
 }
 
 impl Pattern {
     /// Python's `re.fullmatch(source, name)`.
-    pub(super) fn full(key: &'static str, source: &str) -> Result<Self, PatternProblem> {
+    pub(super) fn full(key: &str, source: &str) -> Result<Self, PatternProblem> {
         Self::compile(key, source, format!("^(?:{source})$"))
     }
 
     /// PEFT's match of a pattern key: the whole name, or what follows one of its dots.
-    pub(super) fn after_any_dot(key: &'static str, source: &str) -> Result<Self, PatternProblem> {
+    pub(super) fn after_any_dot(key: &str, source: &str) -> Result<Self, PatternProblem> {
         Self::compile(key, source, format!(r"^(?:(.*\.)?({source})$)"))
     }
 
     /// The first layer number after a module list whose name matches `list`.
-    pub(super) fn layer_number(key: &'static str, list: &str) -> Result<Self, PatternProblem> {
+    pub(super) fn layer_number(key: &str, list: &str) -> Result<Self, PatternProblem> {
         Self::compile(key, list, format!(r"^(?:(?:^|.*?\.){list}\.(?P<idx>\d+)\.)"))
     }
 
-    fn compile(key: &'static str, source: &str, whole: String) -> Result<Self, PatternProblem> {
-        let fail = |problem: String| PatternProblem { key, pattern: source.to_string(), problem };
+    fn compile(key: &str, source: &str, whole: String) -> Result<Self, PatternProblem> {
+        let fail = |problem: String| PatternProblem { key: key.to_string(), pattern: source.to_string(), problem };
         if whole.len() > PATTERN_LIMIT {
             return Err(fail(format!("it is longer than {PATTERN_LIMIT} bytes")));
         }
@@ -64,11 +65,11 @@ impl Pattern {
             .delegate_size_limit(COMPILED_LIMIT)
             .build()
             .map_err(|error| fail(error.to_string()))?;
-        Ok(Self { key, source: source.to_string(), regex })
+        Ok(Self { key: key.into(), source: source.to_string(), regex })
     }
 
     fn problem(&self, error: fancy_regex::Error) -> PatternProblem {
-        PatternProblem { key: self.key, pattern: self.source.clone(), problem: error.to_string() }
+        PatternProblem { key: self.key.to_string(), pattern: self.source.clone(), problem: error.to_string() }
     }
 
     pub(super) fn matches(&self, name: &str) -> Result<bool, PatternProblem> {

@@ -1,7 +1,8 @@
-//! Writes adapter folders that PEFT reads (all kinds but FLORA, which is ours) and [`AdapterFolder::open`] reads back exactly.
+//! Writes adapter folders as the description of their kind says, so that PEFT reads those of its own kinds, and [`AdapterFolder::open`] reads back exactly.
 
-use super::modules::{Form, PREFIX, Slot, slots};
-use super::{AdapterError, AdapterFolder, AdapterKind, AdapterModule, CONFIG, Operand, TENSORS};
+use super::description::{Choice, Divisor, Extent, LayerDescription, ScalarDescription, TensorDescription};
+use super::modules::PREFIX;
+use super::{AdapterError, AdapterFolder, AdapterKinds, AdapterModule, CONFIG, Operand, TENSORS};
 use crate::atomic;
 use crate::error::FileError;
 use crate::safetensors_file;
@@ -33,7 +34,7 @@ impl AdapterFolder {
         std::fs::create_dir(&folder).map_err(|source| FileError::io(&folder, "create", source))?;
         atomic::write_file(&folder.join(CONFIG), format!("{config:#}\n").as_bytes())?;
         atomic::write_file(&folder.join(TENSORS), &tensors)?;
-        let again = AdapterFolder::open(&folder)?;
+        let again = AdapterFolder::open(&folder, &AdapterKinds::only(&self.kind))?;
         if again.kind != self.kind || again.modules != self.modules {
             let changed = self.modules.iter().find(|(module, adapter)| again.modules.get(*module) != Some(*adapter));
             let module = changed.map_or("", |(module, _)| module);
@@ -50,43 +51,50 @@ impl AdapterFolder {
     }
 
     fn config(&self) -> Result<Value, AdapterError> {
-        let modules: Vec<&String> = self.modules.keys().collect();
-        let mut config = json!({ "inference_mode": true, "task_type": null, "target_modules": modules });
-        let options = match self.kind {
-            AdapterKind::Lora | AdapterKind::Dora => {
-                let mut options =
-                    json!({ "peft_type": "LORA", "use_dora": self.kind == AdapterKind::Dora, "bias": "none" });
-                options["r"] = json!(self.first_rank());
-                options["rank_pattern"] =
-                    self.patterns(|module| Ok((module.rank != self.first_rank()).then(|| json!(module.rank))))?;
-                // α is each module's own, so the common one never holds.
-                options["lora_alpha"] = json!(self.first_rank());
-                options["alpha_pattern"] = self.patterns(|module| alpha(module).map(Some))?;
-                options
+        let description = self.kind.description();
+        let mut config = Map::new();
+        config.insert("peft_type".into(), json!(description.peft_type));
+        config.insert("inference_mode".into(), json!(true));
+        config.insert("task_type".into(), Value::Null);
+        config.insert("target_modules".into(), json!(self.modules.keys().collect::<Vec<_>>()));
+        if let Some(rank) = &description.rank {
+            config.insert(rank.option.clone(), json!(self.first_rank()));
+            if let Some(patterns) = &rank.patterns {
+                let other = |module: &AdapterModule| Ok((module.rank != self.first_rank()).then(|| json!(module.rank)));
+                config.insert(patterns.clone(), self.patterns(other)?);
             }
-            AdapterKind::Hira | AdapterKind::Flora => {
-                let mut options = json!({ "r": self.first_rank() });
-                options["rank_pattern"] =
-                    self.patterns(|module| Ok((module.rank != self.first_rank()).then(|| json!(module.rank))))?;
-                if self.kind == AdapterKind::Hira {
-                    options["peft_type"] = json!("HIRA");
-                } else {
-                    options["peft_type"] = json!("FLORA");
-                    let is_mean = self.modules.values().any(|module| module.layer == "flora_mean");
-                    options["reduce"] = json!(if is_mean { "mean" } else { "sum" });
-                }
-                options
-            }
-            AdapterKind::Ia3 => {
-                let feedforward = self.modules.iter().filter(|(_, module)| module.layer == "ia3_feedforward");
-                let feedforward: Vec<&String> = feedforward.map(|(path, _)| path).collect();
-                json!({ "peft_type": "IA3", "feedforward_modules": feedforward })
-            }
-        };
-        if let (Value::Object(config), Value::Object(options)) = (&mut config, options) {
-            config.extend(options);
         }
-        Ok(config)
+        // Layers without modules first, so that the choices of those with modules hold.
+        let mut layers: Vec<&LayerDescription> = self.kind.layers().filter_map(|name| self.kind.layer(name)).collect();
+        layers.sort_by_key(|layer| self.modules.values().any(|module| module.layer == layer.name));
+        for layer in layers {
+            for (option, choice) in &layer.when {
+                let value = match choice {
+                    Choice::Flag(flag) => json!(flag),
+                    Choice::Word(word) => json!(word),
+                };
+                config.insert(option.clone(), value);
+            }
+            if let Some(option) = &layer.modules {
+                let own = self.modules.iter().filter(|(_, module)| module.layer == layer.name);
+                config.insert(option.clone(), json!(own.map(|(path, _)| path).collect::<Vec<_>>()));
+            }
+            for scalar in &layer.scalars {
+                let of = |module: &AdapterModule| match module.layer == layer.name {
+                    true => number(scalar, module).map(|number| Some(json!(number))),
+                    false => Ok(None),
+                };
+                let first = self.modules.values().find(|module| module.layer == layer.name);
+                // Where there are patterns, each module has its own, so the common number never holds.
+                let common = first.map(|module| number(scalar, module)).transpose();
+                let common = common.map_err(|problem| self.unwritable("", problem))?;
+                config.insert(scalar.option.clone(), json!(common.or(scalar.default).unwrap_or(1.0)));
+                if let Some(patterns) = &scalar.patterns {
+                    config.insert(patterns.clone(), self.patterns(of)?);
+                }
+            }
+        }
+        Ok(Value::Object(config))
     }
 
     fn first_rank(&self) -> usize {
@@ -107,13 +115,19 @@ impl AdapterFolder {
     fn tensors(&self) -> Result<Vec<u8>, AdapterError> {
         let mut tensors = Vec::new();
         for (path, module) in &self.modules {
-            for slot in slots(self.kind) {
-                let operand = module.operands.get(slot.operand);
-                let operand =
-                    operand.ok_or_else(|| self.unwritable(path, format!("operand `{}` is missing", slot.operand)))?;
-                let (shape, values) =
-                    stored(slot, module, operand).map_err(|problem| self.unwritable(path, problem))?;
-                tensors.push((format!("{PREFIX}{path}.{}", slot.suffix), shape, values));
+            let layer = self.kind.layer(&module.layer).ok_or_else(|| {
+                let (kind, layer) = (self.kind.name(), &module.layer);
+                self.unwritable(path, format!("{kind} has no layer `{layer}`"))
+            })?;
+            for described in &layer.tensors {
+                let operand = module.operands.get(&described.operand);
+                let operand = operand.ok_or_else(|| {
+                    let operand = &described.operand;
+                    self.unwritable(path, format!("operand `{operand}` is missing"))
+                })?;
+                let (shape, values) = stored(described, operand).map_err(|problem| self.unwritable(path, problem))?;
+                let name = described.names.first().map_or("", String::as_str);
+                tensors.push((format!("{PREFIX}{path}.{name}"), shape, values));
             }
         }
         let borrowed = tensors.iter().map(|(name, shape, values)| (name.clone(), shape.clone(), &values[..]));
@@ -122,29 +136,38 @@ impl AdapterFolder {
     }
 }
 
-/// α of a LoRA module. The product of an f32 and a rank is exact in f64, so reading it back gives the same scale.
-fn alpha(module: &AdapterModule) -> Result<Value, String> {
-    match module.operands.get("s").map(|scale| &scale.values[..]) {
-        Some([scale]) if scale.is_finite() => Ok(json!(f64::from(*scale) * module.rank as f64)),
-        _ => Err("operand `s` must be one finite number".to_string()),
+/// The option that a scalar comes from. The product of an f32 and a rank is exact in f64, so reading it back gives the same
+/// scalar.
+fn number(scalar: &ScalarDescription, module: &AdapterModule) -> Result<f64, String> {
+    let factor = match scalar.over {
+        None => 1.0,
+        Some(Divisor::Rank) => module.rank as f64,
+        Some(Divisor::RootRank) => (module.rank as f64).sqrt(),
+    };
+    match module.operands.get(&scalar.operand).map(|scale| &scale.values[..]) {
+        Some([scale]) if scale.is_finite() => Ok(f64::from(*scale) * factor),
+        _ => Err(format!("operand `{}` must be one finite number", scalar.operand)),
     }
 }
 
-/// Shape and values as PEFT stores them.
-fn stored(slot: &Slot, module: &AdapterModule, operand: &Operand) -> Result<(Vec<usize>, Vec<f32>), String> {
+/// Shape and values as they are stored.
+fn stored(described: &TensorDescription, operand: &Operand) -> Result<(Vec<usize>, Vec<f32>), String> {
     let elements = operand.shape.iter().try_fold(1usize, |product, extent| product.checked_mul(*extent));
+    let (name, shape) = (&described.operand, &operand.shape);
     if elements != Some(operand.values.len()) {
-        let (shape, count) = (&operand.shape, operand.values.len());
-        return Err(format!("operand `{}` has the shape {shape:?} but {count} values", slot.operand));
+        return Err(format!("operand `{name}` has the shape {shape:?} but {} values", operand.values.len()));
     }
-    match (slot.form, &operand.shape[..]) {
-        (Form::Transposed, [rows, columns]) => Ok((vec![*columns, *rows], transpose(&operand.values, *rows, *columns))),
-        (Form::AsStored, [rows, columns]) => Ok((vec![*rows, *columns], operand.values.clone())),
-        (Form::Vector, [length]) => Ok((vec![*length], operand.values.clone())),
-        (Form::ColumnOrRow, [length]) if module.layer == "ia3_feedforward" => {
-            Ok((vec![1, *length], operand.values.clone()))
+    if shape.len() != described.shape().len() {
+        return Err(format!("operand `{name}` can't have the shape {shape:?}"));
+    }
+    let (mut extents, values) = match shape[..] {
+        [rows, columns] if described.transposed => (vec![columns, rows], transpose(&operand.values, rows, columns)),
+        _ => (shape.clone(), operand.values.clone()),
+    };
+    for (index, extent) in described.stored.iter().enumerate() {
+        if *extent == Extent::Fixed(1) {
+            extents.insert(index.min(extents.len()), 1);
         }
-        (Form::ColumnOrRow, [length]) => Ok((vec![*length, 1], operand.values.clone())),
-        (_, shape) => Err(format!("operand `{}` can't have the shape {shape:?}", slot.operand)),
     }
+    Ok((extents, values))
 }

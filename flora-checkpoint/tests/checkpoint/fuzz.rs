@@ -4,11 +4,12 @@
 
 use crate::decoder;
 use crate::gguf_writer::File;
+use crate::kinds;
 use crate::model::{BIGCODE, safetensors_file};
 use crate::mutation::{changed, changes, settings, soon};
 use crate::peft::{LORA, folder};
 use flora_checkpoint::gguf::{Gguf, MetadataValue};
-use flora_checkpoint::{AdapterFolder, DecoderConfig, Matrix, Model, read_matrices, write_matrices};
+use flora_checkpoint::{AdapterFolder, AdapterKinds, DecoderConfig, Matrix, Model, read_matrices, write_matrices};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -78,7 +79,7 @@ fn read_model(path: &Path) {
 }
 
 fn read_adapter(folder: &Path) {
-    let Ok(adapter) = AdapterFolder::open(folder) else { return };
+    let Ok(adapter) = AdapterFolder::open(folder, &kinds::kinds()) else { return };
     assert!(!adapter.modules.is_empty());
     for operand in adapter.modules.values().flat_map(|module| module.operands.values()) {
         assert_eq!(operand.shape.iter().product::<usize>(), operand.values.len());
@@ -151,8 +152,8 @@ proptest! {
     }
 
     #[test]
-    fn mutated_adapters(config in changes(), tensors in changes(), which in 1u8..4) {
-        let folder = folder(CONFIG, LORA);
+    fn mutated_adapters(config in changes(), tensors in changes(), which in 1u8..4, registered in any::<bool>()) {
+        let folder = if registered { folder(kinds::CONFIG, kinds::TENSORS) } else { folder(CONFIG, LORA) };
         for (bit, name, changes) in [(1, "adapter_config.json", config), (2, "adapter_model.safetensors", tensors)] {
             let path = folder.path().join(name);
             if which & bit != 0 {
@@ -185,7 +186,7 @@ proptest! {
 
 #[test]
 fn the_files_that_are_mutated_are_whole() {
-    assert!(AdapterFolder::open(folder(CONFIG, LORA).path()).is_ok());
+    assert!(AdapterFolder::open(folder(CONFIG, LORA).path(), &AdapterKinds::builtin()).is_ok());
     let (_folder, path) = crate::file("x.safetensors", &safetensors());
     assert_eq!(Model::open(&path).expect("a model").projections().len(), 2);
 }
@@ -198,7 +199,10 @@ fn adapters_cut_at_every_byte_are_errors() {
         let bytes = std::fs::read(&path).expect("a file of the folder");
         for length in 0..bytes.len() {
             std::fs::write(&path, &bytes[..length]).expect("writing a cut file");
-            assert!(AdapterFolder::open(folder.path()).is_err(), "{name} cut at byte {length}");
+            assert!(
+                AdapterFolder::open(folder.path(), &AdapterKinds::builtin()).is_err(),
+                "{name} cut at byte {length}"
+            );
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Adapters and outputs that PEFT itself made (`tests/golden/make_peft.py`), against flora's layers in f64.
 
-use flora_checkpoint::{AdapterFolder, AdapterModule, Matrix, Model, Operand, read_matrices};
+use flora_checkpoint::{AdapterFolder, AdapterKinds, AdapterModule, Matrix, Model, Operand, read_matrices};
 use flora_ir::{Bindings, Value, builtin, evaluate_root};
 use std::path::{Path, PathBuf};
 
@@ -28,12 +28,12 @@ fn matrix(rows: usize, columns: usize, values: &[f32]) -> Value {
 /// The module's output by the oracle, bias included.
 fn expected(model: &Model, path: &str, adapter: &AdapterModule, inputs: &Matrix) -> Vec<f64> {
     let base = model.weight(path).expect("a base weight");
-    let layer = builtin::builtin(adapter.layer).expect("a built-in layer");
+    let layer = builtin::builtin(&adapter.layer).expect("a built-in layer");
     let mut bindings = Bindings::new();
     bindings.insert("x", matrix(inputs.rows, inputs.columns, &inputs.values));
     bindings.insert("w0", matrix(base.d, base.k, &base.values));
     for (name, operand) in &adapter.operands {
-        bindings.insert(*name, value(operand));
+        bindings.insert(name.clone(), value(operand));
     }
     let mut output = evaluate_root(layer, &bindings).expect("bound operands").data().to_vec();
     if let Some(bias) = base.bias {
@@ -52,7 +52,7 @@ fn expected(model: &Model, path: &str, adapter: &AdapterModule, inputs: &Matrix)
 /// PEFT sums d products in f32, each rounded to 2⁻²⁴ of its size; the roundings add up like a random walk, so √d·2⁻²⁴ of the
 /// largest output, times 8 for the few sums that follow each other (base, shrink, expand, norm) and for the tail of the walk.
 fn check(case: &Path) -> usize {
-    let adapter = AdapterFolder::open(&case.join("adapter")).expect("an adapter");
+    let adapter = AdapterFolder::open(&case.join("adapter"), &AdapterKinds::builtin()).expect("an adapter");
     let model = Model::open(&case.join("base.safetensors")).expect("a model");
     adapter.check_against(&model).expect("an adapter of this model");
     let inputs = read_matrices(&case.join("inputs.safetensors")).expect("inputs");
@@ -84,27 +84,29 @@ fn every_adapter_that_peft_made_gives_peft_s_outputs() {
 #[test]
 fn the_golden_adapters_cover_every_layer_that_peft_has() {
     let layer = |case: &str, path: &str| {
-        let adapter = AdapterFolder::open(&golden().join(case).join("adapter")).expect("an adapter");
-        (adapter.modules[path].layer, adapter.modules[path].rank)
+        let adapter =
+            AdapterFolder::open(&golden().join(case).join("adapter"), &AdapterKinds::builtin()).expect("an adapter");
+        let module = &adapter.modules[path];
+        (module.layer.clone(), module.rank)
     };
     let (q, k) = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj");
-    assert_eq!(layer("lora", q), ("lora", 3));
-    assert_eq!(layer("patterns", q), ("lora", 5));
-    assert_eq!(layer("patterns", k), ("lora", 4));
-    assert_eq!(layer("dora", q), ("dora", 3));
-    assert_eq!(layer("ia3", k), ("ia3", 0));
-    assert_eq!(layer("ia3", "model.layers.0.mlp.down_proj"), ("ia3_feedforward", 0));
-    assert_eq!(layer("hira", q), ("hira", 3));
+    assert_eq!(layer("lora", q), ("lora".to_string(), 3));
+    assert_eq!(layer("patterns", q), ("lora".to_string(), 5));
+    assert_eq!(layer("patterns", k), ("lora".to_string(), 4));
+    assert_eq!(layer("dora", q), ("dora".to_string(), 3));
+    assert_eq!(layer("ia3", k), ("ia3".to_string(), 0));
+    assert_eq!(layer("ia3", "model.layers.0.mlp.down_proj"), ("ia3_feedforward".to_string(), 0));
+    assert_eq!(layer("hira", q), ("hira".to_string(), 3));
 }
 
 #[test]
 fn golden_adapters_survive_writing() {
     for entry in std::fs::read_dir(golden()).expect("the golden folder") {
         let path = entry.expect("an entry").path().join("adapter");
-        let adapter = AdapterFolder::open(&path).expect("an adapter");
+        let adapter = AdapterFolder::open(&path, &AdapterKinds::builtin()).expect("an adapter");
         let parent = tempfile::tempdir().expect("a temporary folder");
         let written = adapter.write(parent.path()).expect("a writable adapter");
-        let again = AdapterFolder::open(&written).expect("what was written");
+        let again = AdapterFolder::open(&written, &AdapterKinds::builtin()).expect("what was written");
         assert_eq!((again.kind, again.modules), (adapter.kind, adapter.modules), "{}", path.display());
     }
 }

@@ -6,6 +6,7 @@ mod fuzz;
 mod gguf;
 mod gguf_writer;
 mod golden;
+mod kinds;
 mod model;
 mod mutation;
 mod peft;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use flora_checkpoint::{AdapterFolder, AdapterKind, AdapterModule, Model, Operand};
+use flora_checkpoint::{AdapterFolder, AdapterModule, Model, Operand};
 use flora_codegen::layer::Element;
 use flora_engine::{
     AdapterOptions, Core, Event, LoadOutcome, Loaded, Options, Request, RequestId, Sampling, StopAt, Vocabulary,
@@ -18,20 +18,20 @@ use crate::{device, is_host};
 
 const MODULES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
-/// (name, kind, built-in layer, rank, modules); some leave layers alone.
-const ADAPTERS: [(&str, AdapterKind, &str, usize, &[&str]); 9] = [
-    ("lora", AdapterKind::Lora, "lora", 3, &["q_proj", "k_proj"]),
-    ("lora-all", AdapterKind::Lora, "lora", 8, &MODULES),
-    ("dora", AdapterKind::Dora, "dora", 2, &["v_proj", "down_proj"]),
-    ("ia3", AdapterKind::Ia3, "ia3", 0, &["k_proj", "v_proj"]),
-    ("ia3-feedforward", AdapterKind::Ia3, "ia3_feedforward", 0, &["down_proj"]),
-    ("hira", AdapterKind::Hira, "hira", 4, &["q_proj", "up_proj"]),
-    ("flora", AdapterKind::Flora, "flora", 2, &["q_proj", "k_proj"]),
-    ("flora-wide", AdapterKind::Flora, "flora", 9, &MODULES),
-    ("flora-mean", AdapterKind::Flora, "flora_mean", 5, &["o_proj", "gate_proj"]),
+/// (name, built-in layer, rank, modules); some leave layers alone.
+const ADAPTERS: [(&str, &str, usize, &[&str]); 9] = [
+    ("lora", "lora", 3, &["q_proj", "k_proj"]),
+    ("lora-all", "lora", 8, &MODULES),
+    ("dora", "dora", 2, &["v_proj", "down_proj"]),
+    ("ia3", "ia3", 0, &["k_proj", "v_proj"]),
+    ("ia3-feedforward", "ia3_feedforward", 0, &["down_proj"]),
+    ("hira", "hira", 4, &["q_proj", "up_proj"]),
+    ("flora", "flora", 2, &["q_proj", "k_proj"]),
+    ("flora-wide", "flora", 9, &MODULES),
+    ("flora-mean", "flora_mean", 5, &["o_proj", "gate_proj"]),
 ];
 
-fn random_module(random: &mut fastrand::Rng, layer: &'static str, rank: usize, d: usize, k: usize) -> AdapterModule {
+fn random_module(random: &mut fastrand::Rng, layer: &str, rank: usize, d: usize, k: usize) -> AdapterModule {
     let mut operand = |shape: Vec<usize>, centre: f32, half_width: f32| {
         let count = shape.iter().product();
         let values = (0..count).map(|_| centre + half_width * (2.0 * random.f32() - 1.0)).collect();
@@ -53,13 +53,15 @@ fn random_module(random: &mut fastrand::Rng, layer: &'static str, rank: usize, d
             operands
         }
     };
-    AdapterModule { layer, rank, operands }
+    let operands = operands.into_iter().map(|(name, operand): (&str, Operand)| (name.to_owned(), operand)).collect();
+    AdapterModule { layer: layer.to_owned(), rank, operands }
 }
 
 fn prepared(model: &Model) -> BTreeMap<String, PreparedAdapter> {
-    let layers = Layers::compile().expect("built-in layers");
+    let layers = Layers::builtin().expect("built-in layers");
     let mut random = fastrand::Rng::with_seed(5);
-    let one = |(name, kind, layer, rank, modules): (&str, AdapterKind, &'static str, usize, &[&str])| {
+    let one = |(name, layer, rank, modules): (&str, &str, usize, &[&str])| {
+        let kind = layers.kinds().kind_of_layer(layer).expect("a built-in layer");
         let adapted = model.projections().iter().filter(|own| modules.iter().any(|module| own.path.ends_with(module)));
         let adapted = adapted.map(|own| (own.path.clone(), random_module(&mut random, layer, rank, own.d, own.k)));
         let folder = AdapterFolder::new(name, kind, adapted.collect());

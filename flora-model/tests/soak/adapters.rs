@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use flora_checkpoint::{AdapterFolder, AdapterKind, AdapterModule, Model, Operand, Projection};
+use flora_checkpoint::{AdapterFolder, AdapterKinds, AdapterModule, Model, Operand, Projection};
 
 /// Folders.
 const COUNT: usize = 30;
@@ -38,20 +38,21 @@ fn write(folder: &Path, model: &Model, number: usize, seed: u64) {
         let values = (0..count).map(|_| centre + half_width * (2.0 * random.f32() - 1.0)).collect();
         Operand { shape, values }
     };
-    let (kind, layer, centre) = match number % 3 {
-        0 => (AdapterKind::Lora, "lora", 0.0),
-        1 => (AdapterKind::Flora, "flora", 0.5),
-        _ => (AdapterKind::Hira, "hira", 0.0),
+    let (layer, centre) = match number % 3 {
+        0 => ("lora", 0.0),
+        1 => ("flora", 0.5),
+        _ => ("hira", 0.0),
     };
     let module = |own: &Projection| {
         let (b, a) = (operand(vec![own.d, RANK], centre, 0.1), operand(vec![RANK, own.k], centre, 0.1));
-        let mut operands = BTreeMap::from([("b", b), ("a", a)]);
+        let mut operands = BTreeMap::from([("b".to_owned(), b), ("a".to_owned(), a)]);
         if layer == "lora" {
-            operands.insert("s", Operand { shape: Vec::new(), values: vec![2.0] });
+            operands.insert("s".to_owned(), Operand { shape: Vec::new(), values: vec![2.0] });
         }
-        (own.path.clone(), AdapterModule { layer, rank: RANK, operands })
+        (own.path.clone(), AdapterModule { layer: layer.to_owned(), rank: RANK, operands })
     };
     let modules = modules(model).map(module).collect();
+    let kind = AdapterKinds::builtin().kind_of_layer(layer).expect("a built-in layer");
     // A folder is written once; another one takes its place.
     let _ = fs::remove_dir_all(folder.join(format!("adapter-{number}")));
     AdapterFolder::new(format!("adapter-{number}"), kind, modules).write(folder).expect("a folder that can be written");

@@ -2,16 +2,25 @@
 
 use std::collections::BTreeMap;
 
-use flora_checkpoint::{AdapterError, AdapterFolder, AdapterModule, BaseWeight, Model, Operand};
-use flora_codegen::pipeline::{CompiledLayer, compile_verified};
+use flora_checkpoint::peft::description::BiasRule;
+use flora_checkpoint::{
+    AdapterError, AdapterFolder, AdapterKinds, AdapterModule, BaseWeight, Model, Operand, Projection,
+};
+use flora_codegen::pipeline::CompiledLayer;
 use flora_ir::algebra::{FoldError, FoldedAdapter, NormalForm};
-use flora_ir::{Bindings, EvaluateError, Value, builtin};
+use flora_ir::{Bindings, EvaluateError, Value};
 
 use super::{LoadedAdapter, StoreError};
 
-/// The built-in layers, compiled: what adapters of every kind are folded by.
+/// The layers of every kind of adapter, compiled: what adapters are folded by.
 #[derive(Clone, Debug)]
-pub struct Layers(BTreeMap<&'static str, CompiledLayer>);
+pub struct Layers {
+    /// x @ w0
+    pub(super) base: CompiledLayer,
+    /// By name; each is described by one of `kinds`.
+    pub(super) compiled: BTreeMap<String, CompiledLayer>,
+    pub(super) kinds: AdapterKinds,
+}
 
 /// Which adapter is folded for which projection.
 pub(super) struct FoldTarget<'a> {
@@ -22,7 +31,12 @@ pub(super) struct FoldTarget<'a> {
     pub(super) has_bias: bool,
 }
 
-impl FoldTarget<'_> {
+impl<'a> FoldTarget<'a> {
+    pub(super) fn new(adapter: &'a str, projection: &'a Projection) -> Self {
+        let Projection { path, d, k, has_bias, .. } = projection;
+        Self { adapter, path, d: *d, k: *k, has_bias: *has_bias }
+    }
+
     pub(super) fn failed(&self, source: FoldError) -> StoreError {
         let (adapter, module) = (self.adapter.to_owned(), self.path.to_owned());
         StoreError::Fold { adapter, module, source: source.into() }
@@ -30,28 +44,40 @@ impl FoldTarget<'_> {
 }
 
 impl Layers {
-    /// Compiles them.
-    ///
-    /// # Errors
-    /// A built-in equation has no normal form.
-    pub fn compile() -> Result<Self, StoreError> {
-        let mut layers = BTreeMap::new();
-        for name in builtin::names() {
-            let Some(written) = builtin::builtin(name) else { continue };
-            let failed = |source| StoreError::Layer { layer: name.to_owned(), source };
-            layers.insert(name, compile_verified(written.clone()).map_err(failed)?);
-        }
-        Ok(Self(layers))
-    }
-
     /// The layer of base rows: x @ w0.
-    pub(super) fn base(&self) -> Option<&CompiledLayer> {
-        self.0.get("linear")
+    pub fn base(&self) -> &CompiledLayer {
+        &self.base
     }
 
     /// Whether folding `module` reads the base weight.
     pub(super) fn read_base(&self, module: &AdapterModule) -> bool {
-        self.0.get(module.layer).is_some_and(|layer| layer.linear.reads_base_weight())
+        self.compiled.get(&module.layer).is_some_and(|layer| layer.linear.reads_base_weight())
+    }
+
+    /// Checks that an adapter fits `model`: modules, shapes, and that what its config targets is there.
+    pub(super) fn check_against(&self, adapter: &AdapterFolder, model: &Model) -> Result<(), StoreError> {
+        let failed = |source: AdapterError| StoreError::Adapter { name: adapter.name.clone(), source: source.into() };
+        adapter.check_against(model).map_err(failed)?;
+        for (path, module) in &adapter.modules {
+            let projection = model.projection(path).map_err(|error| failed(error.into()))?;
+            self.layer(&FoldTarget::new(&adapter.name, projection), module)?;
+        }
+        Ok(())
+    }
+
+    /// The layer of `module`, unless it would scale a bias.
+    fn layer(&self, target: &FoldTarget<'_>, module: &AdapterModule) -> Result<&CompiledLayer, StoreError> {
+        let (adapter, path) = (target.adapter.to_owned(), target.path.to_owned());
+        let described = self.kinds.layer(&module.layer);
+        let Some((layer, described)) = self.compiled.get(&module.layer).zip(described) else {
+            return Err(StoreError::UnknownLayer { adapter, module: path, layer: module.layer.clone() });
+        };
+        // A bias is one vector for all rows of a batch.
+        let scales_bias = layer.linear.scales_base_output() && described.bias == Some(BiasRule::Scaled);
+        if scales_bias && target.has_bias {
+            return Err(StoreError::ScaledBias { adapter, kind: described.kind().to_owned(), module: path });
+        }
+        Ok(layer)
     }
 
     /// An adapter folded for every projection that it adapts, by module path. Base weights are read only where a fold needs them.
@@ -63,12 +89,11 @@ impl Layers {
         adapter: &AdapterFolder,
         model: &Model,
     ) -> Result<BTreeMap<String, FoldedAdapter>, StoreError> {
-        check_against(adapter, model)?;
+        self.check_against(adapter, model)?;
         let modules = adapter.modules.iter().map(|(path, module)| {
             let failed = |source| StoreError::Base { adapter: adapter.name.clone(), source: Box::new(source) };
             let projection = model.projection(path).map_err(failed)?;
-            let (d, k, has_bias) = (projection.d, projection.k, projection.has_bias);
-            let target = FoldTarget { adapter: &adapter.name, path, d, k, has_bias };
+            let target = FoldTarget::new(&adapter.name, projection);
             let base = || base_value(&model.weight(path).map_err(failed)?).map_err(|error| target.failed(error.into()));
             Ok((path.clone(), self.fold(&target, module, base)?.folded))
         });
@@ -82,11 +107,7 @@ impl Layers {
         module: &AdapterModule,
         base: impl FnOnce() -> Result<Value, StoreError>,
     ) -> Result<LoadedAdapter<'_>, StoreError> {
-        refuse_scaled_bias(target.adapter, target.path, module, target.has_bias)?;
-        let Some(layer) = self.0.get(module.layer) else {
-            let (adapter, module, layer) = (target.adapter.to_owned(), target.path.to_owned(), module.layer);
-            return Err(StoreError::UnknownLayer { adapter, module, layer });
-        };
+        let layer = self.layer(target, module)?;
         let failed = |source| target.failed(source);
         let operands = bindings(&module.operands).map_err(|error| failed(error.into()))?;
         let folded = if layer.linear.reads_base_weight() {
@@ -102,31 +123,13 @@ impl Layers {
     }
 }
 
-/// Checks that an adapter fits `model`: modules, shapes, and that what its config targets is there.
-pub(super) fn check_against(adapter: &AdapterFolder, model: &Model) -> Result<(), StoreError> {
-    let failed = |source: AdapterError| StoreError::Adapter { name: adapter.name.clone(), source: source.into() };
-    adapter.check_against(model).map_err(failed)?;
-    for (path, module) in &adapter.modules {
-        let has_bias = model.projection(path).map_err(|error| failed(error.into()))?.has_bias;
-        refuse_scaled_bias(&adapter.name, path, module, has_bias)?;
-    }
-    Ok(())
-}
-
 /// The weight as the algebra takes it, in f64.
 pub(super) fn base_value(base: &BaseWeight) -> Result<Value, EvaluateError> {
     Value::matrix(base.d, base.k, base.values.iter().map(|value| f64::from(*value)).collect())
 }
 
-fn refuse_scaled_bias(adapter: &str, path: &str, module: &AdapterModule, has_bias: bool) -> Result<(), StoreError> {
-    match module.layer {
-        "ia3" if has_bias => Err(StoreError::ScaledBias { adapter: adapter.to_owned(), module: path.to_owned() }),
-        _ => Ok(()),
-    }
-}
-
 /// The operands as values of the IR.
-fn bindings(operands: &BTreeMap<&'static str, Operand>) -> Result<Bindings, EvaluateError> {
+fn bindings(operands: &BTreeMap<String, Operand>) -> Result<Bindings, EvaluateError> {
     let mut bindings = Bindings::new();
     for (name, operand) in operands {
         let mut values = operand.values.iter().map(|value| f64::from(*value));
@@ -135,7 +138,7 @@ fn bindings(operands: &BTreeMap<&'static str, Operand>) -> Result<Bindings, Eval
             [rows, columns] => Value::matrix(rows, columns, values.collect())?,
             _ => Value::vector(values.collect()),
         };
-        bindings.insert(*name, value);
+        bindings.insert(name.clone(), value);
     }
     Ok(bindings)
 }

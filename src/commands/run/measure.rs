@@ -162,10 +162,7 @@ fn deviation(
     let check_row = |(row, adapter): &(usize, Option<&flora::runtime::LoadedAdapter>)| {
         let (layer, operands, folded) = match adapter {
             Some(loaded) => (loaded.layer, &loaded.operands, &loaded.folded),
-            None => match store.base_layer() {
-                Some(layer) => (layer, &no_operands, &base_rows),
-                None => return Err(unknown_base_layer()),
-            },
+            None => (store.base_layer(), &no_operands, &base_rows),
         };
         let sample = Sample {
             shape: projection.shape(),
@@ -182,8 +179,4 @@ fn deviation(
     };
     let deviations: Vec<_> = sampled.par_iter().map(check_row).collect::<Result<_, CommandError>>()?;
     Ok(deviations.into_iter().fold(Deviation::default(), Deviation::max))
-}
-
-fn unknown_base_layer() -> CommandError {
-    CommandError::UnknownLayer { name: "linear".to_owned(), known: "none".to_owned() }
 }

@@ -13,7 +13,7 @@ use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use flora::checkpoint::{Matrix, write_matrices};
 use flora::prelude::*;
-use flora::runtime::AdapterStore;
+use flora::runtime::{AdapterStore, Layers};
 
 use super::error::CommandError;
 use super::{output, planner, types};
@@ -139,7 +139,7 @@ fn chosen(weights: &Weights, targets: &[String]) -> Result<Vec<Module>, CommandE
 /// The adapters of --adapters, or made-up ones that are written and read back.
 fn adapters(arguments: &Arguments, weights: &Weights, chosen: &[Module]) -> Result<AdapterStore, CommandError> {
     let store = match (&arguments.adapters, &arguments.keep_adapters) {
-        (Some(folder), _) => AdapterStore::open(folder)?,
+        (Some(folder), _) => AdapterStore::open(folder, Layers::builtin()?)?,
         (None, Some(folder)) => made_up(folder, chosen, arguments.seed)?,
         (None, None) => {
             let temporary = tempfile::tempdir();
@@ -155,7 +155,7 @@ fn adapters(arguments: &Arguments, weights: &Weights, chosen: &[Module]) -> Resu
 
 fn made_up(folder: &Path, chosen: &[Module], seed: u64) -> Result<AdapterStore, CommandError> {
     samples::write_adapters(folder, chosen, seed)?;
-    Ok(AdapterStore::open(folder)?)
+    Ok(AdapterStore::open(folder, Layers::builtin()?)?)
 }
 
 /// The chosen modules that some adapter adapts.

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
-use flora::checkpoint::{AdapterKind, Model};
+use flora::checkpoint::Model;
 use flora::engine::{Engine, Vocabulary};
 use flora::model::PlanningChoice;
 use flora::prelude::*;
@@ -68,17 +68,18 @@ pub(super) struct Arguments {
 #[derive(Clone, Copy)]
 struct Way {
     adapter: &'static str,
-    kind: Option<AdapterKind>,
+    /// The built-in layer of the adapters; `None` for the base model.
+    layer: Option<&'static str>,
     /// `None`: as it is planned when a model is served.
     fixed: Option<(Lowering, Lowering)>,
 }
 
 const WAYS: [Way; 4] = [
-    Way { adapter: BASE, kind: None, fixed: None },
-    Way { adapter: "flora", kind: Some(AdapterKind::Flora), fixed: None },
+    Way { adapter: BASE, layer: None, fixed: None },
+    Way { adapter: "flora", layer: Some("flora"), fixed: None },
     // The paper's baseline.
-    Way { adapter: "lora", kind: Some(AdapterKind::Lora), fixed: Some((Lowering::OnChip, Lowering::Bmm)) },
-    Way { adapter: "lora", kind: Some(AdapterKind::Lora), fixed: None },
+    Way { adapter: "lora", layer: Some("lora"), fixed: Some((Lowering::OnChip, Lowering::Bmm)) },
+    Way { adapter: "lora", layer: Some("lora"), fixed: None },
 ];
 
 /// What every variant is served from.
@@ -96,7 +97,7 @@ pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
     let (model, weights, _folder) = open(arguments)?;
     let planner = saved(arguments.model.plan, &device)?;
     let device = planner.as_ref().map_or_else(|| device.clone(), |planner| planner.tuned(&device));
-    let layers = Layers::compile()?;
+    let layers = Layers::builtin()?;
     let config = model.decoder()?;
     let adapted = match &arguments.model.adapted[..] {
         [] => flora::model::adapted_by_default(&config),
@@ -137,7 +138,7 @@ pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
         let planned = |lengths: &[Lengths], arrivals: &[Duration]| -> Vec<Planned> {
             let one = |(number, lengths): (usize, &Lengths)| Planned {
                 lengths: *lengths,
-                adapter: way.kind.map(|_| SeededAdapters::name(number)),
+                adapter: way.layer.map(|_| SeededAdapters::name(number)),
                 arrival: arrivals.get(number).copied().unwrap_or_default(),
             };
             lengths.iter().enumerate().map(one).collect()
@@ -188,7 +189,7 @@ fn open(arguments: &Arguments) -> Result<(Arc<Model>, &'static str, Option<TempD
 /// The base, and the others at every rank.
 fn variants(ranks: &[u32]) -> Vec<(Way, u32)> {
     let of = |way: Way| {
-        let ranks = if way.kind.is_some() { ranks.to_vec() } else { vec![0] };
+        let ranks = if way.layer.is_some() { ranks.to_vec() } else { vec![0] };
         ranks.into_iter().map(move |rank| (way, rank))
     };
     WAYS.into_iter().flat_map(of).collect()
@@ -196,11 +197,11 @@ fn variants(ranks: &[u32]) -> Vec<(Way, u32)> {
 
 impl Setting<'_> {
     fn variant(&self, way: Way, rank: u32) -> Variant {
-        let lowering = match (way.kind, way.fixed, self.planner) {
+        let lowering = match (way.layer, way.fixed, self.planner) {
             (None, ..) => "matmul".to_owned(),
             (_, Some((_, additive)), _) => additive.name().to_owned(),
             (_, None, Some(_)) => "tuned".to_owned(),
-            (Some(AdapterKind::Flora), None, None) => "on_chip".to_owned(),
+            (Some("flora"), None, None) => "on_chip".to_owned(),
             (Some(_), None, None) => "fused".to_owned(),
         };
         Variant { adapter: way.adapter.to_owned(), lowering, rank }
@@ -217,7 +218,7 @@ impl Setting<'_> {
             model: self.model.clone(),
             layers: self.layers.clone(),
             adapted: self.adapted.to_vec(),
-            kind: way.kind,
+            layer: way.layer,
             rank: rank as usize,
             element: arguments.dtype,
             seed: self.arguments.seed,

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
 
-use flora::checkpoint::{AdapterFolder, AdapterKind, AdapterModule, Model, Projection};
+use flora::checkpoint::{AdapterFolder, AdapterModule, Model, Projection};
 use flora::engine::{AdapterFailure, AdapterSource};
 use flora::model::PreparedAdapter;
 use flora::prelude::*;
@@ -23,8 +23,8 @@ pub(crate) struct SeededAdapters {
     pub(crate) layers: Layers,
     /// The last parts of the paths that they adapt.
     pub(crate) adapted: Vec<String>,
-    /// `None` for none.
-    pub(crate) kind: Option<AdapterKind>,
+    /// The built-in layer of all modules; `None` for no adapters.
+    pub(crate) layer: Option<&'static str>,
     pub(crate) rank: usize,
     pub(crate) element: Element,
     pub(crate) seed: u64,
@@ -37,10 +37,9 @@ impl SeededAdapters {
     }
 
     fn module(&self, name: &str, path: &str, d: usize, k: usize) -> Option<AdapterModule> {
-        let kind = self.kind?;
-        let layer = if kind == AdapterKind::Flora { "flora" } else { "lora" };
+        let layer = self.layer?;
         let mut random = Random::new(self.seed, &["serving", name, path]);
-        Some(made_up(&mut random, (kind, layer, self.rank, 2.0), d, k))
+        Some(made_up(&mut random, (layer, self.rank, 2.0), d, k))
     }
 }
 
@@ -56,7 +55,8 @@ impl AdapterSource for SeededAdapters {
     }
 
     fn prepare(&self, name: &str) -> Result<PreparedAdapter, AdapterFailure> {
-        let Some(kind) = self.kind else { return Err(AdapterFailure::Unknown(name.to_owned())) };
+        let kind = self.layer.and_then(|layer| self.layers.kinds().kind_of_layer(layer));
+        let Some(kind) = kind else { return Err(AdapterFailure::Unknown(name.to_owned())) };
         let adapts = |projection: &&Projection| self.adapted.iter().any(|name| is_target(&projection.path, name));
         let adapted = self.model.projections().iter().filter(adapts);
         let modules = adapted.filter_map(|projection| {
