@@ -5,6 +5,7 @@ mod devices;
 mod error;
 mod explain;
 mod inspect;
+mod kinds;
 mod layer;
 mod output;
 mod plan;

@@ -9,8 +9,10 @@ mod data;
 #[path = "../../flora-checkpoint/tests/checkpoint/gguf_writer.rs"]
 mod gguf_writer;
 mod inspect;
+mod kinds;
 mod mistakes;
 mod report;
+mod server;
 mod serving;
 mod stored;
 mod tuning;

@@ -1,14 +1,13 @@
 //! Serving as a person meets it: text from a model, an HTTP server that comes and goes, the experiment and its page.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
-use super::command::{answer, command, flora, stderr};
+use super::command::{answer, flora, stderr};
+#[cfg(unix)]
+use super::server::Server;
 
 /// The tiny golden Llama with a tokenizer of letters.
 struct Tiny {
@@ -94,47 +93,18 @@ fn what_cannot_be_generated_is_told() {
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
 }
 
-/// One request by hand.
-fn ask(address: &str, request: &str) -> String {
-    let mut stream = TcpStream::connect(address).expect("the server listens");
-    stream.write_all(request.as_bytes()).expect("it reads");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("it answers");
-    answer
-}
-
 #[cfg(unix)]
 #[test]
 fn a_server_listens_answers_and_ends_when_it_is_asked_to() {
     let tiny = Tiny::new();
-    let config = tempfile::tempdir().expect("a temporary folder");
-    let mut child = command(config.path())
-        .args(["serve", "--model", &tiny.model, "--adapters", &adapters(), "--port", "0", "--served-name", "tiny"])
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the binary starts");
-    let mut lines = BufReader::new(child.stderr.take().expect("a pipe")).lines();
-    let address = loop {
-        let line = lines.next().expect("it says where it listens").expect("text");
-        if let Some((_, url)) = line.split_once("http://") {
-            break url.trim_end_matches("/v1").to_owned();
-        }
-    };
-    let get = |path: &str| ask(&address, &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"));
-    assert!(get("/health").starts_with("HTTP/1.1 200"));
-    assert!(get("/v1/models").contains("\"id\":\"lora\""));
-    let body = json!({"model": "lora", "prompt": "abc", "max_tokens": 3}).to_string();
-    let request = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\
-         connection: close\r\n\r\n{body}",
-        body.len()
-    );
-    let answer = ask(&address, &request);
+    let server =
+        Server::start(["--model", &tiny.model, "--adapters", &adapters(), "--port", "0", "--served-name", "tiny"]);
+    assert!(server.get("/health").starts_with("HTTP/1.1 200"));
+    assert!(server.get("/v1/models").contains("\"id\":\"lora\""));
+    let answer = server.post("/v1/completions", &json!({"model": "lora", "prompt": "abc", "max_tokens": 3}));
     assert!(answer.contains("\"completion_tokens\":3"), "{answer}");
-    assert!(get("/metrics").contains("flora_requests_finished_total 1"));
-    let killed = std::process::Command::new("kill").arg(child.id().to_string()).status().expect("kill is there");
-    assert!(killed.success());
-    assert!(child.wait().expect("it ends").success(), "asked to end, it ends well");
+    assert!(server.get("/metrics").contains("flora_requests_finished_total 1"));
+    assert!(server.stop().success(), "asked to end, it ends well");
 }
 
 #[test]

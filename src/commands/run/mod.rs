@@ -16,6 +16,7 @@ use flora::prelude::*;
 use flora::runtime::{AdapterStore, Layers};
 
 use super::error::CommandError;
+use super::kinds::KindArguments;
 use super::{output, planner, types};
 use crate::models::is_target;
 use inputs::Inputs;
@@ -35,6 +36,8 @@ pub(crate) struct Arguments {
     /// A folder of PEFT adapter folders; adapters of every kind are made up unless given
     #[arg(long)]
     adapters: Option<PathBuf>,
+    #[command(flatten)]
+    kinds: KindArguments,
     /// Where to keep the made-up adapters
     #[arg(long, conflicts_with = "adapters", value_name = "DIR")]
     keep_adapters: Option<PathBuf>,
@@ -139,7 +142,7 @@ fn chosen(weights: &Weights, targets: &[String]) -> Result<Vec<Module>, CommandE
 /// The adapters of --adapters, or made-up ones that are written and read back.
 fn adapters(arguments: &Arguments, weights: &Weights, chosen: &[Module]) -> Result<AdapterStore, CommandError> {
     let store = match (&arguments.adapters, &arguments.keep_adapters) {
-        (Some(folder), _) => AdapterStore::open(folder, Layers::builtin()?)?,
+        (Some(folder), _) => AdapterStore::open(folder, arguments.kinds.layers()?)?,
         (None, Some(folder)) => made_up(folder, chosen, arguments.seed)?,
         (None, None) => {
             let temporary = tempfile::tempdir();

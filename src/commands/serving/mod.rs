@@ -10,6 +10,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use flora::prelude::*;
 
+use super::kinds::KindArguments;
 use super::types;
 pub(crate) use start::{engine, model_path, saved, start};
 
@@ -22,6 +23,8 @@ pub(crate) struct ModelArguments {
     /// A folder of PEFT adapter folders, each named by its folder; it may change while the model is served
     #[arg(long, value_name = "DIR")]
     pub(crate) adapters: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) kinds: KindArguments,
     /// The modules that adapters may adapt, by the last part of their path, separated by commas; queries and keys unless given
     #[arg(long, value_delimiter = ',', value_name = "MODULES")]
     pub(crate) adapted: Vec<String>,

@@ -34,7 +34,8 @@ pub(crate) fn start(arguments: &ModelArguments) -> Result<Serving, CommandError>
     let saved = saved(arguments.plan, &device)?;
     let device = saved.as_ref().map_or_else(|| device.clone(), |planner| planner.tuned(&device));
     let planning = saved.as_ref().map_or_else(PlanningChoice::default, PlanningChoice::Priced);
-    let directory = AdapterDirectory::new(arguments.adapters.as_deref(), &model, arguments.dtype)?;
+    let layers = arguments.kinds.layers()?;
+    let directory = AdapterDirectory::with_layers(arguments.adapters.as_deref(), &model, arguments.dtype, layers);
     let engine = engine(arguments, &device, &model, planning, vocabulary, directory)?;
     let info = device.info();
     Ok(Serving { engine, tokenizer, name: name(&path, &model), device: format!("{} ({})", info.name, info.id) })
