@@ -11,7 +11,7 @@
 //! }
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let device = Device::host();
+//! let device = devices::host();
 //! let layer = compile_verified(query::layer())?;
 //! let (d, k, rank) = (3, 2, 1);
 //!
@@ -37,26 +37,62 @@
 
 extern crate self as flora;
 
+/// Layers as Burn modules.
+#[cfg(feature = "burn")]
 pub use flora_burn as burn;
-pub use flora_checkpoint as checkpoint;
-pub use flora_codegen as codegen;
-pub use flora_engine as engine;
+/// Equations as data: what [`macro@layer`] expands to.
 pub use flora_ir as ir;
 pub use flora_macros::layer;
-pub use flora_model as model;
-pub use flora_runtime as runtime;
-pub use flora_server as server;
-pub use flora_tokenizer as tokenizer;
+
+/// Adapters and base weights from files.
+pub mod adapters {
+    pub use flora_adapters::{AdapterStore, BaseError, BaseForm, Layers, LoadedAdapter, RegisterError, StoreError};
+    pub use flora_checkpoint::{
+        AdapterError, AdapterFolder, AdapterKinds, AdapterModule, KindDescription, KindError, Model, ModelError,
+        Operand,
+    };
+}
+
+/// The devices that this build has code for.
+pub mod devices {
+    pub use flora_devices::{Unsupported, auto, host, list, open, unsupported};
+}
+
+/// How a batch is run: shapes and types, lowerings, prices, plans and schedules.
+pub mod planning {
+    pub use flora_plan::batch::{AdapterSlots, BatchShape, Segment};
+    pub use flora_plan::cost::{DeviceCoefficients, LayerPrices, PricedLayer};
+    pub use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
+    pub use flora_plan::lowering::Lowering;
+    pub use flora_plan::plan::{Plan, PlanError, plan};
+    pub use flora_plan::schedule::{Schedule, ScheduleError, schedule};
+    pub use flora_tune::Planner;
+    pub use flora_tune::planner::Source;
+}
 
 /// What a serving engine uses.
 pub mod prelude {
-    pub use flora_codegen::cost::DeviceCoefficients;
-    pub use flora_codegen::layer::{Element, LayerFormat, LayerShape, WeightFormat};
-    pub use flora_codegen::lowering::Lowering;
-    pub use flora_codegen::pipeline::{CompiledLayer, compile, compile_verified};
-    pub use flora_codegen::plan::Plan;
-    pub use flora_codegen::target::Target;
-    pub use flora_codegen::weight::PackedWeight;
     pub use flora_ir::{Activation, Bindings, Value};
-    pub use flora_runtime::{Batch, Device, Planner, Projection, ProjectionOptions};
+    pub use flora_plan::cost::DeviceCoefficients;
+    pub use flora_plan::layer::{Element, LayerFormat, LayerShape, WeightFormat};
+    pub use flora_plan::lowering::Lowering;
+    pub use flora_plan::pipeline::{CompiledLayer, compile, compile_verified};
+    pub use flora_plan::plan::Plan;
+    pub use flora_plan::weight::PackedWeight;
+    pub use flora_runtime::{Batch, Device, Projection, ProjectionOptions};
+    pub use flora_tune::Planner;
+
+    pub use crate::devices;
+}
+
+/// The Rust blocks of the README and of the pages in `docs`, run as tests.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/layers.md")]
+    struct Layers;
+    #[cfg(feature = "emit")]
+    #[doc = include_str!("../docs/inspecting.md")]
+    struct Inspecting;
 }

@@ -2,17 +2,9 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{DType, Element as Scalar, Shape, Slice, Tensor, TensorMetadata, TensorPrimitive, bf16, f16};
-use burn_cubecl::element::BoolElement;
-use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::tensor::CubeTensor;
-use burn_cubecl::{CubeBackend, CubeRuntime, FloatElement, IntElement};
-use burn_flex::{Flex, FlexDevice, FlexTensor, Layout};
-use bytemuck::Pod;
-use cubecl::cuda::{CudaDevice, CudaRuntime};
-use cubecl::wgpu::{WgpuDevice, WgpuRuntime};
-use flora_codegen::layer::Element;
-use flora_runtime::{Buffer, Device, DeviceError, Place};
+use burn::tensor::{DType, Shape, Slice, Tensor, TensorMetadata, TensorPrimitive};
+use flora_plan::layer::Element;
+use flora_runtime::{Buffer, Device, DeviceError};
 
 /// A Burn backend whose float tensors are buffers of a flora device. A model on any other backend doesn't compile.
 ///
@@ -40,11 +32,11 @@ pub trait FloraBackend: Backend {
     /// Memory of another device, a type that layers don't have.
     fn buffer(device: &Device, tensor: FloatTensor<Self>) -> Result<Buffer, TensorError>;
 
-    /// The numbers of a buffer as a tensor, in the same memory.
+    /// The numbers of a buffer as a tensor, in the same memory; on the host a copy where something else has the buffer too.
     ///
     /// # Errors
     /// A buffer of another device, or of another number of elements than the shape.
-    fn tensor(device: &Self::Device, buffer: &Buffer, shape: Shape) -> Result<FloatTensor<Self>, TensorError>;
+    fn tensor(device: &Self::Device, buffer: Buffer, shape: Shape) -> Result<FloatTensor<Self>, TensorError>;
 
     /// Writes `new` `[1, heads, tokens, size]` over the tokens from `at` on of `held` `[1, heads, capacity, size]`, in the same
     /// memory where nothing else has it.
@@ -82,14 +74,14 @@ pub enum TensorError {
 
 /// One device under both of its names.
 #[derive(Clone, Debug)]
-pub struct Target<B: Backend> {
+pub struct BurnDevice<B: Backend> {
     /// As Burn calls it.
     pub burn: B::Device,
     /// As flora calls it.
     pub flora: Device,
 }
 
-impl<B: FloraBackend> Target<B> {
+impl<B: FloraBackend> BurnDevice<B> {
     /// Starts the device.
     ///
     /// # Errors
@@ -114,12 +106,12 @@ impl<B: FloraBackend> Target<B> {
         element: Element,
     ) -> Result<Tensor<B, D>, TensorError> {
         let buffer = self.flora.upload_as(values, element)?;
-        let tensor = B::tensor(&self.burn, &buffer, Shape::from(shape))?;
+        let tensor = B::tensor(&self.burn, buffer, Shape::from(shape))?;
         Ok(Tensor::from_primitive(TensorPrimitive::Float(tensor)))
     }
 }
 
-fn element(dtype: DType) -> Result<Element, TensorError> {
+pub(crate) fn element(dtype: DType) -> Result<Element, TensorError> {
     match dtype {
         DType::F32 | DType::Flex32 => Ok(Element::F32),
         DType::F16 => Ok(Element::F16),
@@ -128,7 +120,7 @@ fn element(dtype: DType) -> Result<Element, TensorError> {
     }
 }
 
-fn dtype(element: Element) -> DType {
+pub(crate) fn dtype(element: Element) -> DType {
     match element {
         Element::F32 => DType::F32,
         Element::F16 => DType::F16,
@@ -136,125 +128,7 @@ fn dtype(element: Element) -> DType {
     }
 }
 
-fn fits(buffer: &Buffer, shape: &Shape) -> Result<(), TensorError> {
+pub(crate) fn fits(buffer: &Buffer, shape: &Shape) -> Result<(), TensorError> {
     let (wanted, found) = (shape.num_elements(), buffer.len());
     if wanted == found { Ok(()) } else { Err(TensorError::Size { wanted, found }) }
-}
-
-impl FloraBackend for Flex {
-    const CONCURRENT: bool = true;
-    const COPIES_PARTS: bool = true;
-
-    fn open(_device: &FlexDevice) -> Result<Device, DeviceError> {
-        Ok(Device::host())
-    }
-
-    fn device(device: &Device) -> Option<FlexDevice> {
-        matches!(device.place(), Place::Host).then_some(FlexDevice)
-    }
-
-    fn buffer(device: &Device, tensor: FlexTensor) -> Result<Buffer, TensorError> {
-        let element = element(tensor.dtype())?;
-        Ok(device.share_bytes(tensor.to_contiguous().data_arc(), element)?)
-    }
-
-    fn tensor(_device: &FlexDevice, buffer: &Buffer, shape: Shape) -> Result<FlexTensor, TensorError> {
-        fits(buffer, &shape)?;
-        let bytes = buffer.bytes().ok_or(TensorError::OtherDevice)?.clone();
-        Ok(FlexTensor::from_arc(bytes, Layout::contiguous(shape), dtype(buffer.element())))
-    }
-
-    // Flex's own assignment holds its operand twice, and so copies it whole for every token.
-    fn write_tokens(held: FlexTensor, new: FlexTensor, at: usize) -> FlexTensor {
-        let mut written = held.to_contiguous();
-        drop(held);
-        let new = new.to_contiguous();
-        match written.dtype() {
-            DType::F16 => write_heads::<f16>(&mut written, &new, at),
-            DType::BF16 => write_heads::<bf16>(&mut written, &new, at),
-            DType::F64 => write_heads::<f64>(&mut written, &new, at),
-            _ => write_heads::<f32>(&mut written, &new, at),
-        }
-        written
-    }
-}
-
-/// [`FloraBackend::write_tokens`] of contiguous tensors.
-fn write_heads<E: Scalar + Pod>(held: &mut FlexTensor, new: &FlexTensor, at: usize) {
-    let [_, _, capacity, size] = held.shape().dims();
-    let [_, _, tokens, _] = new.shape().dims();
-    let from = new.storage::<E>();
-    let heads = held.storage_mut::<E>().chunks_exact_mut((capacity * size).max(1));
-    for (held, new) in heads.zip(from.chunks_exact((tokens * size).max(1))) {
-        held[at * size..][..new.len()].copy_from_slice(new);
-    }
-}
-
-/// A cubecl runtime that flora has a device for.
-pub trait FloraRuntime: CubeRuntime {
-    /// The flora device on the client of `device`.
-    ///
-    /// # Errors
-    /// It doesn't start.
-    fn open(device: &Self::Device) -> Result<Device, DeviceError>;
-
-    /// What the runtime calls a flora device; `None` where it is another runtime's.
-    fn device(device: &Device) -> Option<Self::Device>;
-}
-
-impl FloraRuntime for CudaRuntime {
-    fn open(device: &CudaDevice) -> Result<Device, DeviceError> {
-        Device::on_cuda(device)
-    }
-
-    fn device(device: &Device) -> Option<CudaDevice> {
-        if let Place::Cuda(device) = device.place() { Some(device.clone()) } else { None }
-    }
-}
-
-impl FloraRuntime for WgpuRuntime {
-    fn open(device: &WgpuDevice) -> Result<Device, DeviceError> {
-        Device::on_wgpu(device)
-    }
-
-    fn device(device: &Device) -> Option<WgpuDevice> {
-        if let Place::Wgpu(device) = device.place() { Some(device.clone()) } else { None }
-    }
-}
-
-impl<R, F, I, BT> FloraBackend for CubeBackend<R, F, I, BT>
-where
-    R: FloraRuntime,
-    F: FloatElement,
-    I: IntElement,
-    BT: BoolElement,
-    Self: Backend<Device = R::Device, FloatTensorPrimitive = CubeTensor<R>>,
-{
-    const CONCURRENT: bool = false;
-    const COPIES_PARTS: bool = false;
-
-    fn open(device: &R::Device) -> Result<Device, DeviceError> {
-        R::open(device)
-    }
-
-    fn device(device: &Device) -> Option<R::Device> {
-        R::device(device)
-    }
-
-    fn buffer(device: &Device, tensor: CubeTensor<R>) -> Result<Buffer, TensorError> {
-        let element = element(tensor.dtype())?;
-        let elements = tensor.shape().num_elements();
-        if R::device(device).is_none_or(|own| own != tensor.device) {
-            return Err(TensorError::OtherDevice);
-        }
-        // SAFETY: the tensor is of the runtime's device that this one is, and a runtime has one client for a device.
-        Ok(unsafe { device.share_handle(into_contiguous(tensor).handle, elements, element) }?)
-    }
-
-    fn tensor(device: &R::Device, buffer: &Buffer, shape: Shape) -> Result<CubeTensor<R>, TensorError> {
-        fits(buffer, &shape)?;
-        let handle = buffer.handle().ok_or(TensorError::OtherDevice)?.clone();
-        let client = R::client(device);
-        Ok(CubeTensor::new_contiguous(client, device.clone(), shape, handle, dtype(buffer.element())))
-    }
 }

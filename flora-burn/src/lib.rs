@@ -6,15 +6,15 @@
 //!
 //! ```
 //! use burn::tensor::Tensor;
-//! use flora_burn::{AdaptedLinear, Host, Planning, StepBatch, Target};
-//! use flora_codegen::layer::{LayerShape, WeightFormat};
-//! use flora_codegen::plan::Plan;
-//! use flora_codegen::weight::PackedWeight;
+//! use flora_burn::{AdaptedLinear, Host, Planning, StepBatch, BurnDevice};
+//! use flora_plan::layer::{LayerShape, WeightFormat};
+//! use flora_plan::plan::Plan;
+//! use flora_plan::weight::PackedWeight;
 //! use flora_ir::algebra::{FoldedAdapter, VirtualRow};
 //! use flora_runtime::ProjectionOptions;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let target = Target::<Host>::open(&Default::default())?;
+//! let target = BurnDevice::<Host>::open(&Default::default())?;
 //! let weight = PackedWeight::from_f32(WeightFormat::default(), LayerShape { d: 32, k: 2 }, &[0.5; 64])?;
 //! let planning = Planning::Fixed(Plan::default());
 //! let query = AdaptedLinear::new(&target, &weight, ProjectionOptions::default(), planning)?;
@@ -36,14 +36,23 @@
 //! ```
 
 pub mod backend;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod cube;
+mod flex;
 pub mod linear;
 
 /// Burn's backend on this machine's processor.
 pub type Host = burn_flex::Flex;
+#[cfg(feature = "wgpu")]
 /// Burn's backend on a GPU through wgpu; Vulkan's element types.
 pub type Wgpu = burn::backend::Vulkan;
+#[cfg(feature = "cuda")]
 /// Burn's backend on an NVIDIA GPU.
 pub type Cuda = burn::backend::Cuda;
 
-pub use backend::{FloraBackend, Target, TensorError};
-pub use linear::{AdaptedLinear, LinearError, Planning, StepBatch};
+pub use backend::{BurnDevice, FloraBackend, TensorError};
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub use cube::FloraRuntime;
+pub use linear::{AdaptedLinear, LinearError};
+// What a forward pass takes.
+pub use flora_runtime::{Planning, StepBatch};

@@ -7,10 +7,11 @@ mod run;
 pub use copy::copy;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use flora_runtime::operands::{OperandError, check_recipe, check_slots};
 
-use crate::layer::{Element, Epilogue, LayerFormat, LayerShape};
 use crate::routine::{Hardware, RoutineError};
-use crate::schedule::{Materialised, Schedule, Step};
+use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape};
+use flora_plan::schedule::{Materialised, Schedule};
 use run::Run;
 
 /// A layer's operands on the device, row-major, in the types of `format`.
@@ -20,7 +21,7 @@ pub struct LayerBuffers {
     pub shape: LayerShape,
     /// Types.
     pub format: LayerFormat,
-    /// The values of a [`PackedWeight`](crate::weight::PackedWeight): `[d, k]` or its words.
+    /// The values of a [`PackedWeight`](flora_plan::weight::PackedWeight): `[d, k]` or its words.
     pub base_weight: Handle,
     /// Its scales, of a quantised one.
     pub weight_scales: Option<Handle>,
@@ -67,24 +68,9 @@ pub enum LaunchError {
         /// The device's limit.
         limit: u32,
     },
-    /// The schedule names vectors that the pools lack.
-    #[error("the batch's adapters lie in {needed} slots of the {pool} pool, which has {slots}; load them again")]
-    Slots {
-        /// "in" or "out".
-        pool: &'static str,
-        /// Slots that the schedule names.
-        needed: u32,
-        /// Slots that there are.
-        slots: u32,
-    },
-    /// The schedule was made for another layer.
-    #[error("the batch was laid out for a weight of {schedule:?} and this one is {layer:?}; lay it out for each")]
-    OtherLayer {
-        /// What it was made for.
-        schedule: LayerShape,
-        /// What it was launched with.
-        layer: LayerShape,
-    },
+    /// Operands that make no layer, or a schedule that isn't one of theirs.
+    #[error(transparent)]
+    Operands(#[from] OperandError),
     /// A result or an intermediate that the device can't hold in one buffer.
     #[error(
         "the batch needs a buffer of {bytes} bytes and the device takes {limit}; split the batch, or use another lowering"
@@ -95,35 +81,12 @@ pub enum LaunchError {
         /// The device's limit.
         limit: u64,
     },
-    /// More adapters than kernels can index.
-    #[error("the {pool} pool has {elements} elements and kernels index 2^31; load fewer adapters")]
-    PoolTooLarge {
-        /// "in" or "out".
-        pool: &'static str,
-        /// Its size.
-        elements: u64,
-    },
     /// No blueprint of this device serves the batch.
     #[error(transparent)]
     Routine(#[from] RoutineError),
-    /// A plan that keeps to a weight that wasn't made.
-    #[error("the batch is planned for the merged weight of adapter {wanted}, and {}; merge the adapter first", held(*.found))]
-    NotMerged {
-        /// What the batch wants.
-        wanted: u32,
-        /// What is resident.
-        found: Option<u32>,
-    },
-    /// An epilogue that adds a residual, and none was passed.
-    #[error("the layer adds a residual and none was passed; pass one of [tokens, k]")]
-    NoResidual,
     /// A type that the device doesn't have.
     #[error("this device has no {0} buffers; keep the layer in f32")]
     NoElement(Element),
-}
-
-fn held(found: Option<u32>) -> String {
-    found.map_or_else(|| "none is resident".to_owned(), |adapter| format!("that of adapter {adapter} is resident"))
 }
 
 /// Launches a schedule: reads x `[tokens, d]` and, where the epilogue adds one, residual `[tokens, k]`; returns y `[tokens, k]`.
@@ -143,10 +106,9 @@ pub unsafe fn launch<R: Runtime>(
     x: &Handle,
     residual: Option<&Handle>,
 ) -> Result<Handle, LaunchError> {
-    let merged = layer.merged.as_ref().map(|merged| merged.adapter);
-    check(schedule, layer.shape, layer.in_pool.slots, layer.out_pool.slots, merged)?;
+    check_slots(schedule, layer.shape, (layer.in_pool.slots, layer.out_pool.slots))?;
     if layer.epilogue.residual && residual.is_none() {
-        return Err(LaunchError::NoResidual);
+        return Err(OperandError::NoResidual.into());
     }
     Run::new(client, hardware, layer, schedule.tokens(), x, residual)?.steps(schedule)
 }
@@ -164,60 +126,6 @@ pub unsafe fn merge<R: Runtime>(
     layer: &LayerBuffers,
     step: &Materialised,
 ) -> Result<Handle, LaunchError> {
-    check_slots(step, layer.in_pool.slots, layer.out_pool.slots)?;
+    check_recipe(step, (layer.in_pool.slots, layer.out_pool.slots))?;
     Run::new(client, hardware, layer, 0, &layer.base_weight, None)?.made(step)
-}
-
-/// Whether a schedule is one of a layer of this shape whose pools have so many slots, and that keeps the W_i of the adapter
-/// `merged`.
-///
-/// # Errors
-/// A schedule of another layer, of slots that the pools lack or of the merged weight of another adapter; pools that kernels can't
-/// index.
-pub fn check(
-    schedule: &Schedule,
-    shape: LayerShape,
-    in_slots: u32,
-    out_slots: u32,
-    merged: Option<u32>,
-) -> Result<(), LaunchError> {
-    if shape != schedule.shape() {
-        return Err(LaunchError::OtherLayer { schedule: schedule.shape(), layer: shape });
-    }
-    let pools = [("in", schedule.in_slots(), in_slots, shape.d), ("out", schedule.out_slots(), out_slots, shape.k)];
-    for (pool, needed, slots, width) in pools {
-        if needed > slots {
-            return Err(LaunchError::Slots { pool, needed, slots });
-        }
-        let elements = u64::from(slots) * u64::from(width);
-        if elements > i32::MAX as u64 {
-            return Err(LaunchError::PoolTooLarge { pool, elements });
-        }
-    }
-    for step in schedule.steps() {
-        if let Step::Merged { adapter } = step
-            && merged != Some(*adapter)
-        {
-            return Err(LaunchError::NotMerged { wanted: *adapter, found: merged });
-        }
-    }
-    Ok(())
-}
-
-/// Whether the pools have the slots that `step` names.
-///
-/// # Errors
-/// They don't.
-pub fn check_slots(step: &Materialised, in_slots: u32, out_slots: u32) -> Result<(), LaunchError> {
-    let ranks = || step.adapters.iter().filter(|adapter| adapter.rank > 0);
-    let scales = || step.scales.iter();
-    let needed_in = scales().map(|scale| scale.in_slot).chain(ranks().map(|own| own.shrink.saturating_add(own.rank)));
-    let needed_out = scales().map(|scale| scale.out_slot).chain(ranks().map(|own| own.expand.saturating_add(own.rank)));
-    let needed = [("in", needed_in.max().unwrap_or(0), in_slots), ("out", needed_out.max().unwrap_or(0), out_slots)];
-    for (pool, needed, slots) in needed {
-        if needed > slots {
-            return Err(LaunchError::Slots { pool, needed, slots });
-        }
-    }
-    Ok(())
 }

@@ -1,13 +1,17 @@
-//! From steps to launches: blueprints, routines and the cubecl kernels.
+//! GPUs: from a schedule's steps to launches. Blueprints, routines and the cubecl kernels; the CUDA and wgpu runtimes as devices of
+//! flora; and the same launches as text, without a device.
 //!
-//! [`pipeline`] is the whole way from an equation to launches, top to bottom. `flora-plan` prices a batch's lowerings and lays out
-//! its steps; [`routine`] fits tiles to a device, [`launch::launch`] runs the kernels, or [`target::emit`] prints them.
+//! `flora-plan` prices a batch's lowerings and lays out its steps; [`routine`] fits tiles to a device, [`launch::launch`] runs the
+//! kernels, or [`target::emit`] prints them.
+//!
+//! Features: `cuda` and `wgpu` bring the devices of these runtimes ([`runtime`]), `emit` the text for CUDA; WGSL and SPIR-V are
+//! emitted with `wgpu`.
 
 pub mod kernels;
 pub mod launch;
-pub mod pipeline;
 pub mod routine;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub mod runtime;
+#[cfg(feature = "emit")]
 pub mod target;
 pub mod traffic;
-
-pub use flora_plan::{batch, blueprints, cost, layer, lowering, model_planner, plan, schedule, weight};

@@ -12,8 +12,8 @@ use serde::Serialize;
 
 use crate::kernels::shrink::TASK_WORDS;
 use crate::kernels::tile::{ITEM_WORDS, ROW_WORDS};
-use crate::layer::{LayerFormat, LayerShape};
 use crate::routine::{Hardware, TileLaunch};
+use flora_plan::layer::{LayerFormat, LayerShape};
 
 /// Bytes of global memory and MACs of one launch, and of the one that adds up where the depth is split.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -114,13 +114,13 @@ impl TileLaunch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
-    use crate::layer::{Element, Epilogue, WeightFormat};
-    use crate::lowering::Lowering;
-    use crate::plan::Plan;
     use crate::routine::{self, Wanted};
-    use crate::schedule::{Step, schedule};
     use crate::target::{Capability, hardware};
+    use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
+    use flora_plan::layer::{Element, Epilogue, WeightFormat};
+    use flora_plan::lowering::Lowering;
+    use flora_plan::plan::Plan;
+    use flora_plan::schedule::{Step, schedule};
 
     fn adapter(lowering: Lowering, rank: u32, first: u32) -> AdapterSlots {
         let slots = (first..).take(rank as usize);

@@ -251,6 +251,10 @@ impl<P> Residency<P> {
 
     fn fail(&mut self, name: String, checked: Instant, version: Option<u64>, failure: AdapterFailure) {
         self.counts.failures += 1;
+        // A name that nobody has is a client's mistake, which its answer says.
+        if let AdapterFailure::Unusable { reason, .. } = &failure {
+            tracing::warn!(adapter = %name, %reason, "an adapter can't be used");
+        }
         self.supersede(&name);
         if self.settled.len() - self.current_residents() >= REMEMBERED_FAILURES {
             self.forget_oldest_failure();

@@ -62,6 +62,11 @@ impl Engine {
         Self { arch, calls: Pool::default(), scratches: Pool::default() }
     }
 
+    /// What kernels are dispatched on.
+    pub(crate) fn arch(&self) -> Arch {
+        self.arch
+    }
+
     /// [`Engine::vectors`] of the best instruction set that this processor has.
     pub fn instruction_set() -> &'static str {
         Self::new().vectors()

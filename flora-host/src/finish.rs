@@ -77,7 +77,7 @@ fn sigmoid(x: f32) -> f32 {
 /// eˣ as 2ⁿ·eʳ with |r| ≤ ½ ln 2, whose Taylor series to r⁷ is off by less than 6e-9. Without branches, so that it is
 /// computed for a vector at a time, as the standard library's is not.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     // 2ⁿ has no f32 beyond these. Below, the result is as good as 0 to who adds 1; above, it is infinite. NaN passes.
     let is_large = x > 88.0;
     let x = if x < -87.0 { -87.0 } else { x };

@@ -97,6 +97,7 @@ macro_rules! with_rows {
         }
     };
 }
+pub(crate) use with_rows;
 
 impl Multiply<'_> {
     /// Runs it.
@@ -258,10 +259,11 @@ fn compose_rows<S: Simd, const ROWS: usize>(simd: S, work: &mut Compose<'_>, fir
     }
 }
 
+/// Vectors of a product's right side, `pitch` floats apart.
 #[derive(Clone, Copy)]
-struct Operand {
-    values: *const f32,
-    pitch: usize,
+pub(crate) struct Operand {
+    pub(crate) values: *const f32,
+    pub(crate) pitch: usize,
 }
 
 /// Steps between a vector's fetch and its use.
@@ -272,7 +274,7 @@ const NEAR: usize = 8;
 /// # Safety
 /// `left` holds ROWS × `steps` numbers at those pitches, `right` `steps` pairs of vectors.
 #[inline(always)]
-unsafe fn accumulate<S: Simd, const ROWS: usize, const FETCH: bool>(
+pub(crate) unsafe fn accumulate<S: Simd, const ROWS: usize, const FETCH: bool>(
     simd: S,
     mut sums: [[S::f32s; 2]; ROWS],
     left: *const f32,
@@ -304,7 +306,7 @@ unsafe fn accumulate<S: Simd, const ROWS: usize, const FETCH: bool>(
 /// # Safety
 /// `at` points to a vector of floats.
 #[inline(always)]
-unsafe fn load<S: Simd>(at: *const f32) -> S::f32s {
+pub(crate) unsafe fn load<S: Simd>(at: *const f32) -> S::f32s {
     // SAFETY: by the caller's promise; a vector is a plain array of floats.
     unsafe { at.cast::<S::f32s>().read_unaligned() }
 }
@@ -312,7 +314,7 @@ unsafe fn load<S: Simd>(at: *const f32) -> S::f32s {
 /// # Safety
 /// `at` points to a vector of floats that nothing else refers to.
 #[inline(always)]
-unsafe fn store<S: Simd>(at: *mut f32, value: S::f32s) {
+pub(crate) unsafe fn store<S: Simd>(at: *mut f32, value: S::f32s) {
     // SAFETY: by the caller's promise; a vector is a plain array of floats.
     unsafe { at.cast::<S::f32s>().write_unaligned(value) }
 }

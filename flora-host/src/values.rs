@@ -28,6 +28,17 @@ pub enum ValuesMut<'a> {
     Bf16(&'a mut [bf16]),
 }
 
+impl<'a> Values<'a> {
+    /// The first `count`, or all where there are no more.
+    pub(crate) fn first(self, count: usize) -> Self {
+        match self {
+            Values::F32(values) => Values::F32(&values[..count.min(values.len())]),
+            Values::F16(values) => Values::F16(&values[..count.min(values.len())]),
+            Values::Bf16(values) => Values::Bf16(&values[..count.min(values.len())]),
+        }
+    }
+}
+
 impl Values<'_> {
     /// How many.
     pub fn len(&self) -> usize {

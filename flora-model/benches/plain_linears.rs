@@ -6,19 +6,19 @@ use std::time::Instant;
 
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Distribution, Tensor};
-use flora_burn::{AdaptedLinear, Host, Planning, StepBatch, Target};
-use flora_codegen::layer::{LayerShape, WeightFormat};
-use flora_codegen::plan::Plan;
-use flora_codegen::weight::PackedWeight;
+use flora_burn::{AdaptedLinear, BurnDevice, Host, Planning, StepBatch};
 use flora_ir::algebra::{FoldedAdapter, RankOne, VirtualRow};
-use flora_runtime::{Device, ProjectionOptions};
+use flora_plan::layer::{LayerShape, WeightFormat};
+use flora_plan::plan::Plan;
+use flora_plan::weight::PackedWeight;
+use flora_runtime::ProjectionOptions;
 
 const LAYERS: usize = 30;
 /// (d, k), how many a layer.
 const SHAPES: [(u32, u32, usize); 4] = [(576, 576, 2), (576, 192, 2), (576, 1536, 2), (1536, 576, 1)];
 const ROUNDS: usize = 15;
 
-fn adapted(target: &Target<Host>, shape: LayerShape, values: &[f32], adapters: u32) -> AdaptedLinear<Host> {
+fn adapted(target: &BurnDevice<Host>, shape: LayerShape, values: &[f32], adapters: u32) -> AdaptedLinear<Host> {
     let weight = PackedWeight::from_f32(WeightFormat::default(), shape, values).expect("as long as the shape says");
     let planning = Planning::Fixed(Plan::default());
     let linear = AdaptedLinear::new(target, &weight, ProjectionOptions::default(), planning).expect("it fits");
@@ -40,7 +40,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn main() {
-    let target = Target::<Host>::of(&Device::host()).expect("the host");
+    let target = BurnDevice::<Host>::of(&flora_devices::host()).expect("the host");
     let mut random = fastrand::Rng::with_seed(1);
     let (mut plain, mut without, mut resident) = (Vec::new(), Vec::new(), Vec::new());
     for (d, k, count) in (0..LAYERS).flat_map(|_| SHAPES) {
@@ -53,7 +53,10 @@ fn main() {
             resident.push(adapted(&target, shape, &values, 32));
         }
     }
-    println!("{}\nrows   nn::Linear     adapted    resident   adapted/nn   resident/nn", Device::host().info().name);
+    println!(
+        "{}\nrows   nn::Linear     adapted    resident   adapted/nn   resident/nn",
+        flora_devices::host().info().name
+    );
     for rows in [1usize, 4, 32, 256] {
         let batch = StepBatch::new((0..rows).map(|_| (0, 1)));
         let inputs = |d: usize| Tensor::<Host, 2>::random([rows, d], Distribution::Default, &target.burn);

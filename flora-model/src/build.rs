@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use burn::module::Param;
 use burn::nn::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
-use flora_burn::{AdaptedLinear, FloraBackend, Planning, Target};
+use flora_burn::{AdaptedLinear, BurnDevice, FloraBackend, Planning};
 use flora_checkpoint::Model;
 use flora_checkpoint::model::{DecoderConfig, Gelu, GptBigCodeConfig, LlamaConfig, Parameter};
-use flora_codegen::cost::PricedLayer;
-use flora_codegen::layer::LayerFormat;
-use flora_codegen::weight::PackedWeight;
 use flora_ir::Activation;
+use flora_plan::cost::{LayerPrices, PricedLayer};
+use flora_plan::layer::LayerFormat;
+use flora_plan::weight::PackedWeight;
 use flora_runtime::ProjectionOptions;
 
 use crate::attention::Heads;
@@ -47,7 +47,7 @@ const ADDED: Finish = Finish { activation: Activation::Identity, residual: true 
 
 /// Makes the parts of one model.
 struct Builder<'a, B: FloraBackend> {
-    target: &'a Target<B>,
+    target: &'a BurnDevice<B>,
     model: &'a Model,
     options: &'a ServeOptions<'a>,
     adapted: Vec<String>,
@@ -55,7 +55,7 @@ struct Builder<'a, B: FloraBackend> {
 }
 
 pub(crate) fn build<B: FloraBackend>(
-    target: &Target<B>,
+    target: &BurnDevice<B>,
     model: &Arc<Model>,
     options: &ServeOptions<'_>,
 ) -> Result<Parts<B>, ServeError> {
@@ -186,9 +186,10 @@ impl<B: FloraBackend> Builder<'_, B> {
         let options = ProjectionOptions { bias, activation, residual, activations, adapters, fragments: true };
         let planning = match self.options.planning {
             PlanningChoice::Fixed(plan) => Planning::Fixed(plan),
-            PlanningChoice::Priced(planner) => {
+            PlanningChoice::Priced(coefficients) => {
                 let format = LayerFormat { activations, adapters, weight: weight.format(), fragments: true };
-                Planning::Priced(Box::new(planner.prices(PricedLayer { shape: weight.shape(), format })))
+                let layer = PricedLayer { shape: weight.shape(), format };
+                Planning::Priced(Box::new(LayerPrices::new(coefficients, layer)))
             }
         };
         Ok(AdaptedLinear::new(self.target, weight, options, planning)?)

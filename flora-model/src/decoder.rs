@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::{Int, Tensor, TensorData};
-use flora_burn::{AdaptedLinear, FloraBackend, StepBatch, Target};
+use flora_burn::{AdaptedLinear, BurnDevice, FloraBackend, StepBatch};
 use flora_checkpoint::Model;
-use flora_codegen::layer::Element;
 use flora_engine::{AdapterFailure, AdapterId, Decoder, DecoderLimits, PlaceError, Segment, SequenceId};
+use flora_plan::layer::Element;
 use flora_runtime::ProjectionError;
 use rustc_hash::FxHashMap;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::source::PreparedAdapter;
 
 /// A model on a device.
 pub struct ServedModel<B: FloraBackend> {
-    target: Target<B>,
+    target: BurnDevice<B>,
     parts: Parts<B>,
     activations: Element,
     block_tokens: usize,
@@ -67,7 +67,7 @@ impl<B: FloraBackend> ServedModel<B> {
     ///
     /// # Errors
     /// Files that aren't a decoder's, a device that can't hold it.
-    pub fn load(target: &Target<B>, model: &Arc<Model>, options: &ServeOptions<'_>) -> Result<Self, ServeError> {
+    pub fn load(target: &BurnDevice<B>, model: &Arc<Model>, options: &ServeOptions<'_>) -> Result<Self, ServeError> {
         let parts = build(target, model, options)?;
         reserve(&parts.adapted, options)?;
         Ok(Self {

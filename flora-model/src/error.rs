@@ -1,8 +1,9 @@
 //! What goes wrong between a model's files and a step.
 
+use flora_adapters::BaseError;
 use flora_burn::{LinearError, TensorError};
 use flora_checkpoint::ModelError;
-use flora_runtime::{BaseError, DeviceError, ProjectionError};
+use flora_runtime::{DeviceError, ProjectionError};
 
 /// Why a model can't be served.
 #[derive(Debug, thiserror::Error)]

@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 
-use flora_burn::{Cuda, FloraBackend, Host, Target, Wgpu};
+#[cfg(feature = "cuda")]
+use flora_burn::Cuda;
+#[cfg(feature = "wgpu")]
+use flora_burn::Wgpu;
+use flora_burn::{BurnDevice, FloraBackend, Host};
 use flora_checkpoint::Model;
 use flora_engine::Decoder;
-use flora_runtime::{Device, Place};
+use flora_runtime::Device;
 
 use crate::decoder::ServedModel;
 use crate::error::ServeError;
@@ -20,18 +24,22 @@ pub type DeviceModel = Box<dyn Decoder<Prepared = PreparedAdapter, Error = Serve
 /// # Errors
 /// As [`ServedModel::load`].
 pub fn load(device: &Device, model: &Arc<Model>, options: &ServeOptions<'_>) -> Result<DeviceModel, ServeError> {
-    match device.place() {
-        Place::Host => on::<Host>(device, model, options),
-        Place::Wgpu(_) => on::<Wgpu>(device, model, options),
-        Place::Cuda(_) => on::<Cuda>(device, model, options),
+    #[cfg(feature = "cuda")]
+    if let Some(target) = BurnDevice::<Cuda>::of(device) {
+        return on(&target, model, options);
     }
+    #[cfg(feature = "wgpu")]
+    if let Some(target) = BurnDevice::<Wgpu>::of(device) {
+        return on(&target, model, options);
+    }
+    let target = BurnDevice::<Host>::of(device);
+    on(&target.ok_or_else(|| ServeError::OtherBackend(device.info().id.clone()))?, model, options)
 }
 
 fn on<B: FloraBackend>(
-    device: &Device,
+    target: &BurnDevice<B>,
     model: &Arc<Model>,
     options: &ServeOptions<'_>,
 ) -> Result<DeviceModel, ServeError> {
-    let target = Target::<B>::of(device).ok_or_else(|| ServeError::OtherBackend(device.info().id.clone()))?;
-    Ok(Box::new(ServedModel::load(&target, model, options)?))
+    Ok(Box::new(ServedModel::load(target, model, options)?))
 }

@@ -1,9 +1,10 @@
 //! How a model is put on a device.
 
-use flora_codegen::layer::Element;
-use flora_codegen::lowering::Lowering;
-use flora_codegen::plan::Plan;
-use flora_runtime::{BaseForm, Planner};
+use flora_adapters::BaseForm;
+use flora_plan::cost::DeviceCoefficients;
+use flora_plan::layer::Element;
+use flora_plan::lowering::Lowering;
+use flora_plan::plan::Plan;
 
 /// How a model is put on a device.
 #[derive(Clone, Debug)]
@@ -31,7 +32,7 @@ pub enum PlanningChoice<'a> {
     /// Always these.
     Fixed(Plan),
     /// The cheapest of each step's batch, by what was measured on the device.
-    Priced(&'a Planner),
+    Priced(&'a DeviceCoefficients),
 }
 
 /// Rows from which a segment of a multiplicative adapter gets its W_i on chip: fewer cost less as virtual rows (`stacked`) on every

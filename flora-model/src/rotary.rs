@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use burn::tensor::{Int, Tensor, TensorData};
-use flora_burn::{FloraBackend, Target, TensorError};
-use flora_codegen::layer::Element;
+use flora_burn::{BurnDevice, FloraBackend, TensorError};
+use flora_plan::layer::Element;
 
 use crate::attention::Heads;
 
@@ -33,7 +33,7 @@ struct Turn<B: FloraBackend> {
 impl<B: FloraBackend> RotaryTable<B> {
     /// Angles position · base^(−2i/size), taken in f64.
     pub(crate) fn new(
-        target: &Target<B>,
+        target: &BurnDevice<B>,
         positions: usize,
         size: usize,
         base: f64,

@@ -5,11 +5,11 @@ use std::hash::{Hash, Hasher};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use flora_adapters::{Layers, RegisterError, StoreError};
 use flora_checkpoint::{AdapterFolder, Model};
-use flora_codegen::layer::Element;
 use flora_engine::{AdapterFailure, AdapterSource};
 use flora_ir::algebra::FoldedAdapter;
-use flora_runtime::{Layers, RegisterError, StoreError};
+use flora_plan::layer::Element;
 use rustc_hash::FxHasher;
 
 const CONFIG: &str = "adapter_config.json";

@@ -10,6 +10,7 @@ pub mod cost;
 pub mod layer;
 pub mod lowering;
 pub mod model_planner;
+pub mod pipeline;
 pub mod plan;
 pub mod schedule;
 pub mod weight;

@@ -1,19 +1,25 @@
-//! Runs what `flora-codegen` plans: devices, base weights with their adapters, batches, and measuring.
+//! Runs what `flora-plan` plans: devices, base weights with their adapters, and batches.
+//!
+//! This is the core that every device stands on, and it knows none: no GPU library, no processor's kernels, no files. What a kind
+//! of device does is behind [`backend::Backend`]; what a kernel trusts is checked in [`operands`], once for all of them.
 
-pub mod adapters;
+pub mod backend;
 pub mod batch;
+pub mod buffer;
 pub mod device;
-pub mod measure;
-pub mod oracle;
-pub mod planner;
+pub mod found;
+pub mod info;
+pub mod operands;
+pub mod planned;
 mod pool;
 pub mod projection;
-pub mod tune;
-pub mod weights;
 
-pub use adapters::{AdapterStore, Layers, LoadedAdapter, RegisterError, StoreError};
+pub use backend::{Backend, Storage};
 pub use batch::{Batch, BatchError, BatchSegment};
-pub use device::{Buffer, Device, DeviceError, DeviceInfo, Place, WeightBuffer};
-pub use planner::Planner;
+pub use buffer::{Buffer, PoolBuffer, WeightBuffer};
+pub use device::{Device, DeviceError};
+pub use found::Found;
+pub use info::{BackendKind, DeviceInfo};
+pub use operands::{LayerOperands, OperandError};
+pub use planned::{PlannedProjection, Planning, StepBatch};
 pub use projection::{Projection, ProjectionError, ProjectionOptions};
-pub use weights::{BaseError, BaseForm};

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use flora_codegen::layer::Element;
+use flora_plan::layer::Element;
 use range_alloc::RangeAllocator;
 
-use crate::device::{Device, DeviceError, PoolBuffer};
+use crate::buffer::PoolBuffer;
+use crate::device::{Device, DeviceError};
 
 /// A pool of vectors of one width with its free places.
 #[derive(Debug)]
@@ -21,7 +22,7 @@ impl Pool {
     pub(crate) fn new(device: &Device, width: u32, element: Element) -> Result<(Self, PoolBuffer), DeviceError> {
         let buffer = device.upload_as(&vec![0.0; width as usize], element)?;
         let pool = Self { width, free: RangeAllocator::new(0..1), used: 0, slots: 1 };
-        Ok((pool, PoolBuffer { buffer, slots: 1 }))
+        Ok((pool, PoolBuffer::new(buffer, 1)))
     }
 
     /// Makes room for `slots` vectors in all. The vectors that are there keep their places.

@@ -4,17 +4,19 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use flora_codegen::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
-use flora_codegen::cost::{LayerPrices, PricedLayer};
-use flora_codegen::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
-use flora_codegen::plan::{Plan, plan};
-use flora_codegen::schedule::{Materialised, Schedule, ScheduleError, schedule};
-use flora_codegen::weight::{PackedWeight, WeightError};
 use flora_ir::Activation;
 use flora_ir::algebra::FoldedAdapter;
+use flora_plan::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
+use flora_plan::cost::{LayerPrices, PricedLayer};
+use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
+use flora_plan::plan::{Plan, plan};
+use flora_plan::schedule::{Materialised, Schedule, ScheduleError, schedule};
+use flora_plan::weight::{PackedWeight, WeightError};
 
 use crate::batch::{Batch, BatchError};
-use crate::device::{Buffer, Device, DeviceError, LayerOperands};
+use crate::buffer::Buffer;
+use crate::device::{Device, DeviceError};
+use crate::operands::{LayerOperands, OperandError};
 use crate::pool::Pool;
 
 /// A frozen weight with its adapters, on a device.
@@ -110,6 +112,9 @@ pub enum ProjectionError {
     /// The batch can't be scheduled.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
+    /// Parts that make no layer.
+    #[error(transparent)]
+    Operands(#[from] OperandError),
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -155,16 +160,11 @@ impl Projection {
         }
         let (in_pool, in_buffer) = Pool::new(device, d, adapters)?;
         let (out_pool, out_buffer) = Pool::new(device, k, adapters)?;
-        let operands = LayerOperands {
-            shape,
-            format: LayerFormat { activations, adapters, weight: weight.format(), fragments },
-            base_weight: device.upload_weight(weight)?,
-            bias: bias.map(|bias| device.upload(bias)).transpose()?,
-            in_pool: in_buffer,
-            out_pool: out_buffer,
-            epilogue: Epilogue { bias: bias.is_some(), activation, residual },
-            merged: None,
-        };
+        let format = LayerFormat { activations, adapters, weight: weight.format(), fragments };
+        let base_weight = device.upload_weight(weight)?;
+        let bias_buffer = bias.map(|bias| device.upload(bias)).transpose()?;
+        let epilogue = Epilogue { bias: bias.is_some(), activation, residual };
+        let operands = LayerOperands::new(format, base_weight, bias_buffer, (in_buffer, out_buffer), epilogue)?;
         Ok(Self {
             device: device.clone(),
             operands,
@@ -184,7 +184,8 @@ impl Projection {
     pub fn merge(&mut self, name: &str) -> Result<(), ProjectionError> {
         let adapter = *self.names.get(name).ok_or_else(|| self.unknown(0, name))?;
         let step = Materialised::weight_of(&self.adapters[adapter as usize]);
-        self.operands.merged = Some((adapter, self.device.merge(&self.operands, &step)?));
+        let weight = self.device.merge(&self.operands, &step)?;
+        self.operands.set_merged(adapter, weight);
         Ok(())
     }
 
@@ -250,7 +251,7 @@ impl Projection {
 
     /// Vectors that there is room for in all: in-vectors and out-vectors.
     pub fn slots(&self) -> (u32, u32) {
-        (self.operands.in_pool.slots, self.operands.out_pool.slots)
+        (self.operands.in_pool().slots(), self.operands.out_pool().slots())
     }
 
     /// Puts an adapter at a position of the table, for segments that name positions; batches that are queued already aren't
@@ -271,9 +272,7 @@ impl Projection {
         self.out_pool.give_back(places.out_slots);
         self.adapters[position as usize] = AdapterSlots::base();
         self.names.retain(|_, named| *named != position);
-        if self.operands.merged.as_ref().is_some_and(|(merged, _)| *merged == position) {
-            self.operands.merged = None;
-        }
+        self.operands.forget_merged(position);
     }
 
     fn put(&mut self, position: u32, adapter: &AdapterVectors) -> Result<(), ProjectionError> {
@@ -303,14 +302,14 @@ impl Projection {
     }
 
     fn write(&mut self, in_slot: u32, out_slot: u32, adapter: &AdapterVectors) -> Result<(), DeviceError> {
-        let LayerShape { d, k } = self.operands.shape;
+        let LayerShape { d, k } = self.operands.shape();
         self.device.write(&mut self.operands.in_pool, in_slot, d, &adapter.in_vectors)?;
         self.device.write(&mut self.operands.out_pool, out_slot, k, &adapter.out_vectors)
     }
 
     /// The adapter's vectors one after the other, and where each is.
     fn vectors(&self, adapter: &FoldedAdapter) -> Result<AdapterVectors, ProjectionError> {
-        let LayerShape { d, k } = self.operands.shape;
+        let LayerShape { d, k } = self.operands.shape();
         let append = |pool: &mut Vec<f32>, what: &str, vector: &[f32], width: u32| {
             if vector.len() != width as usize {
                 let what = format!("the {what}");
@@ -338,12 +337,12 @@ impl Projection {
             append(&mut out_vectors, "expand vector", &pair.expand, k)?;
         }
         let low_rank = LowRankSlots { shrink, expand, rank: adapter.low_rank.len() as u32 };
-        Ok(AdapterVectors { shape: self.operands.shape, in_vectors, out_vectors, virtual_rows, low_rank })
+        Ok(AdapterVectors { shape: self.operands.shape(), in_vectors, out_vectors, virtual_rows, low_rank })
     }
 
     /// Extents.
     pub fn shape(&self) -> LayerShape {
-        self.operands.shape
+        self.operands.shape()
     }
 
     /// The device that it is on.
@@ -353,7 +352,7 @@ impl Projection {
 
     /// What its prices depend on.
     pub fn layer(&self) -> PricedLayer {
-        PricedLayer { shape: self.operands.shape, format: self.operands.format }
+        PricedLayer { shape: self.operands.shape(), format: self.operands.format() }
     }
 
     /// The operands on the device.
@@ -407,8 +406,8 @@ impl Projection {
     /// A name that isn't loaded, a batch too large to index.
     pub fn schedule(&self, batch: &Batch, plan: &Plan) -> Result<Schedule, ProjectionError> {
         let segments = self.segments(batch)?;
-        let finishes = !self.operands.epilogue.is_identity();
-        Ok(schedule(plan, self.operands.shape, &segments, &self.adapters, finishes)?)
+        let finishes = !self.operands.epilogue().is_identity();
+        Ok(schedule(plan, self.operands.shape(), &segments, &self.adapters, finishes)?)
     }
 
     /// Runs batches of zeros as they would be planned, so that their kernels are compiled and their memory is there when the first
@@ -417,16 +416,16 @@ impl Projection {
     /// # Errors
     /// As [`Self::schedule`] and [`Self::execute`], and whatever fails on the device.
     pub fn warm_up(&self, prices: &LayerPrices, batches: &[Batch]) -> Result<(), ProjectionError> {
-        let LayerShape { d, k } = self.operands.shape;
-        let finishes = !self.operands.epilogue.is_identity();
+        let LayerShape { d, k } = self.operands.shape();
+        let finishes = !self.operands.epilogue().is_identity();
         for batch in batches {
             let plan = plan(prices, &self.batch_shape(batch)?, finishes);
             let schedule = self.schedule(batch, &plan)?;
             let zeros = |width: u32| {
                 let numbers = vec![0.0; schedule.tokens() as usize * width as usize];
-                self.device.upload_as(&numbers, self.operands.format.activations)
+                self.device.upload_as(&numbers, self.operands.format().activations)
             };
-            let residual = if self.operands.epilogue.residual { Some(zeros(k)?) } else { None };
+            let residual = if self.operands.epilogue().residual { Some(zeros(k)?) } else { None };
             self.execute(&schedule, &zeros(d)?, residual.as_ref())?;
         }
         Ok(self.device.synchronize()?)
@@ -442,7 +441,7 @@ impl Projection {
         x: &Buffer,
         residual: Option<&Buffer>,
     ) -> Result<Buffer, ProjectionError> {
-        let (rows, d) = (schedule.tokens() as usize, self.operands.shape.d as usize);
+        let (rows, d) = (schedule.tokens() as usize, self.operands.shape().d as usize);
         if x.len() != rows * d {
             return Err(BatchError::WrongInput { rows, d, expected: rows * d, found: x.len() }.into());
         }
@@ -469,7 +468,7 @@ impl Projection {
         residual: Option<&[f32]>,
     ) -> Result<Vec<f32>, ProjectionError> {
         let schedule = self.schedule(batch, plan)?;
-        let upload = |values: &[f32]| self.device.upload_as(values, self.operands.format.activations);
+        let upload = |values: &[f32]| self.device.upload_as(values, self.operands.format().activations);
         let residual = residual.map(upload).transpose()?;
         let y = self.execute(&schedule, &upload(x)?, residual.as_ref())?;
         Ok(self.device.read(&y)?)

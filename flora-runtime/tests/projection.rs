@@ -1,12 +1,14 @@
 //! Which adapter's weight a batch meets, whatever was loaded, merged and removed before.
 
-use flora_codegen::layer::{Element, LayerShape, WeightFormat};
-use flora_codegen::plan::Plan;
-use flora_codegen::schedule::ScheduleError;
-use flora_codegen::weight::PackedWeight;
 use flora_ir::Activation;
 use flora_ir::algebra::{FoldedAdapter, VirtualRow};
-use flora_runtime::{Batch, BatchError, Device, DeviceError, Projection, ProjectionError};
+use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
+use flora_plan::plan::Plan;
+use flora_plan::schedule::ScheduleError;
+use flora_plan::weight::PackedWeight;
+use flora_runtime::{
+    Batch, BatchError, DeviceError, LayerOperands, OperandError, PoolBuffer, Projection, ProjectionError,
+};
 
 /// Outputs scaled by a number.
 fn scaled(by: f32) -> FoldedAdapter {
@@ -17,7 +19,7 @@ fn scaled(by: f32) -> FoldedAdapter {
 /// A weight of ones `[3, 2]`, with alice (10), bob (100) and one that leaves it alone.
 fn projection() -> Projection {
     let shape = LayerShape { d: 3, k: 2 };
-    let mut projection = Projection::new(&Device::host(), shape, &[1.0; 6], None, Activation::Identity).unwrap();
+    let mut projection = Projection::new(&flora_host::device(), shape, &[1.0; 6], None, Activation::Identity).unwrap();
     let (alice, bob) = (scaled(10.0), scaled(100.0));
     projection.load([("alice", Some(&alice)), ("bob", Some(&bob)), ("idle", None)]).unwrap();
     projection
@@ -35,7 +37,7 @@ fn a_merged_weight_serves_its_own_adapter_alone() {
     assert_eq!(forward(&projection, &[(Some("alice"), 2)]).unwrap(), [30.0; 4]);
     for other in [Some("bob"), Some("idle"), None] {
         let refused = forward(&projection, &[(other, 2)]);
-        let Err(ProjectionError::Device(DeviceError::Launch(error))) = refused else {
+        let Err(ProjectionError::Device(DeviceError::Operands(error))) = refused else {
             panic!("{other:?}: {refused:?}");
         };
         assert!(error.to_string().contains("merge the adapter first"), "{error}");
@@ -72,21 +74,21 @@ fn a_removed_name_is_nobody_elses() {
 }
 
 #[test]
-fn a_merged_weight_is_in_the_format_that_is_multiplied() {
-    let mut projection = projection();
-    projection.merge("alice").unwrap();
-    let batch = Batch::new([(Some("alice"), 1)]);
-    let schedule = projection.schedule(&batch, &Plan::MERGED).unwrap();
-    let (device, shape) = (projection.device(), projection.shape());
-    let x = device.upload(&[1.0; 3]).unwrap();
-    let mut operands = projection.operands().clone();
-    assert!(device.execute(&operands, &schedule, &x, None).is_ok());
-    let (alice, _) = operands.merged.clone().expect("it was merged");
-    for format in [WeightFormat::Int8, WeightFormat::Float(Element::F16)] {
-        let packed = PackedWeight::from_f32(format, shape, &[1.0; 6]).unwrap();
-        let weight = device.upload_weight(&packed).unwrap();
-        operands.merged = Some((alice, weight));
-        let refused = device.execute(&operands, &schedule, &x, None);
-        assert!(matches!(refused, Err(DeviceError::WrongFormat { what: "the merged weight", .. })), "{refused:?}");
+fn a_layer_is_of_the_formats_that_its_parts_have() {
+    let (device, shape) = (flora_host::device(), LayerShape { d: 32, k: 2 });
+    let pools = || {
+        let pool = |width: usize| PoolBuffer::new(device.upload(&vec![1.0; width]).unwrap(), 1);
+        (pool(32), pool(2))
+    };
+    let made = |kept: WeightFormat, said: WeightFormat| {
+        let packed = PackedWeight::from_f32(kept, shape, &[1.0; 64]).unwrap();
+        let format = LayerFormat { weight: said, ..LayerFormat::default() };
+        LayerOperands::new(format, device.upload_weight(&packed).unwrap(), None, pools(), Epilogue::default())
+    };
+    let dense = WeightFormat::Float(Element::F32);
+    for format in [WeightFormat::Q4_0, WeightFormat::Int8, WeightFormat::Float(Element::F16)] {
+        assert!(made(format, format).is_ok());
+        let refused = made(format, dense);
+        assert!(matches!(refused, Err(OperandError::WrongFormat { what: "the base weight", .. })), "{refused:?}");
     }
 }

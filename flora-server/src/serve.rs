@@ -51,7 +51,7 @@ pub async fn serve(
     let address = listener.local_addr().map_err(ServerError::Listener)?;
     let options = app.options().clone();
     if let Some(warning) = options.warning(address) {
-        eprintln!("warning: {warning}");
+        tracing::warn!("{warning}");
     }
     let door = Door {
         router: router(Arc::clone(&app)),

@@ -97,7 +97,7 @@ impl Cache {
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                eprintln!("waiting for another process that fetches {name}");
+                tracing::info!("waiting for another process that fetches {name}");
                 file.lock().map_err(FetchError::io("lock", &path, name))?;
             }
             Err(TryLockError::Error(source)) => return Err(FetchError::io("lock", &path, name)(source)),

@@ -116,7 +116,7 @@ fn bar(what: &str, bytes: Option<u64>) -> ProgressBar {
     let message = format!("fetching {what}");
     if bar.is_hidden() {
         let size = bytes.map(|bytes| format!(" ({})", DecimalBytes(bytes)));
-        eprintln!("{message}{}", size.unwrap_or_default());
+        tracing::info!("{message}{}", size.unwrap_or_default());
     }
     bar.with_message(message)
 }

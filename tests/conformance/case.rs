@@ -2,10 +2,10 @@
 
 use std::sync::LazyLock;
 
-use flora::ir::algebra::FoldedAdapter;
-use flora::ir::builtin;
 use flora::prelude::*;
-use flora::runtime::oracle::{Deviation, Sample, check};
+use flora_ir::algebra::FoldedAdapter;
+use flora_ir::builtin;
+use flora_oracle::{Deviation, Sample, check};
 use proptest::prelude::*;
 
 use super::on_burn::OnBurn;
@@ -14,7 +14,7 @@ use super::on_burn::OnBurn;
 pub(crate) fn device() -> &'static Device {
     static DEVICE: LazyLock<Device> = LazyLock::new(|| {
         let wanted = std::env::var("FLORA_TEST_DEVICE").unwrap_or_else(|_| "host".to_owned());
-        Device::open(&wanted).unwrap_or_else(|error| panic!("FLORA_TEST_DEVICE={wanted}: {error}"))
+        devices::open(&wanted).unwrap_or_else(|error| panic!("FLORA_TEST_DEVICE={wanted}: {error}"))
     });
     &DEVICE
 }
@@ -125,16 +125,16 @@ pub(crate) struct Loaded {
 pub(crate) fn operands(adapter: &Adapter, d: usize, k: usize, numbers: &mut Numbers) -> Bindings {
     let layer = builtin::builtin(adapter.kind).expect("a built-in layer").layer();
     let mut bindings = Bindings::new();
-    for (_, operand) in layer.operands.iter().filter(|(_, operand)| operand.role == flora::ir::Role::Adapter) {
-        let extent = |dimension: &flora::ir::Dimension| match dimension.to_string().as_str() {
+    for (_, operand) in layer.operands.iter().filter(|(_, operand)| operand.role == flora_ir::Role::Adapter) {
+        let extent = |dimension: &flora_ir::Dimension| match dimension.to_string().as_str() {
             "D" => d,
             "K" => k,
             _ => adapter.rank,
         };
         let value = match &operand.ty.shape {
-            flora::ir::Shape::Scalar => Value::scalar(0.5),
-            flora::ir::Shape::Vector(n) => Value::vector(numbers.values(extent(n))),
-            flora::ir::Shape::Matrix(m, n) => {
+            flora_ir::Shape::Scalar => Value::scalar(0.5),
+            flora_ir::Shape::Vector(n) => Value::vector(numbers.values(extent(n))),
+            flora_ir::Shape::Matrix(m, n) => {
                 let (m, n) = (extent(m), extent(n));
                 Value::matrix(m, n, numbers.values(m * n)).expect("as long as its extents say")
             }

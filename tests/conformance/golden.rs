@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use flora::checkpoint::{AdapterFolder, Model, read_matrices};
 use flora::prelude::*;
-use flora::runtime::adapters::{AdapterStore, Layers, StoreError};
+use flora_adapters::{AdapterStore, Layers, StoreError};
+use flora_checkpoint::{AdapterFolder, Model, read_matrices};
 
 use super::case::{device, plans};
 

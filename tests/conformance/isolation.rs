@@ -1,7 +1,7 @@
 //! A request's output is its own: the same bits whatever else the batch holds, and finite when every other adapter is NaN.
 
-use flora::ir::algebra::FoldedAdapter;
 use flora::prelude::*;
+use flora_ir::algebra::FoldedAdapter;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 

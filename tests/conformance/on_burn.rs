@@ -1,9 +1,9 @@
 //! A projection as the Burn module that users put in their models: what the suite runs goes through Burn's tensors, on the backend
 //! that shares the device's memory.
 
-use flora::burn::{AdaptedLinear, Cuda, FloraBackend, Host, LinearError, Planning, StepBatch, Target, Wgpu};
 use flora::prelude::*;
-use flora::runtime::{BatchError, Place};
+use flora_burn::{AdaptedLinear, BurnDevice, Cuda, FloraBackend, Host, LinearError, Planning, StepBatch, Wgpu};
+use flora_runtime::{BackendKind, BatchError};
 
 pub(crate) enum OnBurn {
     Host(AdaptedLinear<Host>),
@@ -25,10 +25,11 @@ macro_rules! on {
 impl OnBurn {
     pub(crate) fn new(projection: Projection) -> Self {
         let planning = Planning::Fixed(Plan::default());
-        match projection.device().place() {
-            Place::Host => Self::Host(AdaptedLinear::from_projection(projection, planning)),
-            Place::Wgpu(_) => Self::Wgpu(AdaptedLinear::from_projection(projection, planning)),
-            Place::Cuda(_) => Self::Cuda(AdaptedLinear::from_projection(projection, planning)),
+        match projection.device().info().backend {
+            BackendKind::Host => Self::Host(AdaptedLinear::from_projection(projection, planning)),
+            BackendKind::Wgpu => Self::Wgpu(AdaptedLinear::from_projection(projection, planning)),
+            BackendKind::Cuda => Self::Cuda(AdaptedLinear::from_projection(projection, planning)),
+            other => panic!("{other:?} has no backend of Burn's here"),
         }
     }
 
@@ -56,7 +57,7 @@ fn forward<B: FloraBackend>(
     let (device, segments) = layer
         .change(|projection| Ok::<_, BatchError>((projection.device().clone(), projection.segments(batch)?)))
         .expect("names of loaded adapters");
-    let target = Target::<B>::of(&device).expect("its own device");
+    let target = BurnDevice::<B>::of(&device).expect("its own device");
     let (shape, element) = (layer.shape(), layer.activations());
     let step = StepBatch::new(segments.iter().map(|segment| (segment.adapter, segment.rows)));
     let tensor = |values: &[f32], width: u32| target.upload(values, [step.rows(), width as usize], element);

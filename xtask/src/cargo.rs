@@ -48,7 +48,7 @@ pub(crate) fn root() -> &'static Path {
 /// chosen, other features would be on and the dependencies built again.
 fn workspace(subcommand: &str) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(root()).args([subcommand, "--workspace", "--release"]);
+    command.current_dir(root()).args([subcommand, "--workspace", "--all-features", "--release"]);
     command
 }
 

@@ -30,6 +30,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).without_time().with_ansi(false).init();
     match Arguments::parse().command {
         Command::Test(arguments) => test::run(&arguments),
         Command::Gpu(arguments) => gpu::run(&arguments),

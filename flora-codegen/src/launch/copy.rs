@@ -3,12 +3,13 @@
 
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use flora_runtime::OperandError;
 
 use super::LaunchError;
 use super::run::{AXIS_LIMIT, ELEMENTWISE_UNITS, array};
 use crate::kernels::rows::copy_numbers;
-use crate::layer::Element;
 use crate::routine::storage;
+use flora_plan::layer::Element;
 
 /// Queues the copy of the first `count` numbers of `source` into `destination`, from its number `first` on.
 ///
@@ -27,7 +28,7 @@ pub unsafe fn copy<R: Runtime>(
 ) -> Result<(), LaunchError> {
     let end = first as u64 + count as u64;
     if end > i32::MAX as u64 {
-        return Err(LaunchError::PoolTooLarge { pool: "copied", elements: end });
+        return Err(OperandError::PoolTooLarge { pool: "copied", elements: end }.into());
     }
     if count == 0 {
         return Ok(());

@@ -5,6 +5,7 @@ use cubecl::ir::features::TypeUsage;
 use cubecl::ir::{ElemType, StorageType, UIntKind};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
+use flora_runtime::OperandError;
 
 use super::{LaunchError, LayerBuffers};
 use crate::kernels::expand::{EXPAND_WORDS, expand};
@@ -14,9 +15,9 @@ use crate::kernels::rows::{add_rows, finish_rows, gather_columns, gather_rows};
 use crate::kernels::shrink::{TASK_WORDS, shrink};
 use crate::kernels::tile::{H_START, LayoutLaunch, NO_SUM, tile};
 use crate::kernels::{ReduceBlueprint, SegmentedBlueprint};
-use crate::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use crate::routine::{self, Hardware, TileLaunch, Wanted, shrink_tasks, storage};
-use crate::schedule::{LowRankBmm, Materialised, Packing, Schedule, SegmentItem, Step};
+use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
+use flora_plan::schedule::{LowRankBmm, Materialised, Packing, Schedule, SegmentItem, Step};
 
 /// What every step of one batch sees.
 pub(super) struct Run<'a, R: Runtime> {
@@ -348,9 +349,11 @@ impl<'a, R: Runtime> Run<'a, R> {
     }
 
     fn merged(&self, adapter: u32, schedule: &Schedule) -> Result<(), LaunchError> {
-        // Whose it is was compared before the first launch.
-        let missing = LaunchError::NotMerged { wanted: adapter, found: None };
-        let merged = self.layer.merged.as_ref().ok_or(missing)?;
+        let found = self.layer.merged.as_ref();
+        let Some(merged) = found.filter(|merged| merged.adapter == adapter) else {
+            let found = found.map(|merged| merged.adapter);
+            return Err(OperandError::NotMerged { wanted: adapter, found }.into());
+        };
         let format = self.made_format();
         let wanted = Wanted { format, ..self.wanted(true, schedule.splits()) };
         let launch = routine::matrices(self.hardware, wanted, 1, schedule.tokens())?;

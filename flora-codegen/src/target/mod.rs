@@ -3,8 +3,10 @@
 
 mod cuda;
 mod recorder;
+#[cfg(feature = "wgpu")]
 mod shader;
 mod stable;
+#[cfg(feature = "wgpu")]
 mod stable_spirv;
 
 use std::str::FromStr;
@@ -12,14 +14,16 @@ use std::str::FromStr;
 use cubecl::prelude::*;
 use serde::Serialize;
 
-use crate::batch::{AdapterSlots, Segment};
 use crate::launch::{LaunchError, LayerBuffers, Merged, Pool, launch};
-use crate::layer::{Epilogue, LayerFormat, LayerShape};
-use crate::plan::Plan;
 use crate::routine::Hardware;
-use crate::schedule::{ScheduleError, Step, schedule};
 use cuda::Cuda;
+use flora_plan::batch::{AdapterSlots, Segment};
+use flora_plan::layer::{Epilogue, LayerFormat, LayerShape};
+use flora_plan::pipeline::CompiledLayer;
+use flora_plan::plan::Plan;
+use flora_plan::schedule::{ScheduleError, Step, schedule};
 use recorder::{Offline, OfflineDevice};
+#[cfg(feature = "wgpu")]
 use shader::{Spirv, Wgsl};
 
 /// What to generate source for.
@@ -97,6 +101,9 @@ pub enum EmitError {
     /// A launch can't be made on that target.
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    /// A target whose compiler this build doesn't have.
+    #[error("this build of flora has no compiler for {0}; build it with `--features wgpu`")]
+    NotBuilt(Target),
     /// The compiler of that target refuses a kernel.
     #[error("the kernel `{kernel}` doesn't compile for this target: {reason}")]
     Compile {
@@ -136,8 +143,12 @@ pub fn hardware(capability: Capability) -> Hardware {
 pub fn emit(target: Target, emission: &Emission) -> Result<Vec<EmittedKernel>, EmitError> {
     match target {
         Target::Cuda(capability) => record::<Offline<Cuda>>(capability.version(), emission),
+        #[cfg(feature = "wgpu")]
         Target::Wgsl => record::<Offline<Wgsl>>(0, emission),
+        #[cfg(feature = "wgpu")]
         Target::Spirv => record::<Offline<Spirv>>(0, emission),
+        #[cfg(not(feature = "wgpu"))]
+        Target::Wgsl | Target::Spirv => Err(EmitError::NotBuilt(target)),
     }
 }
 
@@ -182,4 +193,35 @@ where
         let _ = client.read_one(x.clone());
         launched.map(|_| ()).map_err(EmitError::from)
     })
+}
+
+/// Segments of so many rows, each with an adapter of its own of one rank: a batch to emit launches for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EqualBatch {
+    /// Rank of every adapter.
+    pub rank: u32,
+    /// Segments, and adapters.
+    pub segments: u32,
+    /// Rows of a segment.
+    pub rows: u32,
+}
+
+/// The launches that `plan` makes on `target` for a batch of equal segments of a layer.
+///
+/// # Errors
+/// Whatever keeps the batch from being launched there.
+pub fn emit_layer(
+    layer: &CompiledLayer,
+    target: Target,
+    plan: Plan,
+    (shape, format): (LayerShape, LayerFormat),
+    batch: EqualBatch,
+) -> Result<Vec<EmittedKernel>, EmitError> {
+    let stride = layer.slots(batch.rank, 0);
+    let stride = stride.in_slots().max(stride.out_slots());
+    let slots = |adapter: u32| layer.slots(batch.rank, adapter.saturating_mul(stride));
+    let adapters: Vec<_> = (0..batch.segments).map(slots).collect();
+    let segments: Vec<_> = (0..batch.segments).map(|adapter| Segment { rows: batch.rows, adapter }).collect();
+    let epilogue = layer.epilogue();
+    emit(target, &Emission { shape, format, epilogue, plan, segments: &segments, adapters: &adapters })
 }

@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use flora_adapters::Layers;
 use flora_checkpoint::{AdapterFolder, AdapterModule, Model, Operand};
-use flora_codegen::layer::Element;
 use flora_engine::{
     AdapterOptions, Core, Event, LoadOutcome, Loaded, Options, Request, RequestId, Sampling, StopAt, Vocabulary,
 };
 use flora_model::{DeviceModel, PreparedAdapter, ServeOptions};
-use flora_runtime::Layers;
+use flora_plan::layer::Element;
 
 use crate::served::golden;
 use crate::{device, is_host};

@@ -1,7 +1,7 @@
 //! The golden files that transformers and PEFT made (tests/golden/README.md).
 
-use flora_codegen::layer::Element;
 use flora_engine::{AdapterId, Decoder, Segment, SequenceId};
+use flora_plan::layer::Element;
 use safetensors::SafeTensors;
 use serde_json::Value;
 

@@ -13,7 +13,7 @@ use flora_runtime::Device;
 /// The tests' device.
 fn device() -> Device {
     let id = std::env::var("FLORA_TEST_DEVICE").unwrap_or_else(|_| "host".to_owned());
-    Device::open(&id).expect("the tests' device")
+    flora_devices::open(&id).expect("the tests' device")
 }
 
 fn is_host() -> bool {

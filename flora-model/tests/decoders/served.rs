@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use flora_checkpoint::Model;
 use flora_checkpoint::model::DecoderConfig;
-use flora_codegen::layer::Element;
 use flora_engine::{AdapterId, AdapterSource, Decoder, Segment};
 use flora_model::{AdapterDirectory, DeviceModel, ServeOptions};
+use flora_plan::layer::Element;
 
 use crate::device;
 

@@ -19,7 +19,6 @@ use flora_engine::{
     AdapterFailure, AdapterOptions, Engine, Event, Handle, Options, Request, RequestError, Sampling, StopAt, Vocabulary,
 };
 use flora_model::{AdapterDirectory, ServeOptions};
-use flora_runtime::Device;
 
 /// Clients at a time.
 const CLIENTS: u64 = 12;
@@ -150,7 +149,7 @@ fn an_engine_survives_everything_at_once() {
     // Room for about six.
     let adapter_bytes = adapters::bytes(&model) * 6;
     let serve = ServeOptions { adapted, adapter_bytes, block_tokens: 16, ..ServeOptions::default() };
-    let decoder = flora_model::load(&Device::host(), &model, &serve).expect("a decoder");
+    let decoder = flora_model::load(&flora_devices::host(), &model, &serve).expect("a decoder");
     let source = AdapterDirectory::new(Some(folder.path()), &model, serve.adapters).expect("built-in layers");
     let vocabulary = model.decoder().expect("a decoder").vocabulary() as u32;
     let engine = Engine::start(decoder, source, Vocabulary::new(Vec::new()), options).expect("options that fit");

@@ -1,0 +1,114 @@
+//! Base weights from a model's files in the form in which a device keeps them.
+
+use flora_checkpoint::{Encoding, Model, ModelError, StoredTensor, TensorProblem};
+use flora_plan::layer::{Element, LayerShape, WeightFormat};
+use flora_plan::weight::{PackedWeight, WeightError};
+
+use flora_runtime::Device;
+
+/// The form in which a device keeps base weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BaseForm {
+    /// As the model's file has them, where the device can decode that as it multiplies; else dequantised.
+    #[default]
+    Stored,
+    /// Dequantised.
+    F32,
+}
+
+/// The encodings that are kept as they are.
+const KEPT: [(Encoding, WeightFormat); 6] = [
+    (Encoding::F32, WeightFormat::Float(Element::F32)),
+    (Encoding::F16, WeightFormat::Float(Element::F16)),
+    (Encoding::BF16, WeightFormat::Float(Element::Bf16)),
+    (Encoding::Q8_0, WeightFormat::Q8_0),
+    (Encoding::Q4_0, WeightFormat::Q4_0),
+    (Encoding::Q4_1, WeightFormat::Q4_1),
+];
+
+/// Why a weight can't be had in a form.
+#[derive(Debug, thiserror::Error)]
+pub enum BaseError {
+    /// It can't be read.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Its numbers can't be read.
+    #[error("the weight `{name}` {problem}")]
+    Tensor {
+        /// Which one.
+        name: String,
+        /// What is wrong with it.
+        problem: TensorProblem,
+    },
+    /// It can't be packed.
+    #[error("the weight `{name}` can't be packed: {source}")]
+    Pack {
+        /// Which one.
+        name: String,
+        /// Why.
+        source: WeightError,
+    },
+    /// Larger than layers are.
+    #[error("the weight `{name}` has an extent of {extent}, and layers have up to 2^32")]
+    TooLarge {
+        /// Which one.
+        name: String,
+        /// The extent.
+        extent: usize,
+    },
+}
+
+impl BaseForm {
+    /// What becomes of an encoding: f32 where it isn't kept, or where the device has no such buffers.
+    pub fn format(self, encoding: Encoding, device: &Device) -> WeightFormat {
+        let kept = KEPT.iter().find(|(kept, _)| *kept == encoding).map(|(_, format)| *format);
+        let has = |format: &WeightFormat| match format {
+            WeightFormat::Float(element) => device.info().element_types.iter().any(|name| name == element.name()),
+            _ => true,
+        };
+        match self {
+            Self::Stored => kept.filter(has).unwrap_or_default(),
+            Self::F32 => WeightFormat::default(),
+        }
+    }
+
+    /// The weight of the projection at `path`.
+    ///
+    /// # Errors
+    /// There is none, or it can't be read.
+    pub fn pack(self, model: &Model, path: &str, device: &Device) -> Result<PackedWeight, BaseError> {
+        let stored = model.stored(path)?;
+        let format = self.format(stored.tensor.encoding(), device);
+        if format.quantisation().is_some() && !stored.rows_are_inputs {
+            return self.pack_rows(path, &stored.tensor, device);
+        }
+        let format = if format.quantisation().is_some() { WeightFormat::default() } else { format };
+        let weight = model.weight(path)?;
+        let shape = shape(path, weight.d, weight.k)?;
+        let failed = |source| BaseError::Pack { name: path.to_owned(), source };
+        PackedWeight::from_f32(format, shape, &weight.values).map_err(failed)
+    }
+
+    /// A tensor `[k, d]` that is no projection's, such as an embedding `[vocabulary, d]` that also makes the logits.
+    ///
+    /// # Errors
+    /// It is no matrix, or its numbers aren't finite.
+    pub fn pack_rows(self, name: &str, tensor: &StoredTensor, device: &Device) -> Result<PackedWeight, BaseError> {
+        let problem = |problem| BaseError::Tensor { name: name.to_owned(), problem };
+        let failed = |source| BaseError::Pack { name: name.to_owned(), source };
+        let (k, d) = tensor.matrix_shape().map_err(problem)?;
+        let shape = shape(name, d, k)?;
+        let format = self.format(tensor.encoding(), device);
+        if format.quantisation().is_some() {
+            return PackedWeight::from_blocks(format, shape, tensor.bytes()).map_err(failed);
+        }
+        let values = flora_checkpoint::tensor::transpose(&tensor.to_finite_f32().map_err(problem)?, k, d);
+        PackedWeight::from_f32(format, shape, &values).map_err(failed)
+    }
+}
+
+fn shape(name: &str, d: usize, k: usize) -> Result<LayerShape, BaseError> {
+    let extent =
+        |extent: usize| u32::try_from(extent).map_err(|_| BaseError::TooLarge { name: name.to_owned(), extent });
+    Ok(LayerShape { d: extent(d)?, k: extent(k)? })
+}

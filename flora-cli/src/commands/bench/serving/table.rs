@@ -1,0 +1,92 @@
+//! The serving experiments as people read them.
+
+use super::super::serving_answer::{Answer, Percentiles, Variant};
+use crate::commands::output::{lines, seconds, table};
+
+pub(super) fn human(answer: &Answer) -> String {
+    let Answer { device, model, weights, dtype, adapted, sequences, throughput, latency, steps } = answer;
+    let adapted = adapted.join(", ");
+    let mut text = format!(
+        "{device}\n{model} ({weights} weights) in {dtype}, {sequences} sequences at once, adapters on {adapted}, one each request\n"
+    );
+    let name = |variant: &Variant| {
+        let rank = if variant.rank == 0 { "-".to_owned() } else { variant.rank.to_string() };
+        [variant.adapter.clone(), variant.lowering.clone(), rank]
+    };
+    if let Some(first) = throughput.first() {
+        let bases: Vec<_> = throughput.iter().filter(|one| one.variant.rank == 0).collect();
+        let base = bases.iter().map(|one| one.tokens_per_second).sum::<f64>() / bases.len() as f64;
+        text += &format!(
+            "\nThroughput: {} requests at once, {} prompt and {} generated tokens\n\n",
+            first.requests, first.prompt_tokens, first.generated_tokens
+        );
+        let mut rows =
+            table(&["<adapter", "<lowering", ">rank", ">steps", ">seconds", ">tokens/s", ">generated/s", ">of base"]);
+        for one in throughput {
+            let [adapter, lowering, rank] = name(&one.variant);
+            rows.add_row([
+                adapter,
+                lowering,
+                rank,
+                one.steps.to_string(),
+                format!("{:.1}", one.seconds),
+                format!("{:.1}", one.tokens_per_second),
+                format!("{:.1}", one.generated_per_second),
+                format!("{:.3}", one.tokens_per_second / base),
+            ]);
+        }
+        text += &lines(&rows);
+    }
+    if let Some(first) = latency.first() {
+        text +=
+            &format!("\nLatency: {} requests, {} a second expected; p50 / p95 / p99\n\n", first.requests, first.rate);
+        let mut rows =
+            table(&["<adapter", "<lowering", ">rank", ">first token", ">each further token", ">whole request"]);
+        for one in latency {
+            let [adapter, lowering, rank] = name(&one.variant);
+            let of = |Percentiles { p50, p95, p99 }: Percentiles| {
+                format!("{} / {} / {}", seconds(p50), seconds(p95), seconds(p99))
+            };
+            rows.add_row([
+                adapter,
+                lowering,
+                rank,
+                of(one.time_to_first_token),
+                of(one.time_per_output_token),
+                of(one.latency),
+            ]);
+        }
+        text += &lines(&rows);
+    }
+    if !steps.is_empty() {
+        text += &format!("\nA decoding step of {sequences} sequences\n\n");
+        let mut rows = table(&[
+            "<model",
+            "<adapter",
+            "<lowering",
+            ">rank",
+            ">measured",
+            ">predicted",
+            ">off by",
+            ">predicted, of base",
+        ]);
+        for one in steps {
+            let [adapter, lowering, rank] = name(&one.variant);
+            let off = one.seconds.map(|measured| (one.predicted_seconds / measured - 1.0) * 100.0);
+            rows.add_row([
+                one.model.clone(),
+                adapter,
+                lowering,
+                rank,
+                one.seconds.map_or("-".to_owned(), seconds),
+                seconds(one.predicted_seconds),
+                off.map_or("-".to_owned(), |off| format!("{off:+.1} %")),
+                format!("{:.3}", one.predicted_seconds / one.predicted_base_seconds),
+            ]);
+        }
+        text += &lines(&rows);
+        text += "\nPredicted: projections by tuned coefficients; of a measured model with the rest of its step without adapters, of\n\
+                 others the projections alone.\n";
+    }
+    text
+}

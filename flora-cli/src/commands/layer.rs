@@ -1,0 +1,48 @@
+//! The layer that a person names: built in, or a file in the text form.
+
+use std::path::Path;
+
+use flora::prelude::*;
+use flora_ir::{Diagnostic, builtin, parse, verify};
+
+use super::error::CommandError;
+
+/// A compiled layer with its source.
+pub(crate) struct NamedLayer {
+    pub(crate) source: String,
+    pub(crate) compiled: CompiledLayer,
+}
+
+/// Reads and compiles `name`. Mistakes are shown in the source, all of them.
+pub(crate) fn open(name: &str) -> Result<NamedLayer, CommandError> {
+    if let (Some(written), Some(source)) = (builtin::builtin(name), builtin::source(name)) {
+        return compiled(name, source.to_owned(), written.clone());
+    }
+    let path = Path::new(name);
+    if !path.is_file() {
+        let known = builtin::names().collect::<Vec<_>>().join(", ");
+        return Err(CommandError::UnknownLayer { name: name.to_owned(), known });
+    }
+    let failed = |source| CommandError::Io { action: "read", path: path.to_owned(), source };
+    let length = std::fs::metadata(path).map_err(failed)?.len();
+    let limit = flora_ir::text::MAX_SOURCE_BYTES as u64;
+    if length > limit {
+        return Err(CommandError::TooMany { what: "the bytes of the layer's source", found: length, limit });
+    }
+    let source = std::fs::read_to_string(path).map_err(failed)?;
+    let layer = parse(&source).map_err(|error| in_source(name, &source, &[error.diagnostic]))?;
+    let written = verify(layer).map_err(|mistakes| in_source(name, &source, &mistakes))?;
+    compiled(name, source, written)
+}
+
+fn compiled(name: &str, source: String, written: flora_ir::VerifiedLayer) -> Result<NamedLayer, CommandError> {
+    match compile_verified(written) {
+        Ok(compiled) => Ok(NamedLayer { source, compiled }),
+        Err(error) => Err(in_source(name, &source, &[error.diagnostic()])),
+    }
+}
+
+fn in_source(name: &str, source: &str, mistakes: &[Diagnostic]) -> CommandError {
+    let rendered = mistakes.iter().map(|mistake| mistake.render(name, source)).collect::<Vec<_>>().join("\n");
+    CommandError::Layer { path: name.into(), rendered }
+}

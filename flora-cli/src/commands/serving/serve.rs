@@ -1,0 +1,83 @@
+//! `flora serve`: the OpenAI API over HTTP.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use clap::Args;
+use flora_server::{ApiKey, App, Limits, ServerOptions, serve as serve_http};
+
+use super::{ModelArguments, start};
+use crate::commands::error::CommandError;
+use crate::commands::output;
+
+/// Serve the OpenAI API, an adapter for every request
+#[derive(Args)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// The address to listen at
+    #[arg(long, default_value = "127.0.0.1")]
+    host: IpAddr,
+    /// The port; 0 takes any that is free
+    #[arg(long, default_value = "8000")]
+    port: u16,
+    /// What clients have to send as `Authorization: Bearer KEY`
+    #[arg(long, env = "FLORA_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// The name of the base model; the file's unless given
+    #[arg(long)]
+    served_name: Option<String>,
+    /// KiB of a request's body
+    #[arg(long, default_value = "1024", value_name = "KIB", value_parser = clap::value_parser!(u32).range(1..))]
+    body_limit: u32,
+    /// Connections at a time
+    #[arg(long, default_value = "512", value_parser = clap::value_parser!(u32).range(1..))]
+    connections: u32,
+    /// Seconds that running requests get to end in after an interrupt
+    #[arg(long, default_value = "30", value_name = "SECONDS")]
+    grace: u64,
+}
+
+pub(crate) fn serve(arguments: &Arguments) -> Result<(), CommandError> {
+    let api_key = arguments.api_key.as_deref().map(ApiKey::new).transpose()?;
+    let serving = start(&arguments.model)?;
+    let name = arguments.served_name.clone().unwrap_or_else(|| serving.name.clone());
+    let limits = Limits {
+        body_bytes: arguments.body_limit as usize * 1024,
+        connections: arguments.connections as usize,
+        ..Limits::default()
+    };
+    let options = ServerOptions { api_key, limits, grace: Duration::from_secs(arguments.grace) };
+    let app = App::new(&*name, serving.engine.handle(), serving.tokenizer.clone(), options);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CommandError::Listen)?;
+    runtime.block_on(async {
+        let address = (arguments.host, arguments.port);
+        let listener = tokio::net::TcpListener::bind(address).await.map_err(CommandError::Listen)?;
+        let bound = listener.local_addr().map_err(CommandError::Listen)?;
+        output::note(&format!("{name} on {}\nlistening at http://{bound}/v1", serving.device));
+        serve_http(listener, app, interrupted()).await.map_err(CommandError::from)
+    })?;
+    serving.engine.handle().shutdown(Duration::from_secs(arguments.grace));
+    serving.engine.join();
+    Ok(())
+}
+
+/// Ready when the process is asked to end.
+async fn interrupted() {
+    let interrupt = tokio::signal::ctrl_c();
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = interrupt => {}
+                _ = terminate.recv() => {}
+            }
+            return;
+        }
+    }
+    // Where the signal can't be waited for, the process ends by it all the same.
+    if interrupt.await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}

@@ -1,0 +1,175 @@
+//! Every command's answer is what the README says it is.
+
+use std::process::Stdio;
+
+use serde_json::Value;
+
+use super::command::{answer, command, flora, stderr};
+use super::world::World;
+
+fn has_keys(value: &Value, keys: &[&str]) {
+    for key in keys {
+        assert!(value.get(key).is_some(), "no `{key}` in {value}");
+    }
+}
+
+fn array(value: &Value) -> &[Value] {
+    value.as_array().expect("an array")
+}
+
+#[test]
+fn devices_lists_the_host() {
+    let devices = answer(["devices", "--json"]);
+    let host = array(&devices).iter().find(|device| device["id"] == "host").expect("the host");
+    has_keys(host, &["name", "backend", "driver", "software", "element_types", "fragments"]);
+}
+
+#[test]
+fn plan_prices_every_lowering() {
+    let mut arguments = vec!["plan", "--model", "starcoder-15b", "--ranks", "1,2,4,8,16", "--device", "host", "--json"];
+    let answered = answer(&arguments);
+    has_keys(&answered, &["device", "format", "measured_for", "plans", "train"]);
+    let plans = array(&answered["plans"]);
+    // Query and key, five ranks, fLoRA and LoRA, decode and prefill.
+    assert_eq!(plans.len(), 2 * 5 * 2 * 2);
+    for row in plans {
+        has_keys(row, &["layer", "d", "k", "rank", "tokens", "segments", "adapter", "count", "base_seconds"]);
+        has_keys(row, &["c1", "c2", "eq7", "critical_rank", "chosen", "candidates", "why"]);
+        let candidates = array(&row["candidates"]);
+        assert_eq!(candidates[0]["lowering"], row["chosen"]);
+        assert!(candidates.iter().all(|candidate| candidate["predicted_seconds"].as_f64() > Some(0.0)));
+        let legal =
+            if row["adapter"] == "flora" { ["bmm", "on_chip", "stacked"] } else { ["bmm", "fused", "segmented"] };
+        let mut found: Vec<_> = candidates.iter().map(|candidate| candidate["lowering"].as_str()).collect();
+        found.sort_unstable();
+        assert_eq!(found, legal.map(Some), "{row}");
+    }
+    // Of both phases and every rank, which kind costs less.
+    for advice in array(&answered["train"]) {
+        let seconds = |key: &str| advice[key].as_f64().expect("a time");
+        let cheaper = if seconds("flora_seconds") <= seconds("lora_seconds") { "flora" } else { "lora" };
+        assert!(advice["cheaper"] == cheaper && seconds("base_seconds") > 0.0, "{advice}");
+    }
+    assert_eq!(array(&answered["train"]).len(), 2 * 5);
+    arguments.extend(["--targets", "all"]);
+    let plans = &answer(&arguments)["plans"];
+    let shapes: Vec<_> = array(plans).iter().filter(|row| row["rank"] == 1).map(|row| row["layer"].clone()).collect();
+    assert!(shapes.contains(&"attn.k, attn.v".into()) && shapes.contains(&"attn.q, attn.c_proj".into()), "{shapes:?}");
+}
+
+#[test]
+fn plan_prices_a_merged_weight_and_never_chooses_it() {
+    let fixed = ["plan", "--model", "starcoder-1b", "--ranks", "4", "--segments", "1", "--device", "host"];
+    for row in array(&answer(fixed.into_iter().chain(["--json"]))["plans"]) {
+        let candidates = array(&row["candidates"]);
+        assert!(candidates.iter().any(|candidate| candidate["lowering"] == "merged"), "{row}");
+        assert!(row["chosen"] != "merged" && row["why"].as_str().is_some_and(|why| !why.contains("merged")), "{row}");
+    }
+    let text = flora(fixed);
+    assert!(String::from_utf8_lossy(&text.stdout).contains("merged is never chosen"));
+}
+
+#[test]
+fn plan_says_whose_coefficients_it_uses() {
+    let quantised = ["plan", "--model", "starcoder-1b", "--ranks", "2", "--weight", "q4_0", "--device", "host"];
+    let answered = answer(quantised.into_iter().chain(["--json"]));
+    assert_eq!((&answered["format"], &answered["measured_for"]), (&"f32/f32/q4_0".into(), &"f32/f32/f32".into()));
+    let text = flora(quantised);
+    assert!(String::from_utf8_lossy(&text.stdout).contains("flora tune --dtype f32 --weight q4_0"));
+}
+
+#[test]
+fn plan_reads_a_model_s_shapes_and_a_tuning_file() {
+    let world = World::new();
+    let tuned = answer(["tune", "--effort", "least", "--device", "host", "--json"]);
+    has_keys(&tuned, &["path", "coefficients", "seconds_to_synchronize", "held_out"]);
+    let model = world.path("model").to_string_lossy().into_owned();
+    let file = tuned["path"].as_str().expect("a path");
+    let plans = answer(["plan", "--model", &model, "--coefficients", file, "--ranks", "3", "--json"]);
+    let first = &array(&plans["plans"])[0];
+    assert_eq!(
+        (&first["layer"], &first["count"], &first["d"], &first["k"]),
+        (&"self_attn.k_proj".into(), &2.into(), &12.into(), &5.into())
+    );
+}
+
+#[test]
+fn explain_derives_every_built_in_layer() {
+    for layer in flora_ir::builtin::names() {
+        let explained = answer(["explain", layer, "--json"]);
+        has_keys(
+            &explained,
+            &["layer", "source", "equation", "derivation", "terms", "bias", "activation", "residual", "lowerings"],
+        );
+        assert_eq!(array(&explained["lowerings"]).is_empty(), layer == "linear");
+        let text = flora(["explain", layer]);
+        assert!(text.status.success());
+        assert!(String::from_utf8_lossy(&text.stdout).contains("Normal form"));
+    }
+    let world = World::new();
+    let file = world
+        .write("mine.flora", "layer mine(x: input[tokens, D], w0: weight[D, K], l: adapter[K]) { silu(l * (x @ w0)) }");
+    let explained = answer([std::ffi::OsStr::new("explain"), file.as_os_str(), "--json".as_ref()]);
+    assert_eq!((&explained["layer"], &explained["activation"]), (&"mine".into(), &"silu".into()));
+    assert_eq!(explained["residual"], Value::Null);
+
+    let operands = "x: input[tokens, D], w0: weight[D, K], l: adapter[K], c: bias[K], before: residual[tokens, K]";
+    let source = format!("layer mine({operands}) {{ silu(l * (x @ w0) + c) + before }}");
+    let file = world.write("residual.flora", &source).to_string_lossy().into_owned();
+    let explained = answer(["explain", &file, "--json"]);
+    assert_eq!((&explained["bias"], &explained["residual"]), (&"c".into(), &"before".into()));
+    let text = String::from_utf8_lossy(&flora(["explain", &file]).stdout).into_owned();
+    assert!(text.contains("y = silu( sum of the terms + c ) + before"), "{text}");
+}
+
+const RUN_KEYS: [&str; 9] =
+    ["device", "layers", "rows", "segments", "adapters", "max_relative_error", "seconds", "base_seconds", "right"];
+
+#[test]
+fn run_makes_up_what_it_is_not_given() {
+    let targets = "model.layers.0.self_attn.k_proj,model.layers.29.mlp.down_proj";
+    let arguments = ["run", "--seeded", "--device", "host", "--targets", targets, "--repetitions", "1", "--json"];
+    let report = answer(arguments);
+    has_keys(&report, &RUN_KEYS);
+    assert_eq!((&report["segments"], &report["weights"]), (&32.into(), &"seeded".into()));
+    assert_eq!(array(&report["layers"]).len(), 2);
+    let kinds: Vec<_> = report["adapters"].as_object().expect("counts by kind").keys().cloned().collect();
+    assert_eq!(kinds, ["dora", "flora", "hira", "ia3", "lora"]);
+    assert!(report["max_relative_error"].as_f64() < Some(1e-5));
+
+    let again = answer(arguments);
+    assert_eq!(report["max_relative_error"], again["max_relative_error"], "the same seed gives the same numbers");
+}
+
+#[test]
+fn run_says_that_it_has_no_model_and_goes_on() {
+    // The cache folder of every test is one that can't be made.
+    let arguments = ["run", "--device", "host", "--targets", "model.layers.0.self_attn.v_proj", "--repetitions", "1"];
+    let output = flora(arguments);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("random weights of SmolLM2-135M's shapes"), "{}", stderr(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("right: all 1 layers"));
+}
+
+#[test]
+fn run_keeps_the_adapters_that_it_makes_up() {
+    let world = World::new();
+    let kept = world.path("kept").to_string_lossy().into_owned();
+    let model = world.path("model").to_string_lossy().into_owned();
+    let arguments = ["run", "--device", "host", "--model", &model, "--repetitions", "1", "--json"];
+    let made = answer(arguments.into_iter().chain(["--keep-adapters", &kept]));
+    let read = answer(arguments.into_iter().chain(["--adapters", &kept]));
+    assert_eq!(made["max_relative_error"], read["max_relative_error"]);
+    assert_eq!(made["adapters"], read["adapters"]);
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let config = tempfile::tempdir().expect("a temporary folder");
+    let mut inspect = command(config.path());
+    inspect.args(["inspect", "lora", "--lowering", "bmm"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = inspect.spawn().expect("the binary starts");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("it ends");
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", stderr(&output));
+}

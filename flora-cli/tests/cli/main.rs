@@ -1,0 +1,19 @@
+//! The built command, as a person or a script meets it: answers parse, other people's data comes out right, mistakes are told.
+//! Nothing here downloads.
+
+mod answers;
+mod bench;
+mod command;
+mod data;
+#[allow(dead_code, reason = "it can write more than these tests want")]
+#[path = "../../../flora-checkpoint/tests/checkpoint/gguf_writer.rs"]
+mod gguf_writer;
+mod inspect;
+mod kinds;
+mod mistakes;
+mod report;
+mod server;
+mod serving;
+mod stored;
+mod tuning;
+mod world;

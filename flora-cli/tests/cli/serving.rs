@@ -1,0 +1,165 @@
+//! Serving as a person meets it: text from a model, an HTTP server that comes and goes, the experiment and its page.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+use tempfile::TempDir;
+
+use super::command::{answer, flora, stderr};
+#[cfg(unix)]
+use super::server::Server;
+
+/// The tiny golden Llama with a tokenizer of letters.
+struct Tiny {
+    _root: TempDir,
+    model: String,
+}
+
+impl Tiny {
+    fn new() -> Self {
+        let root = tempfile::tempdir().expect("a temporary folder");
+        let folder = root.path().join("tiny");
+        std::fs::create_dir(&folder).expect("a folder");
+        for file in ["config.json", "model.safetensors"] {
+            std::fs::copy(golden("model").join(file), folder.join(file)).expect("a golden file");
+        }
+        let vocabulary: Map<_, _> = ('a'..='z').map(String::from).zip((0..).map(|id: u32| json!(id))).collect();
+        let tokenizer = json!({
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+            "added_tokens": [{"id": 26, "content": "<|end|>", "special": true}],
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true},
+            "decoder": {"type": "ByteLevel"},
+        });
+        std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).expect("a file");
+        Self { model: folder.display().to_string(), _root: root }
+    }
+}
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/llama_tiny").join(name)
+}
+
+fn adapters() -> String {
+    golden("adapters").display().to_string()
+}
+
+#[test]
+fn a_prompt_is_continued_with_an_adapter_and_without() {
+    let tiny = Tiny::new();
+    let generate = |more: &[&str]| {
+        let mut arguments =
+            vec!["generate", "--model", &tiny.model, "--prompt", "abcde", "--max-tokens", "6", "--json"];
+        arguments.extend_from_slice(more);
+        answer(arguments)
+    };
+    let adapters = adapters();
+    let base = generate(&[]);
+    let adapted = generate(&["--adapters", &adapters, "--adapter", "lora"]);
+    for said in [&base, &adapted] {
+        assert_eq!((&said["prompt_tokens"], &said["completion_tokens"]), (&5.into(), &6.into()));
+        assert_eq!(said["finish_reason"], "length");
+    }
+    assert_ne!(base["tokens"], adapted["tokens"]);
+    assert_eq!(base["tokens"], generate(&[])["tokens"], "greedy");
+    let drawn = |seed: &str| generate(&["--temperature", "1.5", "--seed", seed])["tokens"].clone();
+    assert_eq!(drawn("7"), drawn("7"));
+    assert_ne!(drawn("7"), drawn("8"));
+}
+
+#[test]
+fn what_cannot_be_generated_is_told() {
+    let tiny = Tiny::new();
+    let adapters = adapters();
+    let refused = |arguments: &[&str], expected: &str| {
+        let mut all = vec!["generate", "--model", &tiny.model, "--prompt", "abc"];
+        all.extend_from_slice(arguments);
+        let output = flora(all);
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(expected), "`{expected}` is not in: {said}");
+    };
+    refused(&["--adapters", &adapters, "--adapter", "nobody"], "there is no adapter `nobody`");
+    refused(&["--adapters", &adapters, "--adapter", "../lora"], "there is no adapter `../lora`");
+    refused(&["--adapters", &adapters, "--adapter", "hira"], "adapts `model.layers.0");
+    refused(&["--adapted", "nothing"], "no projection of the model is called `nothing`");
+    refused(&["--temperature=-1"], "temperature");
+    refused(&["--device", "cuda:99"], "no device `cuda:99`");
+    let long = "a".repeat(200);
+    let output = flora(["generate", "--model", &tiny.model, "--prompt", &long]);
+    assert!(stderr(&output).contains("96"), "the model's context: {}", stderr(&output));
+    // A layer is no decoder.
+    let layer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/peft/dora/base.safetensors");
+    let output = flora(["generate", "--model", &layer.display().to_string(), "--prompt", "abc"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_server_listens_answers_and_ends_when_it_is_asked_to() {
+    let tiny = Tiny::new();
+    let server =
+        Server::start(["--model", &tiny.model, "--adapters", &adapters(), "--port", "0", "--served-name", "tiny"]);
+    assert!(server.get("/health").starts_with("HTTP/1.1 200"));
+    assert!(server.get("/v1/models").contains("\"id\":\"lora\""));
+    let answer = server.post("/v1/completions", &json!({"model": "lora", "prompt": "abc", "max_tokens": 3}));
+    assert!(answer.contains("\"completion_tokens\":3"), "{answer}");
+    assert!(server.get("/metrics").contains("flora_requests_finished_total 1"));
+    assert!(server.stop().success(), "asked to end, it ends well");
+}
+
+#[test]
+fn the_experiment_runs_and_its_page_is_drawn() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let model = golden("model").display().to_string();
+    let said = answer([
+        "bench",
+        "serving",
+        "--device",
+        "host",
+        "--model",
+        &model,
+        "--requests",
+        "6",
+        "--latency-requests",
+        "3",
+        "--rate",
+        "50",
+        "--ranks",
+        "1,3",
+        "--scale",
+        "0.05",
+        "--steps",
+        "4",
+        "--sequences",
+        "4",
+        "--json",
+    ]);
+    let count = |what: &str| said[what].as_array().expect("a list").len();
+    // The base, three ways at two ranks, and the base again.
+    assert_eq!((count("throughput"), count("latency")), (8, 8));
+    // Those, and the paper's three models, whose base is predicted once.
+    assert_eq!(count("steps"), 8 + 3 * 7);
+    for one in said["throughput"].as_array().expect("a list") {
+        assert_eq!(one["prompt_tokens"], said["throughput"][0]["prompt_tokens"], "the same requests");
+        assert!(one["tokens_per_second"].as_f64().expect("a number") > 0.0);
+    }
+    let measured = |step: &&Value| step["seconds"].is_number();
+    assert_eq!(said["steps"].as_array().expect("a list").iter().filter(measured).count(), 8);
+
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::write(at("serving.json"), said.to_string()).expect("a file");
+    let page = at("page.html");
+    let serving = at("serving.json");
+    let drawn = answer(["report", "--device", "host", "--serving", &serving, "--output", &page, "--json"]);
+    assert_eq!(drawn["serving_runs"], 1);
+    let html = std::fs::read_to_string(&page).expect("the page");
+    for expected in ["Throughput, 6 requests at once", "starcoder-15b, decoding, predicted", "<svg"] {
+        assert!(html.contains(expected), "`{expected}` is not in the page");
+    }
+
+    let mut wrong = said.clone();
+    wrong["throughput"][0]["tokens_per_second"] = json!(-1);
+    std::fs::write(at("serving.json"), wrong.to_string()).expect("a file");
+    let output = flora(["report", "--device", "host", "--serving", &serving, "--output", &page]);
+    assert!(stderr(&output).contains("tokens_per_second is -1"), "{}", stderr(&output));
+}

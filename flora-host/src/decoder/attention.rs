@@ -1,0 +1,412 @@
+//! Attention of one step: every row over the keys and values of its own sequence, up to its own token. The rows of a key-value
+//! head are queries of the same keys, whichever query head they are of, so that no key or value is ever repeated.
+//!
+//! A row goes through its keys in blocks of [`KEYS`], the first at position 0, and sums over a block in rising order. So its bits
+//! are the same whatever other rows it is computed with: those of its prompt, however that is cut, or none.
+
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use crate::Engine;
+use crate::decoder::cache::{KEYS, KeyValueCache, Layout};
+use crate::decoder::error::OperationError;
+use crate::decoder::heads::Heads;
+use crate::decoder::matrix::Matrix;
+use crate::decoder::rotary::RotaryTable;
+use crate::decoder::softmax::Softmax;
+use crate::kernel::{MOST_TILE_ROWS, Operand, accumulate, load, store, tile_columns, tile_rows, with_rows};
+use crate::partition::{PARALLEL_MACS, even_part, even_tiles};
+use crate::values::{Sink, ValuesMut};
+use crate::vectorise::vectorised;
+
+/// What attention reads, apart from the caches.
+#[derive(Clone, Copy, Debug)]
+pub struct Attention<'a> {
+    /// Heads.
+    pub heads: Heads,
+    /// `[rows, query heads · size]`
+    pub queries: Matrix<'a>,
+    /// `[rows, key-value heads · size]`
+    pub keys: Matrix<'a>,
+    /// `[rows, key-value heads · size]`
+    pub values: Matrix<'a>,
+    /// What queries and keys are rotated by; `None` where positions are in the embedding.
+    pub rotary: Option<&'a RotaryTable>,
+}
+
+/// The rows of one sequence.
+#[derive(Debug)]
+pub struct AttentionSegment<'a> {
+    /// Its rows. The first follows the cache's last token.
+    pub rows: Range<usize>,
+    /// The tokens before; the rows' keys and values are appended.
+    pub cache: &'a mut KeyValueCache,
+}
+
+/// The most rows that share a pass over the keys: as many queries and sums as stay in the first-level cache beside a block, and
+/// whole tiles.
+const TASK_ROWS: usize = 42;
+
+impl Engine {
+    /// Appends keys and values to the segments' caches and writes what every row attends to, `[rows, query heads · size]`: the sum
+    /// of the values that it sees, weighed by the softmax of query · key / √size.
+    ///
+    /// # Errors
+    /// Operands that don't belong together; nothing is written or appended then.
+    pub fn attend(
+        &self,
+        attention: &Attention<'_>,
+        segments: &mut [AttentionSegment<'_>],
+        mut out: ValuesMut<'_>,
+    ) -> Result<(), OperationError> {
+        check(attention, segments, out.len())?;
+        let sink = Sink::new(&mut out);
+        self.arch().dispatch(Step { attention, segments, sink });
+        Ok(())
+    }
+}
+
+fn check(attention: &Attention<'_>, segments: &[AttentionSegment<'_>], out: usize) -> Result<(), OperationError> {
+    let Attention { heads, queries, keys, values, rotary } = attention;
+    let Heads { queries: query_heads, keys: key_heads, size } = *heads;
+    let wrong_heads = |cached_keys, cached_size| OperationError::WrongHeads {
+        queries: query_heads,
+        keys: key_heads,
+        size,
+        cached_keys,
+        cached_size,
+    };
+    if size == 0 || query_heads == 0 || query_heads.checked_rem(key_heads) != Some(0) {
+        return Err(wrong_heads(key_heads, size));
+    }
+    let rows = queries.rows();
+    OperationError::length("a row of queries", queries.columns(), query_heads * size)?;
+    for (what, matrix) in [("the keys", keys), ("the values", values)] {
+        OperationError::length(what, matrix.rows() * matrix.columns(), rows * key_heads * size)?;
+        OperationError::length(what, matrix.columns(), key_heads * size)?;
+    }
+    OperationError::length("attention's result", out, rows * query_heads * size)?;
+    let mut next = 0;
+    for AttentionSegment { rows, cache } in segments {
+        if rows.start != next || rows.end < rows.start {
+            return Err(OperationError::WrongSegment { expected: next, found: rows.start });
+        }
+        next = rows.end;
+        let layout = cache.layout();
+        if layout != (Layout { heads: key_heads, size }) {
+            return Err(wrong_heads(layout.heads, layout.size));
+        }
+        for found in [keys.element(), values.element()] {
+            if found != cache.element() {
+                return Err(OperationError::WrongElement { expected: cache.element(), found });
+            }
+        }
+        if let Some(rotary) = rotary {
+            rotary.check(size, cache.tokens() + rows.len())?;
+        }
+    }
+    if next == rows { Ok(()) } else { Err(OperationError::WrongSegment { expected: next, found: rows }) }
+}
+
+/// A step that has been checked.
+struct Step<'a, 's> {
+    attention: &'a Attention<'a>,
+    segments: &'a mut [AttentionSegment<'s>],
+    sink: Sink,
+}
+
+impl WithSimd for Step<'_, '_> {
+    type Output = ();
+
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Step { attention, segments, sink } = self;
+        let first_positions: Vec<_> = segments.iter().map(|segment| segment.cache.tokens()).collect();
+        let append = |segment: &mut AttentionSegment<'_>| append(simd, attention, segment);
+        let sums = |(segment, first): (&AttentionSegment<'_>, &usize)| {
+            segment.rows.len() as u64 * (first + segment.rows.len()) as u64
+        };
+        let Heads { queries, keys, size } = attention.heads;
+        let products: u64 = segments.iter().zip(&first_positions).map(sums).sum();
+        let parallel = 2 * products * (queries * size) as u64 >= PARALLEL_MACS;
+        if parallel {
+            segments.par_iter_mut().for_each(append)
+        } else {
+            segments.iter_mut().for_each(append)
+        }
+
+        // A row's bits don't depend on how tasks are cut: there are enough of them for all threads.
+        let group = queries / keys;
+        let all_rows: usize = segments.iter().map(|segment| segment.rows.len() * queries).sum();
+        let most = TASK_ROWS.min(all_rows.div_ceil(rayon::current_num_threads()));
+        let mut tasks = Vec::new();
+        for (segment, first_position) in segments.iter().zip(first_positions) {
+            let rows = segment.rows.len() * group;
+            let parts = rows.div_ceil(most.max(1));
+            for (head, part) in (0..keys).flat_map(|head| (0..parts).map(move |part| (head, part))) {
+                let rows = even_part(rows, parts, part);
+                let (cache, first_row) = (&*segment.cache, segment.rows.start);
+                tasks.push(Task { attention, cache, first_row, first_position, head, group, rows });
+            }
+        }
+        let run = |memory: &mut Memory, task: &Task<'_>| task.run(simd, memory, sink);
+        if parallel {
+            tasks.par_iter().with_max_len(1).for_each_init(Memory::default, run);
+        } else {
+            let mut memory = Memory::default();
+            tasks.iter().for_each(|task| run(&mut memory, task));
+        }
+    }
+}
+
+/// Appends the keys, rotated, and values of a segment's rows to its cache.
+fn append<S: Simd>(simd: S, attention: &Attention<'_>, segment: &mut AttentionSegment<'_>) {
+    let Heads { keys: heads, size, .. } = attention.heads;
+    let (mut keys, mut values) = (vec![0.0; heads * size], vec![0.0; heads * size]);
+    for row in segment.rows.clone() {
+        let position = segment.cache.tokens();
+        vectorised(
+            simd,
+            #[inline(always)]
+            || {
+                attention.keys.widen(row, 0, &mut keys);
+                attention.values.widen(row, 0, &mut values);
+                if let Some(rotary) = attention.rotary {
+                    keys.chunks_exact_mut(size).for_each(|head| rotary.rotate(position, head));
+                }
+            },
+        );
+        segment.cache.append(&keys, &values);
+    }
+}
+
+/// What a thread computes tasks with.
+#[derive(Default)]
+struct Memory {
+    /// Rotated queries by 1 / √size, `[rows, size]`.
+    queries: Vec<f32>,
+    /// Scores of a block of keys, then their weights, `[rows, KEYS]`.
+    scores: Vec<f32>,
+    /// Weighed values, `[rows, pitch]`.
+    sums: Vec<f32>,
+    softmaxes: Vec<Softmax>,
+    /// A block's keys and values, where they aren't f32.
+    wide: Vec<f32>,
+}
+
+/// Some rows of one segment and one key-value head. Row r is query head r mod `group` of the head's, at position r / `group` of
+/// the segment.
+struct Task<'a> {
+    attention: &'a Attention<'a>,
+    cache: &'a KeyValueCache,
+    first_row: usize,
+    first_position: usize,
+    head: usize,
+    group: usize,
+    rows: Range<usize>,
+}
+
+impl Task<'_> {
+    fn run<S: Simd>(&self, simd: S, memory: &mut Memory, sink: Sink) {
+        let layout = self.cache.layout();
+        let (size, pitch, rows) = (layout.size, layout.pitch(), self.rows.len());
+        let Memory { queries, scores, sums, softmaxes, wide } = memory;
+        queries.resize(rows * size, 0.0);
+        scores.resize(rows * KEYS, 0.0);
+        sums.clear();
+        sums.resize(rows * pitch, 0.0);
+        softmaxes.clear();
+        softmaxes.resize(rows, Softmax::NONE);
+        self.pack(simd, queries);
+
+        let last = self.position(rows - 1);
+        for block in 0..=last / KEYS {
+            let held = self.cache.head(block, self.head, wide);
+            let (keys, values) = held.split_at(layout.keys());
+            // Rows before this one end in a block before.
+            let first = (block * KEYS).saturating_sub(self.first_position) * self.group;
+            let first = first.saturating_sub(self.rows.start).min(rows);
+            for tile in even_tiles(rows - first, tile_rows::<S>()) {
+                let tile = first + tile.start..first + tile.end;
+                let seen = |row: usize| (self.position(row) + 1 - block * KEYS).min(KEYS);
+                let mut counts = [0; MOST_TILE_ROWS];
+                let counts = &mut counts[..tile.len()];
+                counts.iter_mut().zip(tile.clone()).for_each(|(count, row)| *count = seen(row));
+                let work = Tile {
+                    counts,
+                    queries: &queries[tile.start * size..tile.end * size],
+                    scores: &mut scores[tile.start * KEYS..tile.end * KEYS],
+                    sums: &mut sums[tile.start * pitch..tile.end * pitch],
+                    softmaxes: &mut softmaxes[tile],
+                    keys,
+                    values,
+                    size,
+                    pitch,
+                };
+                work.run(simd);
+            }
+        }
+        let width = self.attention.heads.queries * size;
+        vectorised(
+            simd,
+            #[inline(always)]
+            || {
+                for (sums, softmax) in sums.chunks_exact_mut(pitch).zip(softmaxes) {
+                    sums.iter_mut().for_each(|sum| *sum /= softmax.sum);
+                }
+            },
+        );
+        for (at, sums) in memory.sums.chunks_exact(pitch).enumerate() {
+            let (row, query_head) = self.place(at);
+            // SAFETY: the output outlives the step, and a row's head is one task's.
+            unsafe { sink.write(row * width + query_head * size, &sums[..size]) };
+        }
+    }
+
+    /// The position in its sequence of the task's row `at`.
+    fn position(&self, at: usize) -> usize {
+        self.first_position + (self.rows.start + at) / self.group
+    }
+
+    /// The row of the batch and the query head of the task's row `at`.
+    fn place(&self, at: usize) -> (usize, usize) {
+        let row = self.rows.start + at;
+        (self.first_row + row / self.group, self.head * self.group + row % self.group)
+    }
+
+    fn pack<S: Simd>(&self, simd: S, queries: &mut [f32]) {
+        let size = self.attention.heads.size;
+        let scale = 1.0 / (size as f32).sqrt();
+        vectorised(
+            simd,
+            #[inline(always)]
+            || {
+                for (at, query) in queries.chunks_exact_mut(size).enumerate() {
+                    let (row, head) = self.place(at);
+                    self.attention.queries.widen(row, head * size, query);
+                    if let Some(rotary) = self.attention.rotary {
+                        rotary.rotate(self.position(at), query);
+                    }
+                    query.iter_mut().for_each(|number| *number *= scale);
+                }
+            },
+        );
+    }
+}
+
+/// A block of keys and values for a tile of rows.
+struct Tile<'a> {
+    /// How many of the block's keys each row sees, rising; at least one.
+    counts: &'a [usize],
+    /// `[rows, size]`
+    queries: &'a [f32],
+    /// `[rows, KEYS]`
+    scores: &'a mut [f32],
+    /// `[rows, pitch]`
+    sums: &'a mut [f32],
+    /// `[rows]`
+    softmaxes: &'a mut [Softmax],
+    /// `[size, KEYS]`
+    keys: &'a [f32],
+    /// `[KEYS, pitch]`
+    values: &'a [f32],
+    size: usize,
+    pitch: usize,
+}
+
+impl Tile<'_> {
+    /// Runs it.
+    ///
+    /// # Panics
+    /// Where a slice is shorter than its extents say, or the tile has too many rows.
+    fn run<S: Simd>(self, simd: S) {
+        let rows = self.counts.len();
+        assert!(rows <= tile_rows::<S>() && self.softmaxes.len() == rows);
+        assert!(self.queries.len() == rows * self.size && self.keys.len() == self.size * KEYS);
+        assert!(self.scores.len() == rows * KEYS && self.sums.len() == rows * self.pitch);
+        assert!(self.values.len() == KEYS * self.pitch && self.pitch.is_multiple_of(tile_columns::<S>()));
+        assert!(self.counts.iter().all(|count| (1..=KEYS).contains(count)) && self.counts.is_sorted());
+        with_rows!(rows, attend, simd, self)
+    }
+}
+
+#[inline(always)]
+fn attend<S: Simd, const ROWS: usize>(simd: S, tile: Tile<'_>) {
+    struct Work<'a, const ROWS: usize>(Tile<'a>);
+    impl<const ROWS: usize> WithSimd for Work<'_, ROWS> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let Tile { counts, queries, scores, sums, softmaxes, keys, values, size, pitch } = self.0;
+            for column in (0..KEYS).step_by(tile_columns::<S>()) {
+                // SAFETY: `Tile::run` has compared every extent with its slice.
+                unsafe {
+                    let zero = [[simd.splat_f32s(0.0); 2]; ROWS];
+                    let right = Operand { values: keys.as_ptr().add(column), pitch: KEYS };
+                    let own = accumulate::<S, ROWS, false>(simd, zero, queries.as_ptr(), size, 1, right, size);
+                    for (row, own) in own.into_iter().enumerate() {
+                        let at = scores.as_mut_ptr().add(row * KEYS + column);
+                        store::<S>(at, own[0]);
+                        store::<S>(at.add(S::F32_LANES), own[1]);
+                    }
+                }
+            }
+            let (scores, _) = scores.as_chunks_mut::<KEYS>();
+            let rows = scores.iter_mut().zip(&mut *softmaxes).zip(counts).zip(sums.chunks_exact_mut(pitch));
+            for (((scores, softmax), count), sums) in rows {
+                let scale = softmax.add(scores, *count);
+                if scale != 1.0 {
+                    sums.iter_mut().for_each(|sum| *sum *= scale);
+                }
+            }
+            // Keys that all rows see, then those that a row sees alone: a row adds in rising order either way.
+            let shared = counts[0];
+            for column in (0..pitch).step_by(tile_columns::<S>()) {
+                // SAFETY: as above, and no count is beyond the block.
+                unsafe {
+                    let (weights, right) = (scores.as_flattened().as_ptr(), values.as_ptr().add(column));
+                    let sums = sums.as_mut_ptr().add(column);
+                    add::<S, ROWS>(simd, sums, pitch, weights, right, shared);
+                    for (row, count) in counts.iter().enumerate() {
+                        let (sums, weights) = (sums.add(row * pitch), weights.add(row * KEYS + shared));
+                        add::<S, 1>(simd, sums, pitch, weights, right.add(shared * pitch), count - shared);
+                    }
+                }
+            }
+        }
+    }
+    simd.vectorize(Work::<ROWS>(tile));
+}
+
+/// `sums[row] += Σ_key weights[row][key] · values[key]` for two vectors of every row.
+///
+/// # Safety
+/// `sums` and `values` hold ROWS and `count` rows of that pitch, with two vectors in each; `weights` holds ROWS rows of [`KEYS`].
+#[inline(always)]
+unsafe fn add<S: Simd, const ROWS: usize>(
+    simd: S,
+    sums: *mut f32,
+    pitch: usize,
+    weights: *const f32,
+    values: *const f32,
+    count: usize,
+) {
+    if count == 0 {
+        return;
+    }
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let mut own = [[simd.splat_f32s(0.0); 2]; ROWS];
+        for (row, own) in own.iter_mut().enumerate() {
+            let at = sums.add(row * pitch);
+            *own = [load::<S>(at), load::<S>(at.add(S::F32_LANES))];
+        }
+        let own = accumulate::<S, ROWS, false>(simd, own, weights, KEYS, 1, Operand { values, pitch }, count);
+        for (row, own) in own.into_iter().enumerate() {
+            let at = sums.add(row * pitch);
+            store::<S>(at, own[0]);
+            store::<S>(at.add(S::F32_LANES), own[1]);
+        }
+    }
+}

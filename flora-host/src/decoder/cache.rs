@@ -1,0 +1,131 @@
+//! Keys and values of one sequence in one layer, as attention reads them. They are kept in blocks of [`KEYS`] tokens that never
+//! move, so that a sequence grows without a copy: for every head its keys `[size, KEYS]`, whose products with a query are
+//! vectors of neighbouring keys, and its values `[KEYS, size]`.
+
+use flora_plan::layer::Element;
+use half::slice::HalfFloatSliceExt;
+
+use crate::decoder::heads::Heads;
+use crate::layout::STRIP;
+use crate::memory::OwnedValues;
+use crate::values::Values;
+
+/// Tokens of a block. Fixed, because a row's bits depend on it.
+pub(super) const KEYS: usize = 32;
+
+/// The cache of one sequence in one layer.
+#[derive(Clone, Debug)]
+pub struct KeyValueCache {
+    layout: Layout,
+    element: Element,
+    tokens: usize,
+    blocks: Vec<OwnedValues>,
+}
+
+/// Where numbers lie in a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Layout {
+    pub(super) heads: usize,
+    pub(super) size: usize,
+}
+
+impl Layout {
+    /// Numbers from one value to the next: whole strips, because the kernel multiplies those. What is beyond a value is 0.
+    pub(super) fn pitch(self) -> usize {
+        self.size.next_multiple_of(STRIP)
+    }
+
+    /// Numbers of one head's keys.
+    pub(super) fn keys(self) -> usize {
+        self.size * KEYS
+    }
+
+    /// Numbers of one head's keys and values.
+    pub(super) fn head(self) -> usize {
+        self.keys() + self.pitch() * KEYS
+    }
+
+    fn block(self) -> usize {
+        self.heads * self.head()
+    }
+
+    /// Writes the keys and values `[heads, size]` of the block's token `at`.
+    fn write<E: Copy>(self, block: &mut [E], at: usize, keys: &[E], values: &[E]) {
+        let heads = block.chunks_exact_mut(self.head()).zip(keys.chunks_exact(self.size));
+        for ((head, keys), values) in heads.zip(values.chunks_exact(self.size)) {
+            let (held_keys, held_values) = head.split_at_mut(self.keys());
+            for (held, key) in held_keys.iter_mut().skip(at).step_by(KEYS).zip(keys) {
+                *held = *key;
+            }
+            held_values[at * self.pitch()..][..self.size].copy_from_slice(values);
+        }
+    }
+
+    /// The same of a half type.
+    fn write_rounded<E: Copy + Default>(self, block: &mut [E], at: usize, keys: &[f32], values: &[f32])
+    where
+        [E]: HalfFloatSliceExt,
+    {
+        let mut rounded = vec![E::default(); keys.len() + values.len()];
+        let (own_keys, own_values) = rounded.split_at_mut(keys.len());
+        own_keys.convert_from_f32_slice(keys);
+        own_values.convert_from_f32_slice(values);
+        self.write(block, at, own_keys, own_values);
+    }
+}
+
+impl KeyValueCache {
+    /// A cache without tokens for key-value heads of this kind; `element` is the type in which they are kept.
+    pub fn new(heads: Heads, element: Element) -> Self {
+        let layout = Layout { heads: heads.keys, size: heads.size };
+        Self { layout, element, tokens: 0, blocks: Vec::new() }
+    }
+
+    /// Bytes that a token takes where blocks are full.
+    pub fn bytes_per_token(heads: Heads, element: Element) -> u64 {
+        let layout = Layout { heads: heads.keys, size: heads.size };
+        (layout.block() / KEYS) as u64 * element.bytes()
+    }
+
+    /// Tokens that it holds.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    pub(super) fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    pub(super) fn element(&self) -> Element {
+        self.element
+    }
+
+    /// Appends the keys and values `[heads, size]` of one token, rounded to the cache's type.
+    pub(super) fn append(&mut self, keys: &[f32], values: &[f32]) {
+        let at = self.tokens % KEYS;
+        if at == 0 {
+            self.blocks.push(OwnedValues::zeros(self.layout.block(), self.element));
+        }
+        self.tokens += 1;
+        match self.blocks.last_mut() {
+            None => {}
+            Some(OwnedValues::F32(block)) => self.layout.write(block, at, keys, values),
+            Some(OwnedValues::F16(block)) => self.layout.write_rounded(block, at, keys, values),
+            Some(OwnedValues::Bf16(block)) => self.layout.write_rounded(block, at, keys, values),
+        }
+    }
+
+    /// A head's keys `[size, KEYS]` and, after them, its values `[KEYS, pitch]` of a block: where they lie if they are f32, else
+    /// widened into `wide`.
+    pub(super) fn head<'a>(&'a self, block: usize, head: usize, wide: &'a mut Vec<f32>) -> &'a [f32] {
+        let own = head * self.layout.head()..(head + 1) * self.layout.head();
+        match self.blocks[block].values() {
+            Values::F32(values) => &values[own],
+            values => {
+                wide.resize(own.len(), 0.0);
+                values.widen(own.start, wide);
+                wide
+            }
+        }
+    }
+}

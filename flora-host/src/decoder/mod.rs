@@ -1,0 +1,22 @@
+//! What a decoder computes beside its projections, on the processor: attention over a cache of keys and values, rotary positions,
+//! norms, products. Every operation is a method of [`Engine`](crate::Engine) that reads and writes plain slices.
+//!
+//! Sums are f32 in a fixed order whatever the types are, and results are rounded once. A row's bits depend on its own numbers
+//! alone, and in attention on its own sequence's tokens up to its own.
+
+mod attention;
+mod cache;
+mod error;
+mod heads;
+mod matrix;
+mod norm;
+mod product;
+mod rotary;
+mod softmax;
+
+pub use attention::{Attention, AttentionSegment};
+pub use cache::KeyValueCache;
+pub use error::OperationError;
+pub use heads::Heads;
+pub use matrix::Matrix;
+pub use rotary::RotaryTable;

@@ -1,0 +1,178 @@
+//! The host as a device: the same schedules on the processor. The default where there is no GPU, and a device of its own for the
+//! cost model.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use flora_plan::blueprints::{Blueprints, Tile};
+use flora_plan::layer::{Element, LayerFormat, WeightFormat};
+use flora_plan::schedule::{Materialised, Schedule};
+use flora_plan::weight::PackedWeight;
+use flora_runtime::backend::{Backend, Queueing};
+use flora_runtime::{
+    BackendKind, Device, DeviceError, DeviceInfo, LayerOperands, OperandError, PoolBuffer, Storage, WeightBuffer,
+};
+use half::slice::HalfFloatSliceExt;
+
+use crate::engine::Engine;
+use crate::error::HostError;
+use crate::memory::{HostMemory, OwnedValues, foreign};
+use crate::operands::Operands;
+use crate::values::Values;
+use crate::weight::Weight;
+
+/// What the host calls itself, for whoever shares its memory: `device.place::<HostPlace>()` is there for the host alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostPlace;
+
+struct HostBackend {
+    engine: Engine,
+}
+
+/// This machine's processor as a device.
+pub fn device() -> Device {
+    Device::new(describe(), HostBackend { engine: Engine::new() })
+}
+
+/// What [`device`] is.
+pub fn describe() -> DeviceInfo {
+    let threads = rayon::current_num_threads();
+    let name = format!("{}, {threads} threads", processor());
+    let driver = Engine::instruction_set().to_owned();
+    DeviceInfo {
+        element_types: Element::ALL.map(|element| element.name().to_owned()).to_vec(),
+        ..DeviceInfo::unstarted("host".to_owned(), name, BackendKind::Host, driver, false)
+    }
+}
+
+/// The processor's own name, where it has one.
+fn processor() -> String {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(brand) = raw_cpuid::CpuId::new().get_processor_brand_string() {
+        return brand.as_str().trim().to_owned();
+    }
+    format!("{} processor", std::env::consts::ARCH)
+}
+
+impl From<HostError> for DeviceError {
+    fn from(error: HostError) -> Self {
+        DeviceError::Refused(Box::new(error))
+    }
+}
+
+fn values(storage: &Storage, element: Element) -> Result<Values<'_>, DeviceError> {
+    storage.get::<HostMemory>().and_then(|memory| memory.values(element)).ok_or_else(|| foreign(element))
+}
+
+fn weight(weight: &WeightBuffer) -> Result<&Weight, DeviceError> {
+    weight.memory::<Weight>().ok_or_else(|| foreign(Element::F32))
+}
+
+fn pool(pool: &PoolBuffer, element: Element) -> Result<Values<'_>, DeviceError> {
+    let memory = pool.memory::<HostMemory>().and_then(|memory| memory.values(element));
+    memory.ok_or_else(|| foreign(element))
+}
+
+fn operands(layer: &LayerOperands) -> Result<Operands<'_>, DeviceError> {
+    let bias = match layer.bias().map(crate::memory::values).transpose()? {
+        Some(Values::F32(bias)) => Some(bias),
+        _ => None,
+    };
+    let adapters = layer.format().adapters;
+    Ok(Operands {
+        weight: weight(layer.base_weight())?,
+        bias,
+        in_pool: pool(layer.in_pool(), adapters)?,
+        out_pool: pool(layer.out_pool(), adapters)?,
+        epilogue: layer.epilogue(),
+        merged: layer.merged_weight().map(weight).transpose()?,
+    })
+}
+
+impl Backend for HostBackend {
+    fn upload(&self, values: &[f32], element: Element) -> Storage {
+        Storage::new(HostMemory::Owned(OwnedValues::rounded(values, element)))
+    }
+
+    fn upload_weight(&self, weight: &PackedWeight) -> Storage {
+        Storage::new(Weight::new(weight))
+    }
+
+    fn capacity(&self, storage: &Storage, element: Element) -> Option<usize> {
+        Some(storage.get::<HostMemory>()?.values(element)?.len())
+    }
+
+    fn resized(&self, storage: &Storage, elements: usize, element: Element) -> Result<Storage, DeviceError> {
+        let values = values(storage, element)?.to_owned_values();
+        Ok(Storage::new(HostMemory::Owned(values.resized(elements))))
+    }
+
+    fn write(&self, storage: &mut Storage, first: usize, values: &[f32], element: Element) -> Result<(), DeviceError> {
+        // Whoever else holds the buffer keeps the numbers that it had.
+        if storage.get_mut::<HostMemory>().is_none() {
+            *storage = Storage::new(HostMemory::Owned(self::values(storage, element)?.to_owned_values()));
+        }
+        let Some(HostMemory::Owned(held)) = storage.get_mut() else { return Err(foreign(element)) };
+        if held.overwrite(first, values) {
+            return Ok(());
+        }
+        let (expected, found) = (first + values.len(), held.values().len());
+        Err(OperandError::WrongSize { what: "a pool", expected, found }.into())
+    }
+
+    fn read(&self, storage: &Storage, elements: usize, element: Element) -> Result<Vec<f32>, DeviceError> {
+        let mut read = match values(storage, element)? {
+            Values::F32(values) => values.to_vec(),
+            Values::F16(values) => values.to_f32_vec(),
+            Values::Bf16(values) => values.to_f32_vec(),
+        };
+        read.truncate(elements);
+        Ok(read)
+    }
+
+    fn execute(
+        &self,
+        layer: &LayerOperands,
+        schedule: &Schedule,
+        x: &Storage,
+        residual: Option<&Storage>,
+    ) -> Result<Storage, DeviceError> {
+        let activations = layer.format().activations;
+        let (tokens, shape) = (schedule.tokens() as usize, layer.shape());
+        let mut y = OwnedValues::zeros(tokens * shape.k as usize, activations);
+        let x = values(x, activations)?.first(tokens * shape.d as usize);
+        let residual = residual.map(|residual| values(residual, activations)).transpose()?;
+        let residual = residual.map(|residual| residual.first(tokens * shape.k as usize));
+        self.engine.execute(&operands(layer)?, schedule, x, y.values_mut(), residual)?;
+        Ok(Storage::new(HostMemory::Owned(y)))
+    }
+
+    fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<Storage, DeviceError> {
+        Ok(Storage::new(self.engine.materialise(&operands(layer)?, step, 0)?))
+    }
+
+    fn merged_format(&self, _format: LayerFormat) -> WeightFormat {
+        // Made in f32, and kept so.
+        WeightFormat::Float(Element::F32)
+    }
+
+    fn synchronize(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn device_seconds(&self, _work: &mut Queueing<'_>) -> Option<Result<f64, DeviceError>> {
+        None
+    }
+
+    fn tuned(&self, _blueprints: &Blueprints) -> Arc<dyn Backend> {
+        Arc::new(Self { engine: Engine::new() })
+    }
+
+    fn tiles(&self, _format: LayerFormat) -> Vec<Tile> {
+        Vec::new()
+    }
+
+    fn place(&self) -> &dyn Any {
+        &HostPlace
+    }
+}

@@ -1,0 +1,171 @@
+//! The memory of the host's buffers: numbers that the host owns, or bytes that somebody lends it.
+
+use std::sync::Arc;
+
+use flora_plan::layer::Element;
+use flora_runtime::{Buffer, Device, DeviceError, OperandError, Storage};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use crate::values::{Values, ValuesMut};
+
+/// Numbers of any element type, owned.
+#[derive(Clone, Debug)]
+pub enum OwnedValues {
+    /// 32-bit floats.
+    F32(Vec<f32>),
+    /// 16-bit IEEE floats.
+    F16(Vec<f16>),
+    /// 16-bit floats with f32's range.
+    Bf16(Vec<bf16>),
+}
+
+impl OwnedValues {
+    /// So many zeros.
+    pub fn zeros(count: usize, element: Element) -> Self {
+        match element {
+            Element::F32 => Self::F32(vec![0.0; count]),
+            Element::F16 => Self::F16(vec![f16::ZERO; count]),
+            Element::Bf16 => Self::Bf16(vec![bf16::ZERO; count]),
+        }
+    }
+
+    /// These numbers, rounded.
+    pub fn rounded(values: &[f32], element: Element) -> Self {
+        let mut stored = Self::zeros(values.len(), element);
+        match &mut stored {
+            Self::F32(stored) => stored.copy_from_slice(values),
+            Self::F16(stored) => stored.convert_from_f32_slice(values),
+            Self::Bf16(stored) => stored.convert_from_f32_slice(values),
+        }
+        stored
+    }
+
+    /// To read.
+    pub fn values(&self) -> Values<'_> {
+        match self {
+            Self::F32(values) => Values::F32(values),
+            Self::F16(values) => Values::F16(values),
+            Self::Bf16(values) => Values::Bf16(values),
+        }
+    }
+
+    /// To write.
+    pub fn values_mut(&mut self) -> ValuesMut<'_> {
+        match self {
+            Self::F32(values) => ValuesMut::F32(values),
+            Self::F16(values) => ValuesMut::F16(values),
+            Self::Bf16(values) => ValuesMut::Bf16(values),
+        }
+    }
+
+    /// The first `count`, and zeros where there are fewer.
+    pub(crate) fn resized(mut self, count: usize) -> Self {
+        match &mut self {
+            Self::F32(values) => values.resize(count, 0.0),
+            Self::F16(values) => values.resize(count, f16::ZERO),
+            Self::Bf16(values) => values.resize(count, bf16::ZERO),
+        }
+        self
+    }
+
+    /// Writes numbers over those from `first` on; `false`, and nothing is written, where they are of another type or too many.
+    pub(crate) fn overwrite(&mut self, first: usize, values: &[f32]) -> bool {
+        let Some(range) = first.checked_add(values.len()).map(|end| first..end) else { return false };
+        match self {
+            Self::F32(stored) => stored.get_mut(range).map(|place| place.copy_from_slice(values)).is_some(),
+            Self::F16(stored) => stored.get_mut(range).map(|place| place.convert_from_f32_slice(values)).is_some(),
+            Self::Bf16(stored) => stored.get_mut(range).map(|place| place.convert_from_f32_slice(values)).is_some(),
+        }
+    }
+}
+
+impl Values<'_> {
+    /// A copy that is owned.
+    pub fn to_owned_values(&self) -> OwnedValues {
+        match self {
+            Values::F32(values) => OwnedValues::F32(values.to_vec()),
+            Values::F16(values) => OwnedValues::F16(values.to_vec()),
+            Values::Bf16(values) => OwnedValues::Bf16(values.to_vec()),
+        }
+    }
+}
+
+/// Bytes that somebody else owns and doesn't change while a buffer has them.
+pub type LentBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// What a host's buffer is made of.
+#[derive(Clone)]
+pub enum HostMemory {
+    /// The host's own numbers.
+    Owned(OwnedValues),
+    /// Somebody else's, to be read as numbers.
+    Lent(LentBytes),
+}
+
+impl HostMemory {
+    /// The numbers; `None` where they are of another type, or bytes that can't be read as such numbers where they lie.
+    pub(crate) fn values(&self, element: Element) -> Option<Values<'_>> {
+        match self {
+            Self::Owned(values) => Some(values.values()).filter(|values| values.element() == element),
+            Self::Lent(bytes) => {
+                let bytes = bytes.as_ref().as_ref();
+                Some(match element {
+                    Element::F32 => Values::F32(bytemuck::try_cast_slice(bytes).ok()?),
+                    Element::F16 => Values::F16(bytemuck::try_cast_slice(bytes).ok()?),
+                    Element::Bf16 => Values::Bf16(bytemuck::try_cast_slice(bytes).ok()?),
+                })
+            }
+        }
+    }
+}
+
+/// The numbers of one of the host's buffers.
+///
+/// # Errors
+/// A buffer of another device.
+pub fn values(buffer: &Buffer) -> Result<Values<'_>, DeviceError> {
+    let foreign = || foreign(buffer.element());
+    let values = buffer.memory::<HostMemory>().ok_or_else(foreign)?.values(buffer.element()).ok_or_else(foreign)?;
+    Ok(values.first(buffer.len()))
+}
+
+/// A buffer of these numbers, which are moved into it.
+///
+/// # Errors
+/// Another device than the host.
+pub fn buffer(device: &Device, values: OwnedValues) -> Result<Buffer, DeviceError> {
+    let (count, element) = (values.values().len(), values.values().element());
+    device.share(Storage::new(HostMemory::Owned(values)), count, element)
+}
+
+/// A buffer of numbers that stay where they are and are not to be changed while it has them.
+///
+/// # Errors
+/// Another device than the host; bytes that aren't whole numbers, or lie where such numbers can't be read.
+pub fn lend(device: &Device, bytes: LentBytes, element: Element) -> Result<Buffer, DeviceError> {
+    let count = bytes.as_ref().as_ref().len() / element.bytes() as usize;
+    device.share(Storage::new(HostMemory::Lent(bytes)), count, element)
+}
+
+/// The numbers of one of the host's buffers, moved out of it where nothing else has it, else copied.
+///
+/// # Errors
+/// A buffer of another device.
+pub fn into_values(buffer: Buffer) -> Result<OwnedValues, DeviceError> {
+    let count = buffer.len();
+    match buffer.into_memory::<HostMemory>() {
+        Ok(HostMemory::Owned(values)) => Ok(values.resized(count)),
+        Ok(HostMemory::Lent(bytes)) => Err(OperandError::WrongSize {
+            what: "a buffer that was made here",
+            expected: count,
+            found: bytes.as_ref().as_ref().len(),
+        }
+        .into()),
+        Err(shared) => Ok(values(&shared)?.to_owned_values()),
+    }
+}
+
+pub(crate) fn foreign(element: Element) -> DeviceError {
+    DeviceError::ForeignMemory { element, device: "host".to_owned() }
+}

@@ -1,0 +1,73 @@
+//! The whole compiler, top to bottom: each pass takes what the one before it returned.
+//!
+//! ```text
+//! Layer ──verify──▶ VerifiedLayer ──normalize──▶ NormalForm ──parts──▶ [Lowering]      once a layer
+//! segments ──shape──▶ BatchShape ──plan──▶ Plan ──schedule──▶ Schedule                    once a batch
+//! ```
+
+use flora_ir::algebra::{Derivation, NormalForm, NormalizeError, Normalized, normalize};
+use flora_ir::{Activation, Layer, VerifiedLayer, verify};
+
+use crate::batch::AdapterSlots;
+use crate::layer::Epilogue;
+use crate::lowering::{Part, parts_of};
+
+/// A layer that is ready to be planned.
+#[derive(Clone, Debug)]
+pub struct CompiledLayer {
+    /// As its author wrote it; what the oracle evaluates.
+    pub written: VerifiedLayer,
+    /// The normal form.
+    pub linear: NormalForm,
+    /// How it came about.
+    pub derivation: Derivation,
+    /// The parts that need a lowering; none for a plain linear.
+    pub parts: Vec<Part>,
+}
+
+/// Why a layer doesn't compile.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CompileError {
+    /// Mistakes in the equation, all of them.
+    #[error("{}", .0.iter().map(|mistake| format!("{} ({})", mistake.message, mistake.help)).collect::<Vec<_>>().join("; "))]
+    Mistakes(Vec<flora_ir::Diagnostic>),
+    /// An equation that has no normal form.
+    #[error(transparent)]
+    NoNormalForm(#[from] NormalizeError),
+}
+
+/// Verifies and compiles an equation.
+///
+/// # Errors
+/// Mistakes, or a term that keeps the equation from its normal form.
+pub fn compile(layer: Layer) -> Result<CompiledLayer, CompileError> {
+    Ok(compile_verified(verify(layer).map_err(CompileError::Mistakes)?)?)
+}
+
+/// Compiles an equation that was verified before, as the macro's are.
+///
+/// # Errors
+/// A term that keeps the equation from its normal form.
+pub fn compile_verified(written: VerifiedLayer) -> Result<CompiledLayer, NormalizeError> {
+    let Normalized { linear, derivation } = normalize(&written)?;
+    let parts = parts_of(&linear);
+    Ok(CompiledLayer { written, linear, derivation, parts })
+}
+
+impl CompiledLayer {
+    /// What the layer applies to the sum of its terms.
+    pub fn epilogue(&self) -> Epilogue {
+        self.linear.epilogue()
+    }
+
+    /// φ
+    pub fn activation(&self) -> Activation {
+        self.linear.activation
+    }
+
+    /// Slots as an adapter of this form and rank takes them, counted from `first` in both pools: what
+    /// [`NormalForm::fold`] makes of it.
+    pub fn slots(&self, rank: u32, first: u32) -> AdapterSlots {
+        AdapterSlots::of(&self.linear.layout(rank as usize), first)
+    }
+}

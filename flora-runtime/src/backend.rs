@@ -1,0 +1,126 @@
+//! What a kind of device has to offer. The host and every GPU runtime implement [`Backend`]; [`Device`](crate::Device) checks
+//! what is passed and everything above it is the same for all of them.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+use flora_plan::blueprints::{Blueprints, Tile};
+use flora_plan::layer::{Element, LayerFormat, WeightFormat};
+use flora_plan::schedule::{Materialised, Schedule};
+use flora_plan::weight::PackedWeight;
+
+use crate::device::DeviceError;
+use crate::operands::LayerOperands;
+
+/// Memory of a backend, of a type that only that backend knows. Cloning shares it.
+#[derive(Clone)]
+pub struct Storage(Arc<dyn Any + Send + Sync>);
+
+impl Storage {
+    /// Memory in the backend's own form.
+    pub fn new<T: Any + Send + Sync>(memory: T) -> Self {
+        Self(Arc::new(memory))
+    }
+
+    /// The memory, where it is of this form.
+    pub fn get<T: Any>(&self) -> Option<&T> {
+        self.0.downcast_ref()
+    }
+
+    /// The memory itself, where it is of this form and nobody else shares it; else what was passed.
+    ///
+    /// # Errors
+    /// Another form, or somebody else has it too.
+    pub fn into_inner<T: Any + Send + Sync>(self) -> Result<T, Self> {
+        let memory: Arc<T> = self.0.downcast().map_err(Self)?;
+        Arc::try_unwrap(memory).map_err(|memory| Self(memory))
+    }
+
+    /// The memory, where it is of this form and nobody else shares it.
+    pub fn get_mut<T: Any>(&mut self) -> Option<&mut T> {
+        Arc::get_mut(&mut self.0)?.downcast_mut()
+    }
+}
+
+impl fmt::Debug for Storage {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Storage")
+    }
+}
+
+/// Queues something on a device.
+pub type Queueing<'a> = dyn FnMut() -> Result<(), DeviceError> + Send + 'a;
+
+/// How a kind of device does what [`Device`](crate::Device) offers.
+///
+/// [`Device`](crate::Device) has checked that all storage is this device's own and as long as the layer and the schedule say, and
+/// that the schedule names nothing that the layer lacks.
+pub trait Backend: Send + Sync {
+    /// Copies numbers to the device, rounded to `element`.
+    fn upload(&self, values: &[f32], element: Element) -> Storage;
+
+    /// Copies a weight to the device.
+    fn upload_weight(&self, weight: &PackedWeight) -> Storage;
+
+    /// How many numbers of `element` there are in memory that somebody lends; `None` where it isn't this backend's, or can't be
+    /// read as such numbers.
+    fn capacity(&self, storage: &Storage, element: Element) -> Option<usize>;
+
+    /// The same numbers in a larger buffer, and whatever after them.
+    ///
+    /// # Errors
+    /// The device can't hold it.
+    fn resized(&self, storage: &Storage, elements: usize, element: Element) -> Result<Storage, DeviceError>;
+
+    /// Writes into a buffer from its number `first` on, behind everything that is queued.
+    ///
+    /// # Errors
+    /// The device can't; the buffer is as it was then.
+    fn write(&self, storage: &mut Storage, first: usize, values: &[f32], element: Element) -> Result<(), DeviceError>;
+
+    /// Copies numbers back, after everything that was queued before.
+    ///
+    /// # Errors
+    /// Something that was queued failed.
+    fn read(&self, storage: &Storage, elements: usize, element: Element) -> Result<Vec<f32>, DeviceError>;
+
+    /// Queues a schedule: x `[tokens, d]`, residual `[tokens, k]`, the result `[tokens, k]`.
+    ///
+    /// # Errors
+    /// A launch that the device can't make.
+    fn execute(
+        &self,
+        layer: &LayerOperands,
+        schedule: &Schedule,
+        x: &Storage,
+        residual: Option<&Storage>,
+    ) -> Result<Storage, DeviceError>;
+
+    /// Makes the W_i that `step` describes, and says in which format it is.
+    ///
+    /// # Errors
+    /// A weight that the device can't hold.
+    fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<Storage, DeviceError>;
+
+    /// The format of what [`Self::merge`] makes for such a layer.
+    fn merged_format(&self, format: LayerFormat) -> WeightFormat;
+
+    /// Waits until everything queued is done.
+    ///
+    /// # Errors
+    /// Some of it failed.
+    fn synchronize(&self) -> Result<(), DeviceError>;
+
+    /// Seconds of what `work` queues, by the device's own clock; `None`, and nothing done, where it has none.
+    fn device_seconds(&self, work: &mut Queueing<'_>) -> Option<Result<f64, DeviceError>>;
+
+    /// The same backend with what tuning chose.
+    fn tuned(&self, blueprints: &Blueprints) -> Arc<dyn Backend>;
+
+    /// Tiles to choose from; none where there is no choice.
+    fn tiles(&self, format: LayerFormat) -> Vec<Tile>;
+
+    /// What the libraries below call the device, for whoever shares its memory.
+    fn place(&self) -> &dyn Any;
+}

@@ -1,0 +1,294 @@
+//! The operands of one layer on a device, and whether a schedule belongs to them. Everything that a kernel trusts is checked here,
+//! once for all backends.
+
+use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
+use flora_plan::schedule::{Materialised, Schedule, Step};
+
+use crate::buffer::{Buffer, PoolBuffer, WeightBuffer};
+
+/// The operands of one layer on a device. The types and extents of its parts are those of its format and shape.
+#[derive(Clone, Debug)]
+pub struct LayerOperands {
+    format: LayerFormat,
+    base_weight: WeightBuffer,
+    bias: Option<Buffer>,
+    pub(crate) in_pool: PoolBuffer,
+    pub(crate) out_pool: PoolBuffer,
+    epilogue: Epilogue,
+    merged: Option<Merged>,
+}
+
+/// The W_i of one adapter.
+#[derive(Clone, Debug)]
+struct Merged {
+    /// The adapter's position in the layer's table.
+    adapter: u32,
+    weight: WeightBuffer,
+}
+
+/// Operands that make no layer, or a schedule that isn't one of theirs.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OperandError {
+    /// A buffer of another device.
+    #[error("a buffer of the device `{owner}` was passed to `{device}`; upload it there")]
+    ForeignBuffer {
+        /// Whose it is.
+        owner: String,
+        /// Who got it.
+        device: String,
+    },
+    /// A buffer of another size than the layer and the batch ask for.
+    #[error("{what} has {found} numbers where the layer and the batch want {expected}")]
+    WrongSize {
+        /// Which one.
+        what: &'static str,
+        /// What it should have.
+        expected: usize,
+        /// What it has.
+        found: usize,
+    },
+    /// A buffer of another type than the layer's.
+    #[error("{what} is {found} where the layer wants {expected}")]
+    WrongElement {
+        /// Which one.
+        what: &'static str,
+        /// What it should be.
+        expected: Element,
+        /// What it is.
+        found: Element,
+    },
+    /// A weight in another format than the layer says.
+    #[error("{what} is kept in {found} and the layer says {expected}")]
+    WrongFormat {
+        /// Which weight.
+        what: &'static str,
+        /// What the layer says.
+        expected: WeightFormat,
+        /// What the weight is.
+        found: WeightFormat,
+    },
+    /// The schedule names vectors that the pools lack.
+    #[error("the batch's adapters lie in {needed} slots of the {pool} pool, which has {slots}; load them again")]
+    Slots {
+        /// "in" or "out".
+        pool: &'static str,
+        /// Slots that the schedule names.
+        needed: u32,
+        /// Slots that there are.
+        slots: u32,
+    },
+    /// The schedule was made for another layer.
+    #[error("the batch was laid out for a weight of {schedule:?} and this one is {layer:?}; lay it out for each")]
+    OtherLayer {
+        /// What it was made for.
+        schedule: LayerShape,
+        /// What it was launched with.
+        layer: LayerShape,
+    },
+    /// More adapters than kernels can index.
+    #[error("the {pool} pool has {elements} elements and kernels index 2^31; load fewer adapters")]
+    PoolTooLarge {
+        /// "in" or "out".
+        pool: &'static str,
+        /// Its size.
+        elements: u64,
+    },
+    /// A plan that keeps to a weight that wasn't made, or is another adapter's.
+    #[error("the batch is planned for the merged weight of adapter {wanted}, and {}; merge the adapter first", held(*.found))]
+    NotMerged {
+        /// What the batch wants: a position in the layer's table, 0 for the base.
+        wanted: u32,
+        /// What is resident.
+        found: Option<u32>,
+    },
+    /// An epilogue that adds a residual, and none was passed.
+    #[error("the layer adds a residual and none was passed; pass one of [tokens, k]")]
+    NoResidual,
+}
+
+fn held(found: Option<u32>) -> String {
+    found.map_or_else(|| "none is resident".to_owned(), |adapter| format!("that of adapter {adapter} is resident"))
+}
+
+impl LayerOperands {
+    /// The operands of a layer: base weight `[d, k]`, bias `[k]` in f32, pools `[slots, d]` and `[slots, k]` in the type of the
+    /// format's adapters. The format's weight is that of the base weight.
+    ///
+    /// # Errors
+    /// Parts of different devices, of other sizes than the base weight's shape asks for, or of other types.
+    pub fn new(
+        format: LayerFormat,
+        base_weight: WeightBuffer,
+        bias: Option<Buffer>,
+        (in_pool, out_pool): (PoolBuffer, PoolBuffer),
+        epilogue: Epilogue,
+    ) -> Result<Self, OperandError> {
+        let layer = Self { format, base_weight, bias, in_pool, out_pool, epilogue, merged: None };
+        layer.check()?;
+        Ok(layer)
+    }
+
+    /// Inputs and outputs.
+    pub fn shape(&self) -> LayerShape {
+        self.base_weight.shape
+    }
+
+    /// Types.
+    pub fn format(&self) -> LayerFormat {
+        self.format
+    }
+
+    /// `[d, k]`
+    pub fn base_weight(&self) -> &WeightBuffer {
+        &self.base_weight
+    }
+
+    /// `[k]`, f32
+    pub fn bias(&self) -> Option<&Buffer> {
+        self.bias.as_ref()
+    }
+
+    /// In-scales and shrink vectors: `[slots, d]`.
+    pub fn in_pool(&self) -> &PoolBuffer {
+        &self.in_pool
+    }
+
+    /// Out-scales and expand vectors: `[slots, k]`.
+    pub fn out_pool(&self) -> &PoolBuffer {
+        &self.out_pool
+    }
+
+    /// Bias, activation, residual.
+    pub fn epilogue(&self) -> Epilogue {
+        self.epilogue
+    }
+
+    /// The position of the adapter whose W_i is resident.
+    pub fn merged_adapter(&self) -> Option<u32> {
+        self.merged.as_ref().map(|merged| merged.adapter)
+    }
+
+    /// The resident W_i `[d, k]`.
+    pub fn merged_weight(&self) -> Option<&WeightBuffer> {
+        self.merged.as_ref().map(|merged| &merged.weight)
+    }
+
+    /// Keeps W_i of the adapter at a position of the table, in place of the one before.
+    pub(crate) fn set_merged(&mut self, adapter: u32, weight: WeightBuffer) {
+        self.merged = Some(Merged { adapter, weight });
+    }
+
+    /// Gives up the W_i of the adapter at this position, if it is the resident one.
+    pub(crate) fn forget_merged(&mut self, adapter: u32) {
+        self.merged.take_if(|merged| merged.adapter == adapter);
+    }
+
+    /// Whether the parts are one device's and as large as the shape says. Pools grow and weights are merged after the layer was made,
+    /// so that this is asked again for every batch.
+    pub(crate) fn check(&self) -> Result<(), OperandError> {
+        let LayerShape { d, k } = self.shape();
+        let (d, k) = (d as usize, k as usize);
+        if self.base_weight.format != self.format.weight {
+            let (expected, found) = (self.format.weight, self.base_weight.format);
+            return Err(OperandError::WrongFormat { what: "the base weight", expected, found });
+        }
+        let adapters = self.format.adapters;
+        self.check_pool("the in-vectors", &self.in_pool, d, adapters)?;
+        self.check_pool("the out-vectors", &self.out_pool, k, adapters)?;
+        match &self.bias {
+            Some(bias) => self.check_buffer("the bias", bias, k, Element::F32),
+            None if self.epilogue.bias => Err(OperandError::WrongSize { what: "the bias", expected: k, found: 0 }),
+            None => Ok(()),
+        }
+    }
+
+    fn check_pool(
+        &self,
+        what: &'static str,
+        pool: &PoolBuffer,
+        width: usize,
+        element: Element,
+    ) -> Result<(), OperandError> {
+        self.check_buffer(what, &pool.buffer, pool.slots as usize * width, element)
+    }
+
+    /// Whether a buffer is the layer's device's, and has so many numbers of a type.
+    pub(crate) fn check_buffer(
+        &self,
+        what: &'static str,
+        buffer: &Buffer,
+        expected: usize,
+        element: Element,
+    ) -> Result<(), OperandError> {
+        let (owner, device) = (&buffer.owner, &self.base_weight.owner);
+        if !std::sync::Arc::ptr_eq(owner, device) {
+            return Err(OperandError::ForeignBuffer { owner: owner.id.clone(), device: device.id.clone() });
+        }
+        if buffer.elements != expected {
+            return Err(OperandError::WrongSize { what, expected, found: buffer.elements });
+        }
+        if buffer.element != element {
+            return Err(OperandError::WrongElement { what, expected: element, found: buffer.element });
+        }
+        Ok(())
+    }
+
+    /// Whether a schedule is one of this layer: its shape, its pools, and the adapter whose W_i is resident.
+    pub(crate) fn check_schedule(&self, schedule: &Schedule) -> Result<(), OperandError> {
+        let (shape, slots) = (self.shape(), (self.in_pool.slots, self.out_pool.slots));
+        check_slots(schedule, shape, slots)?;
+        for step in schedule.steps() {
+            if let Step::Merged { adapter } = step
+                && self.merged_adapter() != Some(*adapter)
+            {
+                return Err(OperandError::NotMerged { wanted: *adapter, found: self.merged_adapter() });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a schedule is one of a layer of this shape whose pools have so many in-slots and out-slots.
+///
+/// # Errors
+/// A schedule of another layer or of slots that the pools lack; pools that kernels can't index.
+pub fn check_slots(
+    schedule: &Schedule,
+    shape: LayerShape,
+    (in_slots, out_slots): (u32, u32),
+) -> Result<(), OperandError> {
+    if shape != schedule.shape() {
+        return Err(OperandError::OtherLayer { schedule: schedule.shape(), layer: shape });
+    }
+    let pools = [("in", schedule.in_slots(), in_slots, shape.d), ("out", schedule.out_slots(), out_slots, shape.k)];
+    for (pool, needed, slots, width) in pools {
+        if needed > slots {
+            return Err(OperandError::Slots { pool, needed, slots });
+        }
+        let elements = u64::from(slots) * u64::from(width);
+        if elements > i32::MAX as u64 {
+            return Err(OperandError::PoolTooLarge { pool, elements });
+        }
+    }
+    Ok(())
+}
+
+/// Whether pools of so many in-slots and out-slots have those that `step` names.
+///
+/// # Errors
+/// They don't.
+pub fn check_recipe(step: &Materialised, (in_slots, out_slots): (u32, u32)) -> Result<(), OperandError> {
+    let ranks = || step.adapters.iter().filter(|adapter| adapter.rank > 0);
+    let scales = || step.scales.iter();
+    let end = |first: u32, rank: u32| first.saturating_add(rank);
+    let needed_in = scales().map(|scale| scale.in_slot).chain(ranks().map(|rank| end(rank.shrink, rank.rank)));
+    let needed_out = scales().map(|scale| scale.out_slot).chain(ranks().map(|rank| end(rank.expand, rank.rank)));
+    let needed = [("in", needed_in.max().unwrap_or(0), in_slots), ("out", needed_out.max().unwrap_or(0), out_slots)];
+    for (pool, needed, slots) in needed {
+        if needed > slots {
+            return Err(OperandError::Slots { pool, needed, slots });
+        }
+    }
+    Ok(())
+}

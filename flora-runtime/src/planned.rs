@@ -1,0 +1,158 @@
+//! A projection that plans its own batches: what a decoder and a module of another framework run a step through. It is shared
+//! by everyone who holds a clone, and changed (adapters come and go) between two steps.
+
+use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use flora_plan::batch::{AdapterSlots, BatchShape, Segment};
+use flora_plan::cost::LayerPrices;
+use flora_plan::layer::{Element, LayerShape};
+use flora_plan::plan::{Plan, plan};
+use flora_plan::schedule::schedule;
+use flora_plan::weight::PackedWeight;
+
+use crate::buffer::Buffer;
+use crate::device::Device;
+use crate::projection::{Projection, ProjectionError, ProjectionOptions};
+
+/// A [`Projection`] with its way of planning. Clones share the weight and the adapters.
+#[derive(Clone)]
+pub struct PlannedProjection {
+    device: Device,
+    shape: LayerShape,
+    activations: Element,
+    shared: Arc<RwLock<Shared>>,
+}
+
+/// What clones share.
+struct Shared {
+    projection: Projection,
+    planning: Planning,
+}
+
+/// How a batch's lowerings are chosen.
+#[derive(Clone, Debug)]
+pub enum Planning {
+    /// Always these: a row's output is then the same to the bit whatever else is in its batch.
+    Fixed(Plan),
+    /// The cheapest of each batch by the device's coefficients.
+    Priced(Box<LayerPrices>),
+}
+
+/// The rows of one step, the same for all projections of a model: consecutive segments, each with the position of its adapter in
+/// the projections' tables. The base model is at 0, and wherever a projection has no adapter.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepBatch {
+    segments: Vec<Segment>,
+    rows: usize,
+}
+
+impl StepBatch {
+    /// Segments as (position, rows).
+    pub fn new(segments: impl IntoIterator<Item = (u32, u32)>) -> Self {
+        let segments: Vec<_> = segments.into_iter().map(|(adapter, rows)| Segment { rows, adapter }).collect();
+        let rows = segments.iter().map(|segment| segment.rows as usize).sum();
+        Self { segments, rows }
+    }
+
+    /// Rows of all segments.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The segments.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// The segments as a projection with these adapters sees them: an adapter that leaves it alone has no place in its table.
+    fn known(&self, adapters: &[AdapterSlots]) -> Vec<Segment> {
+        let known = |segment: &Segment| if (segment.adapter as usize) < adapters.len() { segment.adapter } else { 0 };
+        self.segments.iter().map(|segment| Segment { adapter: known(segment), ..*segment }).collect()
+    }
+}
+
+impl fmt::Debug for PlannedProjection {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let LayerShape { d, k } = self.shape;
+        write!(formatter, "[{d}, {k}]")
+    }
+}
+
+impl PlannedProjection {
+    /// Puts a base weight on a device, in the form that it has.
+    ///
+    /// # Errors
+    /// See [`Projection::from_packed`].
+    pub fn new(
+        device: &Device,
+        weight: &PackedWeight,
+        options: ProjectionOptions<'_>,
+        planning: Planning,
+    ) -> Result<Self, ProjectionError> {
+        Ok(Self::of(Projection::from_packed(device, weight, options)?, planning))
+    }
+
+    /// A projection that is on its device already.
+    pub fn of(projection: Projection, planning: Planning) -> Self {
+        Self {
+            device: projection.device().clone(),
+            shape: projection.shape(),
+            activations: projection.operands().format().activations,
+            shared: Arc::new(RwLock::new(Shared { projection, planning })),
+        }
+    }
+
+    /// The device that it is on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Inputs and outputs.
+    pub fn shape(&self) -> LayerShape {
+        self.shape
+    }
+
+    /// The type of x, y and the residual.
+    pub fn activations(&self) -> Element {
+        self.activations
+    }
+
+    /// Changes the projection: places and removes adapters, reserves room for them. Waits for the batches that are being queued.
+    pub fn change<T>(&self, change: impl FnOnce(&mut Projection) -> T) -> T {
+        change(&mut self.write().projection)
+    }
+
+    /// Plans batches in another way from now on.
+    pub fn set_planning(&self, planning: Planning) {
+        self.write().planning = planning;
+    }
+
+    /// Queues a batch: x `[rows, d]`, the result `[rows, k]`. A projection whose equation adds a residual takes that as
+    /// `[rows, k]`.
+    ///
+    /// # Errors
+    /// An input of another shape, type or device, a launch that the device can't make.
+    pub fn forward(&self, x: &Buffer, batch: &StepBatch, residual: Option<&Buffer>) -> Result<Buffer, ProjectionError> {
+        let shared = self.read();
+        let Shared { projection, planning } = &*shared;
+        let adapters = projection.adapters();
+        let segments = batch.known(adapters);
+        let finishes = !projection.operands().epilogue().is_identity();
+        let chosen = match planning {
+            Planning::Fixed(plan) => *plan,
+            Planning::Priced(prices) => plan(prices, &BatchShape::of(&segments, adapters), finishes),
+        };
+        let schedule = schedule(&chosen, self.shape, &segments, adapters, finishes)?;
+        projection.execute(&schedule, x, residual)
+    }
+
+    // A panic of another holder leaves a projection as whole as any error does.
+    fn read(&self) -> RwLockReadGuard<'_, Shared> {
+        self.shared.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Shared> {
+        self.shared.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
