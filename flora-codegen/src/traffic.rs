@@ -10,10 +10,10 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-use crate::kernels::shrink::TASK_WORDS;
-use crate::kernels::tile::{ITEM_WORDS, ROW_WORDS};
+use crate::kernels::tables::TileRow;
 use crate::routine::{Hardware, TileLaunch};
 use flora_plan::layer::{LayerFormat, LayerShape};
+use flora_plan::schedule::{Scale, VirtualRow};
 
 /// Bytes of global memory and MACs of one launch, and of the one that adds up where the depth is split.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -46,38 +46,33 @@ impl TileLaunch {
     pub fn traffic(&self, hardware: &Hardware, shape: LayerShape, format: LayerFormat) -> Traffic {
         let (d, k) = (u64::from(shape.d), u64::from(shape.k));
         let (activation, adapter) = (format.activations.bytes(), format.adapters.bytes());
-        let blocks = |words: &[u32], width: u32| -> Vec<Vec<u32>> {
-            words.chunks_exact(width as usize).map(<[u32]>::to_vec).collect()
-        };
-        let rows = blocks(&self.tables[..self.items as usize], ROW_WORDS);
-        let items = blocks(&self.tables[self.items as usize..self.scales as usize], ITEM_WORDS);
-        let scales = &self.tables[self.scales as usize..self.tasks as usize];
-        let tasks = blocks(&self.tables[self.tasks as usize..], TASK_WORDS);
+        let Self { rows, items, scales, tasks, .. } = self;
 
         let mut input_rows = BTreeSet::new();
         let (mut in_slots, mut out_slots) = (BTreeSet::new(), BTreeSet::new());
         let (mut outputs, mut low_rank_macs) = (0u64, 0u64);
-        for row in &rows {
-            input_rows.insert(row[0]);
-            in_slots.extend((row[1] > 0).then_some(row[1]));
-            out_slots.extend((row[2] > 0).then_some(row[2]));
-            if row[3] == 1 {
+        for TileRow { virtual_row, expand, rank, .. } in rows {
+            let VirtualRow { row, in_slot, out_slot, last } = *virtual_row;
+            input_rows.insert(row);
+            in_slots.extend((in_slot > 0).then_some(in_slot));
+            out_slots.extend((out_slot > 0).then_some(out_slot));
+            if last == 1 {
                 outputs += 1;
-                out_slots.extend((row[4] + 1..).take(row[5] as usize));
-                low_rank_macs += u64::from(row[5]) * (d + k);
+                out_slots.extend((expand + 1..).take(*rank as usize));
+                low_rank_macs += u64::from(*rank) * (d + k);
             }
         }
-        for scale in scales.chunks_exact(2) {
-            in_slots.extend((scale[0] > 0).then_some(scale[0]));
-            out_slots.extend((scale[1] > 0).then_some(scale[1]));
+        for Scale { in_slot, out_slot } in scales.iter().copied() {
+            in_slots.extend((in_slot > 0).then_some(in_slot));
+            out_slots.extend((out_slot > 0).then_some(out_slot));
         }
-        for task in &tasks {
-            in_slots.extend((task[2] + 1..).take(task[3] as usize));
+        for task in tasks {
+            in_slots.extend((task.shrink + 1..).take(task.ranks as usize));
         }
-        let made: u64 = items.iter().map(|item| u64::from(item[4] - item[3]) * d * k).sum();
+        let made: u64 = items.iter().map(|item| u64::from(item.end_scale - item.first_scale) * d * k).sum();
         let items_of_most = {
             let mut counts = std::collections::BTreeMap::new();
-            items.iter().for_each(|item| *counts.entry(item[2]).or_insert(0u64) += 1);
+            items.iter().for_each(|item| *counts.entry(item.weight).or_insert(0u64) += 1);
             counts
         };
         // Each weight once for as many of its items as run together.
@@ -99,7 +94,7 @@ impl TileLaunch {
             input_bytes: again * once_inputs,
             adapter_bytes: again * once_in_vectors + out_vectors,
             output_bytes: output + residual,
-            other_bytes: 4 * self.tables.len() as u64 + 8 * u64::from(self.hidden) + partial,
+            other_bytes: self.table_bytes() + 8 * u64::from(self.hidden) + partial,
             macs: rows.len() as u64 * d * k + made + low_rank_macs,
             floor_bytes: items_of_most.len() as u64 * weight
                 + once_inputs

@@ -3,6 +3,8 @@
 pub use flora_plan::blueprints::Tile;
 use flora_plan::layer::{Epilogue, Quantisation};
 
+use super::tables::TASK_SIDE;
+
 /// How a tile is multiplied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Multiply {
@@ -56,6 +58,12 @@ pub(crate) const SUM_PAD: u32 = 8;
 pub(crate) const RANK_CHUNK: u32 = 16;
 /// Alignment of staged tiles, in bytes: what loads of fragments ask for.
 pub(crate) const ALIGNMENT: usize = 128;
+/// Steps of d in a strip of a shrink task; a plane sums a strip by itself.
+pub(crate) const SHRINK_STRIP: u32 = 16;
+/// Strips that are staged at once.
+pub(crate) const SHRINK_STRIPS: u32 = 8;
+/// Steps of d that are staged at once.
+pub(crate) const SHRINK_DEPTH: u32 = SHRINK_STRIP * SHRINK_STRIPS;
 
 impl TileBlueprint {
     /// Planes of a cube.
@@ -115,8 +123,47 @@ impl TileBlueprint {
             bytes += 4 * columns;
         }
         if self.hidden > 0 {
-            bytes += 4 * self.hidden + super::shrink::shared_bytes(self.multiply, self.units(), stage);
+            bytes += 4 * self.hidden + shrink_shared_bytes(self.multiply, self.units(), stage);
         }
         bytes as usize
+    }
+}
+
+/// Bytes of shared memory of a shrink task.
+fn shrink_shared_bytes(multiply: Multiply, units: u32, stage: u32) -> u32 {
+    let result = 4 * TASK_SIDE * TASK_SIDE;
+    result
+        + match multiply {
+            Multiply::Fma => 4 * units,
+            Multiply::Cmma { .. } => {
+                2 * stage * TASK_SIDE * (SHRINK_DEPTH + PAD) + 4 * SHRINK_STRIPS * TASK_SIDE * TASK_SIDE
+            }
+        }
+}
+
+/// The comptime key of the kernels of `segmented`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SegmentedBlueprint {
+    /// How tiles are multiplied.
+    pub multiply: Multiply,
+    /// Units of a plane.
+    pub plane_size: u32,
+}
+
+impl SegmentedBlueprint {
+    /// Planes of a cube.
+    pub fn planes(&self) -> u32 {
+        match self.multiply {
+            Multiply::Fma => 1,
+            Multiply::Cmma { .. } => SHRINK_STRIPS,
+        }
+    }
+
+    /// Units of a cube.
+    pub fn units(&self) -> u32 {
+        match self.multiply {
+            Multiply::Fma => 256,
+            Multiply::Cmma { .. } => self.plane_size * SHRINK_STRIPS,
+        }
     }
 }

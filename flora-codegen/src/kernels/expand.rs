@@ -4,12 +4,10 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{ALIGNMENT, Multiply, PAD};
-use super::shrink::{SegmentedBlueprint, TASK_SIDE};
+use super::blueprint::{ALIGNMENT, Multiply, PAD, SegmentedBlueprint};
+use super::tables::{TASK_SIDE, expand_item};
 use super::units::{plane, staged_at, staged_column, staged_row, stages};
 
-/// Words of an item: first row, rows, first expand slot, rank, where the first row's h lies.
-pub(crate) const EXPAND_WORDS: u32 = 5;
 /// Columns of a cube with fragments, one fragment of 16 a plane.
 const SIDE: usize = TASK_SIDE as usize;
 /// Ranks that are staged at once.
@@ -37,7 +35,7 @@ pub(crate) fn expand<A: Float, S: Float, Y: Float, N: Size>(
     #[comptime] blueprint: SegmentedBlueprint,
     #[define(A, S, Y)] _types: [StorageType; 3],
 ) {
-    let item = items + CUBE_POS_Y * EXPAND_WORDS;
+    let item = items + CUBE_POS_Y * expand_item::WORDS;
     if comptime!(matches!(blueprint.multiply, Multiply::Fma)) {
         by_units::<A, Y, N>(h, out_pool, tables, y, item, k, blueprint);
     } else {
@@ -61,16 +59,16 @@ fn by_units<A: Float, Y: Float, N: Size>(
     let unit = UNIT_POS_X;
     let row = unit / columns;
     let column = CUBE_POS_X * columns + unit % columns;
-    let rank = tables[(item + 3) as usize];
-    if row < tables[(item + 1) as usize] && column < k_vectors {
+    let rank = expand_item::rank(tables, item);
+    if row < expand_item::rows(tables, item) && column < k_vectors {
         let mut sum = Vector::<f32, N>::new(0.0);
-        let own = tables[(item + 4) as usize] + row * rank;
-        let slot = tables[(item + 2) as usize];
+        let own = expand_item::hidden(tables, item) + row * rank;
+        let slot = expand_item::expand(tables, item);
         for q in 0..rank {
             let value = Vector::<f32, N>::new(h[(own + q) as usize]);
             sum = fma(value, Vector::cast_from(out_pool[((slot + q) * k_vectors + column) as usize]), sum);
         }
-        let at = ((tables[item as usize] + row) * k_vectors + column) as usize;
+        let at = ((expand_item::first_row(tables, item) + row) * k_vectors + column) as usize;
         y[at] = Vector::cast_from(Vector::<f32, N>::cast_from(y[at]) + sum);
     }
 }
@@ -97,11 +95,11 @@ fn by_fragments<A: Float, S: Float, Y: Float, N: Size>(
     let line = comptime!(columns / width);
     let pitch = comptime!(columns + PAD);
     let hidden_pitch = comptime!(CHUNK + PAD);
-    let first_row = tables[item as usize];
-    let rows = tables[(item + 1) as usize];
-    let slot = tables[(item + 2) as usize];
-    let rank = tables[(item + 3) as usize];
-    let offset = tables[(item + 4) as usize];
+    let first_row = expand_item::first_row(tables, item);
+    let rows = expand_item::rows(tables, item);
+    let slot = expand_item::expand(tables, item);
+    let rank = expand_item::rank(tables, item);
+    let offset = expand_item::hidden(tables, item);
     let column0 = CUBE_POS_X * line;
     let mut left = SharedMemory::<S>::new_aligned(comptime!((TASK_SIDE * hidden_pitch) as usize), ALIGNMENT);
     let mut right = SharedMemory::<Vector<S, N>>::new_aligned(comptime!((CHUNK * pitch / width) as usize), ALIGNMENT);

@@ -6,14 +6,10 @@ use cubecl::prelude::*;
 use flora_plan::layer::Quantisation;
 
 use super::decode::{minimum, scale, scale_word, stored};
+use super::tables::{self, materialised_adapter};
 
-/// Words of one entry: first virtual row, one past the last, first shrink slot, first expand slot, rank.
-pub(crate) const ENTRY_WORDS: u32 = 5;
-/// Words of one virtual row: in-slot + 1 or 0, out-slot + 1 or 0.
-pub(crate) const SCALE_WORDS: u32 = 2;
-
-/// weight `[d, k]` or its words, in_pool `[slots, d]`, out_pool `[slots, k]`, tables: entries `[s, 5]`, then from word
-/// `scales` on `[V, 2]`; made `[s, d, k]`. One cube a depth and adapter.
+/// weight `[d, k]` or its words, in_pool `[slots, d]`, out_pool `[slots, k]`, tables: adapters, then from word
+/// `scales` on their virtual rows' scales; made `[s, d, k]`. One cube a depth and adapter.
 #[cube(launch_unchecked)]
 pub(crate) fn materialise<W: Numeric, A: Float, Y: Float, N: Size>(
     weight: &Array<Vector<W, N>>,
@@ -32,12 +28,14 @@ pub(crate) fn materialise<W: Numeric, A: Float, Y: Float, N: Size>(
     let columns = k / comptime!(width as u32);
     let column = ABSOLUTE_POS_X;
     let depth = CUBE_POS_Y;
-    let entry = CUBE_POS_Z * ENTRY_WORDS;
+    let entry = CUBE_POS_Z * materialised_adapter::WORDS;
     if column < columns {
         let mut factor = Vector::<f32, N>::new(0.0);
-        for v in tables[entry as usize]..tables[(entry + 1) as usize] {
-            let in_slot = tables[(scales + v * SCALE_WORDS) as usize];
-            let out_slot = tables[(scales + v * SCALE_WORDS + 1) as usize];
+        let first = materialised_adapter::first_scale(tables, entry);
+        let end = materialised_adapter::end_scale(tables, entry);
+        for v in first..end {
+            let in_slot = tables::scale::in_slot(tables, scales + v * tables::scale::WORDS);
+            let out_slot = tables::scale::out_slot(tables, scales + v * tables::scale::WORDS);
             let mut term = Vector::<f32, N>::new(1.0);
             if in_slot > 0 {
                 term = Vector::new(f32::cast_from(in_pool[((in_slot - 1) * d + depth) as usize]));
@@ -49,9 +47,9 @@ pub(crate) fn materialise<W: Numeric, A: Float, Y: Float, N: Size>(
         }
         let base = base_value::<W, N>(weight, weight_scales, depth, column, columns, quantisation);
         let mut value = base * factor;
-        let in_slot = tables[(entry + 2) as usize];
-        let out_slot = tables[(entry + 3) as usize];
-        for q in 0..tables[(entry + 4) as usize] {
+        let in_slot = materialised_adapter::shrink(tables, entry);
+        let out_slot = materialised_adapter::expand(tables, entry);
+        for q in 0..materialised_adapter::rank(tables, entry) {
             let shrink = Vector::<f32, N>::new(f32::cast_from(in_pool[((in_slot + q) * d + depth) as usize]));
             let expand = Vector::cast_from(out_pool[((out_slot + q) * columns + column) as usize]);
             value = fma(shrink, expand, value);

@@ -6,8 +6,9 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{ALIGNMENT, Multiply, PAD, RANK_CHUNK, SUM_PAD, TileBlueprint};
+use super::item;
 use super::stage::{Fetched, fetch_vectors, stage_vectors};
-use super::tile::{Layout, column_tile_of};
+use super::tables::{self, Layout};
 use super::units::{plane, staged_at, staged_column, staged_row, stages};
 
 /// The factor of every weight of the tile, `[depth, columns + SUM_PAD]`; 1 for an item without a W_i. The first in-vectors
@@ -44,12 +45,12 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size, XW: Size, AW: Siz
     let mut factor =
         SharedMemory::<Vector<f32, N>>::new_aligned(comptime!((tile.depth * factor_pitch) as usize), ALIGNMENT);
 
-    let first = entry[3];
-    let end = entry[4];
+    let first = item::first_scale(entry);
+    let end = item::end_scale(entry);
     let columns = layout.k / width;
-    let column0 = column_tile_of(entry, blueprint) * line;
-    let mut plain = f32::cast_from(entry[5]);
-    if first == end && entry[5] == 0 {
+    let column0 = item::column_tile(entry, blueprint) * line;
+    let mut plain = f32::cast_from(item::unscaled(entry));
+    if first == end && item::unscaled(entry) == 0 {
         plain = 1.0f32.runtime();
     }
     // Fragments of the factor, shared out among the planes.
@@ -83,7 +84,7 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size, XW: Size, AW: Siz
                     let mut value = Vector::<S, N>::new(S::new(0.0));
                     if rank < end && column < columns {
                         value = Vector::new(S::new(1.0));
-                        let slot = tables[(layout.scales + rank * 2 + 1) as usize];
+                        let slot = tables::scale::out_slot(tables, layout.scales + rank * tables::scale::WORDS);
                         if slot > 0 {
                             value = Vector::cast_from(out_pool[((slot - 1) * columns + column) as usize]);
                         }

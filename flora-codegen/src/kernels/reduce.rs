@@ -7,7 +7,7 @@ use cubecl::prelude::*;
 use flora_plan::layer::Epilogue;
 
 use super::epilogue::finish;
-use super::tile::{H_START, ROW_WORDS};
+use super::tables::{H_START, tile_row};
 
 /// The comptime key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,36 +44,36 @@ pub(crate) fn reduce<A: Float, Y: Float, N: Size>(
         let mut row = at / columns;
         let mut starts = row == 0;
         if !starts {
-            starts = tables[((row - 1) * ROW_WORDS + 3) as usize] == 1;
+            starts = tile_row::last(tables, (row - 1) * tile_row::WORDS) == 1;
         }
         if starts {
             let mut value = Vector::<f32, N>::new(0.0);
             let mut open = true;
             while open {
-                let words = (row * ROW_WORDS) as usize;
+                let words = row * tile_row::WORDS;
                 let mut sum = Vector::<f32, N>::new(0.0);
                 for split in 0..splits {
                     sum += partial[((split * virtual_rows + row) * columns + column) as usize];
                 }
                 if comptime!(blueprint.scaled) {
-                    let slot = tables[words + 2];
+                    let slot = tile_row::out_slot(tables, words);
                     if slot > 0 {
                         sum *= Vector::cast_from(out_pool[((slot - 1) * columns + column) as usize]);
                     }
                 }
                 value += sum;
-                if tables[words + 3] == 1 {
+                if tile_row::last(tables, words) == 1 {
                     open = false;
                     if comptime!(blueprint.low_rank) {
-                        let expand = tables[words + 4];
-                        let own = tables[words + 6];
-                        for q in 0..tables[words + 5] {
+                        let expand = tile_row::expand(tables, words);
+                        let own = tile_row::hidden(tables, words);
+                        for q in 0..tile_row::rank(tables, words) {
                             let vector =
                                 Vector::<f32, N>::cast_from(out_pool[((expand + q) * columns + column) as usize]);
                             value = fma(Vector::new(h[(H_START + own + q) as usize]), vector, value);
                         }
                     }
-                    let output = tables[words] * columns + column;
+                    let output = tile_row::row(tables, words) * columns + column;
                     y[output as usize] =
                         finish::<Y, N>(value, bias, residual, column, output, comptime!(blueprint.epilogue));
                 }

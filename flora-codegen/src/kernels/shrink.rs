@@ -9,19 +9,13 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{ALIGNMENT, Multiply, PAD};
-use super::stage::{from_words, to_words, word_count};
+use super::blueprint::{
+    ALIGNMENT, Multiply, PAD, SHRINK_DEPTH as DEPTH, SHRINK_STRIP as STRIP, SHRINK_STRIPS as STRIPS, SegmentedBlueprint,
+};
+use super::tables::{TASK_SIDE, shrink_task};
 use super::units::{plane, staged_at, staged_column, staged_row, stages};
+use super::words::{from_words, to_words, word_count};
 
-/// Rows of a task, and ranks of a task.
-pub(crate) const TASK_SIDE: u32 = 16;
-/// Words of a task: first row, rows, first shrink slot, ranks, where the first row's h lies, how far the next row's is.
-pub(crate) const TASK_WORDS: u32 = 6;
-/// Steps of d in a strip; a plane sums a strip by itself.
-const STRIP: u32 = 16;
-/// Strips that are staged at once.
-const STRIPS: u32 = 8;
-const DEPTH: u32 = STRIP * STRIPS;
 const SIDE: usize = TASK_SIDE as usize;
 /// Units that share a sum (without fragments).
 const LANES: u32 = 16;
@@ -31,19 +25,9 @@ fn stages_fetched(k: usize) -> u32 {
     if k >= 16 { 2 } else { 1 }
 }
 
-/// Bytes of shared memory.
-pub(crate) fn shared_bytes(multiply: Multiply, units: u32, stage: u32) -> u32 {
-    let result = 4 * TASK_SIDE * TASK_SIDE;
-    result
-        + match multiply {
-            Multiply::Fma => 4 * units,
-            Multiply::Cmma { .. } => 2 * stage * TASK_SIDE * (DEPTH + PAD) + 4 * STRIPS * TASK_SIDE * TASK_SIDE,
-        }
-}
-
 /// The products of the task at word `task` of `tables`, row by row, `[16, 16]`.
 #[cube]
-pub(crate) fn shrink_task<X: Float, A: Float, S: Float, M: Size>(
+pub(crate) fn shrink_products<X: Float, A: Float, S: Float, M: Size>(
     x: &Array<Vector<X, M>>,
     in_pool: &Array<Vector<A, M>>,
     tables: &Array<u32>,
@@ -72,10 +56,10 @@ fn by_units<X: Float, A: Float, M: Size>(
     let width = x.vector_size();
     let width = comptime!(width as u32);
     let vectors = d / width;
-    let first_row = tables[task as usize];
-    let rows = tables[(task + 1) as usize];
-    let slot = tables[(task + 2) as usize];
-    let ranks = tables[(task + 3) as usize];
+    let first_row = shrink_task::first_row(tables, task);
+    let rows = shrink_task::rows(tables, task);
+    let slot = shrink_task::shrink(tables, task);
+    let ranks = shrink_task::ranks(tables, task);
     let mut parts = SharedMemory::<f32>::new(comptime!(units as usize));
     let mut result = SharedMemory::<f32>::new(comptime!(SIDE * SIDE));
     let lane = UNIT_POS_X % LANES;
@@ -131,10 +115,10 @@ fn by_fragments<X: Float, A: Float, S: Float, M: Size>(
     let width = x.vector_size();
     let width = comptime!(width as u32);
     let vectors = d / width;
-    let first_row = tables[task as usize];
-    let rows = tables[(task + 1) as usize];
-    let slot = tables[(task + 2) as usize];
-    let ranks = tables[(task + 3) as usize];
+    let first_row = shrink_task::first_row(tables, task);
+    let rows = shrink_task::rows(tables, task);
+    let slot = shrink_task::shrink(tables, task);
+    let ranks = shrink_task::ranks(tables, task);
     let pitch = comptime!(DEPTH + PAD);
     let line = comptime!(DEPTH / width);
     let mut left =
@@ -308,33 +292,6 @@ fn stage_lines<T: Float, S: Float, M: Size, P: Size>(
     }
 }
 
-/// The comptime key of the kernels of `segmented`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SegmentedBlueprint {
-    /// How tiles are multiplied.
-    pub multiply: Multiply,
-    /// Units of a plane.
-    pub plane_size: u32,
-}
-
-impl SegmentedBlueprint {
-    /// Planes of a cube.
-    pub fn planes(&self) -> u32 {
-        match self.multiply {
-            Multiply::Fma => 1,
-            Multiply::Cmma { .. } => STRIPS,
-        }
-    }
-
-    /// Units of a cube.
-    pub fn units(&self) -> u32 {
-        match self.multiply {
-            Multiply::Fma => 256,
-            Multiply::Cmma { .. } => self.plane_size * STRIPS,
-        }
-    }
-}
-
 /// x `[t, d]`, in_pool `[slots, d]`, tasks at the start of `tables`, one a cube; h as the tasks say.
 #[cube(launch_unchecked)]
 pub(crate) fn shrink<X: Float, A: Float, S: Float, M: Size>(
@@ -347,8 +304,8 @@ pub(crate) fn shrink<X: Float, A: Float, S: Float, M: Size>(
     #[define(X, A, S)] _types: [StorageType; 3],
 ) {
     let units = comptime!(blueprint.units());
-    let task = (CUBE_POS as u32) * TASK_WORDS;
-    let result = shrink_task::<X, A, S, M>(
+    let task = (CUBE_POS as u32) * shrink_task::WORDS;
+    let result = shrink_products::<X, A, S, M>(
         x,
         in_pool,
         tables,
@@ -362,8 +319,8 @@ pub(crate) fn shrink<X: Float, A: Float, S: Float, M: Size>(
     while pair < comptime!(TASK_SIDE * TASK_SIDE) {
         let row = pair / TASK_SIDE;
         let rank = pair % TASK_SIDE;
-        if row < tables[(task + 1) as usize] && rank < tables[(task + 3) as usize] {
-            let at = tables[(task + 4) as usize] + row * tables[(task + 5) as usize] + rank;
+        if row < shrink_task::rows(tables, task) && rank < shrink_task::ranks(tables, task) {
+            let at = shrink_task::hidden(tables, task) + row * shrink_task::pitch(tables, task) + rank;
             h[at as usize] = result[pair as usize];
         }
         pair += units;

@@ -1,9 +1,7 @@
 //! How operands come to where they are multiplied: a step of d is *fetched* into the registers of the cube's units while the step
 //! before it is multiplied, and *staged* in shared memory, scaled and decoded, once that is done. So the time that memory takes to
 //! answer is spent on multiplying, on every device and without its asynchronous copies.
-//!
-//! What is fetched waits as words, whatever it is: halves would each take a register of CUDA's, and be packed again with an
-//! instruction for two.
+//! What is fetched waits as words, whatever it is.
 //!
 //! Bytes: those of the tile kernel. Registers: a vector for each load of a unit, see [`MOST_AHEAD`].
 
@@ -11,8 +9,10 @@ use cubecl::prelude::*;
 
 use super::blueprint::{PAD, RANK_CHUNK, SUM_PAD, TileBlueprint};
 use super::decode::{minimum, scale, scale_word, stored};
-use super::tile::{Layout, ROW_WORDS, column_tile_of};
+use super::item;
+use super::tables::{self, Layout, tile_row};
 use super::units::{staged_at, staged_column, staged_row, stages};
+use super::words::{from_words, ones, to_words};
 
 /// A unit's part of the next step: X words of a vector of x, A of one of the adapters' and W of one of w0, whose scales are
 /// vectors of N.
@@ -28,40 +28,6 @@ pub(crate) struct Fetched<N: Size, X: Size, A: Size, W: Size> {
     weight_scales: Array<Vector<u32, N>>,
     /// In-vectors of a chunk of the terms of W_i; 0 outside of it.
     vectors: Array<Vector<u32, A>>,
-}
-
-/// Words of a vector of `width` elements of `bytes` bytes; a half that has no neighbour is widened.
-pub(crate) fn word_count(width: usize, bytes: usize) -> usize {
-    (width * bytes).div_ceil(4)
-}
-
-#[cube]
-pub(crate) fn to_words<T: Numeric, V: Size, P: Size>(value: Vector<T, V>) -> Vector<u32, P> {
-    let width = V::value();
-    let bytes = T::type_size();
-    if comptime!((width * bytes).is_multiple_of(4)) {
-        Vector::<u32, P>::reinterpret(value)
-    } else {
-        Vector::<u32, P>::reinterpret(Vector::<f32, V>::cast_from(value))
-    }
-}
-
-/// 1 in every element: from a variable, because CUDA's text has no bits of a number that is written out.
-#[cube]
-fn ones<T: Float, V: Size, P: Size>() -> Vector<u32, P> {
-    let one = RuntimeCell::<Vector<T, V>>::new(Vector::new(T::new(1.0)));
-    to_words::<T, V, P>(one.read())
-}
-
-#[cube]
-pub(crate) fn from_words<T: Numeric, V: Size, P: Size>(words: Vector<u32, P>) -> Vector<T, V> {
-    let width = V::value();
-    let bytes = T::type_size();
-    if comptime!((width * bytes).is_multiple_of(4)) {
-        Vector::<T, V>::reinterpret(words)
-    } else {
-        Vector::<T, V>::cast_from(Vector::<f32, V>::reinterpret(words))
-    }
 }
 
 /// Rounds in which the units of a cube stage `lines` lines of `line` elements, `width` at a time.
@@ -141,14 +107,32 @@ pub(crate) fn fetch<X: Float, W: Numeric, A: Float, M: Size, N: Size, XW: Size, 
     // What is read again here is kept in no register through the multiplication.
     let mut first = chunk;
     if comptime!(!blueprint.chunks()) {
-        first = entry[0];
+        first = item::first(entry);
     }
     fetch_rows::<X, A, M, N, XW, AW, WW>(
-        x, in_pool, tables, fetched, layout, first, entry[1], depth0, depth_end, blueprint,
+        x,
+        in_pool,
+        tables,
+        fetched,
+        layout,
+        first,
+        item::end(entry),
+        depth0,
+        depth_end,
+        blueprint,
     );
     fetch_weight::<W, N, XW, AW, WW>(weight, weight_scales, fetched, layout, entry, depth0, depth_end, blueprint);
     if comptime!(blueprint.on_chip) {
-        fetch_vectors::<A, M, N, XW, AW, WW>(in_pool, tables, fetched, layout, entry[3], entry[4], depth0, blueprint);
+        fetch_vectors::<A, M, N, XW, AW, WW>(
+            in_pool,
+            tables,
+            fetched,
+            layout,
+            item::first_scale(entry),
+            item::end_scale(entry),
+            depth0,
+            blueprint,
+        );
     }
 }
 
@@ -179,16 +163,16 @@ fn fetch_rows<X: Float, A: Float, M: Size, N: Size, XW: Size, AW: Size, WW: Size
         let depth = depth0 / width + staged_column(pass, line, units);
         let inside =
             stages(pass, line, comptime!(blueprint.tile.rows), units) && row < end && depth < depth_end / width;
-        let entry = row * ROW_WORDS;
+        let entry = row * tile_row::WORDS;
         let mut input = Vector::<u32, XW>::new(0u32);
         if inside {
-            input = to_words::<X, M, XW>(x[(tables[entry as usize] * vectors + depth) as usize]);
+            input = to_words::<X, M, XW>(x[(tile_row::row(tables, entry) * vectors + depth) as usize]);
         }
         fetched.inputs[comptime!(pass as usize)] = input;
         if comptime!(blueprint.scaled) {
             let mut slot = 0u32;
             if inside {
-                slot = tables[(entry + 1) as usize];
+                slot = tile_row::in_slot(tables, entry);
             }
             let mut scale = ones::<A, M, AW>();
             if slot > 0 {
@@ -215,13 +199,13 @@ fn fetch_weight<W: Numeric, N: Size, XW: Size, AW: Size, WW: Size>(
     let line = comptime!(blueprint.tile.columns / width);
     let units = comptime!(blueprint.units());
     let columns = layout.k / width;
-    let column0 = column_tile_of(entry, blueprint) * line;
+    let column0 = item::column_tile(entry, blueprint) * line;
     let per_value = comptime!(per_value(blueprint));
     let lines = comptime!(blueprint.tile.depth / per_value);
     // Which weight; the only one of a quantised layer is the first.
     let mut first = 0u32;
     if comptime!(blueprint.quantisation.is_none()) {
-        first = entry[2] * layout.d;
+        first = item::weight(entry) * layout.d;
     }
     #[unroll]
     for pass in 0..comptime!(weight_passes(blueprint, size)) {
@@ -269,7 +253,7 @@ pub(crate) fn fetch_vectors<A: Float, M: Size, N: Size, XW: Size, AW: Size, WW: 
         let mut slot = 0u32;
         let mut vector = Vector::<u32, AW>::new(0u32);
         if inside {
-            slot = tables[(layout.scales + rank * 2) as usize];
+            slot = tables::scale::in_slot(tables, layout.scales + rank * tables::scale::WORDS);
             vector = ones::<A, M, AW>();
         }
         if slot > 0 {

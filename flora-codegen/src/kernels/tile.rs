@@ -15,51 +15,13 @@ use cubecl::prelude::*;
 
 use super::blueprint::{ALIGNMENT, PAD, SUM_PAD, TileBlueprint};
 use super::epilogue::finish;
+use super::item::{self, COLUMN_TILE, CUBE_ITEM_WORDS, ITEM_WORDS, SPLIT};
 use super::multiply::{multiply, no_sums, store_strip, strip_column};
 use super::on_chip::multiplier;
-use super::shrink::{TASK_SIDE, TASK_WORDS, shrink_task};
-use super::stage::{fetch, fetches_ahead, nothing_fetched, stage_rows, stage_weight, word_count};
-
-/// Words of a virtual row: input row, in-slot + 1 or 0, out-slot + 1 or 0, 1 if it is the last of its output row, first expand
-/// slot, rank, where its h lies, unused.
-pub(crate) const ROW_WORDS: u32 = 8;
-/// Words of an item: first virtual row, one past the last, which weight, first scale of its W_i, one past the last, how many of
-/// its virtual rows are unscaled, where its rows' h lies, how many numbers that is.
-pub(crate) const ITEM_WORDS: u32 = 8;
-/// Where a cube keeps its column tile, behind the words of its item.
-const COLUMN_TILE: usize = ITEM_WORDS as usize;
-/// Where it keeps its split.
-const SPLIT: usize = COLUMN_TILE + 1;
-const ENTRY_WORDS: u32 = ITEM_WORDS + 2;
-/// What an entry of h holds before it is there: a NaN that no sum is.
-pub(crate) const NO_SUM: u32 = u32::MAX;
-/// Words before the first entry of h: the next ticket.
-pub(crate) const H_START: u32 = 1;
-
-/// Where the parts of the table start, in words, and how many there are.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-pub(crate) struct Layout {
-    /// Inputs.
-    pub(crate) d: u32,
-    /// Outputs.
-    pub(crate) k: u32,
-    /// First word of the items.
-    pub(crate) items: u32,
-    /// How many.
-    pub(crate) item_count: u32,
-    /// First word of the scales of W_i, two each: in-slot + 1 or 0, out-slot + 1 or 0.
-    pub(crate) scales: u32,
-    /// First word of the shrink tasks.
-    pub(crate) tasks: u32,
-    /// How many.
-    pub(crate) task_count: u32,
-    /// Column tiles.
-    pub(crate) column_tiles: u32,
-    /// Steps of d that a cube multiplies.
-    pub(crate) depth: u32,
-    /// Virtual rows of the batch.
-    pub(crate) virtual_rows: u32,
-}
+use super::shrink::shrink_products;
+use super::stage::{fetch, fetches_ahead, nothing_fetched, stage_rows, stage_weight};
+use super::tables::{H_START, Layout, NO_SUM, TASK_SIDE, shrink_task, tile_row};
+use super::words::word_count;
 
 /// x `[t, d]`, weight `[.., d, k]` or its words, weight_scales of a quantised one, in_pool `[slots, d]`, out_pool `[slots, k]`,
 /// tables: virtual rows first, then what `layout` says; h: the ticket, then sums; bias `[k]`, residual and y `[t, k]`, or y the
@@ -91,7 +53,15 @@ pub(crate) fn tile<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, 
         // What comes next may lie where the ticket lay.
         sync_cube();
         if cube < layout.task_count {
-            make_hidden::<X, A, S, M>(x, in_pool, tables, h, layout.tasks + cube * TASK_WORDS, layout.d, blueprint);
+            make_hidden::<X, A, S, M>(
+                x,
+                in_pool,
+                tables,
+                h,
+                layout.tasks + cube * shrink_task::WORDS,
+                layout.d,
+                blueprint,
+            );
         } else {
             let at = cube - layout.task_count;
             let rest = at / layout.item_count;
@@ -146,7 +116,7 @@ fn make_hidden<X: Float, A: Float, S: Float, M: Size>(
     #[comptime] blueprint: TileBlueprint,
 ) {
     let units = comptime!(blueprint.units());
-    let result = shrink_task::<X, A, S, M>(
+    let result = shrink_products::<X, A, S, M>(
         x,
         in_pool,
         tables,
@@ -160,8 +130,8 @@ fn make_hidden<X: Float, A: Float, S: Float, M: Size>(
     while pair < comptime!(TASK_SIDE * TASK_SIDE) {
         let row = pair / TASK_SIDE;
         let rank = pair % TASK_SIDE;
-        if row < tables[(task + 1) as usize] && rank < tables[(task + 3) as usize] {
-            let at = H_START + tables[(task + 4) as usize] + row * tables[(task + 5) as usize] + rank;
+        if row < shrink_task::rows(tables, task) && rank < shrink_task::ranks(tables, task) {
+            let at = H_START + shrink_task::hidden(tables, task) + row * shrink_task::pitch(tables, task) + rank;
             let mut bits = u32::reinterpret(result[pair as usize]);
             if bits == NO_SUM {
                 // A NaN all the same.
@@ -213,7 +183,7 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
     let mut hidden = SharedMemory::<f32>::new(comptime!(blueprint.hidden.max(1) as usize));
 
     // In shared memory, so that no register keeps through the main loop what the epilogue needs.
-    let mut entry = SharedMemory::<u32>::new(comptime!(ENTRY_WORDS as usize));
+    let mut entry = SharedMemory::<u32>::new(CUBE_ITEM_WORDS);
     let unit = UNIT_POS_X;
     if unit < ITEM_WORDS {
         entry[unit as usize] = tables[(layout.items + item * ITEM_WORDS + unit) as usize];
@@ -229,7 +199,7 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
     let mut depth_start = 0u32;
     let mut depth_end = layout.d;
     if comptime!(blueprint.split) {
-        depth_start = split_of(&entry, blueprint) * layout.depth;
+        depth_start = item::split(&entry, blueprint) * layout.depth;
         depth_end = min(depth_start + layout.depth, layout.d);
     }
 
@@ -243,8 +213,8 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
     let mut fetched = nothing_fetched::<M, N, XW, AW, WW>(blueprint);
 
     // What the entry has is read again wherever it is needed.
-    let mut chunk = entry[0];
-    while chunk < entry[1] {
+    let mut chunk = item::first(&entry);
+    while chunk < item::end(&entry) {
         let mut sums = no_sums::<N>(blueprint);
         let mut depth0 = depth_start;
         if comptime!(ahead) {
@@ -324,7 +294,7 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
         let mut start = chunk;
         if comptime!(!blueprint.chunks()) {
             // The only chunk starts where the item does.
-            start = entry[0];
+            start = item::first(&entry);
         }
         if comptime!(blueprint.hidden > 0 && !blueprint.split) {
             take_hidden(&mut hidden, h, &entry);
@@ -347,27 +317,17 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
             chunk += tile.rows;
         } else {
             // An item is one tile, and a compiler that sees it keeps nothing for a next one through the loop over d.
-            chunk = entry[1];
+            chunk = item::end(&entry);
         }
     }
-}
-
-#[cube]
-pub(crate) fn column_tile_of(entry: &SharedMemory<u32>, #[comptime] blueprint: TileBlueprint) -> u32 {
-    if comptime!(blueprint.hidden > 0) { entry[COLUMN_TILE] } else { CUBE_POS_Y }
-}
-
-#[cube]
-fn split_of(entry: &SharedMemory<u32>, #[comptime] blueprint: TileBlueprint) -> u32 {
-    if comptime!(blueprint.hidden > 0) { entry[SPLIT] } else { CUBE_POS_Z }
 }
 
 /// Waits for the low-rank sums of the item's rows.
 #[cube]
 fn take_hidden(hidden: &mut SharedMemory<f32>, h: &mut Array<Atomic<u32>>, entry: &SharedMemory<u32>) {
-    let first = H_START + entry[6];
+    let first = H_START + item::hidden(entry);
     let mut at = UNIT_POS_X;
-    while at < entry[7] {
+    while at < item::hidden_count(entry) {
         let mut bits = h[(first + at) as usize].load();
         while bits == NO_SUM {
             bits = h[(first + at) as usize].load();
@@ -402,9 +362,9 @@ fn write_strip<A: Float, Y: Float, N: Size>(
     let pitch = comptime!((blueprint.strip() + SUM_PAD) / width);
     let units = comptime!(blueprint.units());
     let columns = layout.k / width;
-    let end = entry[1];
+    let end = item::end(entry);
 
-    let column0 = column_tile_of(entry, blueprint) * comptime!(tile.columns / width);
+    let column0 = item::column_tile(entry, blueprint) * comptime!(tile.columns / width);
     // Units beyond the last whole line of units have nothing to do.
     let lanes = comptime!(if units < line { 1 } else { units / line });
     let unit = UNIT_POS_X;
@@ -416,39 +376,39 @@ fn write_strip<A: Float, Y: Float, N: Size>(
         let mut at = chunk + row;
         let mut starts = row == 0;
         if !starts {
-            starts = tables[((at - 1) * ROW_WORDS + 3) as usize] == 1;
+            starts = tile_row::last(tables, (at - 1) * tile_row::WORDS) == 1;
         }
         if starts {
             let mut value = Vector::<f32, N>::new(0.0);
             if comptime!(blueprint.carries) {
-                let first = entry[0];
-                if row == 0 && chunk > first && tables[((at - 1) * ROW_WORDS + 3) as usize] == 0 {
+                let first = item::first(entry);
+                if row == 0 && chunk > first && tile_row::last(tables, (at - 1) * tile_row::WORDS) == 0 {
                     value = carry[tile_column as usize];
                 }
             }
             let mut open = true;
             while open {
-                let words = (at * ROW_WORDS) as usize;
+                let words = at * tile_row::WORDS;
                 let mut sum = sum_tile[((at - chunk) * pitch + unit % line) as usize];
                 if comptime!(blueprint.scaled) {
-                    let slot = tables[words + 2];
+                    let slot = tile_row::out_slot(tables, words);
                     if slot > 0 {
                         sum *= Vector::cast_from(out_pool[((slot - 1) * columns + column) as usize]);
                     }
                 }
                 value += sum;
-                if tables[words + 3] == 1 {
+                if tile_row::last(tables, words) == 1 {
                     open = false;
                     if comptime!(blueprint.hidden > 0) {
-                        let expand = tables[words + 4];
-                        let own = tables[words + 6] - entry[6];
-                        for q in 0..tables[words + 5] {
+                        let expand = tile_row::expand(tables, words);
+                        let own = tile_row::hidden(tables, words) - item::hidden(entry);
+                        for q in 0..tile_row::rank(tables, words) {
                             let vector =
                                 Vector::<f32, N>::cast_from(out_pool[((expand + q) * columns + column) as usize]);
                             value = fma(Vector::new(hidden[(own + q) as usize]), vector, value);
                         }
                     }
-                    let output = tables[words] * columns + column;
+                    let output = tile_row::row(tables, words) * columns + column;
                     y[output as usize] =
                         finish::<Y, N>(value, bias, residual, column, output, comptime!(blueprint.epilogue));
                 }
@@ -483,9 +443,9 @@ fn write_partial<Y: Float, N: Size>(
     let line = comptime!(blueprint.strip() / width);
     let pitch = comptime!((blueprint.strip() + SUM_PAD) / width);
     let columns = layout.k / width;
-    let column0 = column_tile_of(entry, blueprint) * comptime!(tile.columns / width);
-    let split = split_of(entry, blueprint);
-    let end = entry[1];
+    let column0 = item::column_tile(entry, blueprint) * comptime!(tile.columns / width);
+    let split = item::split(entry, blueprint);
+    let end = item::end(entry);
     let mut load = UNIT_POS_X;
     while load < comptime!(tile.rows * line) {
         let row = chunk + load / line;

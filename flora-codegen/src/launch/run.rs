@@ -1,21 +1,21 @@
 //! The steps of one batch: one function a step, each uploading its index tables and launching its kernels.
 
 use bytemuck::Pod;
-use cubecl::ir::features::TypeUsage;
 use cubecl::ir::{ElemType, StorageType, UIntKind};
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use flora_runtime::OperandError;
 
 use super::{LaunchError, LayerBuffers};
-use crate::kernels::expand::{EXPAND_WORDS, expand};
+use crate::kernels::expand::expand;
 use crate::kernels::materialise::materialise;
 use crate::kernels::reduce::reduce;
 use crate::kernels::rows::{add_rows, finish_rows, gather_columns, gather_rows};
-use crate::kernels::shrink::{TASK_WORDS, shrink};
-use crate::kernels::tile::{H_START, LayoutLaunch, NO_SUM, tile};
+use crate::kernels::shrink::shrink;
+use crate::kernels::tables::{ExpandItem, H_START, LayoutLaunch, NO_SUM, Words};
+use crate::kernels::tile::tile;
 use crate::kernels::{ReduceBlueprint, SegmentedBlueprint};
-use crate::routine::{self, Hardware, TileLaunch, Wanted, shrink_tasks, storage};
+use crate::routine::{self, Hardware, TileLaunch, TileTable, Wanted, shrink_tasks, storage};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::schedule::{LowRankBmm, Materialised, Packing, Schedule, SegmentItem, Step};
 
@@ -80,7 +80,7 @@ impl<'a, R: Runtime> Run<'a, R> {
             _ => Element::F32,
         };
         for element in [activations, adapters, weight] {
-            if !client.properties().type_usage(storage(element)).contains(TypeUsage::Buffer) {
+            if !hardware.has(element) {
                 return Err(LaunchError::NoElement(element));
             }
         }
@@ -194,25 +194,24 @@ impl<'a, R: Runtime> Run<'a, R> {
             _ => (word(), format.weight.quantisation().map_or(1, |quantisation| quantisation.per_word() as usize)),
         };
         let partial = match blueprint.split {
-            true => {
-                Some(allocate(self.client, launch.splits as usize * launch.virtual_rows as usize * k, Element::F32)?)
-            }
+            true => Some(allocate(self.client, launch.splits as usize * launch.rows.len() * k, Element::F32)?),
             false => None,
         };
         let activations = storage(format.activations);
         let out_type = if partial.is_some() { storage(Element::F32) } else { activations };
-        let tables = self.table(&launch.tables);
+        let TileTable { words, items, scales: scale_words, tasks } = launch.table();
+        let tables = self.table(words.as_slice());
         // The ticket, then sums that aren't there yet.
         let hidden = if launch.hidden == 0 { Vec::new() } else { vec![NO_SUM; (H_START + launch.hidden) as usize] };
         let hidden =
             self.table(&[&[0u32; H_START as usize][..], &hidden[hidden.len().min(H_START as usize)..]].concat());
         let cubes = if launch.hidden > 0 {
-            let multiplying = launch.item_count as usize * launch.column_tiles as usize * launch.splits as usize;
+            let multiplying = launch.items.len() * launch.column_tiles as usize * launch.splits as usize;
             // Exact, because a cube too many would take a ticket.
-            CubeCount::Static(self.exact(launch.task_count as usize + multiplying)?, 1, 1)
+            CubeCount::Static(self.exact(launch.tasks.len() + multiplying)?, 1, 1)
         } else {
             let (items, columns) = (
-                self.axis("the tile kernel", launch.item_count as usize)?,
+                self.axis("the tile kernel", launch.items.len())?,
                 self.axis("columns", launch.column_tiles as usize)?,
             );
             CubeCount::Static(items, columns, launch.splits)
@@ -221,14 +220,14 @@ impl<'a, R: Runtime> Run<'a, R> {
         let layout = LayoutLaunch::new(
             shape.d,
             shape.k,
-            launch.items,
-            launch.item_count,
-            launch.scales,
-            launch.tasks,
-            launch.task_count,
+            items,
+            launch.items.len() as u32,
+            scale_words,
+            tasks,
+            launch.tasks.len() as u32,
             launch.column_tiles,
             launch.depth,
-            launch.virtual_rows,
+            launch.rows.len() as u32,
         );
         let scales = self.layer.weight_scales.as_ref().filter(|_| blueprint.quantisation.is_some());
         let (in_slots, out_slots) = (self.layer.in_pool.slots as usize, self.layer.out_pool.slots as usize);
@@ -251,9 +250,7 @@ impl<'a, R: Runtime> Run<'a, R> {
                 self.bias(lanes_k),
                 self.residual(lanes_k),
                 match &partial {
-                    Some(partial) => {
-                        array(partial, launch.splits as usize * launch.virtual_rows as usize * k / lanes_k)
-                    }
+                    Some(partial) => array(partial, launch.splits as usize * launch.rows.len() * k / lanes_k),
                     None => array(y, y_rows * k / lanes_k),
                 },
                 layout,
@@ -264,7 +261,7 @@ impl<'a, R: Runtime> Run<'a, R> {
         let Some(partial) = partial else { return Ok(()) };
         // Sums of eight columns and what they are made of would be more than a unit's registers.
         let lanes_k = lanes_k.min(4);
-        let count = launch.virtual_rows as usize * k / lanes_k;
+        let count = launch.rows.len() * k / lanes_k;
         // SAFETY: as above.
         unsafe {
             reduce::launch_unchecked::<R>(
@@ -279,7 +276,7 @@ impl<'a, R: Runtime> Run<'a, R> {
                 self.bias(lanes_k),
                 self.residual(lanes_k),
                 array(y, y_rows * k / lanes_k),
-                launch.virtual_rows,
+                launch.rows.len() as u32,
                 launch.splits,
                 shape.k,
                 ReduceBlueprint { scaled: blueprint.scaled, low_rank: launch.hidden > 0, epilogue: blueprint.epilogue },
@@ -309,9 +306,9 @@ impl<'a, R: Runtime> Run<'a, R> {
             self.axis("the inputs of materialised weights", d)?,
             self.axis("materialised weights", count)?,
         );
-        let mut words: Vec<u32> = bytemuck::cast_slice(&step.adapters).to_vec();
-        let scales = words.len() as u32;
-        words.extend_from_slice(bytemuck::cast_slice(&step.scales));
+        let mut words = Words::default();
+        words.append(&step.adapters);
+        let scales = words.append(&step.scales);
         let (weight_type, values) = match format.weight {
             WeightFormat::Float(element) => (storage(element), d * k),
             _ => (word(), format.weight.values(shape) as usize),
@@ -328,7 +325,7 @@ impl<'a, R: Runtime> Run<'a, R> {
                 self.optional(weight_scales, format.weight.scale_words(shape) as usize / lanes),
                 array(&self.layer.in_pool.handle, self.layer.in_pool.slots as usize * d),
                 array(&self.layer.out_pool.handle, self.layer.out_pool.slots as usize * k / lanes),
-                self.table(&words).argument(),
+                self.table(words.as_slice()).argument(),
                 array(&made, count * d * k / lanes),
                 scales,
                 self.d,
@@ -364,12 +361,10 @@ impl<'a, R: Runtime> Run<'a, R> {
         let format = self.layer.format;
         let h = allocate(self.client, h_len as usize, Element::F32)?;
         let tasks = shrink_tasks(items);
-        let first_item = tasks.len() as u32;
-        let count = tasks.len() / TASK_WORDS as usize;
-        let mut words = tasks;
-        words.extend(items.iter().flat_map(|item| [item.first_row, item.rows, item.expand, item.rank, item.offset]));
-        debug_assert_eq!((words.len() - first_item as usize) / EXPAND_WORDS as usize, items.len());
-        let tables = self.table(&words);
+        let mut words = Words::default();
+        words.append(&tasks);
+        let first_item = words.append(&items.iter().map(ExpandItem::from).collect::<Vec<_>>());
+        let tables = self.table(words.as_slice());
         let blueprint =
             SegmentedBlueprint { multiply: self.hardware.multiply(format), plane_size: self.hardware.plane_size };
         let dim = CubeDim::new_1d(blueprint.units());
@@ -381,7 +376,7 @@ impl<'a, R: Runtime> Run<'a, R> {
         unsafe {
             shrink::launch_unchecked::<R>(
                 self.client,
-                CubeCount::Static(self.axis("shrink", count)?, 1, 1),
+                CubeCount::Static(self.axis("shrink", tasks.len())?, 1, 1),
                 dim,
                 lanes_d,
                 array(self.x, self.tokens * self.d as usize / lanes_d),

@@ -9,6 +9,14 @@ use crate::plan::Plan;
 /// Kernels index with 32 bits; half of them leave room for the last cube's units past the end, and for "no row".
 const INDEX_LIMIT: u64 = i32::MAX as u64;
 
+/// The least depth of a split, a multiple of every tile's and of every block of a quantised weight.
+pub const SPLIT_DEPTH: u32 = 256;
+
+/// The most cubes that share the depth of a layer on any device.
+pub fn most_splits(shape: LayerShape) -> u32 {
+    (shape.d / SPLIT_DEPTH).clamp(1, 8)
+}
+
 pub(super) fn fits(what: &'static str, elements: u64) -> Result<(), ScheduleError> {
     if elements <= INDEX_LIMIT { Ok(()) } else { Err(ScheduleError::TooLarge { what, elements }) }
 }

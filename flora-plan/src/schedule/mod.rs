@@ -8,7 +8,7 @@ mod steps;
 
 pub use error::ScheduleError;
 pub use lay_out::{Schedule, schedule};
-pub use limits::can_hold;
+pub use limits::{SPLIT_DEPTH, can_hold, most_splits};
 pub use steps::{
     Gemm, LowRankBmm, LowRankRows, Materialised, MaterialisedAdapter, NO_ROW, OnChipSegment, Packing,
     SEGMENT_ITEM_ROWS, Scale, SegmentItem, Step, VirtualRow, WeightRun,
