@@ -70,6 +70,42 @@ pub mod planning {
     pub use flora_tune::planner::Source;
 }
 
+/// Runs: a device, projections with their adapters, and the operands below them.
+pub mod runtime {
+    pub use flora_runtime::{
+        Backend, BackendKind, Batch, BatchError, BatchSegment, Buffer, Device, DeviceError, DeviceInfo, LayerOperands,
+        OperandError, PoolBuffer, Projection, ProjectionError, ProjectionOptions, Storage, WeightBuffer,
+    };
+}
+
+/// Outputs held against the equation in f64.
+pub mod oracle {
+    pub use flora_oracle::{Deviation, OracleError, Sample, check};
+}
+
+/// Kernels as text, without a device.
+#[cfg(feature = "emit")]
+pub mod target {
+    pub use flora_codegen::target::{
+        Capability, Emission, EmitError, EmittedKernel, EqualBatch, Target, UnknownTarget, emit, emit_layer,
+    };
+}
+
+/// A decoder behind an engine that batches continuously, and the OpenAI API before it.
+#[cfg(feature = "serve")]
+pub mod serving {
+    pub use flora_engine::{
+        AdapterFailure, AdapterMetrics, AdapterOptions, AdapterSource, Decoder, DecoderLimits, Engine, Event,
+        FinishReason, Metrics, Options, OptionsError, Request, RequestError, Sampling, StopAt, Stream, Usage,
+        Vocabulary,
+    };
+    pub use flora_model::{
+        AdapterDirectory, DeviceModel, PlanningChoice, PreparedAdapter, ServeError, ServeOptions, load,
+    };
+    pub use flora_server::{ApiKey, App, InvalidApiKey, ServerError, ServerOptions, router, serve};
+    pub use flora_tokenizer::{ChatError, EncodeError, Tokenizer, TokenizerError};
+}
+
 /// What a serving engine uses.
 pub mod prelude {
     pub use flora_ir::{Activation, Bindings, Value};
