@@ -2,7 +2,7 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{DType, Shape, Slice, Tensor, TensorMetadata, TensorPrimitive};
+use burn::tensor::{DType, Shape, Tensor, TensorPrimitive};
 use flora_plan::layer::Element;
 use flora_runtime::{Buffer, Device, DeviceError};
 
@@ -10,13 +10,6 @@ use flora_runtime::{Buffer, Device, DeviceError};
 ///
 /// Burn's fusion wrapper is none of them: its tensors may be operations that haven't run yet.
 pub trait FloraBackend: Backend {
-    /// Whether several threads get further with work on independent tensors than one: so on the processor, where an operation is
-    /// done when it returns, and not on a device, which has one queue.
-    const CONCURRENT: bool;
-
-    /// Whether attention copies keys and values that are a part of a tensor, where it reads a whole one in place.
-    const COPIES_PARTS: bool;
-
     /// The flora device with the same memory and queue as a device of Burn's.
     ///
     /// # Errors
@@ -37,17 +30,6 @@ pub trait FloraBackend: Backend {
     /// # Errors
     /// A buffer of another device, or of another number of elements than the shape.
     fn tensor(device: &Self::Device, buffer: Buffer, shape: Shape) -> Result<FloatTensor<Self>, TensorError>;
-
-    /// Writes `new` `[1, heads, tokens, size]` over the tokens from `at` on of `held` `[1, heads, capacity, size]`, in the same
-    /// memory where nothing else has it.
-    ///
-    /// # Panics
-    /// As [`Tensor::slice_assign`] does, where those tokens are more than `held` has.
-    fn write_tokens(held: FloatTensor<Self>, new: FloatTensor<Self>, at: usize) -> FloatTensor<Self> {
-        let [one, heads, tokens, size] = new.shape().dims();
-        let place = [0..one, 0..heads, at..at + tokens, 0..size].map(Slice::from);
-        Self::float_slice_assign(held, &place, new)
-    }
 }
 
 /// Why a tensor can't be a buffer, or a buffer no tensor.

@@ -57,9 +57,6 @@ where
     BT: BoolElement,
     Self: Backend<Device = R::Device, FloatTensorPrimitive = CubeTensor<R>>,
 {
-    const CONCURRENT: bool = false;
-    const COPIES_PARTS: bool = false;
-
     fn open(device: &R::Device) -> Result<Device, DeviceError> {
         R::open(device)
     }

@@ -2,39 +2,34 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{Int, Tensor, TensorData};
-use flora_burn::{AdaptedLinear, BurnDevice, FloraBackend, StepBatch};
 use flora_checkpoint::Model;
 use flora_engine::{AdapterFailure, AdapterId, Decoder, DecoderLimits, PlaceError, Segment, SequenceId};
 use flora_plan::layer::Element;
-use flora_runtime::ProjectionError;
+use flora_runtime::{Device, PlannedProjection, ProjectionError, StepBatch};
 use rustc_hash::FxHashMap;
-use std::sync::Arc;
 
-use crate::attention::SegmentRows;
 use crate::block::Step;
 use crate::build::{Parts, build};
-use crate::cache::LayerCache;
 use crate::error::ServeError;
+use crate::operations::{Operations, SegmentRows};
 use crate::options::ServeOptions;
 use crate::source::PreparedAdapter;
 
 /// A model on a device.
-pub struct ServedModel<B: FloraBackend> {
-    target: BurnDevice<B>,
-    parts: Parts<B>,
+pub(crate) struct ServedModel<O: Operations> {
+    device: Device,
+    parts: Parts<O>,
     activations: Element,
-    block_tokens: usize,
-    sequences: FxHashMap<SequenceId, Sequence<B>>,
+    sequences: FxHashMap<SequenceId, Sequence<O>>,
     adapters: Positions,
 }
 
 /// What is kept of one sequence.
-struct Sequence<B: FloraBackend> {
+struct Sequence<O: Operations> {
     /// Tokens whose keys and values are there.
     length: usize,
     /// One a block.
-    layers: Vec<LayerCache<B>>,
+    layers: Vec<O::Cache>,
 }
 
 /// Where the resident adapters are in the tables of the projections: at the same position in all.
@@ -62,37 +57,34 @@ impl Positions {
     }
 }
 
-impl<B: FloraBackend> ServedModel<B> {
+impl<O: Operations> ServedModel<O> {
     /// Puts a model on a device.
     ///
     /// # Errors
     /// Files that aren't a decoder's, a device that can't hold it.
-    pub fn load(target: &BurnDevice<B>, model: &Arc<Model>, options: &ServeOptions<'_>) -> Result<Self, ServeError> {
-        let parts = build(target, model, options)?;
+    pub(crate) fn load(device: &Device, model: &Model, options: &ServeOptions<'_>) -> Result<Self, ServeError> {
+        let parts = build::<O>(device, model, options)?;
         reserve(&parts.adapted, options)?;
         Ok(Self {
-            target: target.clone(),
+            device: device.clone(),
             parts,
             activations: options.activations,
-            block_tokens: options.block_tokens.max(1) as usize,
             sequences: FxHashMap::default(),
             adapters: Positions::default(),
         })
     }
 
-    /// The projections that adapters may adapt, by module path.
-    pub fn adapted(&self) -> &BTreeMap<String, AdaptedLinear<B>> {
-        &self.parts.adapted
-    }
-
     /// The caches of the segments' sequences, taken out of the model: they come back when the step is done, and are gone where it
     /// failed.
-    fn take_sequences(&mut self, segments: &[Segment<'_>]) -> Result<Vec<Sequence<B>>, ServeError> {
-        let blocks = self.parts.blocks.len();
+    fn take_sequences(&mut self, segments: &[Segment<'_>]) -> Result<Vec<Sequence<O>>, ServeError> {
+        let (blocks, operations) = (self.parts.blocks.len(), &self.parts.operations);
         let take = |segment: &Segment<'_>| {
+            if segment.tokens.is_empty() {
+                return Err(ServeError::Step(format!("no token of the sequence {}", segment.sequence.0)));
+            }
             let held = self.sequences.remove(&segment.sequence);
-            let sequence = held
-                .unwrap_or_else(|| Sequence { length: 0, layers: (0..blocks).map(|_| LayerCache::new()).collect() });
+            let new = || Sequence { length: 0, layers: (0..blocks).map(|_| operations.cache()).collect() };
+            let sequence = held.unwrap_or_else(new);
             if sequence.length != segment.first_position as usize {
                 let found = segment.first_position;
                 return Err(ServeError::Step(format!(
@@ -122,7 +114,7 @@ impl<B: FloraBackend> ServedModel<B> {
         Ok(StepBatch::new(segments.iter().map(position).collect::<Result<Vec<_>, _>>()?))
     }
 
-    fn run(&self, segments: &[Segment<'_>], sequences: &mut [Sequence<B>]) -> Result<Vec<f32>, ServeError> {
+    fn run(&self, segments: &[Segment<'_>], sequences: &mut [Sequence<O>]) -> Result<Vec<f32>, ServeError> {
         let batch = self.batch(segments)?;
         let tokens: Vec<_> = segments.iter().flat_map(|segment| segment.tokens).map(|token| *token as usize).collect();
         if let Some(token) = tokens.iter().find(|token| **token >= self.parts.vocabulary) {
@@ -130,49 +122,41 @@ impl<B: FloraBackend> ServedModel<B> {
         }
         let mut positions = Vec::with_capacity(tokens.len());
         let mut rows = Vec::with_capacity(segments.len());
-        let mut last_rows: Vec<i32> = Vec::with_capacity(segments.len());
+        let mut last_rows = Vec::with_capacity(segments.len());
         for segment in segments {
             let first_row = positions.len();
-            let first_position = segment.first_position as usize;
-            positions.extend(first_position..first_position + segment.tokens.len());
-            let prompt_rows = (segment.prompt_tokens as usize).min(segment.tokens.len());
-            rows.push(SegmentRows { rows: first_row..positions.len(), first_position, prompt_rows });
+            let own = SegmentRows {
+                rows: first_row..first_row + segment.tokens.len(),
+                first_position: segment.first_position as usize,
+                prompt_rows: (segment.prompt_tokens as usize).min(segment.tokens.len()),
+            };
+            positions.extend(own.positions());
+            rows.push(own);
             if segment.wants_logits {
-                last_rows.push(positions.len() as i32 - 1);
+                last_rows.push(positions.len() - 1);
             }
         }
-        let step = Step {
-            batch: &batch,
-            segments: &rows,
-            rotary: self.parts.rotary.as_ref().map(|table| table.rows(&positions, self.parts.heads)),
-            heads: self.parts.heads,
-            block_tokens: self.block_tokens,
-        };
+        let operations = &self.parts.operations;
+        let step = Step { operations, batch: &batch, segments: &rows, positions: operations.positions(&rows)? };
         let embedded = self.parts.embedding.rows(&tokens, &positions)?;
-        let d = embedded.len() / tokens.len().max(1);
-        let mut x: Tensor<B, 2> = self.target.upload(&embedded, [tokens.len(), d], self.activations)?;
+        let mut x = self.device.upload_as(&embedded, self.activations)?;
         for (at, block) in self.parts.blocks.iter().enumerate() {
             let mut caches: Vec<_> = sequences.iter_mut().filter_map(|sequence| sequence.layers.get_mut(at)).collect();
-            x = block.forward(x, &step, &mut caches)?;
+            x = block.forward(&x, &step, &mut caches)?;
         }
         if last_rows.is_empty() {
             return Ok(Vec::new());
         }
-        let index = Tensor::<B, 1, Int>::from_data(TensorData::from(&last_rows[..]), &self.target.burn);
-        let last = StepBatch::new([(0, last_rows.len() as u32)]);
-        let logits = self.parts.output.forward(self.parts.norm.forward(x.select(0, index)), &last, None)?;
-        let failed = |reason: String| ServeError::Read(reason);
-        let logits = logits.try_into_data().map_err(|error| failed(error.to_string()))?.convert::<f32>();
-        logits.into_vec().map_err(|error| failed(format!("{error:?}")))
+        let last = operations.select(&x, tokens.len(), &last_rows)?;
+        let normed = operations.normalise(&self.parts.norm, &last)?;
+        let logits = self.parts.output.forward(&normed, &StepBatch::new([(0, last_rows.len() as u32)]), None)?;
+        Ok(self.device.read(&logits)?)
     }
 }
 
 /// The same number of vectors for every projection: an adapter adapts all of its kind in most cases.
-fn reserve<B: FloraBackend>(
-    adapted: &BTreeMap<String, AdaptedLinear<B>>,
-    options: &ServeOptions<'_>,
-) -> Result<(), ServeError> {
-    let width = |linear: &AdaptedLinear<B>| u64::from(linear.shape().d) + u64::from(linear.shape().k);
+fn reserve(adapted: &BTreeMap<String, PlannedProjection>, options: &ServeOptions<'_>) -> Result<(), ServeError> {
+    let width = |linear: &PlannedProjection| u64::from(linear.shape().d) + u64::from(linear.shape().k);
     let one_each = adapted.values().map(width).sum::<u64>() * options.adapters.bytes();
     let slots = options.adapter_bytes.checked_div(one_each).unwrap_or(0);
     let slots = u32::try_from(slots).unwrap_or(u32::MAX).max(1);
@@ -182,27 +166,21 @@ fn reserve<B: FloraBackend>(
     Ok(())
 }
 
-impl<B: FloraBackend> Decoder for ServedModel<B> {
+impl<O: Operations> Decoder for ServedModel<O> {
     type Prepared = PreparedAdapter;
     type Error = ServeError;
 
     fn limits(&self) -> DecoderLimits {
-        let heads = self.parts.heads;
-        let numbers = 2 * self.parts.blocks.len() * heads.keys * heads.size;
         DecoderLimits {
             vocabulary: self.parts.vocabulary as u32,
             context_length: self.parts.context_length as u32,
-            cache_bytes_per_token: numbers as u64 * self.activations.bytes(),
+            cache_bytes_per_token: self.parts.blocks.len() as u64 * self.parts.operations.cache_bytes_per_token(),
         }
     }
 
     fn step(&mut self, segments: &[Segment<'_>]) -> Result<Vec<f32>, ServeError> {
         let mut sequences = self.take_sequences(segments)?;
-        // A thread of the pool works along with the others; any other would sleep through every operation and be woken after it.
-        let logits = match B::CONCURRENT {
-            true => rayon::scope(|_| self.run(segments, &mut sequences)),
-            false => self.run(segments, &mut sequences),
-        }?;
+        let logits = O::run(|| self.run(segments, &mut sequences))?;
         for (segment, mut sequence) in segments.iter().zip(sequences) {
             sequence.length += segment.tokens.len();
             self.sequences.insert(segment.sequence, sequence);

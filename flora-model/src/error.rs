@@ -1,8 +1,8 @@
 //! What goes wrong between a model's files and a step.
 
 use flora_adapters::BaseError;
-use flora_burn::{LinearError, TensorError};
 use flora_checkpoint::ModelError;
+use flora_host::decoder::OperationError;
 use flora_runtime::{DeviceError, ProjectionError};
 
 /// Why a model can't be served.
@@ -18,18 +18,21 @@ pub enum ServeError {
     /// The device doesn't start, or refuses a buffer.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// A device that isn't the backend's.
-    #[error("the device `{0}` isn't one of this Burn backend's")]
-    OtherBackend(String),
-    /// A layer can't be made or run.
-    #[error(transparent)]
-    Layer(#[from] LinearError),
-    /// A tensor that is no buffer of the device.
-    #[error(transparent)]
-    Tensor(#[from] TensorError),
-    /// Room for adapters that the device refuses.
+    /// A device that this build can't run decoders on.
+    #[error(
+        "this build of flora has no decoders for the device `{0}`; build flora-model with the device's feature, or use the host"
+    )]
+    NoDecoder(String),
+    /// A projection can't be made or run, or has no room for adapters.
     #[error(transparent)]
     Projection(#[from] ProjectionError),
+    /// An operation of the host was passed what doesn't belong together.
+    #[error(transparent)]
+    Operation(#[from] OperationError),
+    /// A tensor of Burn's that is no buffer of the device.
+    #[cfg(feature = "burn")]
+    #[error(transparent)]
+    Tensor(#[from] flora_burn::TensorError),
     /// A name of `adapted` that no projection of the model has.
     #[error("no projection of the model is called `{name}`; there are: {known}")]
     UnknownModule {
@@ -41,7 +44,4 @@ pub enum ServeError {
     /// A segment that names what isn't there: a defect of the engine.
     #[error("a step names {0}")]
     Step(String),
-    /// The tensor's numbers can't be copied back.
-    #[error("the logits can't be read from the device: {0}")]
-    Read(String),
 }

@@ -1,24 +1,27 @@
 //! Decoders built of adapted layers, for a continuous-batching engine: Llama (SmolLM2 and others) and GPTBigCode (StarCoder), from
 //! GGUF files and Hugging Face folders, on any device that flora has.
 //!
-//! Attention, norms and tensors are Burn's; the projections are [`flora_burn::AdaptedLinear`]s. What one row computes depends on
-//! its own sequence and adapter alone, and on nothing else that is in its batch.
+//! A decoder is written once, over projections ([`flora_runtime::PlannedProjection`]) and the few operations beside them. On the
+//! host these are `flora-host`'s own; with the feature `burn` (which `cuda` and `wgpu` bring) they are Burn's on other devices. What
+//! one row computes depends on its own sequence and adapter alone, and on nothing else that is in its batch.
 
-mod attention;
 mod block;
 mod build;
-mod cache;
-pub mod decoder;
+mod decoder;
 mod embedding;
 pub mod error;
+mod host;
 pub mod load;
+#[cfg(feature = "burn")]
+mod on_burn;
+mod operations;
 pub mod options;
-mod rotary;
 pub mod source;
 
 pub use build::adapted_by_default;
-pub use decoder::ServedModel;
 pub use error::ServeError;
+#[cfg(feature = "burn")]
+pub use load::load_on_burn;
 pub use load::{DeviceModel, load};
 pub use options::{PlanningChoice, ServeOptions};
 pub use source::{AdapterDirectory, PreparedAdapter};

@@ -20,7 +20,7 @@ pub struct ServeOptions<'a> {
     pub adapters: Element,
     /// Bytes for the vectors of resident adapters, over all projections.
     pub adapter_bytes: u64,
-    /// Tokens by which a sequence's keys and values grow: the engine's block.
+    /// Tokens by which a sequence's keys and values grow on a device: the engine's block. The host's grow by blocks of its own.
     pub block_tokens: u32,
     /// How lowerings are chosen.
     pub planning: PlanningChoice<'a>,

@@ -60,7 +60,7 @@ fn argmax(logits: &[f32]) -> u32 {
 
 /// Runs one golden file: the prompt in chunks, then token by token what transformers chose; every one must be the greedy choice.
 /// Short prompts also run one token a step, so that logits at every position are seen.
-fn check(model: &mut Served, name: &str) {
+pub(crate) fn check(model: &mut Served, name: &str) {
     let (prompts, adapter) = prompts(&model.name, name);
     let adapter = adapter.map(|adapter| model.adapter(&adapter));
     let mut worst = 0.0f32;

@@ -2,6 +2,7 @@
 
 use flora_engine::{AdapterId, Decoder, Segment, SequenceId};
 
+use crate::is_host;
 use crate::served::{Served, load};
 
 /// Steps of one sequence alone: its prompt in chunks of `chunk`, then its tokens one by one; the logits of every step.
@@ -49,7 +50,7 @@ fn tokens(random: &mut fastrand::Rng, count: usize, vocabulary: usize) -> Vec<u3
     (0..count).map(|_| random.u32(0..vocabulary as u32)).collect()
 }
 
-fn crowd_changes_no_bit(model: &mut Served) {
+pub(crate) fn crowd_changes_no_bit(model: &mut Served) {
     const CHUNK: usize = 16;
     let adapters = [None, Some(model.adapter("lora"))];
     let mut random = fastrand::Rng::with_seed(11);
@@ -109,4 +110,29 @@ fn the_rest_of_the_batch_changes_no_bit_of_a_llama() {
 #[test]
 fn the_rest_of_the_batch_changes_no_bit_of_a_gpt_big_code() {
     crowd_changes_no_bit(&mut load("gpt_bigcode"));
+}
+
+/// The host meets keys in the same blocks and order however many rows a step has.
+#[test]
+fn the_chunks_of_a_prompt_change_no_bit_on_the_host() {
+    if !is_host() {
+        println!("NOT RUN: on devices the rows of a chunk attend together, in an order that is Burn's");
+        return;
+    }
+    let mut random = fastrand::Rng::with_seed(23);
+    for name in ["llama_tiny", "gpt_bigcode"] {
+        let mut model = load(name);
+        for adapter in [None, Some(model.adapter("lora"))] {
+            let vocabulary = model.vocabulary();
+            let (prompt, generated) = (tokens(&mut random, 75, vocabulary), tokens(&mut random, 3, vocabulary));
+            let last = |model: &mut Served, chunk| {
+                let logits = alone(model, adapter, &prompt, &generated, chunk);
+                logits[logits.len() - generated.len() - 1..].iter().map(|logits| bits(logits)).collect::<Vec<_>>()
+            };
+            let whole = last(&mut model, prompt.len());
+            for chunk in [1, 2, 7, 31, 32, 33, 74] {
+                assert_eq!(last(&mut model, chunk), whole, "{name}, chunks of {chunk}");
+            }
+        }
+    }
 }

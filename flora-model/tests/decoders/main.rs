@@ -6,6 +6,8 @@
 mod compositions;
 mod golden;
 mod invariance;
+#[cfg(feature = "burn")]
+mod on_burn;
 mod served;
 
 use flora_runtime::Device;

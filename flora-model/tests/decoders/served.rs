@@ -6,7 +6,7 @@ use std::sync::Arc;
 use flora_checkpoint::Model;
 use flora_checkpoint::model::DecoderConfig;
 use flora_engine::{AdapterId, AdapterSource, Decoder, Segment};
-use flora_model::{AdapterDirectory, DeviceModel, ServeOptions};
+use flora_model::{AdapterDirectory, DeviceModel, ServeError, ServeOptions};
 use flora_plan::layer::Element;
 
 use crate::device;
@@ -39,6 +39,15 @@ pub(crate) fn load(name: &str) -> Served {
 
 /// The same in another type.
 pub(crate) fn load_in(name: &str, element: Element) -> Served {
+    load_by(name, element, |model, options| flora_model::load(&device(), model, options))
+}
+
+/// The same by another way of loading.
+pub(crate) fn load_by(
+    name: &str,
+    element: Element,
+    load: impl FnOnce(&Model, &ServeOptions<'_>) -> Result<DeviceModel, ServeError>,
+) -> Served {
     let path = match name {
         "smollm2" => smollm2().expect("the real model is here"),
         tiny => golden(tiny).join("model"),
@@ -59,7 +68,7 @@ pub(crate) fn load_in(name: &str, element: Element) -> Served {
         block_tokens: 16,
         ..ServeOptions::default()
     };
-    let decoder = flora_model::load(&device(), &checkpoint, &options).expect("a decoder of a known family");
+    let decoder = load(&checkpoint, &options).expect("a decoder of a known family");
     let source = AdapterDirectory::new(Some(&golden(name).join("adapters")), &checkpoint, options.adapters);
     let (layers, width) = match checkpoint.decoder().expect("a decoder") {
         DecoderConfig::Llama(config) => (config.layers, config.feed_forward.max(config.d)),

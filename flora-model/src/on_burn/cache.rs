@@ -1,7 +1,7 @@
 //! Keys and values of one sequence in one layer: tensors of its own that grow by whole blocks, so that attention reads them where
 //! they lie. How many blocks there are in all is the engine's account.
 
-use burn::tensor::{Tensor, TensorPrimitive};
+use burn::tensor::Tensor;
 use flora_burn::FloraBackend;
 
 /// Keys and values of one layer, each `[1, key-value heads, capacity, head size]`.
@@ -59,7 +59,8 @@ fn grown<B: FloraBackend>(smaller: Option<Tensor<B, 4>>, shape: [usize; 4], like
     }
 }
 
+/// `new` over the tokens from `at` on.
 fn written<B: FloraBackend>(held: Tensor<B, 4>, new: Tensor<B, 4>, at: usize) -> Tensor<B, 4> {
-    let [held, new] = [held, new].map(|tensor| tensor.into_primitive().tensor());
-    Tensor::from_primitive(TensorPrimitive::Float(B::write_tokens(held, new, at)))
+    let [one, heads, tokens, size] = new.dims();
+    held.slice_assign([0..one, 0..heads, at..at + tokens, 0..size], new)
 }

@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{Int, Tensor};
 use flora_burn::{BurnDevice, FloraBackend, TensorError};
+use flora_host::decoder::Heads;
 use flora_plan::layer::Element;
 
-use crate::attention::Heads;
+use crate::operations::RotaryConfig;
 
 /// Cosines and sines `[positions, size / 2]` of every position that a model knows.
 #[derive(Clone, Debug)]
@@ -33,10 +34,9 @@ struct Turn<B: FloraBackend> {
 impl<B: FloraBackend> RotaryTable<B> {
     /// Angles position · base^(−2i/size), taken in f64.
     pub(crate) fn new(
-        target: &BurnDevice<B>,
-        positions: usize,
+        device: &BurnDevice<B>,
+        RotaryConfig { positions, base }: RotaryConfig,
         size: usize,
-        base: f64,
         element: Element,
     ) -> Result<Self, TensorError> {
         let half = size / 2;
@@ -44,16 +44,14 @@ impl<B: FloraBackend> RotaryTable<B> {
             let angle = |position: usize, pair: usize| position as f64 * base.powf(-2.0 * pair as f64 / size as f64);
             let rows = (0..positions).flat_map(|position| (0..half).map(move |pair| (position, pair)));
             let values: Vec<f32> = rows.map(|(position, pair)| function(angle(position, pair)) as f32).collect();
-            target.upload(&values, [positions, half], element)
+            device.upload(&values, [positions, half], element)
         };
         Ok(Self { cosines: table(f64::cos)?, sines: table(f64::sin)? })
     }
 
     /// The rows at these positions.
-    pub(crate) fn rows(&self, positions: &[usize], heads: Heads) -> RotaryRows<B> {
-        let index: Vec<i32> = positions.iter().map(|position| *position as i32).collect();
-        let index = Tensor::<B, 1, Int>::from_data(TensorData::from(&index[..]), &self.cosines.device());
-        let rows = |table: &Tensor<B, 2>| table.clone().select(0, index.clone()).unsqueeze_dim::<3>(1);
+    pub(crate) fn rows(&self, positions: Tensor<B, 1, Int>, heads: Heads) -> RotaryRows<B> {
+        let rows = |table: &Tensor<B, 2>| table.clone().select(0, positions.clone()).unsqueeze_dim::<3>(1);
         let (cosines, sines) = (rows(&self.cosines), rows(&self.sines));
         let cosines = Tensor::cat(vec![cosines.clone(), cosines], 2);
         let sines = Tensor::cat(vec![sines.clone().neg(), sines], 2);

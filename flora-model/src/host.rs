@@ -1,0 +1,132 @@
+//! Decoders on the processor, without a tensor library: operations are the host engine's, on slices of the buffers that projections
+//! read and write.
+
+use flora_host::decoder::{Attention, AttentionSegment, Heads, KeyValueCache, Matrix, RotaryTable};
+use flora_host::{Engine, HostPlace, OwnedValues, Values, ValuesMut};
+use flora_plan::layer::Element;
+use flora_runtime::{Buffer, Device};
+
+use crate::error::ServeError;
+use crate::operations::{AttentionConfig, AttentionInputs, NormParameters, Operations, SegmentRows};
+
+/// The operations of a model on the host.
+pub(crate) struct HostOperations {
+    device: Device,
+    engine: Engine,
+    heads: Heads,
+    rotary: Option<RotaryTable>,
+    element: Element,
+}
+
+impl HostOperations {
+    /// A buffer of `count` numbers that `fill` writes.
+    fn filled<E>(&self, count: usize, fill: impl FnOnce(ValuesMut<'_>) -> Result<(), E>) -> Result<Buffer, ServeError>
+    where
+        ServeError: From<E>,
+    {
+        let mut values = OwnedValues::zeros(count, self.element);
+        fill(values.values_mut())?;
+        Ok(flora_host::buffer(&self.device, values)?)
+    }
+}
+
+impl Operations for HostOperations {
+    type Norm = NormParameters;
+    type Cache = KeyValueCache;
+    type Positions = ();
+
+    fn new(device: &Device, attention: AttentionConfig, element: Element) -> Result<Self, ServeError> {
+        if device.place::<HostPlace>().is_none() {
+            return Err(ServeError::NoDecoder(device.info().id.clone()));
+        }
+        let AttentionConfig { heads, rotary, .. } = attention;
+        let rotary = rotary.map(|rotary| RotaryTable::new(rotary.positions, heads.size, rotary.base));
+        Ok(Self { device: device.clone(), engine: Engine::new(), heads, rotary, element })
+    }
+
+    fn norm(&self, parameters: NormParameters) -> Result<NormParameters, ServeError> {
+        Ok(parameters)
+    }
+
+    fn normalise(&self, norm: &NormParameters, x: &Buffer) -> Result<Buffer, ServeError> {
+        let NormParameters { gamma, beta, epsilon } = norm;
+        let x = flora_host::values(x)?;
+        self.filled(x.len(), |out| match beta {
+            None => self.engine.rms_norm(x, gamma, *epsilon, out),
+            Some(beta) => self.engine.layer_norm(x, [gamma, beta], *epsilon, out),
+        })
+    }
+
+    fn multiply(&self, one: Buffer, other: Buffer) -> Result<Buffer, ServeError> {
+        let (one, other) = (flora_host::values(&one)?, flora_host::values(&other)?);
+        self.filled(one.len(), |out| self.engine.multiply(one, other, out))
+    }
+
+    fn select(&self, x: &Buffer, of: usize, rows: &[usize]) -> Result<Buffer, ServeError> {
+        fn selected<T: Copy>(x: &[T], of: usize, rows: &[usize]) -> Vec<T> {
+            let width = x.len() / of.max(1);
+            rows.iter().flat_map(|row| &x[row * width..(row + 1) * width]).copied().collect()
+        }
+        let values = match flora_host::values(x)? {
+            Values::F32(x) => OwnedValues::F32(selected(x, of, rows)),
+            Values::F16(x) => OwnedValues::F16(selected(x, of, rows)),
+            Values::Bf16(x) => OwnedValues::Bf16(selected(x, of, rows)),
+        };
+        Ok(flora_host::buffer(&self.device, values)?)
+    }
+
+    fn cache(&self) -> KeyValueCache {
+        KeyValueCache::new(self.heads, self.element)
+    }
+
+    fn cache_bytes_per_token(&self) -> u64 {
+        KeyValueCache::bytes_per_token(self.heads, self.element)
+    }
+
+    fn positions(&self, _segments: &[SegmentRows]) -> Result<(), ServeError> {
+        Ok(())
+    }
+
+    fn attend(
+        &self,
+        inputs: &AttentionInputs,
+        segments: &[SegmentRows],
+        _positions: &(),
+        caches: &mut [&mut KeyValueCache],
+    ) -> Result<Buffer, ServeError> {
+        let Heads { queries, keys, size } = self.heads;
+        let (query_width, key_width) = (queries * size, keys * size);
+        let [queries, keys, values] = match inputs {
+            AttentionInputs::Separate { queries, keys, values } => {
+                let whole =
+                    |buffer, width| Ok::<_, ServeError>(Matrix::new(flora_host::values(buffer)?, width, 0..width)?);
+                [whole(queries, query_width)?, whole(keys, key_width)?, whole(values, key_width)?]
+            }
+            AttentionInputs::Joined(joined) => {
+                let (values_at, width) = (query_width + key_width, query_width + 2 * key_width);
+                let joined = flora_host::values(joined)?;
+                [
+                    Matrix::new(joined, width, 0..query_width)?,
+                    Matrix::new(joined, width, query_width..values_at)?,
+                    Matrix::new(joined, width, values_at..width)?,
+                ]
+            }
+        };
+        let attention = Attention { heads: self.heads, queries, keys, values, rotary: self.rotary.as_ref() };
+        let of_caches = segments.iter().zip(caches.iter_mut());
+        let segments = of_caches.map(|(segment, cache)| AttentionSegment { rows: segment.rows.clone(), cache });
+        let mut segments: Vec<_> = segments.collect();
+        self.filled(queries.rows() * query_width, |out| self.engine.attend(&attention, &mut segments, out))
+    }
+
+    /// On a thread of the pool, which works along with the others; any other would sleep through every operation and be woken after
+    /// it.
+    fn run<R: Send>(step: impl FnOnce() -> R + Send) -> R {
+        rayon::scope(|_| step())
+    }
+
+    /// Threads that finish one early help with the other, where they would wait at the end of each.
+    fn both<X: Send, Y: Send>(one: impl FnOnce() -> X + Send, other: impl FnOnce() -> Y + Send) -> (X, Y) {
+        rayon::join(one, other)
+    }
+}
