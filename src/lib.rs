@@ -28,7 +28,7 @@
 //!
 //! // One row of alice's, one of the base model's, in one batch.
 //! let batch = Batch::new([(Some("alice"), 1), (None, 1)]);
-//! let plan = Plan::new(Lowering::Stacked, Lowering::Segmented)?;
+//! let plan = Plan::new(MultiplicativeLowering::Stacked, AdditiveLowering::Segmented);
 //! let y = projection.forward(&batch, &plan, &[1.0, 1.0, 1.0, 1.0, 1.0, 1.0])?;
 //! assert_eq!(y, [60.0, 600.0, 3.0, 3.0]);
 //! # Ok(())
@@ -63,8 +63,8 @@ pub mod planning {
     pub use flora_plan::batch::{AdapterSlots, BatchShape, Segment};
     pub use flora_plan::cost::{DeviceCoefficients, LayerPrices, PricedLayer};
     pub use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
-    pub use flora_plan::lowering::Lowering;
-    pub use flora_plan::plan::{Plan, PlanError, plan};
+    pub use flora_plan::lowering::{AdditiveLowering, Lowering, MultiplicativeLowering, PartLowering};
+    pub use flora_plan::plan::{Plan, plan};
     pub use flora_plan::schedule::{Schedule, ScheduleError, schedule};
     pub use flora_tune::Planner;
     pub use flora_tune::planner::Source;
@@ -111,7 +111,7 @@ pub mod prelude {
     pub use flora_ir::{Activation, Bindings, Value};
     pub use flora_plan::cost::DeviceCoefficients;
     pub use flora_plan::layer::{Element, LayerFormat, LayerShape, WeightFormat};
-    pub use flora_plan::lowering::Lowering;
+    pub use flora_plan::lowering::{AdditiveLowering, Lowering, MultiplicativeLowering};
     pub use flora_plan::pipeline::{CompiledLayer, compile, compile_verified};
     pub use flora_plan::plan::Plan;
     pub use flora_plan::weight::PackedWeight;

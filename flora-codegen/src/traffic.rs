@@ -113,20 +113,22 @@ mod tests {
     use crate::target::{Capability, hardware};
     use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
     use flora_plan::layer::{Element, Epilogue, WeightFormat};
-    use flora_plan::lowering::Lowering;
+    use flora_plan::lowering::Part;
     use flora_plan::plan::Plan;
     use flora_plan::schedule::{Step, schedule};
 
-    fn adapter(lowering: Lowering, rank: u32, first: u32) -> AdapterSlots {
+    fn adapter(part: Part, rank: u32, first: u32) -> AdapterSlots {
         let slots = (first..).take(rank as usize);
-        match lowering {
-            Lowering::Stacked => AdapterSlots {
+        match part {
+            Part::Multiplicative => AdapterSlots {
                 virtual_rows: slots
                     .map(|slot| VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) })
                     .collect(),
                 low_rank: LowRankSlots::default(),
             },
-            _ => AdapterSlots { low_rank: LowRankSlots { shrink: first, expand: first, rank }, ..AdapterSlots::base() },
+            Part::Additive => {
+                AdapterSlots { low_rank: LowRankSlots { shrink: first, expand: first, rank }, ..AdapterSlots::base() }
+            }
         }
     }
 
@@ -141,11 +143,11 @@ mod tests {
                 let half = [Element::F16, Element::Bf16];
                 for activations in half {
                     let format = LayerFormat { weight, ..LayerFormat::uniform(activations) };
-                    for (lowering, rank) in [Lowering::Stacked, Lowering::Fused]
+                    for (part, rank) in [Part::Multiplicative, Part::Additive]
                         .into_iter()
                         .flat_map(|one| [1, 2, 4, 8, 16].map(|rank| (one, rank)))
                     {
-                        let adapters: Vec<_> = (0..32).map(|own| adapter(lowering, rank, own * rank)).collect();
+                        let adapters: Vec<_> = (0..32).map(|own| adapter(part, rank, own * rank)).collect();
                         let segments: Vec<_> = (0..32).map(|adapter| Segment { rows: 1, adapter }).collect();
                         let schedule = schedule(&Plan::default(), shape, &segments, &adapters, false).unwrap();
                         let [Step::Gemm(gemm)] = schedule.steps() else { panic!("one launch") };
@@ -154,7 +156,7 @@ mod tests {
                         let launch = routine::gemm(&hardware, wanted, gemm).unwrap();
                         let traffic = launch.traffic(&hardware, shape, format);
                         let ratio = traffic.bytes() as f64 / traffic.floor_bytes as f64;
-                        assert!(ratio <= 1.1, "{lowering} {format} rank {rank}: {ratio} {traffic:?}");
+                        assert!(ratio <= 1.1, "{part:?} {format} rank {rank}: {ratio} {traffic:?}");
                     }
                 }
             }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use flora_host::{Engine, Operands, Values, ValuesMut, Weight};
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Element, Epilogue, LayerShape, WeightFormat};
-use flora_plan::lowering::Lowering;
+use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
 use flora_plan::plan::Plan;
 use flora_plan::schedule::{Schedule, schedule};
 use flora_plan::weight::PackedWeight;
@@ -41,7 +41,7 @@ impl Case {
         (kind, rank): (Kind, u32),
         (segments, rows): (u32, u32),
         base_rows: u32,
-        (multiplicative, additive): (Lowering, Lowering),
+        (multiplicative, additive): (MultiplicativeLowering, AdditiveLowering),
     ) -> Self {
         let mut adapters = vec![AdapterSlots::base()];
         let mut batch = Vec::new();
@@ -63,7 +63,7 @@ impl Case {
             batch.push(Segment { rows, adapter: segment + 1 });
         }
         batch.push(Segment { rows: base_rows, adapter: 0 });
-        let plan = Plan::new(multiplicative, additive).expect("a lowering of each part");
+        let plan = Plan::new(multiplicative, additive);
         let schedule = schedule(&plan, SHAPE, &batch, &adapters, true).expect("it fits");
         let kind = match kind {
             Kind::Flora => format!("flora {multiplicative}"),
@@ -115,8 +115,8 @@ fn main() {
     let f32s = WeightFormat::default();
     let flora = (Kind::Flora, 16);
     let lora = (Kind::Lora, 16);
-    let on_chip = (Lowering::OnChip, Lowering::Fused);
-    let stacked = (Lowering::Stacked, Lowering::Fused);
+    let on_chip = (MultiplicativeLowering::OnChip, AdditiveLowering::Fused);
+    let stacked = (MultiplicativeLowering::Stacked, AdditiveLowering::Fused);
     let cases: Vec<Case> = [1, 8, 16, 32, 64, 128, 256, 512]
         .map(|rows| Case::base(rows, f32s))
         .into_iter()
@@ -127,12 +127,12 @@ fn main() {
             Case::adapted(lora, (8, 32), 0, stacked),
             Case::adapted(lora, (4, 128), 0, stacked),
             Case::adapted(lora, (32, 1), 0, stacked),
-            Case::adapted(lora, (8, 32), 0, (Lowering::Stacked, Lowering::Segmented)),
+            Case::adapted(lora, (8, 32), 0, (MultiplicativeLowering::Stacked, AdditiveLowering::Segmented)),
             Case::adapted((Kind::Flora, 4), (32, 1), 0, stacked),
             Case::adapted((Kind::Flora, 1), (32, 1), 0, stacked),
             Case::adapted((Kind::Flora, 1), (1, 1), 255, stacked),
             Case::adapted((Kind::Flora, 1), (1, 1), 31, stacked),
-            Case::adapted(flora, (4, 128), 0, (Lowering::Bmm, Lowering::Fused)),
+            Case::adapted(flora, (4, 128), 0, (MultiplicativeLowering::Bmm, AdditiveLowering::Fused)),
         ])
         .chain(
             WeightFormat::ALL

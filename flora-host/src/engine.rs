@@ -223,7 +223,10 @@ impl WithSimd for Call<'_> {
 
 /// Whether a step writes its rows whatever was there; the others add to them.
 fn writes(step: &Step) -> bool {
-    matches!(step, Step::Gemm(_) | Step::Materialised(_) | Step::Merged { .. })
+    match step {
+        Step::Gemm(_) | Step::Materialised(_) | Step::Merged { .. } => true,
+        Step::Segmented { .. } | Step::LowRankBmm(_) | Step::Finish => false,
+    }
 }
 
 impl<S: Simd> Sources<'_, S> {

@@ -3,7 +3,7 @@
 use flora_adapters::BaseForm;
 use flora_plan::cost::DeviceCoefficients;
 use flora_plan::layer::Element;
-use flora_plan::lowering::Lowering;
+use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
 use flora_plan::plan::Plan;
 
 /// How a model is put on a device.
@@ -42,8 +42,8 @@ const ON_CHIP_FROM: u32 = 8;
 impl Default for PlanningChoice<'_> {
     /// The fused launch, each segment's lowering by its own rows: what else is in the batch changes nothing.
     fn default() -> Self {
-        let plan = Plan::new(Lowering::OnChip, Lowering::Fused);
-        Self::Fixed(plan.map_or_else(|_| Plan::default(), |plan| plan.with_on_chip_from(ON_CHIP_FROM)))
+        let plan = Plan::new(MultiplicativeLowering::OnChip, AdditiveLowering::Fused);
+        Self::Fixed(plan.with_on_chip_from(ON_CHIP_FROM))
     }
 }
 

@@ -3,6 +3,8 @@
 
 use flora_ir::algebra::{FoldedLayout, RowScales};
 
+use crate::lowering::MultiplicativeLowering;
+
 /// Classes of segments by their rows: 1, 2 and 3, 4 to 7, 8 to 15, 16 and more.
 pub const ROW_CLASSES: usize = 5;
 
@@ -229,6 +231,14 @@ impl BatchShape {
             (false, _) => {}
             (true, true) => self.additive.add(rows, rank),
             (true, false) => self.scaled_additive.add(rows, rank),
+        }
+    }
+
+    /// The rows whose low-rank sum is computed by itself: a W_i that is made in memory holds the one of its adapter.
+    pub(crate) fn summed_beside(&self, multiplicative: MultiplicativeLowering) -> GroupShape {
+        match multiplicative {
+            MultiplicativeLowering::Stacked | MultiplicativeLowering::OnChip => self.additive.and(self.scaled_additive),
+            MultiplicativeLowering::Bmm => self.additive,
         }
     }
 

@@ -3,7 +3,8 @@
 use flora_ir::algebra::NormalForm;
 use serde::{Deserialize, Serialize};
 
-/// How one part of an adapter is computed.
+/// The name of a lowering, in tables, files and on the command line: how a part of an adapter is computed. [`PartLowering`] says
+/// which parts it computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Lowering {
@@ -21,6 +22,28 @@ pub enum Lowering {
     Merged,
 }
 
+/// How scaled virtual rows are computed: [`Part::Multiplicative`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MultiplicativeLowering {
+    /// [`Lowering::Stacked`]
+    Stacked,
+    /// [`Lowering::OnChip`]
+    OnChip,
+    /// [`Lowering::Bmm`] over W_i in global memory.
+    Bmm,
+}
+
+/// How the low-rank sum is computed: [`Part::Additive`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AdditiveLowering {
+    /// [`Lowering::Fused`]
+    Fused,
+    /// [`Lowering::Segmented`]
+    Segmented,
+    /// [`Lowering::Bmm`] over padded low-rank factors.
+    Bmm,
+}
+
 /// A part of a folded adapter that is lowered by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -31,60 +54,143 @@ pub enum Part {
     Additive,
 }
 
-/// A row of the table: a lowering, the part that it computes, and what it does.
+/// A part with a lowering that computes it; no other pair of the two can be written down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PartLowering {
+    /// Scaled virtual rows by themselves.
+    Multiplicative(MultiplicativeLowering),
+    /// The low-rank sum by itself.
+    Additive(AdditiveLowering),
+    /// The part, with the other one, by the resident W_i.
+    Merged(Part),
+}
+
+/// A row of the table: a part with a lowering that computes it, and what that does.
 #[derive(Clone, Copy, Debug)]
 pub struct Row {
-    /// The lowering.
-    pub lowering: Lowering,
-    /// The part.
-    pub part: Part,
+    /// The part and the lowering.
+    pub computes: PartLowering,
     /// One line for people.
     pub summary: &'static str,
 }
 
-/// Every lowering of every part. A new lowering is a row here, its work in `cost/work.rs`, a step of the schedule, and kernels.
+/// Every lowering of every part. A new lowering is a variant above and a row here; the compiler names the places that have to
+/// think of it.
 pub const TABLE: [Row; 8] = [
     Row {
-        lowering: Lowering::Stacked,
-        part: Part::Multiplicative,
+        computes: PartLowering::Multiplicative(MultiplicativeLowering::Stacked),
         summary: "one GEMM over r virtual rows a token, scaled on load and reduced in the epilogue (Eq. 6)",
     },
     Row {
-        lowering: Lowering::OnChip,
-        part: Part::Multiplicative,
+        computes: PartLowering::Multiplicative(MultiplicativeLowering::OnChip),
         summary: "one GEMM whose tiles of w0 become w0 ∘ (b_i a_i) where they are multiplied",
     },
     Row {
-        lowering: Lowering::Bmm,
-        part: Part::Multiplicative,
+        computes: PartLowering::Multiplicative(MultiplicativeLowering::Bmm),
         summary: "W_i = w0 ∘ (b_i a_i) in global memory, then a batched matmul",
     },
     Row {
-        lowering: Lowering::Merged,
-        part: Part::Multiplicative,
+        computes: PartLowering::Merged(Part::Multiplicative),
         summary: "the matmul of the one adapter whose W_i is resident",
     },
     Row {
-        lowering: Lowering::Fused,
-        part: Part::Additive,
+        computes: PartLowering::Additive(AdditiveLowering::Fused),
         summary: "one GEMM: shrink in its main loop, expand in its epilogue, the output written once",
     },
     Row {
-        lowering: Lowering::Segmented,
-        part: Part::Additive,
+        computes: PartLowering::Additive(AdditiveLowering::Segmented),
         summary: "base GEMM, then shrink and expand grouped by segment, ranks not padded",
     },
     Row {
-        lowering: Lowering::Bmm,
-        part: Part::Additive,
+        computes: PartLowering::Additive(AdditiveLowering::Bmm),
         summary: "base GEMM, then two batched matmuls padded to the largest rank (A.2)",
     },
     Row {
-        lowering: Lowering::Merged,
-        part: Part::Additive,
+        computes: PartLowering::Merged(Part::Additive),
         summary: "the matmul of the one adapter whose W_i is resident",
     },
 ];
+
+impl Row {
+    /// The lowering.
+    pub fn lowering(&self) -> Lowering {
+        self.computes.lowering()
+    }
+
+    /// The part.
+    pub fn part(&self) -> Part {
+        self.computes.part()
+    }
+}
+
+impl MultiplicativeLowering {
+    /// In the table's order.
+    pub const ALL: [Self; 3] = [Self::Stacked, Self::OnChip, Self::Bmm];
+
+    /// Its name in the table.
+    pub fn lowering(self) -> Lowering {
+        match self {
+            Self::Stacked => Lowering::Stacked,
+            Self::OnChip => Lowering::OnChip,
+            Self::Bmm => Lowering::Bmm,
+        }
+    }
+
+    /// Whether W_i is made in global memory. It holds the additive part of its adapter, too.
+    pub fn materialises(self) -> bool {
+        match self {
+            Self::Stacked | Self::OnChip => false,
+            Self::Bmm => true,
+        }
+    }
+}
+
+impl AdditiveLowering {
+    /// In the table's order.
+    pub const ALL: [Self; 3] = [Self::Fused, Self::Segmented, Self::Bmm];
+
+    /// Its name in the table.
+    pub fn lowering(self) -> Lowering {
+        match self {
+            Self::Fused => Lowering::Fused,
+            Self::Segmented => Lowering::Segmented,
+            Self::Bmm => Lowering::Bmm,
+        }
+    }
+
+    /// Whether the sums are added to rows that a launch before has written.
+    pub fn adds_later(self) -> bool {
+        match self {
+            Self::Fused => false,
+            Self::Segmented | Self::Bmm => true,
+        }
+    }
+}
+
+impl PartLowering {
+    /// The lowering of that name, for this part; `None` where it doesn't compute it.
+    pub fn find(part: Part, lowering: Lowering) -> Option<Self> {
+        lowerings_of(part).map(|row| row.computes).find(|computes| computes.lowering() == lowering)
+    }
+
+    /// The lowering.
+    pub fn lowering(self) -> Lowering {
+        match self {
+            Self::Multiplicative(lowering) => lowering.lowering(),
+            Self::Additive(lowering) => lowering.lowering(),
+            Self::Merged(_) => Lowering::Merged,
+        }
+    }
+
+    /// The part.
+    pub fn part(self) -> Part {
+        match self {
+            Self::Multiplicative(_) => Part::Multiplicative,
+            Self::Additive(_) => Part::Additive,
+            Self::Merged(part) => part,
+        }
+    }
+}
 
 impl Lowering {
     /// The name in the command line, plans and errors.
@@ -101,7 +207,7 @@ impl Lowering {
 
     /// The lowering of that name.
     pub fn from_name(name: &str) -> Option<Self> {
-        TABLE.iter().map(|row| row.lowering).find(|lowering| lowering.name() == name)
+        TABLE.iter().map(Row::lowering).find(|lowering| lowering.name() == name)
     }
 }
 
@@ -111,9 +217,21 @@ impl std::fmt::Display for Lowering {
     }
 }
 
+impl std::fmt::Display for MultiplicativeLowering {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.lowering().fmt(f)
+    }
+}
+
+impl std::fmt::Display for AdditiveLowering {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.lowering().fmt(f)
+    }
+}
+
 /// The rows of [`TABLE`] that compute `part`.
 pub fn lowerings_of(part: Part) -> impl Iterator<Item = &'static Row> {
-    TABLE.iter().filter(move |row| row.part == part)
+    TABLE.iter().filter(move |row| row.part() == part)
 }
 
 /// The parts that an adapter of this form has. Empty for a plain linear.
@@ -123,4 +241,50 @@ pub fn parts_of(linear: &NormalForm) -> Vec<Part> {
     let multiplicative = !layout.virtual_rows.is_empty() && !layout.is_plain();
     let parts = [(multiplicative, Part::Multiplicative), (layout.low_rank > 0, Part::Additive)];
     parts.into_iter().filter_map(|(has, part)| has.then_some(part)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The lowerings of a part in the table's order, and those that its enum has.
+    #[test]
+    fn the_table_has_every_lowering_once() {
+        let of = |part| lowerings_of(part).map(|row| row.computes).collect::<Vec<_>>();
+        let multiplicative = MultiplicativeLowering::ALL.map(PartLowering::Multiplicative);
+        assert_eq!(
+            of(Part::Multiplicative),
+            [&multiplicative[..], &[PartLowering::Merged(Part::Multiplicative)]].concat()
+        );
+        let additive = AdditiveLowering::ALL.map(PartLowering::Additive);
+        assert_eq!(of(Part::Additive), [&additive[..], &[PartLowering::Merged(Part::Additive)]].concat());
+        assert_eq!(of(Part::Multiplicative).len() + of(Part::Additive).len(), TABLE.len());
+    }
+
+    /// `ALL` has every variant: a new one is a compile error here first.
+    #[test]
+    fn all_are_all() {
+        let multiplicative = |lowering| match lowering {
+            MultiplicativeLowering::Stacked => 0,
+            MultiplicativeLowering::OnChip => 1,
+            MultiplicativeLowering::Bmm => 2,
+        };
+        assert_eq!(MultiplicativeLowering::ALL.map(multiplicative), [0, 1, 2]);
+        let additive = |lowering| match lowering {
+            AdditiveLowering::Fused => 0,
+            AdditiveLowering::Segmented => 1,
+            AdditiveLowering::Bmm => 2,
+        };
+        assert_eq!(AdditiveLowering::ALL.map(additive), [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_name_is_found_for_the_parts_that_it_computes() {
+        for row in &TABLE {
+            assert_eq!(Lowering::from_name(row.lowering().name()), Some(row.lowering()));
+            assert_eq!(PartLowering::find(row.part(), row.lowering()), Some(row.computes));
+        }
+        assert_eq!(PartLowering::find(Part::Additive, Lowering::Stacked), None);
+        assert_eq!(PartLowering::find(Part::Multiplicative, Lowering::Segmented), None);
+    }
 }

@@ -2,7 +2,7 @@
 //! once for all backends.
 
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
-use flora_plan::schedule::{Materialised, Schedule, Step};
+use flora_plan::schedule::{Materialised, Schedule};
 
 use crate::buffer::{Buffer, PoolBuffer, WeightBuffer};
 
@@ -238,14 +238,12 @@ impl LayerOperands {
     pub(crate) fn check_schedule(&self, schedule: &Schedule) -> Result<(), OperandError> {
         let (shape, slots) = (self.shape(), (self.in_pool.slots, self.out_pool.slots));
         check_slots(schedule, shape, slots)?;
-        for step in schedule.steps() {
-            if let Step::Merged { adapter } = step
-                && self.merged_adapter() != Some(*adapter)
-            {
-                return Err(OperandError::NotMerged { wanted: *adapter, found: self.merged_adapter() });
+        match schedule.merged_adapter() {
+            Some(wanted) if self.merged_adapter() != Some(wanted) => {
+                Err(OperandError::NotMerged { wanted, found: self.merged_adapter() })
             }
+            Some(_) | None => Ok(()),
         }
-        Ok(())
     }
 }
 

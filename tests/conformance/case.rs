@@ -21,7 +21,7 @@ pub(crate) fn device() -> &'static Device {
 
 /// Every plan there is.
 pub(crate) fn plans() -> Vec<Plan> {
-    let short = Plan::new(Lowering::OnChip, Lowering::Fused).expect("lowerings of their parts").with_on_chip_from(4);
+    let short = Plan::new(MultiplicativeLowering::OnChip, AdditiveLowering::Fused).with_on_chip_from(4);
     Plan::unmerged().flat_map(|plan| [plan, plan.with_split()]).chain([short]).collect()
 }
 

@@ -6,7 +6,6 @@ use flora_adapters::{BaseError, RegisterError, StoreError};
 use flora_checkpoint::{AdapterError, FileError, ModelError};
 use flora_oracle::OracleError;
 use flora_plan::cost::CoefficientsError;
-use flora_plan::plan::PlanError;
 use flora_plan::schedule::ScheduleError;
 use flora_plan::weight::WeightError;
 use flora_runtime::{BatchError, DeviceError, ProjectionError};
@@ -138,7 +137,6 @@ below!(
     ModelError,
     OracleError,
     PeerError,
-    PlanError,
     ProjectionError,
     RegisterError,
     ScheduleError,

@@ -71,7 +71,7 @@ fn report(source: String, compiled: &CompiledLayer) -> Report {
     let lowerings = parts.iter().flat_map(|part| {
         lowerings_of(*part).map(|row| LegalLowering {
             part: part_name(*part),
-            lowering: row.lowering,
+            lowering: row.lowering(),
             summary: row.summary,
         })
     });

@@ -4,7 +4,7 @@ use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use flora::prelude::*;
 use flora_codegen::target::{Capability, EmittedKernel, EqualBatch, Target, emit_layer};
-use flora_plan::lowering::{Part, lowerings_of};
+use flora_plan::lowering::{Part, PartLowering, lowerings_of};
 use flora_toolchain::{Architecture, Class, Compiled, CudaCompiler, Defect, Expectations, MAX_WARPS, Mix, Occupancy};
 use serde::Serialize;
 
@@ -101,7 +101,7 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
     let plan = if arguments.split { plan.with_split() } else { plan };
     let compiler = compiler(arguments, target)?;
     let &Arguments { ref layer, d, k, rank, rows, dtype, .. } = arguments;
-    let segments = arguments.segments.unwrap_or(if plan.multiplicative() == Lowering::Merged { 1 } else { 4 });
+    let segments = arguments.segments.unwrap_or(if plan.is_merged() { 1 } else { 4 });
     let shape = LayerShape { d, k };
     let format = LayerFormat {
         adapters: arguments.adapter_dtype.unwrap_or(dtype),
@@ -226,33 +226,22 @@ fn loads(mix: &Mix) -> String {
 
 /// The plan in which every part of the layer that `lowering` can compute is computed by it.
 fn plan_of(layer: &str, parts: &[Part], lowering: Option<&str>) -> Result<Plan, CommandError> {
-    let legal = |part| lowerings_of(part).map(|row| row.lowering);
+    let rows = || parts.iter().flat_map(|part| lowerings_of(*part));
     let wrong = |lowering: &str| {
-        let names: Vec<_> = parts.iter().flat_map(|part| legal(*part)).map(Lowering::name).collect();
+        let names: Vec<_> = rows().map(|row| row.lowering().name()).collect();
         let help = match &names[..] {
             [] => "the layer has no adapter, only the base GEMM; leave --lowering out".to_owned(),
             names => format!("it can be lowered by {}", names.join(" or ")),
         };
         CommandError::WrongLowering { layer: layer.to_owned(), lowering: lowering.to_owned(), help }
     };
-    let wanted = match lowering {
-        None => None,
-        Some(name) => Some(Lowering::from_name(name).ok_or_else(|| wrong(name))?),
-    };
-    if let Some(wanted) = wanted
-        && !parts.iter().any(|part| legal(*part).any(|lowering| lowering == wanted))
-    {
+    let Some(name) = lowering else { return Ok(Plan::default()) };
+    let wanted = Lowering::from_name(name).ok_or_else(|| wrong(name))?;
+    if rows().all(|row| row.lowering() != wanted) {
         return Err(wrong(wanted.name()));
     }
-    if wanted == Some(Lowering::Merged) {
-        return Ok(Plan::MERGED);
-    }
-    let choose = |part, fallback| {
-        let first = legal(part).next().unwrap_or(fallback);
-        wanted.filter(|wanted| legal(part).any(|lowering| lowering == *wanted)).unwrap_or(first)
-    };
-    let multiplicative = choose(Part::Multiplicative, Lowering::Stacked);
-    Ok(Plan::new(multiplicative, choose(Part::Additive, Lowering::Fused))?)
+    let computing = [Part::Multiplicative, Part::Additive].map(|part| PartLowering::find(part, wanted));
+    Ok(computing.into_iter().flatten().fold(Plan::default(), Plan::with_part))
 }
 
 /// The compilers for --check.

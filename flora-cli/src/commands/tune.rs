@@ -159,7 +159,7 @@ fn errors(format: &Coefficients, held_out: &[HeldOut]) -> String {
         percent(error.largest)
     );
     for (part, names) in [(Part::Multiplicative, "multiplicative"), (Part::Additive, "additive")] {
-        for lowering in flora_plan::lowering::lowerings_of(part).map(|row| row.lowering) {
+        for lowering in flora_plan::lowering::lowerings_of(part).map(flora_plan::lowering::Row::lowering) {
             let plans = held_out.iter().filter(|point| point.part == part).flat_map(|point| &point.plans);
             let own = plans.filter(|plan| plan.lowering == lowering);
             let pairs = own.map(|plan| (plan.predicted_seconds, plan.seconds));

@@ -18,7 +18,7 @@ pub(crate) fn weight_format() -> impl TypedValueParser<Value = WeightFormat> {
 
 /// Parses the name of a lowering.
 pub(crate) fn lowering() -> impl TypedValueParser<Value = Lowering> {
-    let mut names: Vec<_> = TABLE.iter().map(|row| row.lowering.name()).collect();
+    let mut names: Vec<_> = TABLE.iter().map(|row| row.lowering().name()).collect();
     let mut seen = std::collections::BTreeSet::new();
     names.retain(|name| seen.insert(*name));
     PossibleValuesParser::new(names).try_map(|name| Lowering::from_name(&name).ok_or("no such lowering"))

@@ -17,7 +17,7 @@ fn every_lowering_is_printed_for_every_target() {
         for (layer, part) in [("flora", Part::Multiplicative), ("lora", Part::Additive)] {
             for row in lowerings_of(part) {
                 let kernels =
-                    answer(["inspect", layer, "--target", target, "--lowering", row.lowering.name(), "--json"]);
+                    answer(["inspect", layer, "--target", target, "--lowering", row.lowering().name(), "--json"]);
                 assert!(!array(&kernels).is_empty());
                 for kernel in array(&kernels) {
                     for key in ["name", "cube_dim", "cube_count", "source"] {

@@ -10,7 +10,7 @@ mod report;
 use flora::prelude::*;
 use flora_codegen::target::{EmittedKernel, EqualBatch, Target, emit_layer};
 use flora_ir::builtin;
-use flora_plan::lowering::{Part, lowerings_of};
+use flora_plan::lowering::lowerings_of;
 use flora_plan::pipeline::CompiledLayer;
 
 /// fLoRA with everything that an epilogue does.
@@ -73,13 +73,11 @@ fn lowered() -> Vec<Lowered> {
             all.push(Lowered { name, layer: layer.clone(), lowering: "gemm", plan: default });
         }
         for part in &layer.parts {
-            for row in lowerings_of(*part).filter(|row| row.lowering != Lowering::Merged) {
-                let plan = match part {
-                    Part::Multiplicative => Plan::new(row.lowering, default.additive()),
-                    Part::Additive => Plan::new(default.multiplicative(), row.lowering),
-                };
-                let plan = plan.expect("rows of the table");
-                all.push(Lowered { name, layer: layer.clone(), lowering: row.lowering.name(), plan });
+            for row in lowerings_of(*part) {
+                let plan = default.with_part(row.computes);
+                if !plan.is_merged() {
+                    all.push(Lowered { name, layer: layer.clone(), lowering: row.lowering().name(), plan });
+                }
             }
         }
         if name == "flora" {

@@ -21,7 +21,7 @@ use flora_plan::batch::{AdapterSlots, Segment};
 use flora_plan::layer::{Epilogue, LayerFormat, LayerShape};
 use flora_plan::pipeline::CompiledLayer;
 use flora_plan::plan::Plan;
-use flora_plan::schedule::{ScheduleError, Step, schedule};
+use flora_plan::schedule::{ScheduleError, schedule};
 use recorder::{Offline, OfflineDevice};
 #[cfg(feature = "wgpu")]
 use shader::{Spirv, Wgsl};
@@ -166,10 +166,7 @@ where
     let (in_slots, out_slots) = (schedule.in_slots().max(1), schedule.out_slots().max(1));
     let pool =
         |slots: u32, width: u32| Pool { handle: buffer(adapters.bytes() * u64::from(slots) * u64::from(width)), slots };
-    let merged = schedule.steps().iter().find_map(|step| match step {
-        Step::Merged { adapter } => Some(*adapter),
-        _ => None,
-    });
+    let merged = schedule.merged_adapter();
     let layer = LayerBuffers {
         shape: emission.shape,
         format: emission.format,

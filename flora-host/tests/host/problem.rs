@@ -5,7 +5,6 @@ use flora_ir::Activation;
 use flora_ir::evaluate::apply_activation;
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape};
-use flora_plan::lowering::Lowering;
 use flora_plan::plan::Plan;
 use flora_plan::schedule::{Materialised, schedule};
 use flora_plan::weight::PackedWeight;
@@ -148,8 +147,7 @@ impl Problem {
         };
         let adapter =
             self.segments.iter().find(|segment| segment.rows > 0).map_or(0, |segment| segment.adapter as usize);
-        let merged = (plan.multiplicative() == Lowering::Merged)
-            .then(|| engine.materialise(&operands, &self.recipe(adapter), 0).unwrap());
+        let merged = plan.is_merged().then(|| engine.materialise(&operands, &self.recipe(adapter), 0).unwrap());
         let operands = Operands { merged: merged.as_ref(), ..operands };
         // What was there before must not matter.
         let mut y = numbers(&vec![f32::NAN; self.tokens() * self.shape.k as usize], format.activations);

@@ -3,7 +3,7 @@
 use flora_host::{Engine, HostError, Operands, Values, ValuesMut, Weight};
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Epilogue, LayerShape, WeightFormat};
-use flora_plan::lowering::Lowering;
+use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
 use flora_plan::plan::Plan;
 use flora_plan::schedule::schedule;
 use flora_plan::weight::PackedWeight;
@@ -16,12 +16,11 @@ fn weight(shape: LayerShape) -> Weight {
 }
 
 /// Two rows of an adapter with a virtual row and a low-rank sum, both of slot 2.
-fn run(plan: (Lowering, Lowering), operands: Operands<'_>, x: usize, y: usize) -> Result<(), HostError> {
+fn run(plan: Plan, operands: Operands<'_>, x: usize, y: usize) -> Result<(), HostError> {
     let adapter = AdapterSlots {
         virtual_rows: vec![VirtualRowSlots { in_scale: Some(2), out_scale: Some(2) }; 2],
         low_rank: LowRankSlots { shrink: 2, expand: 2, rank: 1 },
     };
-    let plan = Plan::new(plan.0, plan.1).unwrap();
     let schedule = schedule(&plan, SHAPE, &[Segment { rows: 2, adapter: 0 }], &[adapter], true).unwrap();
     let (x, mut y) = (vec![1.0; x], vec![7.0; y]);
     let result = Engine::new().execute(&operands, &schedule, Values::F32(&x), ValuesMut::F32(&mut y), None);
@@ -41,11 +40,11 @@ fn what_does_not_fit_is_refused() {
         epilogue: Epilogue::default(),
         merged: None,
     };
-    let plans =
-        [(Lowering::Stacked, Lowering::Fused), (Lowering::OnChip, Lowering::Segmented), (Lowering::Bmm, Lowering::Bmm)];
+    let plans = MultiplicativeLowering::ALL.into_iter().zip(AdditiveLowering::ALL);
     let (biased, added) =
         (Epilogue { bias: true, ..Epilogue::default() }, Epilogue { residual: true, ..Epilogue::default() });
-    for plan in plans {
+    for (multiplicative, additive) in plans {
+        let plan = Plan::new(multiplicative, additive);
         assert_eq!(run(plan, right, 8, 6), Ok(()));
         let refused = |operands, x, y| run(plan, operands, x, y).unwrap_err().to_string();
         assert_eq!(refused(right, 7, 6), "x has 7 numbers and takes 8");
@@ -67,10 +66,9 @@ fn what_does_not_fit_is_refused() {
         let missing = Operands { epilogue: added, ..right };
         assert_eq!(refused(missing, 8, 6), "the layer needs a residual, and none was passed");
     }
-    let merged = (Lowering::Merged, Lowering::Merged);
-    let missing = run(merged, right, 8, 6).unwrap_err();
+    let missing = run(Plan::MERGED, right, 8, 6).unwrap_err();
     assert_eq!(missing, HostError::Missing { what: "a merged weight" });
     let wrong = Operands { merged: Some(&other), ..right };
-    assert!(matches!(run(merged, wrong, 8, 6), Err(HostError::WrongShape { .. })));
-    assert_eq!(run(merged, Operands { merged: Some(&fits), ..right }, 8, 6), Ok(()));
+    assert!(matches!(run(Plan::MERGED, wrong, 8, 6), Err(HostError::WrongShape { .. })));
+    assert_eq!(run(Plan::MERGED, Operands { merged: Some(&fits), ..right }, 8, 6), Ok(()));
 }

@@ -3,7 +3,7 @@
 use flora_host::Engine;
 use flora_plan::batch::Segment;
 use flora_plan::layer::{Epilogue, LayerFormat, LayerShape, WeightFormat};
-use flora_plan::lowering::Lowering;
+use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
 use flora_plan::plan::Plan;
 use proptest::prelude::*;
 
@@ -11,9 +11,8 @@ use crate::problem::{Problem, config, elements, epilogues};
 
 fn check(problem: &Problem, engine: &Engine) {
     for plan in Plan::all() {
-        let name =
-            format!("{} + {}, {}, {:?}", plan.multiplicative(), plan.additive(), problem.format, problem.epilogue);
-        if plan.multiplicative() == Lowering::Merged {
+        let name = format!("{plan}, {}, {:?}", problem.format, problem.epilogue);
+        if plan.is_merged() {
             for segment in problem.segments.iter().filter(|segment| segment.rows > 0).take(2) {
                 let alone = problem.only(segment.adapter);
                 alone.assert_right(&alone.run(engine, &plan), &name);
@@ -81,6 +80,6 @@ fn empty_batches_give_nothing() {
     let mut problem = Problem::new(LayerShape { d: 5, k: 7 }, LayerFormat::default(), Epilogue::default(), 1);
     problem.segments.clear();
     (problem.x, problem.residual) = (Vec::new(), Vec::new());
-    let plan = Plan::new(Lowering::Stacked, Lowering::Fused).unwrap();
+    let plan = Plan::new(MultiplicativeLowering::Stacked, AdditiveLowering::Fused);
     assert!(problem.run(&Engine::new(), &plan).widened().is_empty());
 }

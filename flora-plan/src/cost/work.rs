@@ -3,19 +3,24 @@
 
 use super::{Kernel, MOST_TERMS, PricedLayer, Regime, Term, Work};
 use crate::batch::{BatchShape, GroupShape};
-use crate::lowering::Lowering;
-use crate::plan::Plan;
+use crate::lowering::{AdditiveLowering, MultiplicativeLowering};
+use crate::plan::{Lowerings, Plan};
 
 /// The work of `plan` on a batch; `finishes` where the layer has an epilogue, `pads` on devices whose batched matmul multiplies
 /// padding.
 pub fn work(plan: &Plan, layer: PricedLayer, batch: &BatchShape, finishes: bool, pads: bool) -> Work {
     let parts = Parts { layer, batch, finishes, pads };
-    let mut work = parts.multiplicative(plan);
-    let additive = parts.additive(plan);
-    work.launches += additive.launches;
-    // Neither part has more than half of the terms.
-    work.terms.extend(additive.terms);
-    work
+    match plan.lowerings() {
+        Lowerings::Merged => parts.merged(),
+        Lowerings::Separate(lowerings) => {
+            let mut work = parts.multiplicative(lowerings.multiplicative, lowerings.on_chip_from());
+            let additive = parts.additive(lowerings.additive, lowerings.multiplicative);
+            work.launches += additive.launches;
+            // Neither part has more than half of the terms.
+            work.terms.extend(additive.terms);
+            work
+        }
+    }
 }
 
 /// A batch whose plans are priced part by part.
@@ -61,8 +66,21 @@ impl Parts<'_> {
         self.layer.format.adapters.bytes() * pairs * self.vectors()
     }
 
-    /// The passes over W0, base rows and the base rows of additive adapters among them.
-    pub(crate) fn multiplicative(&self, plan: &Plan) -> Work {
+    /// One pass over the resident W_i, which holds both parts.
+    fn merged(&self) -> Work {
+        let Self { layer, batch, .. } = *self;
+        let (mut work, weights) = (Work::default(), self.weights());
+        if batch.tokens > 0 {
+            work.launches = 1;
+            let bytes = layer.format.activations.bytes() * weights + self.row_bytes(batch.tokens);
+            work.term(Kernel::Matmul, Regime::of_rows(batch.tokens), batch.tokens * weights, bytes);
+        }
+        work
+    }
+
+    /// The passes over W0, base rows and the base rows of additive adapters among them; `on_chip` serves segments of at least
+    /// `on_chip_from` rows.
+    pub(crate) fn multiplicative(&self, lowering: MultiplicativeLowering, on_chip_from: u32) -> Work {
         let Self { layer, batch, .. } = *self;
         let (weights, weight_bytes) = (self.weights(), layer.format.weight.bytes(layer.shape));
         let mut work = Work::default();
@@ -70,18 +88,11 @@ impl Parts<'_> {
             return work;
         }
         let all = batch.multiplicative;
-        let lowering = plan.multiplicative();
         // What is stacked, what is made on chip, what is made in memory.
         let (stacked, on_chip, made) = match lowering {
-            Lowering::Merged => {
-                work.launches = 1;
-                let bytes = layer.format.activations.bytes() * weights + self.row_bytes(batch.tokens);
-                work.term(Kernel::Matmul, Regime::of_rows(batch.tokens), batch.tokens * weights, bytes);
-                return work;
-            }
-            Lowering::Bmm => (GroupShape::default(), GroupShape::default(), all),
-            Lowering::OnChip => {
-                let (wide, _) = batch.wide_from(plan.on_chip_from());
+            MultiplicativeLowering::Stacked => (all, GroupShape::default(), GroupShape::default()),
+            MultiplicativeLowering::OnChip => {
+                let (wide, _) = batch.wide_from(on_chip_from);
                 let stacked = GroupShape {
                     tokens: all.tokens - wide.tokens,
                     tokens_times_width: all.tokens_times_width - wide.tokens_times_width,
@@ -90,7 +101,7 @@ impl Parts<'_> {
                 };
                 (stacked, wide, GroupShape::default())
             }
-            _ => (all, GroupShape::default(), GroupShape::default()),
+            MultiplicativeLowering::Bmm => (GroupShape::default(), GroupShape::default(), all),
         };
         let rows = batch.plain_rows + stacked.tokens_times_width;
         if rows > 0 {
@@ -118,23 +129,18 @@ impl Parts<'_> {
         work
     }
 
-    /// The low-rank sums.
-    pub(crate) fn additive(&self, plan: &Plan) -> Work {
+    /// The low-rank sums, beside virtual rows that are computed by `multiplicative`.
+    pub(crate) fn additive(&self, lowering: AdditiveLowering, multiplicative: MultiplicativeLowering) -> Work {
         let Self { layer, batch, finishes, pads } = *self;
         let mut work = Work::default();
-        let group = match plan.multiplicative() {
-            // The resident weight, or the one that is made, holds the additive part.
-            Lowering::Merged => GroupShape::default(),
-            Lowering::Bmm => batch.additive,
-            _ => batch.additive.and(batch.scaled_additive),
-        };
+        let group = batch.summed_beside(multiplicative);
         if group.tokens == 0 {
             return work;
         }
         let products = group.tokens_times_width * self.vectors();
         let activations = layer.format.activations.bytes();
-        match plan.additive() {
-            Lowering::Bmm => {
+        match lowering {
+            AdditiveLowering::Bmm => {
                 // Gather shrink and expand vectors, multiply twice: the paper's c1 is what all of that costs a MAC.
                 let (rows, ranks, products) = if pads {
                     let padded = group.adapters * group.longest;
@@ -146,7 +152,7 @@ impl Parts<'_> {
                 let bytes = self.row_bytes(rows) + self.vector_bytes(ranks);
                 work.term(Kernel::LowRankBmm, regime(&group), products, bytes);
             }
-            Lowering::Segmented => {
+            AdditiveLowering::Segmented => {
                 work.launches = 2;
                 // y is read and written again.
                 let again = activations * group.tokens * u64::from(layer.shape.k);
@@ -154,9 +160,11 @@ impl Parts<'_> {
                 work.term(Kernel::Segmented, regime(&group), products, bytes);
             }
             // In the launch of the base GEMM.
-            _ => work.term(Kernel::Fused, regime(&group), products, self.vector_bytes(group.widths)),
+            AdditiveLowering::Fused => {
+                work.term(Kernel::Fused, regime(&group), products, self.vector_bytes(group.widths));
+            }
         }
-        if plan.additive() != Lowering::Fused && finishes {
+        if lowering.adds_later() && finishes {
             work.launches += 1;
             let bytes = 2 * activations * batch.tokens * u64::from(layer.shape.k);
             work.term(Kernel::Move, Regime::of_rows(batch.tokens), 0, bytes);

@@ -8,8 +8,8 @@ use super::steps::{
 };
 use crate::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
 use crate::layer::LayerShape;
-use crate::lowering::Lowering;
-use crate::plan::Plan;
+use crate::lowering::{AdditiveLowering, MultiplicativeLowering};
+use crate::plan::{Lowerings, Plan, SeparateParts};
 
 /// The steps of one batch. Only this module makes one: its indices are within the batch and the slots that it names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,7 +50,14 @@ impl Schedule {
     /// The schedule without its passes over the base weight: what else it does, for measuring.
     #[must_use]
     pub fn without_gemm(mut self) -> Self {
-        self.steps.retain(|step| !matches!(step, Step::Gemm(_)));
+        self.steps.retain(|step| match step {
+            Step::Gemm(_) => false,
+            Step::Materialised(_)
+            | Step::Merged { .. }
+            | Step::Segmented { .. }
+            | Step::LowRankBmm(_)
+            | Step::Finish => true,
+        });
         self
     }
 
@@ -79,6 +86,14 @@ impl Schedule {
         self.splits
     }
 
+    /// The adapter whose resident W_i the batch runs on, where it is planned as merged.
+    pub fn merged_adapter(&self) -> Option<u32> {
+        self.steps.iter().find_map(|step| match step {
+            Step::Merged { adapter } => Some(*adapter),
+            Step::Gemm(_) | Step::Materialised(_) | Step::Segmented { .. } | Step::LowRankBmm(_) | Step::Finish => None,
+        })
+    }
+
     /// In order.
     pub fn steps(&self) -> &[Step] {
         &self.steps
@@ -103,42 +118,20 @@ pub fn schedule(
     for (what, elements) in buffers(plan, shape, &batch) {
         fits(what, elements)?;
     }
-    if plan.multiplicative() == Lowering::Merged && batch.adapters > 1 {
+    if plan.is_merged() && batch.adapters > 1 {
         return Err(ScheduleError::NotOneAdapter { adapters: batch.adapters });
     }
-    let (tokens, mut steps) = (tokens as u32, Vec::new());
+    let tokens = tokens as u32;
     if tokens == 0 {
-        return Ok(Schedule { shape, tokens, in_slots: 0, out_slots: 0, splits: plan.splits(), steps });
+        return Ok(Schedule { shape, tokens, in_slots: 0, out_slots: 0, splits: plan.splits(), steps: Vec::new() });
     }
-
-    let has_rows = |adapter: usize| !rows_of[adapter].is_empty();
-    let lowering = plan.multiplicative();
-    if lowering == Lowering::Merged {
-        let with_rows = (0..adapters.len()).find(|adapter| has_rows(*adapter));
-        steps.extend(with_rows.map(|adapter| Step::Merged { adapter: adapter as u32 }));
-    } else {
-        let materialises = |adapter: &AdapterSlots| lowering == Lowering::Bmm && !adapter.is_plain();
-        // A materialised weight holds the additive part of its adapter already.
-        let adds = |adapter: &AdapterSlots| adapter.low_rank.rank > 0 && !materialises(adapter);
-        let adds_later = plan.additive() != Lowering::Fused
-            && adapters.iter().enumerate().any(|(position, adapter)| has_rows(position) && adds(adapter));
-        let gemm = Gemm { finishes: finishes && !adds_later, ..gemm(plan, segments, adapters, materialises, adds) };
-        if !(gemm.rows.is_empty() && gemm.segments.is_empty()) {
-            steps.push(Step::Gemm(gemm));
+    let steps = match plan.lowerings() {
+        Lowerings::Merged => {
+            let with_rows = rows_of.iter().position(|rows| !rows.is_empty());
+            with_rows.map(|adapter| Step::Merged { adapter: adapter as u32 }).into_iter().collect()
         }
-        if let Some(step) = materialised(plan, segments, adapters, materialises, finishes && !adds_later) {
-            steps.push(Step::Materialised(step));
-        }
-        if adds_later {
-            steps.push(match plan.additive() {
-                Lowering::Bmm => Step::LowRankBmm(low_rank_bmm(adapters, &rows_of, adds)),
-                _ => segmented(segments, adapters, adds),
-            });
-            if finishes {
-                steps.push(Step::Finish);
-            }
-        }
-    }
+        Lowerings::Separate(parts) => separate(parts, segments, adapters, &rows_of, finishes),
+    };
     let used = || adapters.iter().zip(&rows_of).filter(|(_, rows)| !rows.is_empty()).map(|(adapter, _)| adapter);
     Ok(Schedule {
         shape,
@@ -148,6 +141,41 @@ pub fn schedule(
         splits: plan.splits(),
         steps,
     })
+}
+
+/// The steps that compute either part by itself.
+fn separate(
+    parts: SeparateParts,
+    segments: &[Segment],
+    adapters: &[AdapterSlots],
+    rows_of: &[Vec<u32>],
+    finishes: bool,
+) -> Vec<Step> {
+    let materialises = |adapter: &AdapterSlots| parts.multiplicative.materialises() && !adapter.is_plain();
+    // A materialised weight holds the additive part of its adapter already.
+    let adds = |adapter: &AdapterSlots| adapter.low_rank.rank > 0 && !materialises(adapter);
+    let adds_later = parts.additive.adds_later()
+        && adapters.iter().zip(rows_of).any(|(adapter, rows)| !rows.is_empty() && adds(adapter));
+    let mut steps = Vec::new();
+    let gemm = Gemm { finishes: finishes && !adds_later, ..gemm(parts, segments, adapters, materialises, adds) };
+    if !(gemm.rows.is_empty() && gemm.segments.is_empty()) {
+        steps.push(Step::Gemm(gemm));
+    }
+    if let Some(step) = materialised(parts, segments, adapters, materialises, finishes && !adds_later) {
+        steps.push(Step::Materialised(step));
+    }
+    if adds_later {
+        match parts.additive {
+            // In the launch of the base GEMM.
+            AdditiveLowering::Fused => {}
+            AdditiveLowering::Segmented => steps.push(segmented(segments, adapters, adds)),
+            AdditiveLowering::Bmm => steps.push(Step::LowRankBmm(low_rank_bmm(adapters, rows_of, adds))),
+        }
+        if finishes {
+            steps.push(Step::Finish);
+        }
+    }
+    steps
 }
 
 /// The rows of every adapter that isn't plain; of a plain one without an additive part, whether it has any.
@@ -179,17 +207,17 @@ struct Run {
     first_row: u32,
     /// All of them as one.
     segment: Segment,
-    /// Whether each of them is long enough for [`Plan::on_chip_from`].
+    /// Whether each of them is long enough for [`SeparateParts::on_chip_from`].
     is_long: bool,
 }
 
 /// The segments, those of one adapter that follow one another joined, but none to one of another kind: what a row is computed by
 /// must not depend on its neighbours.
-fn runs(plan: &Plan, segments: &[Segment]) -> Vec<Run> {
+fn runs(parts: SeparateParts, segments: &[Segment]) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::with_capacity(segments.len());
     let mut first_row = 0;
     for segment in segments.iter().filter(|segment| segment.rows > 0) {
-        let is_long = segment.rows >= plan.on_chip_from();
+        let is_long = segment.rows >= parts.on_chip_from();
         match runs.last_mut() {
             Some(last) if last.segment.adapter == segment.adapter && last.is_long == is_long => {
                 last.segment.rows += segment.rows;
@@ -208,21 +236,25 @@ fn scale(scales: &VirtualRowSlots) -> Scale {
 /// The rows that aren't materialised. An adapter of one virtual row is scaled as it is loaded whatever the lowering: a tile of
 /// W_i would spare nothing.
 fn gemm(
-    plan: &Plan,
+    parts: SeparateParts,
     segments: &[Segment],
     adapters: &[AdapterSlots],
     materialises: impl Fn(&AdapterSlots) -> bool,
     adds: impl Fn(&AdapterSlots) -> bool,
 ) -> Gemm {
+    let makes_on_chip = match parts.multiplicative {
+        MultiplicativeLowering::OnChip => true,
+        MultiplicativeLowering::Stacked | MultiplicativeLowering::Bmm => false,
+    };
     let mut gemm = Gemm::default();
     let mut scales_of = vec![None; adapters.len()];
-    for Run { first_row, segment, is_long } in runs(plan, segments) {
+    for Run { first_row, segment, is_long } in runs(parts, segments) {
         let position = segment.adapter as usize;
         let adapter = &adapters[position];
         if materialises(adapter) {
             continue;
         }
-        if plan.multiplicative() == Lowering::OnChip && is_long && adapter.virtual_rows.len() > 1 {
+        if makes_on_chip && is_long && adapter.virtual_rows.len() > 1 {
             let (first_scale, end_scale) = *scales_of[position].get_or_insert_with(|| {
                 let first = gemm.scales.len() as u32;
                 gemm.scales.extend(adapter.virtual_rows.iter().map(scale));
@@ -238,7 +270,7 @@ fn gemm(
                 }));
             }
         }
-        if adds(adapter) && plan.additive() == Lowering::Fused {
+        if adds(adapter) && !parts.additive.adds_later() {
             let LowRankSlots { shrink, expand, rank } = adapter.low_rank;
             gemm.low_rank.push(LowRankRows { first_row, rows: segment.rows, shrink, expand, rank });
         }
@@ -272,7 +304,7 @@ impl Materialised {
 }
 
 fn materialised(
-    plan: &Plan,
+    parts: SeparateParts,
     segments: &[Segment],
     adapters: &[AdapterSlots],
     materialises: impl Fn(&AdapterSlots) -> bool,
@@ -280,7 +312,7 @@ fn materialised(
 ) -> Option<Materialised> {
     let mut step = Materialised { adapters: Vec::new(), scales: Vec::new(), runs: Vec::new(), finishes };
     let mut weight_of = vec![None; adapters.len()];
-    for Run { first_row, segment, .. } in runs(plan, segments) {
+    for Run { first_row, segment, .. } in runs(parts, segments) {
         let position = segment.adapter as usize;
         if materialises(&adapters[position]) {
             let weight = *weight_of[position].get_or_insert_with(|| {

@@ -1,10 +1,10 @@
 //! How large a batch, and what a plan puts in memory for it, may be.
 
 use super::error::ScheduleError;
-use crate::batch::BatchShape;
+use crate::batch::{BatchShape, GroupShape};
 use crate::layer::LayerShape;
-use crate::lowering::Lowering;
-use crate::plan::Plan;
+use crate::lowering::{AdditiveLowering, MultiplicativeLowering};
+use crate::plan::{Lowerings, Plan};
 
 /// Kernels index with 32 bits; half of them leave room for the last cube's units past the end, and for "no row".
 const INDEX_LIMIT: u64 = i32::MAX as u64;
@@ -33,14 +33,24 @@ pub(super) fn batch_fits(shape: LayerShape, tokens: u64) -> Result<(), ScheduleE
 pub(super) fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str, u64); 5] {
     let (d, k) = (u64::from(shape.d), u64::from(shape.k));
     let group = batch.multiplicative;
-    let materialises = plan.multiplicative() == Lowering::Bmm;
-    let scaled = match plan.multiplicative() {
-        Lowering::Stacked => group.tokens_times_width,
-        Lowering::OnChip => group.tokens_times_width - batch.wide_from(plan.on_chip_from()).0.tokens_times_width,
-        _ => 0,
+    // What is stacked, whether W_i are made in memory, what is summed by itself, and whether that is packed.
+    let (scaled, materialises, additive, packs) = match plan.lowerings() {
+        Lowerings::Merged => (0, false, GroupShape::default(), false),
+        Lowerings::Separate(parts) => {
+            let scaled = match parts.multiplicative {
+                MultiplicativeLowering::Stacked => group.tokens_times_width,
+                MultiplicativeLowering::OnChip => {
+                    group.tokens_times_width - batch.wide_from(parts.on_chip_from()).0.tokens_times_width
+                }
+                MultiplicativeLowering::Bmm => 0,
+            };
+            let packs = match parts.additive {
+                AdditiveLowering::Fused | AdditiveLowering::Segmented => false,
+                AdditiveLowering::Bmm => true,
+            };
+            (scaled, parts.multiplicative.materialises(), batch.summed_beside(parts.multiplicative), packs)
+        }
     };
-    let additive = if materialises { batch.additive } else { batch.additive.and(batch.scaled_additive) };
-    let packs = plan.additive() == Lowering::Bmm;
     let of = |used: bool, elements: u64| if used { elements } else { 0 };
     [
         ("the table of virtual rows", 4 * (batch.plain_rows + scaled)),

@@ -6,6 +6,7 @@ mod files;
 use flora_plan::batch::{AdapterSlots, BatchShape, BatchSummary, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::cost::{LayerPrices, PricedLayer, work};
 use flora_plan::layer::{LayerFormat, LayerShape};
+use flora_plan::lowering::{Lowering, Part};
 use flora_plan::model_planner::ModelPlanner;
 use flora_plan::plan::{Plan, plan};
 use proptest::prelude::*;
@@ -88,7 +89,7 @@ fn what_does_not_fit_is_not_chosen() {
     let adapters = vec![adapter(1, 9); 8];
     let batch = BatchShape::of(&segments, &adapters);
     let choose = |coefficients: &_| plan(&LayerPrices::new(coefficients, layer(512, 512)), &batch, false);
-    assert_eq!(choose(&coefficients).multiplicative(), flora_plan::lowering::Lowering::Bmm);
+    assert_eq!(choose(&coefficients).of(Part::Multiplicative), Lowering::Bmm);
     coefficients.largest_buffer_bytes = Some(4 << 20);
-    assert_ne!(choose(&coefficients).multiplicative(), flora_plan::lowering::Lowering::Bmm);
+    assert_ne!(choose(&coefficients).of(Part::Multiplicative), Lowering::Bmm);
 }

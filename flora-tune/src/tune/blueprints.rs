@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use flora_plan::blueprints::{Blueprints, TileChoice};
 use flora_plan::cost::PricedLayer;
 use flora_plan::layer::{LayerFormat, LayerShape};
-use flora_plan::lowering::{Lowering, Part};
+use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering, Part};
 use flora_plan::plan::Plan;
 use flora_plan::schedule::{Schedule, schedule};
 
@@ -106,7 +106,7 @@ fn tiles(bench: &LayerBench<'_>, on_chip: bool, effort: &Effort) -> Result<Vec<T
     // What is larger than every tile.
     let last = classes.last().map_or(0, |rows| 2 * rows);
     let (plan, rank) = match on_chip {
-        true => (Plan::new(Lowering::OnChip, Lowering::Fused).unwrap_or_default(), RANK),
+        true => (Plan::new(MultiplicativeLowering::OnChip, AdditiveLowering::Fused), RANK),
         false => (Plan::default(), 1),
     };
     let mut choices = Vec::new();

@@ -3,7 +3,7 @@
 use flora_plan::batch::BatchShape;
 use flora_plan::cost::{DeviceCoefficients, LayerPrices, PricedLayer, work};
 use flora_plan::layer::{LayerFormat, LayerShape};
-use flora_plan::lowering::{Lowering, Part};
+use flora_plan::lowering::{Lowering, Part, lowerings_of};
 use flora_plan::plan::Plan;
 use flora_plan::schedule::{can_hold, schedule};
 use serde::Serialize;
@@ -47,9 +47,6 @@ pub struct HeldOutPlan {
 const SEED: u64 = 20_240_611;
 /// Draws for each batch that is wanted: those that the model says take too long are drawn again.
 const DRAWS: usize = 50;
-
-const MULTIPLICATIVE: [Lowering; 3] = [Lowering::Stacked, Lowering::OnChip, Lowering::Bmm];
-const ADDITIVE: [Lowering; 3] = [Lowering::Fused, Lowering::Segmented, Lowering::Bmm];
 
 pub(super) fn measure(
     device: &Device,
@@ -103,17 +100,11 @@ fn run(
     let (segments, adapters) = equal.batch();
     let batch = BatchShape::of(&segments, &adapters);
     let prices = LayerPrices::new(coefficients, layer);
-    let plan_of = |lowering| match equal.part {
-        Part::Multiplicative => Plan::new(lowering, Lowering::Fused),
-        Part::Additive => Plan::new(Lowering::Stacked, lowering),
-    };
-    let lowerings = match equal.part {
-        Part::Multiplicative => MULTIPLICATIVE,
-        Part::Additive => ADDITIVE,
-    };
     let predict = |plan: &Plan| prices.price(&work(plan, layer, &batch, false, coefficients.pads_blocks));
+    // A batch of several adapters has no merged weight.
+    let rows = lowerings_of(equal.part).filter(|row| row.lowering() != Lowering::Merged);
     let plans: Vec<(Lowering, Plan)> =
-        lowerings.iter().filter_map(|lowering| Some((*lowering, plan_of(*lowering).ok()?))).collect();
+        rows.map(|row| (row.lowering(), Plan::default().with_part(row.computes))).collect();
     let holds = |plan: &Plan| can_hold(plan, layer.shape, &batch, device.info().largest_buffer_bytes);
     if plans.iter().any(|(_, plan)| !holds(plan) || predict(plan) > 2.0 * effort.longest_call) {
         return Ok(None);

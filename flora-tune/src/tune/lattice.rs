@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use flora_plan::batch::BatchShape;
 use flora_plan::cost::{Kernel, Place, PricedLayer, Surface, work};
 use flora_plan::layer::{LayerFormat, LayerShape};
-use flora_plan::lowering::{Lowering, Part};
+use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering, Part, PartLowering};
 use flora_plan::plan::Plan;
 use flora_plan::schedule::{Schedule, can_hold, schedule};
 
@@ -16,14 +16,16 @@ use flora_runtime::{Device, DeviceError};
 
 /// The part of an adapter, and the plan, that need a kernel: what its coefficients are measured by.
 pub fn needed_by(kernel: Kernel) -> (Part, Plan) {
-    let plan = |multiplicative, additive| Plan::new(multiplicative, additive).unwrap_or_default();
+    let multiplicative =
+        |lowering| (Part::Multiplicative, Plan::default().with_part(PartLowering::Multiplicative(lowering)));
+    let additive = |lowering| (Part::Additive, Plan::default().with_part(PartLowering::Additive(lowering)));
     match kernel {
         Kernel::Matmul | Kernel::Stacked | Kernel::Move => (Part::Multiplicative, Plan::default()),
-        Kernel::OnChip => (Part::Multiplicative, plan(Lowering::OnChip, Lowering::Fused)),
-        Kernel::Bmm => (Part::Multiplicative, plan(Lowering::Bmm, Lowering::Fused)),
+        Kernel::OnChip => multiplicative(MultiplicativeLowering::OnChip),
+        Kernel::Bmm => multiplicative(MultiplicativeLowering::Bmm),
         Kernel::Fused => (Part::Additive, Plan::default()),
-        Kernel::LowRankBmm => (Part::Additive, plan(Lowering::Stacked, Lowering::Bmm)),
-        Kernel::Segmented => (Part::Additive, plan(Lowering::Stacked, Lowering::Segmented)),
+        Kernel::LowRankBmm => additive(AdditiveLowering::Bmm),
+        Kernel::Segmented => additive(AdditiveLowering::Segmented),
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use flora::prelude::*;
 use flora_plan::batch::{AdapterSlots, BatchShape, Segment};
 use flora_plan::cost::{PricedLayer, work};
-use flora_plan::lowering::{Part, lowerings_of};
+use flora_plan::lowering::lowerings_of;
 use flora_plan::schedule::{Materialised, Schedule, ScheduleError, schedule};
 use flora_runtime::{BackendKind, LayerOperands};
 use flora_runtime::{Buffer, DeviceError, ProjectionError};
@@ -195,21 +195,25 @@ pub(super) fn variants(
     let base = bench.base()?;
     let mut variants = vec![base.clone()];
     for (adapter, rank, part, rows) in &batches {
-        for lowering in lowerings_of(*part).map(|row| row.lowering) {
-            let merged = lowering == Lowering::Merged;
-            if !wanted.lowerings.contains(&lowering) || merged && tokens.segments != 1 {
+        for row in lowerings_of(*part) {
+            let (lowering, plan) = (row.lowering(), Plan::default().with_part(row.computes));
+            if !wanted.lowerings.contains(&lowering) || plan.is_merged() && tokens.segments != 1 {
                 continue;
             }
-            let plan = plan(*part, lowering, wanted.split)?;
+            let plan = if wanted.split { plan.with_split() } else { plan };
             let variant = bench.lowered(adapter, *rank, plan, lowering, rows);
             let title = || format!("{adapter} of rank {rank} by {lowering}");
             variants.extend(unless_impossible(clock, variant, title, left_out)?);
         }
     }
     for (rank, rows) in &mixtures {
-        for lowering in [Lowering::Stacked, Lowering::OnChip].into_iter().filter(|one| wanted.lowerings.contains(one)) {
+        for lowering in [MultiplicativeLowering::Stacked, MultiplicativeLowering::OnChip]
+            .into_iter()
+            .filter(|lowering| wanted.lowerings.contains(&lowering.lowering()))
+        {
             // The planner stacks single rows, whatever it does with longer segments.
-            let plan = plan(Part::Multiplicative, lowering, wanted.split)?.with_on_chip_from(2);
+            let plan = Plan::new(lowering, AdditiveLowering::Fused).with_on_chip_from(2);
+            let plan = if wanted.split { plan.with_split() } else { plan };
             let variant = bench.mixed(*rank, plan, rows, &base);
             let title = || format!("a mixed batch of rank {rank} by {lowering}");
             variants.extend(unless_impossible(clock, variant, title, left_out)?);
@@ -244,16 +248,6 @@ pub(super) fn is_impossible(error: &CommandError) -> bool {
         }
         _ => false,
     }
-}
-
-/// The plan that computes `part` by `lowering`; the other part is fused, which is what a plan costs that hasn't got it: nothing.
-pub(crate) fn plan(part: Part, lowering: Lowering, split: bool) -> Result<Plan, CommandError> {
-    let plan = match (part, lowering) {
-        (_, Lowering::Merged) => Plan::MERGED,
-        (Part::Multiplicative, _) => Plan::new(lowering, Lowering::Fused)?,
-        (Part::Additive, _) => Plan::new(Lowering::Stacked, lowering)?,
-    };
-    Ok(if split { plan.with_split() } else { plan })
 }
 
 /// A case's tensors.
@@ -317,7 +311,7 @@ impl Bench<'_> {
         let schedule = schedule(&plan, shape, segments, adapters, false).map_err(ProjectionError::from)?;
         let mut timed = self.timed(schedule)?;
         let mut operand_bytes = format.weight.bytes(shape) + format.adapters.bytes() * rows.numbers(shape);
-        if lowering == Lowering::Merged {
+        if plan.is_merged() {
             let made = self.device.merged(&self.operands, 0, &Materialised::weight_of(&adapters[0]))?;
             operand_bytes = format.activations.bytes() * u64::from(shape.d) * u64::from(shape.k);
             timed.operands = Arc::new(made);
@@ -346,7 +340,7 @@ impl Bench<'_> {
         let whole = self.base_gemm(rows.virtual_rows() as u32)?;
         let mut terms = base.terms.clone();
         terms.extend([(1.0, mixed), (-1.0, whole)]);
-        let lowering = format!("{}+{}", plan.multiplicative(), plan.additive());
+        let lowering = plan.to_string();
         Ok(Variant { adapter: MIXED, lowering, rank, segments: segments.len() as u32, terms, ..base.clone() })
     }
 }

@@ -3,6 +3,7 @@
 use flora::prelude::*;
 use flora_plan::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::lowering::Part;
+use flora_plan::plan::Lowerings;
 use serde::Serialize;
 
 /// One batch on one layer.
@@ -148,9 +149,11 @@ impl Point {
     /// What tells a plan of this batch from the others: the lowering of the part that its adapters have.
     pub(super) fn name_of(&self, plan: &Plan) -> String {
         let (multiplicative, additive) = (plan.of(Part::Multiplicative), plan.of(Part::Additive));
-        let multiplicative = match plan.on_chip_from() {
-            1 => multiplicative.to_string(),
-            rows => format!("{multiplicative} from {rows} rows"),
+        let multiplicative = match plan.lowerings() {
+            Lowerings::Separate(parts) if parts.on_chip_from() > 1 => {
+                format!("{multiplicative} from {} rows", parts.on_chip_from())
+            }
+            Lowerings::Separate(_) | Lowerings::Merged => multiplicative.to_string(),
         };
         match self.adapter {
             "lora" => additive.to_string(),

@@ -3,7 +3,7 @@
 use clap::Args;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
 use flora::prelude::*;
-use flora_plan::lowering::TABLE;
+use flora_plan::lowering::{Row, TABLE};
 use flora_runtime::BackendKind;
 
 use super::case::{ADAPTERS, BASE, Case, MIXED, Tokens, Variant, Wanted, variants};
@@ -121,7 +121,7 @@ impl Arguments {
             adapters => adapters.to_vec(),
         };
         let lowerings = match &self.lowerings[..] {
-            [] => TABLE.iter().map(|row| row.lowering).collect(),
+            [] => TABLE.iter().map(Row::lowering).collect(),
             lowerings => lowerings.to_vec(),
         };
         Wanted { ranks, adapters, lowerings, split: self.split }

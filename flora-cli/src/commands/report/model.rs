@@ -3,11 +3,12 @@
 use flora::prelude::*;
 use flora_plan::batch::{AdapterSlots, BatchShape, Segment};
 use flora_plan::cost::{Kernel, LayerPrices, Place, PricedLayer, Regime, Surface, eq7, work};
+use flora_plan::lowering::PartLowering;
 use flora_tune::measure::EqualSegments;
 use flora_tune::tune::needed_by;
 
 use super::page::{CriticalRank, Format, KernelPoints, Model, Point, Prediction};
-use crate::commands::bench::paper::{Coordinates, Crossing, Curves, plan};
+use crate::commands::bench::paper::{Coordinates, Crossing, Curves};
 use crate::commands::error::CommandError;
 use crate::commands::layer;
 
@@ -123,7 +124,8 @@ pub(super) fn predict(
             continue;
         };
         // What such a part can't be computed by was measured by no one.
-        let Ok(plan) = plan(part, lowering, false) else { continue };
+        let Some(computes) = PartLowering::find(part, lowering) else { continue };
+        let plan = Plan::default().with_part(computes);
         for rank in seconds.keys() {
             let batch = distinct(&compiled, *segments, rows, *rank);
             let work = work(&plan, layer, &batch, false, prices.pads_blocks());

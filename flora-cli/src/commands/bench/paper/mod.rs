@@ -8,12 +8,12 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
 use flora::prelude::*;
 use flora_plan::cost::PricedLayer;
-use flora_plan::lowering::Part;
+use flora_plan::lowering::PartLowering;
 use flora_plan::schedule::{Schedule, ScheduleError, schedule};
 use flora_runtime::ProjectionError;
 use flora_tune::measure::{EqualSegments, LayerBench};
 
-pub(crate) use super::case::{BASE, plan};
+pub(crate) use super::case::BASE;
 use super::case::{Case, MATMUL, Tokens, fits, is_impossible};
 use super::layers::tokens;
 use super::report::Times;
@@ -56,11 +56,11 @@ pub(super) struct Arguments {
 }
 
 /// What is compared: the paper's two formulations, and the best that flora has for each adapter.
-const VARIANTS: [(&str, Part, Lowering); 4] = [
-    ("flora", Part::Multiplicative, Lowering::Stacked),
-    ("flora", Part::Multiplicative, Lowering::OnChip),
-    ("lora", Part::Additive, Lowering::Bmm),
-    ("lora", Part::Additive, Lowering::Fused),
+const VARIANTS: [(&str, PartLowering); 4] = [
+    ("flora", PartLowering::Multiplicative(MultiplicativeLowering::Stacked)),
+    ("flora", PartLowering::Multiplicative(MultiplicativeLowering::OnChip)),
+    ("lora", PartLowering::Additive(AdditiveLowering::Bmm)),
+    ("lora", PartLowering::Additive(AdditiveLowering::Fused)),
 ];
 /// How many times as long as the fastest adapter a variant may take to be measured more than twice.
 const SLOW: f64 = 8.0;
@@ -151,8 +151,9 @@ fn variants(
         Ok(Variant { adapter, lowering, rank, schedule, first_seconds, times: Times::default() })
     };
     let mut variants = vec![time(BASE, MATMUL, 0, Schedule::base_gemm(shape, case.tokens.all()))?];
-    for (adapter, part, lowering) in VARIANTS {
-        let plan = plan(part, lowering, false)?;
+    for (adapter, computes) in VARIANTS {
+        let (part, lowering) = (computes.part(), computes.lowering());
+        let plan = Plan::default().with_part(computes);
         for rank in ranks {
             let (segments, slots) = EqualSegments { part, adapters, rows, rank: *rank }.batch();
             match time(adapter, lowering.name(), *rank, schedule(&plan, shape, &segments, &slots, false)) {

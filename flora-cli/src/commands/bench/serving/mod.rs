@@ -70,14 +70,14 @@ struct Way {
     /// The built-in layer of the adapters; `None` for the base model.
     layer: Option<&'static str>,
     /// `None`: as it is planned when a model is served.
-    fixed: Option<(Lowering, Lowering)>,
+    fixed: Option<(MultiplicativeLowering, AdditiveLowering)>,
 }
 
 const WAYS: [Way; 4] = [
     Way { adapter: BASE, layer: None, fixed: None },
     Way { adapter: "flora", layer: Some("flora"), fixed: None },
     // The paper's baseline.
-    Way { adapter: "lora", layer: Some("lora"), fixed: Some((Lowering::OnChip, Lowering::Bmm)) },
+    Way { adapter: "lora", layer: Some("lora"), fixed: Some((MultiplicativeLowering::OnChip, AdditiveLowering::Bmm)) },
     Way { adapter: "lora", layer: Some("lora"), fixed: None },
 ];
 
@@ -198,7 +198,7 @@ impl Setting<'_> {
     fn variant(&self, way: Way, rank: u32) -> Variant {
         let lowering = match (way.layer, way.fixed, self.planner) {
             (None, ..) => "matmul".to_owned(),
-            (_, Some((_, additive)), _) => additive.name().to_owned(),
+            (_, Some((_, additive)), _) => additive.to_string(),
             (_, None, Some(_)) => "tuned".to_owned(),
             (Some("flora"), None, None) => "on_chip".to_owned(),
             (Some(_), None, None) => "fused".to_owned(),
@@ -209,7 +209,7 @@ impl Setting<'_> {
     fn start(&self, way: Way, rank: u32) -> Result<Engine, CommandError> {
         let arguments = &self.arguments.model;
         let planning = match (way.fixed, self.planner) {
-            (Some((multiplicative, additive)), _) => PlanningChoice::Fixed(Plan::new(multiplicative, additive)?),
+            (Some((multiplicative, additive)), _) => PlanningChoice::Fixed(Plan::new(multiplicative, additive)),
             (None, Some(planner)) => PlanningChoice::Priced(planner.coefficients()),
             (None, None) => PlanningChoice::default(),
         };
