@@ -2,6 +2,7 @@
 //! Generic over the runtime, so that CUDA, wgpu and the offline targets go through the same code.
 
 mod copy;
+mod prepare;
 mod run;
 
 pub use copy::copy;
@@ -12,7 +13,8 @@ use flora_runtime::operands::{OperandError, check_recipe, check_slots};
 use crate::routine::{Hardware, RoutineError};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape};
 use flora_plan::schedule::{Materialised, Schedule};
-use run::Run;
+use prepare::{PreparedBatch, Site};
+use run::{Run, allocate};
 
 /// A layer's operands on the device, row-major, in the types of `format`.
 #[derive(Clone, Debug)]
@@ -73,9 +75,11 @@ pub enum LaunchError {
     Operands(#[from] OperandError),
     /// A result or an intermediate that the device can't hold in one buffer.
     #[error(
-        "the batch needs a buffer of {bytes} bytes and the device takes {limit}; split the batch, or use another lowering"
+        "{what} of the batch need a buffer of {bytes} bytes and the device takes {limit}; split the batch, or use another lowering"
     )]
     BufferTooLarge {
+        /// What the buffer holds.
+        what: &'static str,
         /// What it needs.
         bytes: u64,
         /// The device's limit.
@@ -110,7 +114,8 @@ pub unsafe fn launch<R: Runtime>(
     if layer.epilogue.residual && residual.is_none() {
         return Err(OperandError::NoResidual.into());
     }
-    Run::new(client, hardware, layer, schedule.tokens(), x, residual)?.steps(schedule)
+    let PreparedBatch { y, steps } = Site::of(hardware, layer).prepare(schedule)?;
+    Run::new(client, hardware, layer, schedule.tokens(), x, residual, allocate(client, y)).steps(&steps)
 }
 
 /// Makes W_i of one adapter, in the type of the activations: what [`Merged`] holds.
@@ -127,5 +132,7 @@ pub unsafe fn merge<R: Runtime>(
     step: &Materialised,
 ) -> Result<Handle, LaunchError> {
     check_recipe(step, (layer.in_pool.slots, layer.out_pool.slots))?;
-    Run::new(client, hardware, layer, 0, &layer.base_weight, None)?.made(step)
+    let made = Site::of(hardware, layer).merge(step)?;
+    let nothing = &layer.base_weight;
+    Ok(Run::new(client, hardware, layer, 0, nothing, None, nothing.clone()).made(&made))
 }

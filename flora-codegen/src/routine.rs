@@ -280,6 +280,20 @@ mod tests {
         }
     }
 
+    /// More sums than the bytes of 32 bits count.
+    #[test]
+    fn a_rank_of_any_size_is_refused_where_it_does_not_fit() {
+        let hardware = hardware(Capability::Sm90);
+        for rank in [1 << 20, 1 << 30, (1 << 30) + 1] {
+            let rows = vec![VirtualRow { row: 0, in_slot: 0, out_slot: 0, last: 1 }];
+            let low_rank = vec![LowRankRows { first_row: 0, rows: 1, shrink: 0, expand: 0, rank }];
+            let (shape, format) = (LayerShape { d: 1, k: 1 }, LayerFormat::default());
+            let wanted = Wanted { shape, format, epilogue: Epilogue::default(), splits: false };
+            let refused = super::gemm(&hardware, wanted, &Gemm { rows, low_rank, ..Gemm::default() }).map(|_| ());
+            assert_eq!(refused, Err(RoutineError::RankTooLarge { rank, bytes: hardware.shared_bytes }));
+        }
+    }
+
     #[test]
     fn every_low_rank_sum_has_one_task() {
         let hardware = hardware(Capability::Sm80);

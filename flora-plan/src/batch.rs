@@ -144,10 +144,10 @@ impl GroupShape {
     /// Both groups as one.
     pub(crate) fn and(self, other: Self) -> Self {
         Self {
-            tokens: self.tokens + other.tokens,
-            tokens_times_width: self.tokens_times_width + other.tokens_times_width,
+            tokens: self.tokens.saturating_add(other.tokens),
+            tokens_times_width: self.tokens_times_width.saturating_add(other.tokens_times_width),
             adapters: self.adapters + other.adapters,
-            widths: self.widths + other.widths,
+            widths: self.widths.saturating_add(other.widths),
             largest_width: self.largest_width.max(other.largest_width),
             longest: self.longest.max(other.longest),
         }
@@ -157,7 +157,7 @@ impl GroupShape {
         if rows > 0 {
             *self = self.and(Self {
                 tokens: rows,
-                tokens_times_width: rows * width,
+                tokens_times_width: rows.saturating_mul(width),
                 adapters: 1,
                 widths: width,
                 largest_width: width,

@@ -222,7 +222,8 @@ pub fn plan(prices: &LayerPrices, batch: &BatchShape, finishes: bool) -> Plan {
         }
     }
     let chosen = best.1;
-    if may_split(&chosen, batch, prices.split_rows()) { chosen.with_split() } else { chosen }
+    let split = chosen.with_split();
+    if may_split(&chosen, batch, prices.split_rows()) && holds(&split) { split } else { chosen }
 }
 
 /// Whether a batch is one of so few stacked rows that tuning found it faster split.
@@ -231,7 +232,7 @@ fn may_split(plan: &Plan, batch: &BatchShape, split_rows: u64) -> bool {
         Lowerings::Merged => false,
         Lowerings::Separate(parts) => match parts.multiplicative {
             MultiplicativeLowering::Stacked => {
-                (1..=split_rows).contains(&(batch.plain_rows + batch.multiplicative.tokens_times_width))
+                (1..=split_rows).contains(&batch.plain_rows.saturating_add(batch.multiplicative.tokens_times_width))
             }
             MultiplicativeLowering::OnChip | MultiplicativeLowering::Bmm => false,
         },

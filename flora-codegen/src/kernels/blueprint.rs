@@ -123,9 +123,10 @@ impl TileBlueprint {
             bytes += 4 * columns;
         }
         if self.hidden > 0 {
-            bytes += 4 * self.hidden + shrink_shared_bytes(self.multiply, self.units(), stage);
+            bytes += shrink_shared_bytes(self.multiply, self.units(), stage);
         }
-        bytes as usize
+        // No number of sums is too many to be counted.
+        (bytes as usize).saturating_add(4usize.saturating_mul(self.hidden as usize))
     }
 }
 

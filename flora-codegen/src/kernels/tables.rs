@@ -6,7 +6,10 @@
 
 use bytemuck::{Pod, Zeroable};
 use cubecl::prelude::*;
-use flora_plan::schedule::{MaterialisedAdapter, SEGMENT_ITEM_ROWS, Scale, SegmentItem, VirtualRow};
+use flora_plan::schedule::{
+    EXPAND_ITEM_WORDS, MATERIALISED_ADAPTER_WORDS, MaterialisedAdapter, SCALE_WORDS, SEGMENT_ITEM_ROWS,
+    SHRINK_TASK_WORDS, Scale, SegmentItem, TILE_ROW_WORDS, VirtualRow,
+};
 
 /// A virtual row of the tile kernel.
 #[repr(C)]
@@ -139,6 +142,15 @@ const _: () = {
     assert!(words_of::<ShrinkTask>() == 6);
     assert!(words_of::<ExpandItem>() == 5);
     assert!(words_of::<MaterialisedAdapter>() == 5);
+};
+
+// What a plan's limits count.
+const _: () = {
+    assert!((words_of::<TileRow>() + words_of::<Item>()) as u64 == TILE_ROW_WORDS);
+    assert!(words_of::<Scale>() as u64 == SCALE_WORDS);
+    assert!(words_of::<ShrinkTask>() as u64 == SHRINK_TASK_WORDS);
+    assert!(words_of::<ExpandItem>() as u64 == EXPAND_ITEM_WORDS);
+    assert!(words_of::<MaterialisedAdapter>() as u64 == MATERIALISED_ADAPTER_WORDS);
 };
 
 /// A module of cube functions, one for each field of a record: each reads its word of the record that starts at word `record` of

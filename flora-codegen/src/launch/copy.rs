@@ -6,7 +6,8 @@ use cubecl::server::Handle;
 use flora_runtime::OperandError;
 
 use super::LaunchError;
-use super::run::{AXIS_LIMIT, ELEMENTWISE_UNITS, array};
+use super::prepare::{AXIS_LIMIT, ELEMENTWISE_UNITS};
+use super::run::array;
 use crate::kernels::rows::copy_numbers;
 use crate::routine::storage;
 use flora_plan::layer::Element;

@@ -22,7 +22,7 @@ use flora_plan::layer::{Epilogue, LayerFormat, LayerShape};
 use flora_plan::pipeline::CompiledLayer;
 use flora_plan::plan::Plan;
 use flora_plan::schedule::{ScheduleError, schedule};
-use recorder::{Offline, OfflineDevice};
+use recorder::{Offline, OfflineDevice, Records};
 #[cfg(feature = "wgpu")]
 use shader::{Spirv, Wgsl};
 
@@ -157,6 +157,21 @@ where
     R: Runtime<Device = OfflineDevice>,
     R::Server: cubecl::server::ComputeServer<Info = recorder::Recording>,
 {
+    let (launched, records) = recorded::<R>(variant, None, emission)?;
+    launched?;
+    records.kernels.into_iter().collect()
+}
+
+/// Launches on a recorder; `largest_buffer` in place of its own limit.
+fn recorded<R>(
+    variant: u16,
+    largest_buffer: Option<u64>,
+    emission: &Emission,
+) -> Result<(Result<(), LaunchError>, Records), ScheduleError>
+where
+    R: Runtime<Device = OfflineDevice>,
+    R::Server: cubecl::server::ComputeServer<Info = recorder::Recording>,
+{
     let finishes = !emission.epilogue.is_identity();
     let schedule = schedule(&emission.plan, emission.shape, emission.segments, emission.adapters, finishes)?;
     let client = R::client(&OfflineDevice { variant });
@@ -167,29 +182,34 @@ where
     let pool =
         |slots: u32, width: u32| Pool { handle: buffer(adapters.bytes() * u64::from(slots) * u64::from(width)), slots };
     let merged = schedule.merged_adapter();
-    let layer = LayerBuffers {
-        shape: emission.shape,
-        format: emission.format,
-        base_weight: buffer(weight.bytes(emission.shape) - 4 * weight.scale_words(emission.shape)),
-        weight_scales: weight.quantisation().map(|_| buffer(4 * weight.scale_words(emission.shape))),
-        bias: emission.epilogue.bias.then(|| buffer(4 * u64::from(k))),
-        in_pool: pool(in_slots, d),
-        out_pool: pool(out_slots, k),
-        epilogue: emission.epilogue,
-        merged: merged
-            .map(|adapter| Merged { adapter, weight: buffer(activations.bytes() * u64::from(d) * u64::from(k)) }),
+    let mut hardware = Hardware::of(client.properties());
+    hardware.largest_buffer = largest_buffer.unwrap_or(hardware.largest_buffer);
+    let buffers = || {
+        let layer = LayerBuffers {
+            shape: emission.shape,
+            format: emission.format,
+            base_weight: buffer(weight.bytes(emission.shape) - 4 * weight.scale_words(emission.shape)),
+            weight_scales: weight.quantisation().map(|_| buffer(4 * weight.scale_words(emission.shape))),
+            bias: emission.epilogue.bias.then(|| buffer(4 * u64::from(k))),
+            in_pool: pool(in_slots, d),
+            out_pool: pool(out_slots, k),
+            epilogue: emission.epilogue,
+            merged: merged
+                .map(|adapter| Merged { adapter, weight: buffer(activations.bytes() * u64::from(d) * u64::from(k)) }),
+        };
+        let rows = u64::from(schedule.tokens().max(1));
+        let x = buffer(activations.bytes() * rows * u64::from(d));
+        let residual = emission.epilogue.residual.then(|| buffer(activations.bytes() * rows * u64::from(k)));
+        // What is asked of the recorder is handed to its own thread; a read waits for it.
+        let _ = client.read_one(x.clone());
+        (layer, x, residual)
     };
-    let rows = u64::from(schedule.tokens().max(1));
-    let x = buffer(activations.bytes() * rows * u64::from(d));
-    let residual = emission.epilogue.residual.then(|| buffer(activations.bytes() * rows * u64::from(k)));
-    let hardware = Hardware::of(client.properties());
-    client.info().record(|| {
+    Ok(client.info().record(buffers, |(layer, x, residual)| {
         // SAFETY: a recorder has no memory that a kernel could miss.
         let launched = unsafe { launch(&client, &hardware, &layer, &schedule, &x, residual.as_ref()) };
-        // Launches are handed to the recorder's own thread; a read waits for it.
-        let _ = client.read_one(x.clone());
-        launched.map(|_| ()).map_err(EmitError::from)
-    })
+        let _ = client.read_one(x);
+        launched.map(|_| ())
+    }))
 }
 
 /// Segments of so many rows, each with an adapter of its own of one rank: a batch to emit launches for.
@@ -221,4 +241,110 @@ pub fn emit_layer(
     let segments: Vec<_> = (0..batch.segments).map(|adapter| Segment { rows: batch.rows, adapter }).collect();
     let epilogue = layer.epilogue();
     emit(target, &Emission { shape, format, epilogue, plan, segments: &segments, adapters: &adapters })
+}
+
+#[cfg(test)]
+mod tests {
+    use flora_plan::batch::{BatchShape, LowRankSlots, VirtualRowSlots};
+    use flora_plan::layer::Element;
+    use flora_plan::schedule::can_hold;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The one adapter of a kind with this width.
+    fn adapter(kind: u32, width: u32) -> AdapterSlots {
+        let scales = VirtualRowSlots { in_scale: Some(0), out_scale: Some(0) };
+        let low_rank = LowRankSlots { shrink: 0, expand: 0, rank: width };
+        let many = vec![scales; width as usize];
+        match kind {
+            0 => AdapterSlots::base(),
+            1 => AdapterSlots { virtual_rows: many, low_rank: LowRankSlots::default() },
+            2 => AdapterSlots { low_rank, ..AdapterSlots::base() },
+            3 => AdapterSlots { virtual_rows: vec![scales], low_rank },
+            _ => AdapterSlots { virtual_rows: many, low_rank },
+        }
+    }
+
+    fn batches() -> impl Strategy<Value = (Vec<Segment>, Vec<AdapterSlots>)> {
+        let adapters = proptest::collection::vec((0u32..5, 1u32..20), 1..5);
+        (adapters, proptest::collection::vec((0u32..40, 0usize..100), 1..8)).prop_map(|(adapters, segments)| {
+            let count = adapters.len();
+            let segments =
+                segments.into_iter().map(|(rows, adapter)| Segment { rows, adapter: (adapter % count) as u32 });
+            (segments.collect(), adapters.into_iter().map(|(kind, width)| adapter(kind, width)).collect())
+        })
+    }
+
+    fn plans() -> impl Strategy<Value = Plan> {
+        let all: Vec<Plan> = Plan::all().collect();
+        (0..all.len(), any::<bool>(), 0usize..Plan::ON_CHIP_FROM.len()).prop_map(move |(plan, splits, rows)| {
+            let plan = all[plan].with_on_chip_from(Plan::ON_CHIP_FROM[rows]);
+            if splits { plan.with_split() } else { plan }
+        })
+    }
+
+    /// Bytes that cubecl rounds the size of a buffer up to.
+    const PAGE: u64 = 512;
+
+    /// What a launch does on a card whose largest buffer has `limit` bytes.
+    fn launched(limit: u64, emission: &Emission) -> (Result<(), LaunchError>, Records) {
+        let variant = Capability::Sm90.version();
+        recorded::<Offline<Cuda>>(variant, Some(limit), emission).expect("it is scheduled")
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
+
+        /// A plan that the device can hold is launched, and no buffer is longer than the device's longest; on a device that can't
+        /// hold its longest buffer nothing is launched at all.
+        #[test]
+        fn what_can_be_held_is_launched(
+            (segments, adapters) in batches(),
+            plan in plans(),
+            d in prop_oneof![1u32..80, Just(1024)],
+            k in 1u32..80,
+            half: bool,
+        ) {
+            let (shape, batch) = (LayerShape { d, k }, BatchShape::of(&segments, &adapters));
+            prop_assume!(!plan.is_merged() || batch.adapters <= 1);
+            let format = LayerFormat::uniform(if half { Element::F16 } else { Element::F32 });
+            let (segments, adapters) = (&segments[..], &adapters[..]);
+            let emission = Emission { shape, format, epilogue: Epilogue::default(), plan, segments, adapters };
+            // The shortest that it can hold.
+            let (mut refused, mut held) = (0u64, 1 << 40);
+            while held - refused > 1 {
+                let middle = u64::midpoint(refused, held);
+                if can_hold(&plan, shape, &batch, Some(middle)) { held = middle } else { refused = middle }
+            }
+            // Buffers that stand in for what isn't read are of a few words.
+            let held = held.max(16);
+            let (outcome, records) = launched(held, &emission);
+            prop_assert_eq!(outcome, Ok(()), "{} bytes", held);
+            let largest = records.largest_buffer;
+            prop_assert!(largest <= held.next_multiple_of(PAGE), "{} of {} bytes", largest, held);
+            if largest > PAGE {
+                let (refusal, records) = launched(largest - PAGE, &emission);
+                let refused = matches!(refusal, Err(LaunchError::BufferTooLarge { .. }));
+                prop_assert!(refused, "{:?}", refusal);
+                prop_assert_eq!(records.kernels.len(), 0);
+            }
+        }
+    }
+
+    /// Partial sums are in no plan but in the memory of the device.
+    #[test]
+    fn partial_sums_are_within_the_limit() {
+        let (shape, plan) = (LayerShape { d: 4096, k: 64 }, Plan::default().with_split());
+        let (segments, adapters) = (&[Segment { rows: 512, adapter: 0 }][..], &[AdapterSlots::base()][..]);
+        let epilogue = Epilogue::default();
+        let emission = Emission { shape, format: LayerFormat::default(), epilogue, plan, segments, adapters };
+        let y = 512 * 64 * 4;
+        let (refused, records) = launched(y, &emission);
+        let limit = LaunchError::BufferTooLarge { what: "partial sums", bytes: 8 * y, limit: y };
+        assert_eq!((refused, records.kernels.len()), (Err(limit), 0));
+        assert!(!can_hold(&plan, shape, &BatchShape::of(segments, adapters), Some(y)));
+        assert!(can_hold(&Plan::default(), shape, &BatchShape::of(segments, adapters), Some(y)));
+        assert_eq!(launched(y, &Emission { plan: Plan::default(), ..emission }).0, Ok(()));
+    }
 }

@@ -57,10 +57,19 @@ impl Device for OfflineDevice {
     }
 }
 
-/// The launches of one device, in order.
+/// What one device was asked for.
+#[derive(Debug, Default)]
+pub(super) struct Records {
+    /// The launches, in order.
+    pub(super) kernels: Vec<Result<EmittedKernel, EmitError>>,
+    /// Bytes of the largest buffer, rounded up as cubecl does.
+    pub(super) largest_buffer: u64,
+}
+
+/// The records of one device.
 #[derive(Debug, Default)]
 pub(super) struct Recording {
-    kernels: Mutex<Vec<Result<EmittedKernel, EmitError>>>,
+    records: Mutex<Records>,
     /// Held while one caller launches, because clients of one device share the recorder.
     turn: Mutex<()>,
 }
@@ -70,15 +79,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Recording {
-    /// The launches that `launches` makes.
-    pub(super) fn record(
-        &self,
-        launches: impl FnOnce() -> Result<(), EmitError>,
-    ) -> Result<Vec<EmittedKernel>, EmitError> {
+    /// What `launches` asks for, with the buffers that others made for it.
+    pub(super) fn record<B, T>(&self, buffers: impl FnOnce() -> B, launches: impl FnOnce(B) -> T) -> (T, Records) {
         let _turn = lock(&self.turn);
-        lock(&self.kernels).clear();
-        launches()?;
-        std::mem::take(&mut *lock(&self.kernels)).into_iter().collect()
+        let buffers = buffers();
+        *lock(&self.records) = Records::default();
+        let launched = launches(buffers);
+        (launched, std::mem::take(&mut *lock(&self.records)))
     }
 }
 
@@ -119,7 +126,10 @@ impl<D: Dialect> ComputeServer for OfflineServer<D> {
     type MemoryLayoutPolicy = ContiguousMemoryLayoutPolicy;
     type Storage = BytesStorage;
 
-    fn initialize_memory(&mut self, _memory: ManagedMemoryHandle, _size: u64, _stream: StreamId) {}
+    fn initialize_memory(&mut self, _memory: ManagedMemoryHandle, size: u64, _stream: StreamId) {
+        let mut records = lock(&self.utilities.info.records);
+        records.largest_buffer = records.largest_buffer.max(size);
+    }
 
     fn logger(&self) -> Arc<ServerLogger> {
         self.utilities.logger.clone()
@@ -183,7 +193,7 @@ impl<D: Dialect> ComputeServer for OfflineServer<D> {
                 Err(EmitError::Compile { kernel: name, reason: first_line(words) })
             }
         };
-        lock(&self.utilities.info.kernels).push(record);
+        lock(&self.utilities.info.records).kernels.push(record);
     }
 
     fn flush(&mut self, _stream: StreamId) -> Result<(), ServerError> {

@@ -113,11 +113,11 @@ pub fn schedule(
 ) -> Result<Schedule, ScheduleError> {
     let tokens = segments.iter().map(|segment| u64::from(segment.rows)).sum::<u64>();
     batch_fits(shape, tokens)?;
-    let rows_of = rows_by_adapter(segments, adapters)?;
     let batch = BatchShape::of(segments, adapters);
     for (what, elements) in buffers(plan, shape, &batch) {
         fits(what, elements)?;
     }
+    let rows_of = rows_by_adapter(segments, adapters)?;
     if plan.is_merged() && batch.adapters > 1 {
         return Err(ScheduleError::NotOneAdapter { adapters: batch.adapters });
     }

@@ -1,6 +1,7 @@
 //! How large a batch, and what a plan puts in memory for it, may be.
 
 use super::error::ScheduleError;
+use super::steps::SEGMENT_ITEM_ROWS;
 use crate::batch::{BatchShape, GroupShape};
 use crate::layer::LayerShape;
 use crate::lowering::{AdditiveLowering, MultiplicativeLowering};
@@ -29,40 +30,119 @@ pub(super) fn batch_fits(shape: LayerShape, tokens: u64) -> Result<(), ScheduleE
     fits("the base weight", d * k)
 }
 
-/// What a plan puts in memory beside x, y and the layer's operands, in elements.
-pub(super) fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str, u64); 5] {
+/// Words of the kernels' tables, at most: for each virtual row its record and that of the item that it may be alone in.
+pub const TILE_ROW_WORDS: u64 = 16;
+/// For each task of up to 16 rows and ranks of a low-rank sum.
+pub const SHRINK_TASK_WORDS: u64 = 6;
+/// For each up to 16 rows that a low-rank sum is added to.
+pub const EXPAND_ITEM_WORDS: u64 = 5;
+/// For each virtual row of a W_i.
+pub const SCALE_WORDS: u64 = 2;
+/// For each adapter whose W_i is materialised.
+pub const MATERIALISED_ADAPTER_WORDS: u64 = 5;
+
+/// A product of extents, the largest number there is where it is larger.
+fn product(extents: &[u64]) -> u64 {
+    extents.iter().copied().fold(1, u64::saturating_mul)
+}
+
+fn sum(terms: &[u64]) -> u64 {
+    terms.iter().copied().fold(0, u64::saturating_add)
+}
+
+/// The rows whose W_i is made tile by tile.
+fn on_chip(plan: &Plan, batch: &BatchShape) -> GroupShape {
+    match plan.lowerings() {
+        Lowerings::Merged => GroupShape::default(),
+        Lowerings::Separate(parts) => match parts.multiplicative {
+            MultiplicativeLowering::OnChip => batch.wide_from(parts.on_chip_from()).0,
+            MultiplicativeLowering::Stacked | MultiplicativeLowering::Bmm => GroupShape::default(),
+        },
+    }
+}
+
+/// Virtual rows that are multiplied by the base weight, or by the resident one.
+fn base_rows(plan: &Plan, batch: &BatchShape) -> u64 {
+    match plan.lowerings() {
+        Lowerings::Merged => batch.tokens,
+        Lowerings::Separate(parts) => match parts.multiplicative {
+            MultiplicativeLowering::Bmm => batch.plain_rows,
+            MultiplicativeLowering::Stacked | MultiplicativeLowering::OnChip => {
+                let (group, on_chip) = (batch.multiplicative, on_chip(plan, batch));
+                let stacked = group.tokens_times_width.saturating_sub(on_chip.tokens_times_width);
+                sum(&[batch.plain_rows, stacked, on_chip.tokens])
+            }
+        },
+    }
+}
+
+/// What a plan puts in memory beside x and the layer's operands, in elements of at most four bytes. Every element is counted that
+/// a launch allocates, on any device: a schedule's launches ask for no more than this.
+pub(super) fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str, u64); 10] {
     let (d, k) = (u64::from(shape.d), u64::from(shape.k));
     let group = batch.multiplicative;
-    // What is stacked, whether W_i are made in memory, what is summed by itself, and whether that is packed.
-    let (scaled, materialises, additive, packs) = match plan.lowerings() {
-        Lowerings::Merged => (0, false, GroupShape::default(), false),
+    // Whether W_i are made in memory, what is summed beside them, and how.
+    let (materialises, additive, packs, fuses) = match plan.lowerings() {
+        Lowerings::Merged => (false, GroupShape::default(), false, false),
         Lowerings::Separate(parts) => {
-            let scaled = match parts.multiplicative {
-                MultiplicativeLowering::Stacked => group.tokens_times_width,
-                MultiplicativeLowering::OnChip => {
-                    group.tokens_times_width - batch.wide_from(parts.on_chip_from()).0.tokens_times_width
-                }
-                MultiplicativeLowering::Bmm => 0,
+            let (packs, fuses) = match parts.additive {
+                AdditiveLowering::Fused => (false, true),
+                AdditiveLowering::Segmented => (false, false),
+                AdditiveLowering::Bmm => (true, false),
             };
-            let packs = match parts.additive {
-                AdditiveLowering::Fused | AdditiveLowering::Segmented => false,
-                AdditiveLowering::Bmm => true,
-            };
-            (scaled, parts.multiplicative.materialises(), batch.summed_beside(parts.multiplicative), packs)
+            (parts.multiplicative.materialises(), batch.summed_beside(parts.multiplicative), packs, fuses)
         }
     };
+    let rows = base_rows(plan, batch);
     let of = |used: bool, elements: u64| if used { elements } else { 0 };
+    // Rows of one adapter share a task where they follow one another, which they needn't.
+    let tasks = sum(&[additive.tokens_times_width / u64::from(SEGMENT_ITEM_ROWS), additive.tokens]);
+    let tasks = product(&[SHRINK_TASK_WORDS, tasks]);
+    let packed_rows = product(&[additive.adapters, additive.longest]);
+    let tile_table = sum(&[
+        product(&[TILE_ROW_WORDS, rows]),
+        product(&[SCALE_WORDS, on_chip(plan, batch).widths]),
+        of(fuses, tasks),
+    ]);
+    let adapters_table = product(&[MATERIALISED_ADAPTER_WORDS, group.adapters]);
+    let hidden = match packs {
+        true => product(&[packed_rows, additive.largest_width]),
+        // The ticket of `fused` is one more.
+        false => additive.tokens_times_width.saturating_add(u64::from(additive.tokens > 0)),
+    };
+    let widest = d.max(k).max(1);
     [
-        ("the table of virtual rows", 4 * (batch.plain_rows + scaled)),
-        ("the table of materialised weights", of(materialises, group.adapters * d * k)),
-        ("the packed rows of additive adapters", of(packs, additive.adapters * additive.longest * d.max(k))),
-        ("the packed vectors of additive adapters", of(packs, additive.adapters * additive.largest_width * d.max(k))),
-        ("the shrunk rows", additive.adapters * additive.longest * additive.largest_width),
+        ("y", product(&[batch.tokens, k])),
+        ("the table of virtual rows", tile_table),
+        ("the table of rows with a materialised weight", of(materialises, product(&[TILE_ROW_WORDS, group.tokens]))),
+        (
+            "the table of materialised weights",
+            of(materialises, sum(&[adapters_table, product(&[SCALE_WORDS, group.widths])])),
+        ),
+        ("the materialised weights", of(materialises, product(&[group.adapters, d, k]))),
+        ("the packed rows of additive adapters", of(packs, product(&[packed_rows, widest]))),
+        (
+            "the packed vectors of additive adapters",
+            of(packs, product(&[additive.adapters, additive.largest_width, widest])),
+        ),
+        ("the table of packed rows", of(packs, product(&[TILE_ROW_WORDS, packed_rows]))),
+        (
+            "the table of low-rank sums",
+            of(!packs && !fuses, sum(&[tasks, product(&[EXPAND_ITEM_WORDS, additive.tokens])])),
+        ),
+        ("the low-rank sums", hidden),
     ]
 }
 
-/// Whether a plan's buffers can be indexed and are no longer than the device's longest.
+/// The sums of the cubes that share the depth, where a device has them share it, in elements of four bytes.
+fn partial_sums(plan: &Plan, shape: LayerShape, virtual_rows: u64) -> u64 {
+    if plan.splits() { product(&[u64::from(most_splits(shape)), virtual_rows, u64::from(shape.k)]) } else { 0 }
+}
+
+/// Whether a plan's buffers can be indexed and are no longer than the device's longest. A batch that it accepts is never refused by
+/// a launch because of a buffer.
 pub fn can_hold(plan: &Plan, shape: LayerShape, batch: &BatchShape, largest_buffer_bytes: Option<u64>) -> bool {
     let longest = largest_buffer_bytes.map_or(u64::MAX, |bytes| bytes / size_of::<f32>() as u64).min(INDEX_LIMIT);
-    buffers(plan, shape, batch).into_iter().all(|(_, elements)| elements <= longest)
+    let partial = partial_sums(plan, shape, base_rows(plan, batch));
+    buffers(plan, shape, batch).into_iter().map(|(_, elements)| elements).chain([partial]).all(|own| own <= longest)
 }

@@ -8,7 +8,10 @@ mod steps;
 
 pub use error::ScheduleError;
 pub use lay_out::{Schedule, schedule};
-pub use limits::{SPLIT_DEPTH, can_hold, most_splits};
+pub use limits::{
+    EXPAND_ITEM_WORDS, MATERIALISED_ADAPTER_WORDS, SCALE_WORDS, SHRINK_TASK_WORDS, SPLIT_DEPTH, TILE_ROW_WORDS,
+    can_hold, most_splits,
+};
 pub use steps::{
     Gemm, LowRankBmm, LowRankRows, Materialised, MaterialisedAdapter, NO_ROW, OnChipSegment, Packing,
     SEGMENT_ITEM_ROWS, Scale, SegmentItem, Step, VirtualRow, WeightRun,

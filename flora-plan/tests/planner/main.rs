@@ -9,6 +9,7 @@ use flora_plan::layer::{LayerFormat, LayerShape};
 use flora_plan::lowering::{Lowering, Part};
 use flora_plan::model_planner::ModelPlanner;
 use flora_plan::plan::{Plan, plan};
+use flora_plan::schedule::{ScheduleError, can_hold, schedule};
 use proptest::prelude::*;
 
 use crate::coefficients::device;
@@ -92,4 +93,42 @@ fn what_does_not_fit_is_not_chosen() {
     assert_eq!(choose(&coefficients).of(Part::Multiplicative), Lowering::Bmm);
     coefficients.largest_buffer_bytes = Some(4 << 20);
     assert_ne!(choose(&coefficients).of(Part::Multiplicative), Lowering::Bmm);
+}
+
+/// Cubes share the depth only where the device can hold their partial sums.
+#[test]
+fn partial_sums_that_do_not_fit_are_not_chosen() {
+    let mut coefficients = device(3, true);
+    coefficients.blueprints.split_rows = 1024;
+    let (segments, adapters) = ([Segment { rows: 512, adapter: 0 }], [AdapterSlots::base()]);
+    let batch = BatchShape::of(&segments, &adapters);
+    let choose = |coefficients: &_| plan(&LayerPrices::new(coefficients, layer(4096, 64)), &batch, false);
+    assert!(choose(&coefficients).splits());
+    // 512 rows of 64 columns, eight times.
+    coefficients.largest_buffer_bytes = Some(8 * 512 * 64 * 4);
+    assert!(choose(&coefficients).splits());
+    coefficients.largest_buffer_bytes = Some(8 * 512 * 64 * 4 - 1);
+    assert!(!choose(&coefficients).splits());
+}
+
+/// Sums of extents that 64 bits don't count are too large, not small.
+#[test]
+fn extents_of_any_size_are_counted() {
+    let shape = LayerShape { d: 1, k: 1 };
+    let low_rank = LowRankSlots { shrink: 0, expand: 0, rank: 1 << 31 };
+    let adapters = vec![AdapterSlots { low_rank, ..AdapterSlots::base() }; 128];
+    // 128 adapters, 2^30 rows of the longest, 2^31 ranks: 2^68 sums.
+    let rows = |adapter: u32| if adapter == 0 { 1 << 30 } else { 1 };
+    let segments: Vec<Segment> = (0..128).map(|adapter| Segment { rows: rows(adapter), adapter }).collect();
+    for plan in Plan::unmerged() {
+        assert!(!can_hold(&plan, shape, &BatchShape::of(&segments, &adapters), None), "{plan:?}");
+        let refused = schedule(&plan, shape, &segments, &adapters, false);
+        assert!(matches!(refused, Err(ScheduleError::TooLarge { .. })), "{plan:?}");
+    }
+    let rows = vec![Segment { rows: u32::MAX, adapter: 0 }; 3];
+    let batch = BatchShape::of(
+        &rows,
+        &[AdapterSlots { low_rank: LowRankSlots { rank: u32::MAX, ..low_rank }, ..AdapterSlots::base() }],
+    );
+    assert!(!can_hold(&Plan::default(), shape, &batch, None));
 }
