@@ -97,7 +97,7 @@ pub enum LaunchError {
 /// The launches are queued; errors of the device itself surface when y is read.
 ///
 /// # Errors
-/// A schedule of another layer or of slots that the pools lack, a launch that the device can't hold, a type that it doesn't have.
+/// A schedule that is too large for the layer or of slots that the pools lack, a launch that the device can't hold, a type that it doesn't have.
 ///
 /// # Safety
 /// The buffers belong to `client` and hold what [`LayerBuffers`] says, `x` holds `[tokens, d]` and `residual` `[tokens, k]` in the

@@ -21,9 +21,9 @@ pub(crate) fn check(
     schedule: &Schedule,
     (x, y, residual): (usize, usize, Option<usize>),
 ) -> Result<(), HostError> {
-    let shape = schedule.shape();
+    let shape = operands.weight.shape();
+    schedule.fits(shape)?;
     let (d, k, tokens) = (shape.d as usize, shape.k as usize, schedule.tokens() as usize);
-    check_shape("the base weight", operands.weight, shape)?;
     length("x", x, tokens.saturating_mul(d))?;
     length("y", y, tokens.saturating_mul(k))?;
     if operands.epilogue.bias {

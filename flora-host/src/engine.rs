@@ -180,7 +180,7 @@ impl WithSimd for Call<'_> {
 
     fn with_simd<S: Simd>(self, simd: S) {
         let Call { engine, operands, schedule, x, mut y, residual, memory } = self;
-        let (shape, tokens) = (schedule.shape(), schedule.tokens());
+        let (shape, tokens) = (operands.weight.shape(), schedule.tokens());
         let (d, k) = (shape.d as usize, shape.k as usize);
         if tokens == 0 || k == 0 {
             return;

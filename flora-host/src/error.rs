@@ -23,8 +23,11 @@ pub enum HostError {
         /// What it has.
         found: usize,
     },
-    /// A weight of another shape than the schedule was made for.
-    #[error("{what} is [{found_d}, {found_k}] and the schedule was made for [{d}, {k}]")]
+    /// A schedule that is too large for the layer's shape.
+    #[error(transparent)]
+    Schedule(#[from] flora_plan::schedule::ScheduleError),
+    /// A merged weight of another shape than the base weight.
+    #[error("{what} is [{found_d}, {found_k}] and the base weight is [{d}, {k}]")]
     WrongShape {
         /// Which weight.
         what: &'static str,

@@ -217,7 +217,7 @@ impl Device {
     /// the type of the layer's activations.
     ///
     /// # Errors
-    /// Buffers of another device, size or type, a schedule of another layer, of adapters that it lacks or of the merged weight of
+    /// Buffers of another device, size or type, a schedule that is too large for the layer, of adapters that it lacks or of the merged weight of
     /// another adapter, a launch that the device can't make. Failures of the kernels themselves show when the result is read.
     pub fn execute(
         &self,

@@ -13,6 +13,7 @@ pub mod operands;
 pub mod planned;
 mod pool;
 pub mod projection;
+pub mod step;
 
 pub use backend::{Backend, Storage};
 pub use batch::{Batch, BatchError, BatchSegment};
@@ -21,5 +22,6 @@ pub use device::{Device, DeviceError};
 pub use found::Found;
 pub use info::{BackendKind, DeviceInfo};
 pub use operands::{LayerOperands, OperandError};
-pub use planned::{PlannedProjection, Planning, StepBatch};
+pub use planned::{PlannedProjection, Planning};
 pub use projection::{Projection, ProjectionError, ProjectionOptions};
+pub use step::StepBatch;

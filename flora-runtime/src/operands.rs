@@ -2,7 +2,7 @@
 //! once for all backends.
 
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
-use flora_plan::schedule::{Materialised, Schedule};
+use flora_plan::schedule::{Materialised, Schedule, ScheduleError};
 
 use crate::buffer::{Buffer, PoolBuffer, WeightBuffer};
 
@@ -78,14 +78,9 @@ pub enum OperandError {
         /// Slots that there are.
         slots: u32,
     },
-    /// The schedule was made for another layer.
-    #[error("the batch was laid out for a weight of {schedule:?} and this one is {layer:?}; lay it out for each")]
-    OtherLayer {
-        /// What it was made for.
-        schedule: LayerShape,
-        /// What it was launched with.
-        layer: LayerShape,
-    },
+    /// A schedule that is too large for a layer of this shape.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
     /// More adapters than kernels can index.
     #[error("the {pool} pool has {elements} elements and kernels index 2^31; load fewer adapters")]
     PoolTooLarge {
@@ -234,7 +229,8 @@ impl LayerOperands {
         Ok(())
     }
 
-    /// Whether a schedule is one of this layer: its shape, its pools, and the adapter whose W_i is resident.
+    /// Whether this layer can run a schedule: kernels can index it in this shape, its slots are in the pools, and the W_i that it
+    /// asks for is resident.
     pub(crate) fn check_schedule(&self, schedule: &Schedule) -> Result<(), OperandError> {
         let (shape, slots) = (self.shape(), (self.in_pool.slots, self.out_pool.slots));
         check_slots(schedule, shape, slots)?;
@@ -247,18 +243,16 @@ impl LayerOperands {
     }
 }
 
-/// Whether a schedule is one of a layer of this shape whose pools have so many in-slots and out-slots.
+/// Whether a layer of this shape whose pools have so many in-slots and out-slots can run a schedule.
 ///
 /// # Errors
-/// A schedule of another layer or of slots that the pools lack; pools that kernels can't index.
+/// A schedule that is too large for the shape or of slots that the pools lack; pools that kernels can't index.
 pub fn check_slots(
     schedule: &Schedule,
     shape: LayerShape,
     (in_slots, out_slots): (u32, u32),
 ) -> Result<(), OperandError> {
-    if shape != schedule.shape() {
-        return Err(OperandError::OtherLayer { schedule: schedule.shape(), layer: shape });
-    }
+    schedule.fits(shape)?;
     let pools = [("in", schedule.in_slots(), in_slots, shape.d), ("out", schedule.out_slots(), out_slots, shape.k)];
     for (pool, needed, slots, width) in pools {
         if needed > slots {

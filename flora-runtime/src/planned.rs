@@ -4,16 +4,15 @@
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use flora_plan::batch::{AdapterSlots, BatchShape, Segment};
 use flora_plan::cost::LayerPrices;
 use flora_plan::layer::{Element, LayerShape};
 use flora_plan::plan::{Plan, plan};
-use flora_plan::schedule::schedule;
 use flora_plan::weight::PackedWeight;
 
 use crate::buffer::Buffer;
 use crate::device::Device;
 use crate::projection::{Projection, ProjectionError, ProjectionOptions};
+use crate::step::StepBatch;
 
 /// A [`Projection`] with its way of planning. Clones share the weight and the adapters.
 #[derive(Clone)]
@@ -37,39 +36,6 @@ pub enum Planning {
     Fixed(Plan),
     /// The cheapest of each batch by the device's coefficients.
     Priced(Box<LayerPrices>),
-}
-
-/// The rows of one step, the same for all projections of a model: consecutive segments, each with the position of its adapter in
-/// the projections' tables. The base model is at 0, and wherever a projection has no adapter.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct StepBatch {
-    segments: Vec<Segment>,
-    rows: usize,
-}
-
-impl StepBatch {
-    /// Segments as (position, rows).
-    pub fn new(segments: impl IntoIterator<Item = (u32, u32)>) -> Self {
-        let segments: Vec<_> = segments.into_iter().map(|(adapter, rows)| Segment { rows, adapter }).collect();
-        let rows = segments.iter().map(|segment| segment.rows as usize).sum();
-        Self { segments, rows }
-    }
-
-    /// Rows of all segments.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// The segments.
-    pub fn segments(&self) -> &[Segment] {
-        &self.segments
-    }
-
-    /// The segments as a projection with these adapters sees them: an adapter that leaves it alone has no place in its table.
-    fn known(&self, adapters: &[AdapterSlots]) -> Vec<Segment> {
-        let known = |segment: &Segment| if (segment.adapter as usize) < adapters.len() { segment.adapter } else { 0 };
-        self.segments.iter().map(|segment| Segment { adapter: known(segment), ..*segment }).collect()
-    }
 }
 
 impl fmt::Debug for PlannedProjection {
@@ -128,7 +94,7 @@ impl PlannedProjection {
         self.write().planning = planning;
     }
 
-    /// Queues a batch: x `[rows, d]`, the result `[rows, k]`. A projection whose equation adds a residual takes that as
+    /// Queues a batch: x `[rows, d]`, the result `[rows, k]`. Projections that get the same `batch` share its schedules. A projection whose equation adds a residual takes that as
     /// `[rows, k]`.
     ///
     /// # Errors
@@ -136,14 +102,11 @@ impl PlannedProjection {
     pub fn forward(&self, x: &Buffer, batch: &StepBatch, residual: Option<&Buffer>) -> Result<Buffer, ProjectionError> {
         let shared = self.read();
         let Shared { projection, planning } = &*shared;
-        let adapters = projection.adapters();
-        let segments = batch.known(adapters);
         let finishes = !projection.operands().epilogue().is_identity();
-        let chosen = match planning {
+        let schedule = batch.schedule(projection, |shape| match planning {
             Planning::Fixed(plan) => *plan,
-            Planning::Priced(prices) => plan(prices, &BatchShape::of(&segments, adapters), finishes),
-        };
-        let schedule = schedule(&chosen, self.shape, &segments, adapters, finishes)?;
+            Planning::Priced(prices) => plan(prices, shape, finishes),
+        })?;
         projection.execute(&schedule, x, residual)
     }
 

@@ -365,6 +365,12 @@ impl Projection {
         &self.adapters
     }
 
+    /// Where the adapter at a position of the table lies; `None` where there is none, so that its rows are base rows.
+    pub fn slots_at(&self, position: u32) -> Option<&AdapterSlots> {
+        self.places.get(position as usize)?.as_ref()?;
+        self.adapters.get(position as usize)
+    }
+
     /// The batch's segments with their adapters looked up.
     ///
     /// # Errors

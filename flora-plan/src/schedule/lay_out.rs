@@ -1,7 +1,7 @@
 //! Laying out a plan's steps for a batch: which rows each of them takes, and where their vectors are.
 
 use super::error::ScheduleError;
-use super::limits::{batch_fits, buffers, fits};
+use super::limits::{batch_fits, check};
 use super::steps::{
     Gemm, LowRankBmm, LowRankRows, Materialised, MaterialisedAdapter, NO_ROW, OnChipSegment, Packing,
     SEGMENT_ITEM_ROWS, Scale, SegmentItem, Step, VirtualRow, WeightRun,
@@ -11,27 +11,31 @@ use crate::layer::LayerShape;
 use crate::lowering::{AdditiveLowering, MultiplicativeLowering};
 use crate::plan::{Lowerings, Plan, SeparateParts};
 
-/// The steps of one batch. Only this module makes one: its indices are within the batch and the slots that it names.
+/// The steps of one batch. Only this module makes one: its indices are within the batch and the slots that it names. Nothing in
+/// it is of a layer's shape, so that layers whose adapters lie alike share one; [`Schedule::fits`] says which it fits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schedule {
-    shape: LayerShape,
+    /// What its buffers follow from, with a shape.
+    plan: Plan,
+    batch: BatchShape,
     tokens: u32,
     in_slots: u32,
     out_slots: u32,
-    splits: bool,
     steps: Vec<Step>,
 }
 
 impl Schedule {
-    /// y = x @ w0 for `tokens` rows, whatever the adapters: what others are measured against.
+    /// y = x @ w0 for `tokens` rows, whatever the adapters: what others are measured against. For layers of `shape`, and all others
+    /// that it fits.
     ///
     /// # Errors
     /// Buffers too large to index.
     pub fn base_gemm(shape: LayerShape, tokens: u32) -> Result<Self, ScheduleError> {
-        batch_fits(shape, u64::from(tokens))?;
-        let rows = (0..tokens).map(|row| VirtualRow { row, in_slot: 0, out_slot: 0, last: 1 }).collect();
-        let gemm = Gemm { rows, finishes: true, ..Gemm::default() };
-        Self::of_base(shape, tokens, if tokens == 0 { Vec::new() } else { vec![Step::Gemm(gemm)] })
+        let batch = BatchShape { adapters: 1, plain_rows: tokens.into(), ..BatchShape::default() };
+        Self::of_base(shape, tokens, batch, || {
+            let rows = (0..tokens).map(|row| VirtualRow { row, in_slot: 0, out_slot: 0, last: 1 }).collect();
+            vec![Step::Gemm(Gemm { rows, finishes: true, ..Gemm::default() })]
+        })
     }
 
     /// The epilogue of `tokens` rows, `times` times: what a launch costs.
@@ -39,12 +43,19 @@ impl Schedule {
     /// # Errors
     /// Buffers too large to index.
     pub fn finish(shape: LayerShape, tokens: u32, times: usize) -> Result<Self, ScheduleError> {
-        Self::of_base(shape, tokens, if tokens == 0 { Vec::new() } else { vec![Step::Finish; times] })
+        Self::of_base(shape, tokens, BatchShape::default(), || vec![Step::Finish; times])
     }
 
-    fn of_base(shape: LayerShape, tokens: u32, steps: Vec<Step>) -> Result<Self, ScheduleError> {
-        batch_fits(shape, u64::from(tokens))?;
-        Ok(Self { shape, tokens, in_slots: 0, out_slots: 0, splits: false, steps })
+    fn of_base(
+        shape: LayerShape,
+        tokens: u32,
+        batch: BatchShape,
+        steps: impl FnOnce() -> Vec<Step>,
+    ) -> Result<Self, ScheduleError> {
+        let (plan, batch) = (Plan::default(), BatchShape { tokens: tokens.into(), ..batch });
+        check(&plan, shape, &batch)?;
+        let steps = if tokens == 0 { Vec::new() } else { steps() };
+        Ok(Self { plan, batch, tokens, in_slots: 0, out_slots: 0, steps })
     }
 
     /// The schedule without its passes over the base weight: what else it does, for measuring.
@@ -61,9 +72,12 @@ impl Schedule {
         self
     }
 
-    /// Extents of the layer that it was made for.
-    pub fn shape(&self) -> LayerShape {
-        self.shape
+    /// Whether kernels can index x, y and what the steps put in memory, for a layer of this shape. Whoever runs a schedule asks.
+    ///
+    /// # Errors
+    /// Buffers too large to index.
+    pub fn fits(&self, shape: LayerShape) -> Result<(), ScheduleError> {
+        check(&self.plan, shape, &self.batch)
     }
 
     /// Rows of the batch.
@@ -83,7 +97,7 @@ impl Schedule {
 
     /// Whether cubes may share the depth.
     pub fn splits(&self) -> bool {
-        self.splits
+        self.plan.splits()
     }
 
     /// The adapter whose resident W_i the batch runs on, where it is planned as merged.
@@ -100,7 +114,8 @@ impl Schedule {
     }
 }
 
-/// Lays out the steps of `plan` for a batch. Rows of one adapter are packed together wherever they stand in the batch.
+/// Lays out the steps of `plan` for a batch. Rows of one adapter are packed together wherever they stand in the batch. `shape` is
+/// that of the layer that runs it first: what is too large for it isn't laid out. The steps don't depend on it.
 ///
 /// # Errors
 /// A segment of an unknown adapter; a buffer too large to index.
@@ -114,16 +129,10 @@ pub fn schedule(
     let tokens = segments.iter().map(|segment| u64::from(segment.rows)).sum::<u64>();
     batch_fits(shape, tokens)?;
     let batch = BatchShape::of(segments, adapters);
-    for (what, elements) in buffers(plan, shape, &batch) {
-        fits(what, elements)?;
-    }
+    check(plan, shape, &batch)?;
     let rows_of = rows_by_adapter(segments, adapters)?;
     if plan.is_merged() && batch.adapters > 1 {
         return Err(ScheduleError::NotOneAdapter { adapters: batch.adapters });
-    }
-    let tokens = tokens as u32;
-    if tokens == 0 {
-        return Ok(Schedule { shape, tokens, in_slots: 0, out_slots: 0, splits: plan.splits(), steps: Vec::new() });
     }
     let steps = match plan.lowerings() {
         Lowerings::Merged => {
@@ -134,11 +143,11 @@ pub fn schedule(
     };
     let used = || adapters.iter().zip(&rows_of).filter(|(_, rows)| !rows.is_empty()).map(|(adapter, _)| adapter);
     Ok(Schedule {
-        shape,
-        tokens,
+        plan: *plan,
+        batch,
+        tokens: tokens as u32,
         in_slots: used().map(AdapterSlots::in_slots).max().unwrap_or(0),
         out_slots: used().map(AdapterSlots::out_slots).max().unwrap_or(0),
-        splits: plan.splits(),
         steps,
     })
 }

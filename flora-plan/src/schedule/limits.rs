@@ -18,7 +18,7 @@ pub fn most_splits(shape: LayerShape) -> u32 {
     (shape.d / SPLIT_DEPTH).clamp(1, 8)
 }
 
-pub(super) fn fits(what: &'static str, elements: u64) -> Result<(), ScheduleError> {
+fn fits(what: &'static str, elements: u64) -> Result<(), ScheduleError> {
     if elements <= INDEX_LIMIT { Ok(()) } else { Err(ScheduleError::TooLarge { what, elements }) }
 }
 
@@ -76,9 +76,15 @@ fn base_rows(plan: &Plan, batch: &BatchShape) -> u64 {
     }
 }
 
+/// Whether everything that a plan needs for a batch can be indexed in a layer of this shape.
+pub(super) fn check(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> Result<(), ScheduleError> {
+    batch_fits(shape, batch.tokens)?;
+    buffers(plan, shape, batch).into_iter().try_for_each(|(what, elements)| fits(what, elements))
+}
+
 /// What a plan puts in memory beside x and the layer's operands, in elements of at most four bytes. Every element is counted that
 /// a launch allocates, on any device: a schedule's launches ask for no more than this.
-pub(super) fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str, u64); 10] {
+fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str, u64); 10] {
     let (d, k) = (u64::from(shape.d), u64::from(shape.k));
     let group = batch.multiplicative;
     // Whether W_i are made in memory, what is summed beside them, and how.
