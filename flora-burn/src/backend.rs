@@ -93,6 +93,7 @@ impl<B: FloraBackend> BurnDevice<B> {
     }
 }
 
+#[cfg(any(feature = "flex", feature = "cuda", feature = "wgpu"))]
 pub(crate) fn element(dtype: DType) -> Result<Element, TensorError> {
     match dtype {
         DType::F32 | DType::Flex32 => Ok(Element::F32),
@@ -102,6 +103,7 @@ pub(crate) fn element(dtype: DType) -> Result<Element, TensorError> {
     }
 }
 
+#[cfg(any(feature = "flex", feature = "cuda", feature = "wgpu"))]
 pub(crate) fn dtype(element: Element) -> DType {
     match element {
         Element::F32 => DType::F32,
@@ -110,6 +112,7 @@ pub(crate) fn dtype(element: Element) -> DType {
     }
 }
 
+#[cfg(any(feature = "flex", feature = "cuda", feature = "wgpu"))]
 pub(crate) fn fits(buffer: &Buffer, shape: &Shape) -> Result<(), TensorError> {
     let (wanted, found) = (shape.num_elements(), buffer.len());
     if wanted == found { Ok(()) } else { Err(TensorError::Size { wanted, found }) }

@@ -2,7 +2,8 @@
 //! own request's adapter.
 //!
 //! Burn's tensors are flora's buffers: on CUDA and wgpu both are handles of one cubecl client, on the processor (Burn's Flex
-//! backend) both are shared bytes. Nothing is copied in or out, except for tensors that aren't contiguous.
+//! backend) a tensor lends its bytes to a buffer, and a buffer that nothing else has becomes a tensor. What isn't contiguous, or is
+//! shared, is copied.
 //!
 //! ```
 //! use burn::tensor::Tensor;
@@ -38,10 +39,12 @@
 pub mod backend;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod cube;
+#[cfg(feature = "flex")]
 mod flex;
 pub mod linear;
 
 /// Burn's backend on this machine's processor.
+#[cfg(feature = "flex")]
 pub type Host = burn_flex::Flex;
 #[cfg(feature = "wgpu")]
 /// Burn's backend on a GPU through wgpu; Vulkan's element types.

@@ -12,7 +12,7 @@ use flora_runtime::operands::{OperandError, check_recipe, check_slots};
 
 use crate::routine::{Hardware, RoutineError};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape};
-use flora_plan::schedule::{Materialised, Schedule};
+use flora_plan::schedule::{Kept, Materialised, Schedule};
 use prepare::{PreparedBatch, Site};
 use run::{Run, allocate};
 
@@ -75,7 +75,7 @@ pub enum LaunchError {
     Operands(#[from] OperandError),
     /// A result or an intermediate that the device can't hold in one buffer.
     #[error(
-        "{what} of the batch need a buffer of {bytes} bytes and the device takes {limit}; split the batch, or use another lowering"
+        "the batch needs a buffer of {bytes} bytes and the device takes {limit}; split the batch, or use another lowering"
     )]
     BufferTooLarge {
         /// What the buffer holds.
@@ -115,7 +115,8 @@ pub unsafe fn launch<R: Runtime>(
         return Err(OperandError::NoResidual.into());
     }
     let PreparedBatch { y, steps } = Site::of(hardware, layer).prepare(schedule)?;
-    Run::new(client, hardware, layer, schedule.tokens(), x, residual, allocate(client, y)).steps(&steps)
+    Run::new(client, hardware, layer, (schedule.tokens(), schedule.kept()), x, residual, allocate(client, y))
+        .steps(&steps)
 }
 
 /// Makes W_i of one adapter, in the type of the activations: what [`Merged`] holds.
@@ -133,6 +134,6 @@ pub unsafe fn merge<R: Runtime>(
 ) -> Result<Handle, LaunchError> {
     check_recipe(step, (layer.in_pool.slots, layer.out_pool.slots))?;
     let made = Site::of(hardware, layer).merge(step)?;
-    let nothing = &layer.base_weight;
-    Ok(Run::new(client, hardware, layer, 0, nothing, None, nothing.clone()).made(&made))
+    let (nothing, kept) = (&layer.base_weight, Kept::default());
+    Ok(Run::new(client, hardware, layer, (0, &kept), nothing, None, nothing.clone()).made(&made))
 }

@@ -223,7 +223,7 @@ fn cut(rows: &Rows, blueprint: &TileBlueprint) -> Vec<Item> {
 #[cfg(test)]
 mod tests {
     use flora_plan::layer::Element;
-    use flora_plan::schedule::{LowRankRows, VirtualRow};
+    use flora_plan::schedule::{LowRankRows, ScheduledRow};
 
     use super::*;
     use crate::target::{Capability, hardware};
@@ -233,7 +233,7 @@ mod tests {
         let mut gemm = Gemm::default();
         for (row, width) in widths.iter().enumerate() {
             let row = row as u32;
-            gemm.rows.extend((0..*width).map(|at| VirtualRow {
+            gemm.rows.extend((0..*width).map(|at| ScheduledRow {
                 row,
                 in_slot: 1,
                 out_slot: 1,
@@ -285,7 +285,7 @@ mod tests {
     fn a_rank_of_any_size_is_refused_where_it_does_not_fit() {
         let hardware = hardware(Capability::Sm90);
         for rank in [1 << 20, 1 << 30, (1 << 30) + 1] {
-            let rows = vec![VirtualRow { row: 0, in_slot: 0, out_slot: 0, last: 1 }];
+            let rows = vec![ScheduledRow { row: 0, in_slot: 0, out_slot: 0, last: 1 }];
             let low_rank = vec![LowRankRows { first_row: 0, rows: 1, shrink: 0, expand: 0, rank }];
             let (shape, format) = (LayerShape { d: 1, k: 1 }, LayerFormat::default());
             let wanted = Wanted { shape, format, epilogue: Epilogue::default(), splits: false };
@@ -301,7 +301,7 @@ mod tests {
             LowRankRows { first_row: 0, rows: 40, shrink: 0, expand: 0, rank: 5 },
             LowRankRows { first_row: 40, rows: 1, shrink: 5, expand: 5, rank: 33 },
         ];
-        let rows = (0..41).map(|row| VirtualRow { row, in_slot: 0, out_slot: 0, last: 1 }).collect();
+        let rows = (0..41).map(|row| ScheduledRow { row, in_slot: 0, out_slot: 0, last: 1 }).collect();
         let gemm = Gemm { rows, low_rank: runs, ..Gemm::default() };
         let (shape, epilogue) = (LayerShape { d: 64, k: 64 }, Epilogue::default());
         let wanted = Wanted { shape, format: LayerFormat::default(), epilogue, splits: false };

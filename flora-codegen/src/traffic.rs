@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::kernels::tables::TileRow;
 use crate::routine::{Hardware, TileLaunch};
 use flora_plan::layer::{LayerFormat, LayerShape};
-use flora_plan::schedule::{Scale, VirtualRow};
+use flora_plan::schedule::{Scale, ScheduledRow};
 
 /// Bytes of global memory and MACs of one launch, and of the one that adds up where the depth is split.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -52,7 +52,7 @@ impl TileLaunch {
         let (mut in_slots, mut out_slots) = (BTreeSet::new(), BTreeSet::new());
         let (mut outputs, mut low_rank_macs) = (0u64, 0u64);
         for TileRow { virtual_row, expand, rank, .. } in rows {
-            let VirtualRow { row, in_slot, out_slot, last } = *virtual_row;
+            let ScheduledRow { row, in_slot, out_slot, last } = *virtual_row;
             input_rows.insert(row);
             in_slots.extend((in_slot > 0).then_some(in_slot));
             out_slots.extend((out_slot > 0).then_some(out_slot));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::cache::BlockPool;
-use crate::decoder::{Decoder, Segment, SequenceId};
+use crate::decoder::{Decoder, SequenceId, StepSegment};
 use crate::limits::{Accepted, RequestLimits};
 use crate::metrics::Metrics;
 use crate::options::{Options, OptionsError};
@@ -191,7 +191,7 @@ impl<D: Decoder> Core<D> {
 
     /// Runs one batch and says what it gave.
     fn run(&mut self, pieces: &[Piece]) {
-        let segments: Vec<Segment<'_>> = pieces.iter().filter_map(|piece| segment(&self.running, piece)).collect();
+        let segments: Vec<StepSegment<'_>> = pieces.iter().filter_map(|piece| segment(&self.running, piece)).collect();
         let wanted = segments.iter().filter(|segment| segment.wants_logits).count();
         let logits = self.decoder.step(&segments);
         self.counts.steps += 1;
@@ -277,12 +277,12 @@ impl<D: Decoder> Core<D> {
     }
 }
 
-fn segment<'a>(running: &'a BTreeMap<RequestId, Running>, piece: &Piece) -> Option<Segment<'a>> {
+fn segment<'a>(running: &'a BTreeMap<RequestId, Running>, piece: &Piece) -> Option<StepSegment<'a>> {
     let sequence = running.get(&piece.request)?;
     let tokens = sequence.sequence.tokens();
     let prompt_tokens = sequence.sequence.prompt().saturating_sub(piece.range.start).min(piece.range.len());
     // A context is counted in u32.
-    Some(Segment {
+    Some(StepSegment {
         sequence: piece.request.sequence(),
         adapter: sequence.adapter,
         first_position: piece.range.start as u32,

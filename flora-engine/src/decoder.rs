@@ -12,7 +12,7 @@ pub struct AdapterId(pub u32);
 
 /// The tokens of one sequence in one step; they follow those that its earlier segments held.
 #[derive(Clone, Copy, Debug)]
-pub struct Segment<'a> {
+pub struct StepSegment<'a> {
     /// Whose tokens.
     pub sequence: SequenceId,
     /// The adapter of all of the sequence's segments; `None` for the base model.
@@ -56,7 +56,7 @@ pub trait Decoder {
     ///
     /// # Errors
     /// The device fails. The sequences of the batch are then only good for [`Self::release`].
-    fn step(&mut self, segments: &[Segment<'_>]) -> Result<Vec<f32>, Self::Error>;
+    fn step(&mut self, segments: &[StepSegment<'_>]) -> Result<Vec<f32>, Self::Error>;
 
     /// Forgets a sequence; nothing where it isn't known.
     fn release(&mut self, sequence: SequenceId);
@@ -79,7 +79,7 @@ impl<D: Decoder + ?Sized> Decoder for Box<D> {
         (**self).limits()
     }
 
-    fn step(&mut self, segments: &[Segment<'_>]) -> Result<Vec<f32>, Self::Error> {
+    fn step(&mut self, segments: &[StepSegment<'_>]) -> Result<Vec<f32>, Self::Error> {
         (**self).step(segments)
     }
 

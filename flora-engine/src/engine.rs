@@ -22,16 +22,16 @@ use crate::request::{Event, Request, RequestError};
 use crate::residency::Loaded;
 use crate::text::Vocabulary;
 
-/// A running engine. Dropping it stops it at once, after the step that it is at: [`Handle::shutdown`] is the kind way.
+/// A running engine. Dropping it stops it at once, after the step that it is at: [`EngineHandle::shutdown`] is the kind way.
 #[derive(Debug)]
 pub struct Engine {
-    handle: Handle,
+    handle: EngineHandle,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 /// Talks to an engine; cheap to clone.
 #[derive(Clone)]
-pub struct Handle {
+pub struct EngineHandle {
     shared: Arc<Shared>,
     commands: Sender<Command>,
     stopped: watch::Receiver<bool>,
@@ -119,15 +119,15 @@ impl Engine {
                 stop.send_replace(true);
             })
             .map_err(thread_error)?;
-        Ok(Self { handle: Handle { shared, commands, stopped }, thread: Some(thread) })
+        Ok(Self { handle: EngineHandle { shared, commands, stopped }, thread: Some(thread) })
     }
 
     /// A handle to it.
-    pub fn handle(&self) -> Handle {
+    pub fn handle(&self) -> EngineHandle {
         self.handle.clone()
     }
 
-    /// Waits for it to stop, as it does after [`Handle::shutdown`]. [`Handle::stopped`] is for those that can't block.
+    /// Waits for it to stop, as it does after [`EngineHandle::shutdown`]. [`EngineHandle::stopped`] is for those that can't block.
     pub fn join(mut self) {
         self.join_thread();
     }
@@ -149,7 +149,7 @@ impl Drop for Engine {
     }
 }
 
-impl Handle {
+impl EngineHandle {
     /// Takes a request.
     ///
     /// # Errors
@@ -223,9 +223,9 @@ impl Handle {
     }
 }
 
-impl fmt::Debug for Handle {
+impl fmt::Debug for EngineHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Handle").field("shared", &self.shared).finish_non_exhaustive()
+        f.debug_struct("EngineHandle").field("shared", &self.shared).finish_non_exhaustive()
     }
 }
 

@@ -20,8 +20,10 @@ mod stop;
 mod text;
 
 pub use crate::core::{Core, RequestId};
-pub use decoder::{AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, Segment, SequenceId};
-pub use engine::{Engine, Handle, Stream};
+pub use decoder::{
+    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, SequenceId, StepSegment,
+};
+pub use engine::{Engine, EngineHandle, Stream};
 pub use limits::{Accepted, RequestLimits};
 pub use metrics::{AdapterMetrics, Metrics};
 pub use options::{AdapterOptions, Options, OptionsError, StopLimits};

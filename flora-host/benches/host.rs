@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use flora_host::{Engine, Operands, Values, ValuesMut, Weight};
+use flora_host::{HostEngine, Operands, Values, ValuesMut, Weight};
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Element, Epilogue, LayerShape, WeightFormat};
 use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
@@ -150,7 +150,7 @@ fn main() {
     let packed = |(_, format)| PackedWeight::from_f32(format, SHAPE, &values).expect("whole blocks");
     let weights: Vec<_> = WeightFormat::ALL.map(|format| Weight::new(&packed(format))).into();
     let mut y = vec![0.0; most * k];
-    let engine = Engine::new();
+    let engine = HostEngine::new();
     let mut run = |case: &Case| {
         let weight = weights.iter().find(|weight| weight.format() == case.format).expect("all formats are packed");
         let operands = Operands {
@@ -193,7 +193,7 @@ fn main() {
         let at = cases.iter().position(|case| case.name == format!("base {} {rows}", Element::F32));
         at.map_or(f64::NAN, |at| median(&times[at]))
     };
-    println!("{}, {} threads, d = k = {}", Engine::instruction_set(), rayon::current_num_threads(), SHAPE.d);
+    println!("{}, {} threads, d = k = {}", HostEngine::instruction_set(), rayon::current_num_threads(), SHAPE.d);
     let best = |times: &[f64]| times.iter().copied().fold(f64::NAN, f64::min);
     println!("{:<32} {:>9} {:>9} {:>9} {:>8} {:>10}", "case", "best ms", "ms", "GFLOP/s", "to base", "gemm crate");
     for (at, case) in cases.iter().enumerate() {

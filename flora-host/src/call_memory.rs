@@ -1,6 +1,6 @@
 //! What one call keeps between its steps, apart from the scratch of its threads.
 
-use flora_plan::schedule::{LowRankRows, VirtualRow};
+use flora_plan::schedule::{LowRankRows, ScheduledRow};
 
 use crate::buffer::Buffer;
 use crate::low_rank::Shrink;
@@ -23,7 +23,7 @@ pub(crate) struct Lent {
     /// Row tiles to shrink.
     pub(crate) shrinks: Vec<Shrink>,
     /// Rows of a pass that the schedule doesn't list.
-    pub(crate) rows: Vec<VirtualRow>,
+    pub(crate) rows: Vec<ScheduledRow>,
     /// Low-rank sums that the schedule lists in another form.
     pub(crate) runs: Vec<LowRankRows>,
 }

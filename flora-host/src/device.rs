@@ -14,7 +14,7 @@ use flora_runtime::{
 };
 use half::slice::HalfFloatSliceExt;
 
-use crate::engine::Engine;
+use crate::engine::HostEngine;
 use crate::error::HostError;
 use crate::memory::{HostMemory, OwnedValues, foreign};
 use crate::operands::Operands;
@@ -26,19 +26,19 @@ use crate::weight::Weight;
 pub struct HostPlace;
 
 struct HostBackend {
-    engine: Engine,
+    engine: HostEngine,
 }
 
 /// This machine's processor as a device.
 pub fn device() -> Device {
-    Device::new(describe(), HostBackend { engine: Engine::new() })
+    Device::new(describe(), HostBackend { engine: HostEngine::new() })
 }
 
 /// What [`device`] is.
 pub fn describe() -> DeviceInfo {
     let threads = rayon::current_num_threads();
     let name = format!("{}, {threads} threads", processor());
-    let driver = Engine::instruction_set().to_owned();
+    let driver = HostEngine::instruction_set().to_owned();
     DeviceInfo {
         element_types: Element::ALL.map(|element| element.name().to_owned()).to_vec(),
         ..DeviceInfo::unstarted("host".to_owned(), name, BackendKind::Host, driver, false)
@@ -56,7 +56,7 @@ fn processor() -> String {
 
 impl From<HostError> for DeviceError {
     fn from(error: HostError) -> Self {
-        DeviceError::Refused(Box::new(error))
+        DeviceError::Mismatch(Box::new(error))
     }
 }
 
@@ -165,7 +165,7 @@ impl Backend for HostBackend {
     }
 
     fn tuned(&self, _blueprints: &Blueprints) -> Arc<dyn Backend> {
-        Arc::new(Self { engine: Engine::new() })
+        Arc::new(Self { engine: HostEngine::new() })
     }
 
     fn tiles(&self, _format: LayerFormat) -> Vec<Tile> {

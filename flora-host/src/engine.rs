@@ -2,7 +2,7 @@
 
 use flora_plan::layer::LayerShape;
 use flora_plan::schedule::{
-    Gemm, LowRankBmm, LowRankRows, Materialised, NO_ROW, Packing, Schedule, SegmentItem, Step, VirtualRow,
+    Gemm, LowRankBmm, LowRankRows, Materialised, NO_ROW, Packing, Schedule, ScheduledRow, SegmentItem, Step,
 };
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -25,19 +25,19 @@ use crate::weight::{Strips, Weight};
 
 /// The processor, and the memory that it computes in. One engine serves any number of layers and threads; what the largest
 /// call needed is kept until the engine is dropped, and calls that need no more allocate nothing.
-pub struct Engine {
+pub struct HostEngine {
     arch: Arch,
     calls: Pool<CallMemory>,
     scratches: Pool<Scratch>,
 }
 
-impl Default for Engine {
+impl Default for HostEngine {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl Engine {
+impl HostEngine {
     /// An engine for the best instruction set that this processor has. It has no memory yet, and takes what it needs.
     pub fn new() -> Self {
         Self::of(Arch::new())
@@ -67,7 +67,7 @@ impl Engine {
         self.arch
     }
 
-    /// [`Engine::vectors`] of the best instruction set that this processor has.
+    /// [`HostEngine::vectors`] of the best instruction set that this processor has.
     pub fn instruction_set() -> &'static str {
         Self::new().vectors()
     }
@@ -112,7 +112,7 @@ impl Engine {
     }
 }
 
-impl Engine {
+impl HostEngine {
     /// W_i `[d, k]` of adapter `position` of `step`, in f32: what a `Merged` step multiplies by.
     ///
     /// # Errors
@@ -133,7 +133,7 @@ impl Engine {
 
 /// One weight to make, of a step that has been checked.
 struct Making<'a> {
-    engine: &'a Engine,
+    engine: &'a HostEngine,
     operands: &'a Operands<'a>,
     step: &'a Materialised,
     position: usize,
@@ -154,7 +154,7 @@ impl WithSimd for Making<'_> {
 
 /// One execution of a schedule that has been checked.
 struct Call<'a> {
-    engine: &'a Engine,
+    engine: &'a HostEngine,
     operands: &'a Operands<'a>,
     schedule: &'a Schedule,
     x: Values<'a>,
@@ -328,8 +328,8 @@ impl<S: Simd> Sources<'_, S> {
 }
 
 /// Appends rows that are multiplied as they are.
-fn plain_rows(range: std::ops::Range<u32>, rows: &mut Vec<VirtualRow>) {
-    rows.extend(range.map(|row| VirtualRow { row, in_slot: 0, out_slot: 0, last: 1 }));
+fn plain_rows(range: std::ops::Range<u32>, rows: &mut Vec<ScheduledRow>) {
+    rows.extend(range.map(|row| ScheduledRow { row, in_slot: 0, out_slot: 0, last: 1 }));
 }
 
 /// Appends an item, to the run before it where it goes on.

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use flora_plan::schedule::{LowRankRows, OnChipSegment, Scale, VirtualRow};
+use flora_plan::schedule::{LowRankRows, OnChipSegment, Scale, ScheduledRow};
 use pulp::Simd;
 
 use crate::buffer::Buffer;
@@ -29,7 +29,7 @@ use crate::weight::Strips;
 /// The rows of a pass; the fields are those of [`Gemm`](flora_plan::schedule::Gemm).
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Rows<'a> {
-    pub(crate) rows: &'a [VirtualRow],
+    pub(crate) rows: &'a [ScheduledRow],
     pub(crate) segments: &'a [OnChipSegment],
     pub(crate) scales: &'a [Scale],
     pub(crate) low_rank: &'a [LowRankRows],
@@ -37,7 +37,7 @@ pub(crate) struct Rows<'a> {
 
 impl<'a> Rows<'a> {
     /// Virtual rows alone.
-    pub(crate) fn plain(rows: &'a [VirtualRow]) -> Self {
+    pub(crate) fn plain(rows: &'a [ScheduledRow]) -> Self {
         Self { rows, ..Self::default() }
     }
 }
@@ -111,7 +111,7 @@ struct Panel<'a, S> {
 struct Block<'a> {
     /// Of the batch.
     range: Range<usize>,
-    rows: &'a [VirtualRow],
+    rows: &'a [ScheduledRow],
     segments: &'a [OnChipSegment],
 }
 
@@ -178,7 +178,7 @@ impl<S: Simd> Panel<'_, S> {
     }
 
     /// The products of virtual rows with W0.
-    fn rows(&self, block: &Block<'_>, rows: &[VirtualRow], depth: Range<usize>, scratch: &mut Scratch) {
+    fn rows(&self, block: &Block<'_>, rows: &[ScheduledRow], depth: Range<usize>, scratch: &mut Scratch) {
         let Scratch { decoded, x, scales, sums, products, places, scale_places, .. } = scratch;
         let (simd, pitch) = (self.frame.simd, self.frame.pitch());
         let x = x.floats(rows.len() * X_PITCH);
@@ -213,7 +213,7 @@ impl<S: Simd> Panel<'_, S> {
     /// The out-scales of virtual rows, and where each row's begin: in the pool if their numbers can be read there, else in `copies`.
     fn out_scales<'s>(
         &'s self,
-        rows: &[VirtualRow],
+        rows: &[ScheduledRow],
         copies: &'s mut Buffer,
         places: &'s mut Vec<usize>,
     ) -> Option<OutScales<'s>> {

@@ -38,7 +38,7 @@ mod vectorise;
 mod weight;
 
 pub use device::{HostPlace, describe, device};
-pub use engine::Engine;
+pub use engine::HostEngine;
 pub use error::HostError;
 pub use memory::{HostMemory, LentBytes, OwnedValues, buffer, into_values, lend, values};
 pub use operands::Operands;

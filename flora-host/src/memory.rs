@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use flora_plan::layer::Element;
-use flora_runtime::{Buffer, Device, DeviceError, OperandError, Storage};
+use flora_runtime::{Buffer, Device, DeviceError, Storage};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -153,19 +153,57 @@ pub fn lend(device: &Device, bytes: LentBytes, element: Element) -> Result<Buffe
 /// # Errors
 /// A buffer of another device.
 pub fn into_values(buffer: Buffer) -> Result<OwnedValues, DeviceError> {
-    let count = buffer.len();
+    let (count, element) = (buffer.len(), buffer.element());
     match buffer.into_memory::<HostMemory>() {
         Ok(HostMemory::Owned(values)) => Ok(values.resized(count)),
-        Ok(HostMemory::Lent(bytes)) => Err(OperandError::WrongSize {
-            what: "a buffer that was made here",
-            expected: count,
-            found: bytes.as_ref().as_ref().len(),
-        }
-        .into()),
+        Ok(lent) => Ok(lent.values(element).ok_or_else(|| foreign(element))?.first(count).to_owned_values()),
         Err(shared) => Ok(values(&shared)?.to_owned_values()),
     }
 }
 
 pub(crate) fn foreign(element: Element) -> DeviceError {
     DeviceError::ForeignMemory { element, device: "host".to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_come_back_whoever_owns_them() {
+        let device = crate::device::device();
+        let numbers = [1.0f32, -2.5, 3.0];
+        let bytes: Vec<u8> = bytemuck::cast_slice(&numbers).to_vec();
+        // Memory for floats, which a vector of bytes needn't be.
+        let aligned: Arc<Vec<u32>> =
+            Arc::new(bytes.chunks(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect());
+        struct Words(Arc<Vec<u32>>);
+        impl AsRef<[u8]> for Words {
+            fn as_ref(&self) -> &[u8] {
+                bytemuck::cast_slice(&self.0)
+            }
+        }
+        let lent = || lend(&device, Arc::new(Words(Arc::clone(&aligned))), Element::F32).unwrap();
+        let owned = || buffer(&device, OwnedValues::F32(numbers.to_vec())).unwrap();
+        for made in [lent(), owned()] {
+            let shared = made.clone();
+            for buffer in [made, shared] {
+                let Ok(OwnedValues::F32(values)) = into_values(buffer) else { panic!("f32 went in") };
+                assert_eq!(values, numbers);
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_numbers_are_refused() {
+        let device = crate::device::device();
+        let bytes: Arc<Vec<u32>> = Arc::new(vec![0; 4]);
+        struct Odd(Arc<Vec<u32>>);
+        impl AsRef<[u8]> for Odd {
+            fn as_ref(&self) -> &[u8] {
+                &bytemuck::cast_slice(&self.0)[1..6]
+            }
+        }
+        assert!(lend(&device, Arc::new(Odd(bytes)), Element::F32).is_err());
+    }
 }

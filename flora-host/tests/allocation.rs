@@ -3,7 +3,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use flora_host::{Engine, Operands, Values, ValuesMut, Weight};
+use flora_host::{HostEngine, Operands, Values, ValuesMut, Weight};
 use flora_ir::Activation;
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Epilogue, LayerShape, WeightFormat};
@@ -62,7 +62,7 @@ fn a_warm_engine_allocates_nothing() {
     };
     let schedules: Vec<_> =
         Plan::unmerged().map(|plan| schedule(&plan, shape, &segments, &adapters, true).unwrap()).collect();
-    let engine = Engine::new();
+    let engine = HostEngine::new();
     let mut run = |times: usize| {
         for schedule in schedules.iter().cycle().take(times * schedules.len()) {
             let y = ValuesMut::F16(&mut y);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use flora_checkpoint::Model;
-use flora_engine::{AdapterFailure, AdapterId, Decoder, DecoderLimits, PlaceError, Segment, SequenceId};
+use flora_engine::{AdapterFailure, AdapterId, Decoder, DecoderLimits, PlaceError, SequenceId, StepSegment};
 use flora_plan::layer::Element;
 use flora_runtime::{Device, PlannedProjection, ProjectionError, StepBatch};
 use rustc_hash::FxHashMap;
@@ -76,9 +76,9 @@ impl<O: Operations> ServedModel<O> {
 
     /// The caches of the segments' sequences, taken out of the model: they come back when the step is done, and are gone where it
     /// failed.
-    fn take_sequences(&mut self, segments: &[Segment<'_>]) -> Result<Vec<Sequence<O>>, ServeError> {
+    fn take_sequences(&mut self, segments: &[StepSegment<'_>]) -> Result<Vec<Sequence<O>>, ServeError> {
         let (blocks, operations) = (self.parts.blocks.len(), &self.parts.operations);
-        let take = |segment: &Segment<'_>| {
+        let take = |segment: &StepSegment<'_>| {
             if segment.tokens.is_empty() {
                 return Err(ServeError::Step(format!("no token of the sequence {}", segment.sequence.0)));
             }
@@ -103,8 +103,8 @@ impl<O: Operations> ServedModel<O> {
     }
 
     /// The adapters of the segments by their positions.
-    fn batch(&self, segments: &[Segment<'_>]) -> Result<StepBatch, ServeError> {
-        let position = |segment: &Segment<'_>| match segment.adapter {
+    fn batch(&self, segments: &[StepSegment<'_>]) -> Result<StepBatch, ServeError> {
+        let position = |segment: &StepSegment<'_>| match segment.adapter {
             None => Ok((0, segment.tokens.len() as u32)),
             Some(adapter) => match self.adapters.of.get(&adapter) {
                 Some(position) => Ok((*position, segment.tokens.len() as u32)),
@@ -114,7 +114,7 @@ impl<O: Operations> ServedModel<O> {
         Ok(StepBatch::new(segments.iter().map(position).collect::<Result<Vec<_>, _>>()?))
     }
 
-    fn run(&self, segments: &[Segment<'_>], sequences: &mut [Sequence<O>]) -> Result<Vec<f32>, ServeError> {
+    fn run(&self, segments: &[StepSegment<'_>], sequences: &mut [Sequence<O>]) -> Result<Vec<f32>, ServeError> {
         let batch = self.batch(segments)?;
         let tokens: Vec<_> = segments.iter().flat_map(|segment| segment.tokens).map(|token| *token as usize).collect();
         if let Some(token) = tokens.iter().find(|token| **token >= self.parts.vocabulary) {
@@ -178,7 +178,7 @@ impl<O: Operations> Decoder for ServedModel<O> {
         }
     }
 
-    fn step(&mut self, segments: &[Segment<'_>]) -> Result<Vec<f32>, ServeError> {
+    fn step(&mut self, segments: &[StepSegment<'_>]) -> Result<Vec<f32>, ServeError> {
         let mut sequences = self.take_sequences(segments)?;
         let logits = O::run(|| self.run(segments, &mut sequences))?;
         for (segment, mut sequence) in segments.iter().zip(sequences) {

@@ -2,7 +2,7 @@
 //! read and write.
 
 use flora_host::decoder::{Attention, AttentionSegment, Heads, KeyValueCache, Matrix, RotaryTable};
-use flora_host::{Engine, HostPlace, OwnedValues, Values, ValuesMut};
+use flora_host::{HostEngine, HostPlace, OwnedValues, Values, ValuesMut};
 use flora_plan::layer::Element;
 use flora_runtime::{Buffer, Device};
 
@@ -12,7 +12,7 @@ use crate::operations::{AttentionConfig, AttentionInputs, NormParameters, Operat
 /// The operations of a model on the host.
 pub(crate) struct HostOperations {
     device: Device,
-    engine: Engine,
+    engine: HostEngine,
     heads: Heads,
     rotary: Option<RotaryTable>,
     element: Element,
@@ -41,7 +41,7 @@ impl Operations for HostOperations {
         }
         let AttentionConfig { heads, rotary, .. } = attention;
         let rotary = rotary.map(|rotary| RotaryTable::new(rotary.positions, heads.size, rotary.base));
-        Ok(Self { device: device.clone(), engine: Engine::new(), heads, rotary, element })
+        Ok(Self { device: device.clone(), engine: HostEngine::new(), heads, rotary, element })
     }
 
     fn norm(&self, parameters: NormParameters) -> Result<NormParameters, ServeError> {

@@ -2,6 +2,7 @@
 
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::LayerShape;
+use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
 use flora_plan::plan::Plan;
 use flora_plan::schedule::{Schedule, ScheduleError, schedule};
 
@@ -57,4 +58,18 @@ fn rows_are_counted_with_the_shape() {
     let elements = u64::from(rows) << 11;
     assert_eq!(gemm.fits(LayerShape { d: 2048, k: 3 }), Err(ScheduleError::TooLarge { what: "x", elements }));
     assert_eq!(gemm.fits(LayerShape { d: 3, k: 2048 }), Err(ScheduleError::TooLarge { what: "y", elements }));
+}
+
+/// What is laid out for two plans that do the same is run once where each is measured.
+#[test]
+fn plans_that_do_the_same_have_equal_schedules() {
+    let lora = AdapterSlots { low_rank: LowRankSlots { shrink: 0, expand: 0, rank: 2 }, ..AdapterSlots::base() };
+    let (segments, adapters) = ([Segment { rows: 5, adapter: 0 }], [lora]);
+    let of = |plan: Plan| schedule(&plan, SMALL, &segments, &adapters, false).expect("a small batch");
+    for additive in AdditiveLowering::ALL {
+        let first = of(Plan::new(MultiplicativeLowering::Stacked, additive));
+        for multiplicative in MultiplicativeLowering::ALL {
+            assert_eq!(of(Plan::new(multiplicative, additive)), first, "{multiplicative:?} {additive:?}");
+        }
+    }
 }

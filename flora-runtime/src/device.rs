@@ -44,9 +44,12 @@ pub enum DeviceError {
     /// Operands that make no layer, or a schedule that isn't one of theirs.
     #[error(transparent)]
     Operands(#[from] OperandError),
-    /// The backend can't do what a schedule asks for with these operands.
+    /// A batch that is more than the device takes, before anything ran: a smaller batch or another plan may run.
     #[error(transparent)]
     Refused(Box<dyn std::error::Error + Send + Sync>),
+    /// A backend found operands that don't fit, which what is asked before should have found.
+    #[error("{0}; this is a defect of flora")]
+    Mismatch(Box<dyn std::error::Error + Send + Sync>),
     /// A kernel failed, or its result can't be read.
     #[error("the device failed while it ran a batch: {0}")]
     Execution(String),
@@ -78,13 +81,6 @@ pub enum DeviceError {
         /// Which device.
         device: String,
     },
-}
-
-impl DeviceError {
-    /// Whether the device refused a batch before it ran anything: another plan, or a smaller batch, may run.
-    pub fn is_refusal(&self) -> bool {
-        matches!(self, Self::Refused(_) | Self::Operands(_))
-    }
 }
 
 /// A device that is ready to run.

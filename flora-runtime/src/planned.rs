@@ -9,6 +9,7 @@ use flora_plan::layer::{Element, LayerShape};
 use flora_plan::plan::{Plan, plan};
 use flora_plan::weight::PackedWeight;
 
+use crate::batch::BatchError;
 use crate::buffer::Buffer;
 use crate::device::Device;
 use crate::projection::{Projection, ProjectionError, ProjectionOptions};
@@ -94,20 +95,28 @@ impl PlannedProjection {
         self.write().planning = planning;
     }
 
-    /// Queues a batch: x `[rows, d]`, the result `[rows, k]`. Projections that get the same `batch` share its schedules. A projection whose equation adds a residual takes that as
-    /// `[rows, k]`.
+    /// Queues a batch: x `[rows, d]`, the result `[rows, k]`. Projections that get the same `batch` share its schedules. A
+    /// projection whose equation adds a residual takes that as `[rows, k]`.
     ///
     /// # Errors
     /// An input of another shape, type or device, a launch that the device can't make.
     pub fn forward(&self, x: &Buffer, batch: &StepBatch, residual: Option<&Buffer>) -> Result<Buffer, ProjectionError> {
-        let shared = self.read();
-        let Shared { projection, planning } = &*shared;
-        let finishes = !projection.operands().epilogue().is_identity();
-        let schedule = batch.schedule(projection, |shape| match planning {
-            Planning::Fixed(plan) => *plan,
-            Planning::Priced(prices) => plan(prices, shape, finishes),
-        })?;
-        projection.execute(&schedule, x, residual)
+        let (schedule, operands) = {
+            let shared = self.read();
+            let Shared { projection, planning } = &*shared;
+            let finishes = !projection.operands().epilogue().is_identity();
+            let schedule = batch.schedule(projection, |shape| match planning {
+                Planning::Fixed(plan) => *plan,
+                Planning::Priced(prices) => plan(prices, shape, finishes),
+            })?;
+            (schedule, projection.operands().clone())
+        };
+        // Without the lock: a thread of a pool that waits for a part of this batch may start another batch of the same projection.
+        let (rows, d) = (schedule.tokens() as usize, self.shape.d as usize);
+        if x.len() != rows * d {
+            return Err(BatchError::WrongInput { rows, d, expected: rows * d, found: x.len() }.into());
+        }
+        Ok(self.device.execute(&operands, &schedule, x, residual)?)
     }
 
     // A panic of another holder leaves a projection as whole as any error does.

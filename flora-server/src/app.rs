@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use flora_engine::Handle;
+use flora_engine::EngineHandle;
 
 use crate::answer::unix_seconds;
 use crate::error::ApiError;
@@ -17,7 +17,7 @@ const ADAPTER_NAME_BYTES: usize = 255;
 #[derive(Debug)]
 pub struct App {
     model: String,
-    engine: Handle,
+    engine: EngineHandle,
     text: Text,
     options: ServerOptions,
     metrics: Metrics,
@@ -27,7 +27,12 @@ pub struct App {
 impl App {
     /// The base model is served under the name `model`, which goes before an adapter of the same name.
     #[must_use]
-    pub fn new(model: impl Into<String>, engine: Handle, text: impl Into<Text>, options: ServerOptions) -> Arc<Self> {
+    pub fn new(
+        model: impl Into<String>,
+        engine: EngineHandle,
+        text: impl Into<Text>,
+        options: ServerOptions,
+    ) -> Arc<Self> {
         let source = engine.clone();
         let metrics = Metrics::new(move || source.metrics());
         Arc::new(Self { model: model.into(), engine, text: text.into(), options, metrics, created: unix_seconds() })
@@ -37,7 +42,7 @@ impl App {
         &self.model
     }
 
-    pub(crate) fn engine(&self) -> &Handle {
+    pub(crate) fn engine(&self) -> &EngineHandle {
         &self.engine
     }
 

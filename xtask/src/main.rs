@@ -30,7 +30,13 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).without_time().with_ansi(false).init();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .with_ansi(false)
+        .log_internal_errors(false)
+        .init();
     match Arguments::parse().command {
         Command::Test(arguments) => test::run(&arguments),
         Command::Gpu(arguments) => gpu::run(&arguments),

@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 use cubecl::prelude::*;
 use flora_plan::schedule::{
     EXPAND_ITEM_WORDS, MATERIALISED_ADAPTER_WORDS, MaterialisedAdapter, SCALE_WORDS, SEGMENT_ITEM_ROWS,
-    SHRINK_TASK_WORDS, Scale, SegmentItem, TILE_ROW_WORDS, VirtualRow,
+    SHRINK_TASK_WORDS, Scale, ScheduledRow, SegmentItem, TILE_ROW_WORDS,
 };
 
 /// A virtual row of the tile kernel.
@@ -16,7 +16,7 @@ use flora_plan::schedule::{
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub(crate) struct TileRow {
     /// Which row of x, which scales, and whether it is the last of its output row.
-    pub(crate) virtual_row: VirtualRow,
+    pub(crate) virtual_row: ScheduledRow,
     /// The first expand slot of its output row's low-rank sum.
     pub(crate) expand: u32,
     /// The rank of that sum, 0 for none.

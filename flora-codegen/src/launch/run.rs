@@ -17,6 +17,7 @@ use crate::kernels::tables::{H_START, LayoutLaunch, NO_SUM};
 use crate::kernels::tile::tile;
 use crate::routine::{Hardware, storage};
 use flora_plan::layer::{Element, LayerShape, WeightFormat};
+use flora_plan::schedule::Kept;
 
 /// What every step of one batch sees.
 pub(super) struct Run<'a, R: Runtime> {
@@ -24,6 +25,8 @@ pub(super) struct Run<'a, R: Runtime> {
     hardware: &'a Hardware,
     layer: &'a LayerBuffers,
     tokens: usize,
+    /// Tables that the schedule's last layer uploaded.
+    kept: &'a Kept,
     x: &'a Handle,
     residual: Option<&'a Handle>,
     y: Handle,
@@ -37,6 +40,13 @@ pub(super) struct Run<'a, R: Runtime> {
 struct Uploaded {
     handle: Handle,
     words: usize,
+}
+
+/// A table that is on a device.
+struct KeptTable<R: Runtime> {
+    client: ComputeClient<R>,
+    words: Box<[u32]>,
+    handle: Handle,
 }
 
 impl Uploaded {
@@ -61,13 +71,13 @@ impl<'a, R: Runtime> Run<'a, R> {
         client: &'a ComputeClient<R>,
         hardware: &'a Hardware,
         layer: &'a LayerBuffers,
-        tokens: u32,
+        (tokens, kept): (u32, &'a Kept),
         x: &'a Handle,
         residual: Option<&'a Handle>,
         y: Handle,
     ) -> Self {
         let LayerShape { d, k } = layer.shape;
-        Self { client, hardware, layer, tokens: tokens as usize, x, residual, y, nothing: client.empty(16), d, k }
+        Self { client, hardware, layer, tokens: tokens as usize, kept, x, residual, y, nothing: client.empty(16), d, k }
     }
 
     /// Every step in order; y.
@@ -96,9 +106,21 @@ impl<'a, R: Runtime> Run<'a, R> {
         allocate(self.client, size)
     }
 
-    /// Uploads an index table.
+    /// An index table, uploaded once for all layers that run the schedule.
     fn table(&self, table: &Table) -> Uploaded {
-        self.upload(table.words())
+        let words = table.words();
+        if words.is_empty() {
+            return self.upload(words);
+        }
+        // Clients of one device share what describes it.
+        let device = self.client.properties();
+        let same = |kept: &KeptTable<R>| std::ptr::eq(kept.client.properties(), device) && *kept.words == *words;
+        let upload = || KeptTable {
+            client: self.client.clone(),
+            words: words.into(),
+            handle: self.client.create_from_slice(bytemuck::cast_slice(words)),
+        };
+        Uploaded { handle: self.kept.find_or_keep(same, upload).handle.clone(), words: words.len() }
     }
 
     /// Uploads words of 32 bits.
@@ -154,10 +176,14 @@ impl<'a, R: Runtime> Run<'a, R> {
         let activations = storage(format.activations);
         let out_type = if partial.is_some() { storage(Element::F32) } else { activations };
         let tables = self.table(&tiles.table);
-        // The ticket, then sums that aren't there yet.
-        let mut hidden = vec![NO_SUM; tiles.hidden.elements()];
-        hidden[..H_START as usize].fill(0);
-        let hidden = self.upload(&hidden);
+        // The ticket, then sums that aren't there yet; only `fused` reads any.
+        let hidden = if launch.hidden == 0 {
+            self.upload(&[])
+        } else {
+            let mut hidden = vec![NO_SUM; tiles.hidden.elements()];
+            hidden[..H_START as usize].fill(0);
+            self.upload(&hidden)
+        };
         let [x_cubes, y_cubes, z_cubes] = tiles.cubes;
         let cubes = CubeCount::Static(x_cubes, y_cubes, z_cubes);
         let dim = CubeDim::new_1d(blueprint.units());

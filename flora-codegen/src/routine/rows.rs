@@ -1,7 +1,7 @@
 //! What a tile launch multiplies, before tiles are known: a step's rows as records of the kernel's table, and which of them may
 //! share a tile.
 
-use flora_plan::schedule::{Gemm, LowRankRows, Materialised, Scale, SegmentItem, VirtualRow};
+use flora_plan::schedule::{Gemm, LowRankRows, Materialised, Scale, ScheduledRow, SegmentItem};
 
 use crate::kernels::tables::{ShrinkTask, TASK_SIDE, TileRow};
 
@@ -29,7 +29,7 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    fn push(&mut self, virtual_row: VirtualRow) {
+    fn push(&mut self, virtual_row: ScheduledRow) {
         self.rows.push(TileRow { virtual_row, ..TileRow::default() });
     }
 
@@ -49,7 +49,7 @@ impl Rows {
         for segment in &gemm.segments {
             let first = own.rows.len();
             for row in segment.first_row..segment.first_row + segment.rows {
-                own.push(VirtualRow { row, in_slot: 0, out_slot: 0, last: 1 });
+                own.push(ScheduledRow { row, in_slot: 0, out_slot: 0, last: 1 });
             }
             own.group(first, 0);
             let (first_scale, end_scale, unscaled) = *scales_of.entry(segment.first_scale).or_insert_with(|| {
@@ -73,7 +73,7 @@ impl Rows {
         for run in &step.runs {
             let first = own.rows.len();
             for row in run.first_row..run.first_row + run.rows {
-                own.push(VirtualRow { row, in_slot: 0, out_slot: 0, last: 1 });
+                own.push(ScheduledRow { row, in_slot: 0, out_slot: 0, last: 1 });
             }
             own.group(first, run.weight);
         }
@@ -86,7 +86,7 @@ impl Rows {
         for matrix in 0..count {
             let first = own.rows.len();
             for row in matrix * rows..(matrix + 1) * rows {
-                own.push(VirtualRow { row, in_slot: 0, out_slot: 0, last: 1 });
+                own.push(ScheduledRow { row, in_slot: 0, out_slot: 0, last: 1 });
             }
             own.group(first, matrix);
         }

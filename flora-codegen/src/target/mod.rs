@@ -157,16 +157,17 @@ where
     R: Runtime<Device = OfflineDevice>,
     R::Server: cubecl::server::ComputeServer<Info = recorder::Recording>,
 {
-    let (launched, records) = recorded::<R>(variant, None, emission)?;
+    let (launched, records) = recorded::<R>(variant, None, emission, 1)?;
     launched?;
     records.kernels.into_iter().collect()
 }
 
-/// Launches on a recorder; `largest_buffer` in place of its own limit.
+/// Runs a batch's schedule on a recorder, `layers` times; `largest_buffer` in place of the recorder's own limit.
 fn recorded<R>(
     variant: u16,
     largest_buffer: Option<u64>,
     emission: &Emission,
+    layers: usize,
 ) -> Result<(Result<(), LaunchError>, Records), ScheduleError>
 where
     R: Runtime<Device = OfflineDevice>,
@@ -205,10 +206,12 @@ where
         (layer, x, residual)
     };
     Ok(client.info().record(buffers, |(layer, x, residual)| {
-        // SAFETY: a recorder has no memory that a kernel could miss.
-        let launched = unsafe { launch(&client, &hardware, &layer, &schedule, &x, residual.as_ref()) };
+        let launched = (0..layers).try_for_each(|_| {
+            // SAFETY: a recorder has no memory that a kernel could miss.
+            unsafe { launch(&client, &hardware, &layer, &schedule, &x, residual.as_ref()) }.map(drop)
+        });
         let _ = client.read_one(x);
-        launched.map(|_| ())
+        launched
     }))
 }
 
@@ -247,6 +250,7 @@ pub fn emit_layer(
 mod tests {
     use flora_plan::batch::{BatchShape, LowRankSlots, VirtualRowSlots};
     use flora_plan::layer::Element;
+    use flora_plan::lowering::{Lowering, Part};
     use flora_plan::schedule::can_hold;
     use proptest::prelude::*;
 
@@ -290,7 +294,7 @@ mod tests {
     /// What a launch does on a card whose largest buffer has `limit` bytes.
     fn launched(limit: u64, emission: &Emission) -> (Result<(), LaunchError>, Records) {
         let variant = Capability::Sm90.version();
-        recorded::<Offline<Cuda>>(variant, Some(limit), emission).expect("it is scheduled")
+        recorded::<Offline<Cuda>>(variant, Some(limit), emission, 1).expect("it is scheduled")
     }
 
     proptest! {
@@ -329,6 +333,30 @@ mod tests {
                 prop_assert!(refused, "{:?}", refusal);
                 prop_assert_eq!(records.kernels.len(), 0);
             }
+        }
+    }
+
+    /// What a schedule's tables say is uploaded once for all layers that run it.
+    #[test]
+    fn tables_are_uploaded_once_a_schedule() {
+        let adapters: Vec<_> = (0..5).map(|kind| adapter(kind, 3)).collect();
+        let segments: Vec<_> = (0..5).map(|adapter| Segment { rows: 1 + 17 * (adapter % 2), adapter }).collect();
+        let (shape, epilogue) = (LayerShape { d: 96, k: 64 }, Epilogue::default());
+        for plan in Plan::unmerged() {
+            let (segments, adapters) = (&segments[..], &adapters[..]);
+            let emission = Emission { shape, format: LayerFormat::default(), epilogue, plan, segments, adapters };
+            let uploads = |layers: usize| {
+                let variant = Capability::Sm90.version();
+                let (outcome, records) =
+                    recorded::<Offline<Cuda>>(variant, None, &emission, layers).expect("scheduled");
+                assert_eq!(outcome, Ok(()));
+                (records.uploads, records.kernels.len())
+            };
+            let ((once, launches), (thrice, launches_of_three)) = (uploads(1), uploads(3));
+            assert_eq!(launches_of_three, 3 * launches, "{plan:?}");
+            // The low-rank sums of `fused` start anew in every layer.
+            let anew = if plan.of(Part::Additive) == Lowering::Fused { 2 } else { 0 };
+            assert_eq!(thrice, once + anew, "{plan:?}");
         }
     }
 

@@ -64,6 +64,8 @@ pub(super) struct Records {
     pub(super) kernels: Vec<Result<EmittedKernel, EmitError>>,
     /// Bytes of the largest buffer, rounded up as cubecl does.
     pub(super) largest_buffer: u64,
+    /// Buffers that were written from the host.
+    pub(super) uploads: usize,
 }
 
 /// The records of one device.
@@ -145,7 +147,9 @@ impl<D: Dialect> ComputeServer for OfflineServer<D> {
         Box::pin(async move { Ok(empty) })
     }
 
-    fn write(&mut self, _descriptors: Vec<(CopyDescriptor, Bytes)>, _stream: StreamId) {}
+    fn write(&mut self, descriptors: Vec<(CopyDescriptor, Bytes)>, _stream: StreamId) {
+        lock(&self.utilities.info.records).uploads += descriptors.len();
+    }
 
     fn sync(&mut self, _stream: StreamId) -> DynFut<Result<(), ServerError>> {
         Box::pin(async { Ok(()) })

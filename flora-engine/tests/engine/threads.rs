@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use flora_engine::{
     AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, Engine, Event, Options, PlaceError, RequestError,
-    Segment, SequenceId, Stream,
+    SequenceId, StepSegment, Stream,
 };
 
 use crate::support::decoder::{FakeAdapter, FakeDecoder, Lost, NextStep};
@@ -33,7 +33,7 @@ impl Decoder for Gated {
         self.decoder.limits()
     }
 
-    fn step(&mut self, segments: &[Segment<'_>]) -> Result<Vec<f32>, Lost> {
+    fn step(&mut self, segments: &[StepSegment<'_>]) -> Result<Vec<f32>, Lost> {
         let _ = self.begun.send(());
         let _ = self.permits.recv();
         self.decoder.step(segments)

@@ -9,7 +9,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::Engine;
+use crate::HostEngine;
 use crate::decoder::cache::{KEYS, KeyValueCache, Layout};
 use crate::decoder::error::OperationError;
 use crate::decoder::heads::Heads;
@@ -49,7 +49,7 @@ pub struct AttentionSegment<'a> {
 /// whole tiles.
 const TASK_ROWS: usize = 42;
 
-impl Engine {
+impl HostEngine {
     /// Appends keys and values to the segments' caches and writes what every row attends to, `[rows, query heads · size]`: the sum
     /// of the values that it sees, weighed by the softmax of query · key / √size.
     ///

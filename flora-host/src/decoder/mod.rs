@@ -1,5 +1,5 @@
 //! What a decoder computes beside its projections, on the processor: attention over a cache of keys and values, rotary positions,
-//! norms, products. Every operation is a method of [`Engine`](crate::Engine) that reads and writes plain slices.
+//! norms, products. Every operation is a method of [`HostEngine`](crate::HostEngine) that reads and writes plain slices.
 //!
 //! Sums are f32 in a fixed order whatever the types are, and results are rounded once. A row's bits depend on its own numbers
 //! alone, and in attention on its own sequence's tokens up to its own.

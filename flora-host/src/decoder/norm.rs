@@ -3,7 +3,7 @@
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::Engine;
+use crate::HostEngine;
 use crate::decoder::error::OperationError;
 use crate::partition::PARALLEL_MACS;
 use crate::values::{Sink, Values, ValuesMut};
@@ -12,7 +12,7 @@ use crate::vectorise::vectorised;
 /// Sums that are kept side by side: two vectors of the widest registers.
 const LANES: usize = 32;
 
-impl Engine {
+impl HostEngine {
     /// x / √(mean(x²) + epsilon) ∘ gamma for every row of x `[rows, d]`, where d is the length of gamma.
     ///
     /// # Errors

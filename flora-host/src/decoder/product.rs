@@ -3,7 +3,7 @@
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::Engine;
+use crate::HostEngine;
 use crate::decoder::error::OperationError;
 use crate::partition::PARALLEL_MACS;
 use crate::values::{Sink, Values, ValuesMut};
@@ -12,7 +12,7 @@ use crate::vectorise::vectorised;
 /// Numbers that are multiplied at a time: what two operands and the result have of them stays in the first-level cache.
 const CHUNK: usize = 2048;
 
-impl Engine {
+impl HostEngine {
     /// one ∘ other
     ///
     /// # Errors

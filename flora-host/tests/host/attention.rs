@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use flora_host::decoder::{Attention, AttentionSegment, Heads, KeyValueCache, Matrix, OperationError, RotaryTable};
-use flora_host::{Engine, OwnedValues};
+use flora_host::{HostEngine, OwnedValues};
 use flora_plan::layer::Element;
 use proptest::prelude::*;
 
@@ -44,7 +44,7 @@ impl Sequences {
     }
 
     /// What every row of every sequence attends to: `[tokens, query heads · size]`.
-    fn run(&self, engine: &Engine, steps: &[Step]) -> Vec<Vec<f32>> {
+    fn run(&self, engine: &HostEngine, steps: &[Step]) -> Vec<Vec<f32>> {
         let Heads { queries, keys, size } = self.heads;
         let rotary = self.rotated.then(|| RotaryTable::new(1000, size, BASE));
         let mut caches: Vec<_> = self.rows.iter().map(|_| KeyValueCache::new(self.heads, self.element)).collect();
@@ -204,7 +204,7 @@ proptest! {
         let heads = Heads { queries: keys * group, keys, size };
         let sequences = Sequences::new(heads, element, rotated, &lengths, &mut random);
         let steps = sequences.pieces(40, &mut random);
-        for engine in Engine::all() {
+        for engine in HostEngine::all() {
             let outputs = sequences.run(&engine, &steps);
             sequences.assert_right(&outputs, engine.vectors());
         }
@@ -224,7 +224,7 @@ proptest! {
         let size = if rotated { 2 * size.div_ceil(2) } else { size };
         let heads = Heads { queries: keys * group, keys, size };
         let sequences = Sequences::new(heads, element, rotated, &lengths, &mut random);
-        for engine in Engine::all() {
+        for engine in HostEngine::all() {
             let right = bits(&sequences.run(&engine, &sequences.whole()));
             for most in [1, 7, 64, 150] {
                 let steps = sequences.pieces(most, &mut random);
@@ -251,7 +251,7 @@ proptest! {
         let width = sequences.width();
         damaged.rows[0][token * width..].fill(f32::NAN);
         let steps = sequences.pieces(50, &mut random);
-        for engine in Engine::all() {
+        for engine in HostEngine::all() {
             let (right, found) = (sequences.run(&engine, &steps), damaged.run(&engine, &steps));
             let (before, after) = found[0].split_at(token * heads.queries * size);
             prop_assert_eq!(&bits(&found[1..]), &bits(&right[1..]));
@@ -271,9 +271,9 @@ fn long_prompts_on_all_threads() {
     ] {
         let sequences = Sequences::new(heads, Element::F32, true, &lengths, &mut random);
         let steps = sequences.pieces(300, &mut random);
-        let outputs = sequences.run(&Engine::new(), &steps);
+        let outputs = sequences.run(&HostEngine::new(), &steps);
         sequences.assert_right(&outputs, "long");
-        assert_eq!(bits(&outputs), bits(&sequences.run(&Engine::new(), &sequences.whole())));
+        assert_eq!(bits(&outputs), bits(&sequences.run(&HostEngine::new(), &sequences.whole())));
     }
 }
 
@@ -286,7 +286,7 @@ fn scores_far_apart_give_no_wrong_number() {
     for (token, row) in sequences.rows[0].chunks_exact_mut(3).enumerate() {
         row.copy_from_slice(&[1000.0, token as f32, token as f32]);
     }
-    for engine in Engine::all() {
+    for engine in HostEngine::all() {
         let outputs = sequences.run(&engine, &sequences.whole());
         assert_eq!(outputs[0], (0..70).map(|token| token as f32).collect::<Vec<_>>(), "{}", engine.vectors());
     }
@@ -294,14 +294,14 @@ fn scores_far_apart_give_no_wrong_number() {
     for (token, row) in sequences.rows[0].chunks_exact_mut(3).enumerate() {
         row.copy_from_slice(&[1000.0, -(token as f32), 1.0 + token as f32]);
     }
-    for engine in Engine::all() {
+    for engine in HostEngine::all() {
         assert_eq!(sequences.run(&engine, &sequences.whole())[0], [1.0; 70], "{}", engine.vectors());
     }
 }
 
 #[test]
 fn what_does_not_belong_together_is_refused() {
-    let engine = Engine::new();
+    let engine = HostEngine::new();
     let heads = Heads { queries: 2, keys: 1, size: 4 };
     let numbers = OwnedValues::zeros(32, Element::F32);
     let matrix = |columns| Matrix::new(numbers.values(), 16, columns).unwrap();

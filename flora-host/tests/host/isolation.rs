@@ -1,6 +1,6 @@
 //! A row's bits depend on its own x and adapter alone.
 
-use flora_host::Engine;
+use flora_host::HostEngine;
 use flora_plan::batch::{AdapterSlots, Segment};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::plan::Plan;
@@ -46,12 +46,12 @@ fn poisoned(problem: &Problem, adapter: &AdapterSlots) -> Problem {
 }
 
 fn check(problem: &Problem) {
-    for engine in Engine::all() {
+    for engine in HostEngine::all() {
         check_on(problem, &engine);
     }
 }
 
-fn check_on(problem: &Problem, engine: &Engine) {
+fn check_on(problem: &Problem, engine: &HostEngine) {
     for plan in Plan::unmerged().flat_map(|plan| [plan, plan.with_on_chip_from(4)]) {
         let whole = problem.run(engine, &plan).bits();
         let mut first = 0;

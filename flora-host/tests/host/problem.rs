@@ -1,6 +1,6 @@
 //! Random layers and batches, and what they should give.
 
-use flora_host::{Engine, Operands, Values, ValuesMut, Weight};
+use flora_host::{HostEngine, Operands, Values, ValuesMut, Weight};
 use flora_ir::Activation;
 use flora_ir::evaluate::apply_activation;
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
@@ -129,7 +129,7 @@ impl Problem {
     }
 
     /// What the engine makes of it.
-    pub(crate) fn run(&self, engine: &Engine, plan: &Plan) -> Numbers {
+    pub(crate) fn run(&self, engine: &HostEngine, plan: &Plan) -> Numbers {
         let format = self.format;
         let finishes = !self.epilogue.is_identity();
         let schedule = schedule(plan, self.shape, &self.segments, &self.adapters, finishes).unwrap();

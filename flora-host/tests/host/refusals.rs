@@ -1,6 +1,6 @@
 //! What doesn't fit together is refused, and y stays as it was.
 
-use flora_host::{Engine, HostError, Operands, Values, ValuesMut, Weight};
+use flora_host::{HostEngine, HostError, Operands, Values, ValuesMut, Weight};
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Epilogue, LayerShape, WeightFormat};
 use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
@@ -23,7 +23,7 @@ fn run(plan: Plan, operands: Operands<'_>, x: usize, y: usize) -> Result<(), Hos
     };
     let schedule = schedule(&plan, SHAPE, &[Segment { rows: 2, adapter: 0 }], &[adapter], true).unwrap();
     let (x, mut y) = (vec![1.0; x], vec![7.0; y]);
-    let result = Engine::new().execute(&operands, &schedule, Values::F32(&x), ValuesMut::F32(&mut y), None);
+    let result = HostEngine::new().execute(&operands, &schedule, Values::F32(&x), ValuesMut::F32(&mut y), None);
     assert_eq!(result.is_err(), y.iter().all(|y| *y == 7.0), "{result:?}: {y:?}");
     result
 }

@@ -1,6 +1,6 @@
 //! Norms and products against what defines them, in f64.
 
-use flora_host::Engine;
+use flora_host::HostEngine;
 use flora_host::decoder::OperationError;
 use flora_plan::layer::Element;
 use proptest::prelude::*;
@@ -18,7 +18,7 @@ fn stored(element: Element, right: f64) -> f64 {
     if element == Element::F32 { 0.0 } else { 1.001 * element.rounding() * right.abs() + 3e-8 }
 }
 
-fn run(engine: &Engine, x: &Numbers, element: Element, gamma: &[f32], beta: Option<&[f32]>) -> Numbers {
+fn run(engine: &HostEngine, x: &Numbers, element: Element, gamma: &[f32], beta: Option<&[f32]>) -> Numbers {
     let mut out = Numbers::new(element, &vec![f32::NAN; x.widened().len()]);
     match beta {
         None => engine.rms_norm(x.values(), gamma, EPSILON, out.values_mut()),
@@ -44,7 +44,7 @@ proptest! {
         let x: Vec<_> = random_values(rows * d, &mut random).iter().map(|value| value + offset).collect();
         let x = Numbers::new(element, &x);
         let (gamma, beta) = (random_values(d, &mut random), random_values(d, &mut random));
-        for engine in Engine::all() {
+        for engine in HostEngine::all() {
             let out = run(&engine, &x, element, &gamma, centred.then_some(&beta));
             let (numbers, out) = (widened(&x), widened(&out));
             for (row, (x, out)) in numbers.chunks_exact(d).zip(out.chunks_exact(d)).enumerate() {
@@ -78,7 +78,7 @@ proptest! {
         let mut random = fastrand::Rng::with_seed(seed);
         let [one, other] = [0, 1].map(|at: usize| Numbers::new(elements[at], &random_values(count, &mut random)));
         let products: Vec<_> = one.widened().iter().zip(other.widened()).map(|(one, other)| one * other).collect();
-        for engine in Engine::all() {
+        for engine in HostEngine::all() {
             let mut out = Numbers::new(elements[2], &vec![f32::NAN; count]);
             engine.multiply(one.values(), other.values(), out.values_mut()).unwrap();
             prop_assert_eq!(out.bits(), Numbers::new(elements[2], &products).bits());
@@ -94,7 +94,7 @@ fn other_rows_change_no_bit() {
     let (gamma, beta) = (random_values(d, &mut random), random_values(d, &mut random));
     for element in Element::ALL {
         for beta in [None, Some(&beta[..])] {
-            let engine = Engine::new();
+            let engine = HostEngine::new();
             let whole = run(&engine, &Numbers::new(element, &x), element, &gamma, beta).bits();
             let mut poisoned = x.clone();
             poisoned[d..].fill(f32::NAN);
@@ -108,7 +108,7 @@ fn other_rows_change_no_bit() {
 
 #[test]
 fn other_lengths_are_refused() {
-    let engine = Engine::new();
+    let engine = HostEngine::new();
     let x = Numbers::new(Element::F32, &[1.0; 12]);
     let refused = |gamma: usize, beta: Option<usize>, out: usize| {
         let (gamma, mut out) = (vec![1.0; gamma], Numbers::new(Element::F32, &vec![0.0; out]));

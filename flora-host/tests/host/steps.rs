@@ -1,6 +1,6 @@
 //! Every plan, weight format and element type, on sizes that are multiples of nothing.
 
-use flora_host::Engine;
+use flora_host::HostEngine;
 use flora_plan::batch::Segment;
 use flora_plan::layer::{Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use crate::problem::{Problem, config, elements, epilogues};
 
-fn check(problem: &Problem, engine: &Engine) {
+fn check(problem: &Problem, engine: &HostEngine) {
     for plan in Plan::all() {
         let name = format!("{plan}, {}, {:?}", problem.format, problem.epilogue);
         if plan.is_merged() {
@@ -46,7 +46,7 @@ proptest! {
     ) {
         let d = if weight.fits(LayerShape { d, k }) { d } else { d.next_multiple_of(32) };
         let problem = Problem::new(LayerShape { d, k }, LayerFormat { activations, adapters, weight, ..LayerFormat::default() }, epilogue, seed);
-        for engine in Engine::all() {
+        for engine in HostEngine::all() {
             check(&problem, &engine);
         }
     }
@@ -54,7 +54,7 @@ proptest! {
 
 #[test]
 fn long_batches_wide_panels_and_several_slices() {
-    let engine = Engine::new();
+    let engine = HostEngine::new();
     let cases = [
         (65, 777, 530, 1),
         (300, 290, 1, 2),
@@ -81,5 +81,5 @@ fn empty_batches_give_nothing() {
     problem.segments.clear();
     (problem.x, problem.residual) = (Vec::new(), Vec::new());
     let plan = Plan::new(MultiplicativeLowering::Stacked, AdditiveLowering::Fused);
-    assert!(problem.run(&Engine::new(), &plan).widened().is_empty());
+    assert!(problem.run(&HostEngine::new(), &plan).widened().is_empty());
 }

@@ -1,6 +1,6 @@
 //! The golden files that transformers and PEFT made (tests/golden/README.md).
 
-use flora_engine::{AdapterId, Decoder, Segment, SequenceId};
+use flora_engine::{AdapterId, Decoder, SequenceId, StepSegment};
 use flora_plan::layer::Element;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -97,9 +97,9 @@ fn segment(
     first: usize,
     tokens: &[u32],
     prompt_tokens: usize,
-) -> Segment<'_> {
+) -> StepSegment<'_> {
     let (first_position, prompt_tokens) = (first as u32, prompt_tokens as u32);
-    Segment { sequence, adapter, first_position, tokens, prompt_tokens, wants_logits: true }
+    StepSegment { sequence, adapter, first_position, tokens, prompt_tokens, wants_logits: true }
 }
 
 fn prefill(

@@ -1,6 +1,6 @@
 //! A sequence's logits are the same to the bit, whatever the others in its steps are and however its generated tokens come.
 
-use flora_engine::{AdapterId, Decoder, Segment, SequenceId};
+use flora_engine::{AdapterId, Decoder, SequenceId, StepSegment};
 
 use crate::is_host;
 use crate::served::{Served, load};
@@ -27,9 +27,9 @@ struct Piece<'a> {
 }
 
 impl Piece<'_> {
-    fn segment(&self, sequence: SequenceId, adapter: Option<AdapterId>) -> Segment<'_> {
+    fn segment(&self, sequence: SequenceId, adapter: Option<AdapterId>) -> StepSegment<'_> {
         let (first_position, prompt_tokens) = (self.first as u32, self.prompt_tokens as u32);
-        Segment { sequence, adapter, first_position, tokens: self.tokens, prompt_tokens, wants_logits: true }
+        StepSegment { sequence, adapter, first_position, tokens: self.tokens, prompt_tokens, wants_logits: true }
     }
 }
 

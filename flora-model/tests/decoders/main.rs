@@ -6,7 +6,7 @@
 mod compositions;
 mod golden;
 mod invariance;
-#[cfg(feature = "burn")]
+#[cfg(feature = "flex")]
 mod on_burn;
 mod served;
 

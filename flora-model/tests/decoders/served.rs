@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use flora_checkpoint::Model;
 use flora_checkpoint::model::DecoderConfig;
-use flora_engine::{AdapterId, AdapterSource, Decoder, Segment};
+use flora_engine::{AdapterId, AdapterSource, Decoder, StepSegment};
 use flora_model::{AdapterDirectory, DeviceModel, ServeError, ServeOptions};
 use flora_plan::layer::Element;
 
@@ -82,7 +82,7 @@ pub(crate) fn load_by(
 }
 
 impl Served {
-    pub(crate) fn step(&mut self, segments: &[Segment<'_>]) -> Vec<f32> {
+    pub(crate) fn step(&mut self, segments: &[StepSegment<'_>]) -> Vec<f32> {
         self.decoder.step(segments).expect("a step of known sequences")
     }
 

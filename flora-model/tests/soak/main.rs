@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use flora_checkpoint::Model;
 use flora_engine::{
-    AdapterFailure, AdapterOptions, Engine, Event, Handle, Options, Request, RequestError, Sampling, StopAt, Vocabulary,
+    AdapterFailure, AdapterOptions, Engine, EngineHandle, Event, Options, Request, RequestError, Sampling, StopAt,
+    Vocabulary,
 };
 use flora_model::{AdapterDirectory, ServeOptions};
 
@@ -61,7 +62,7 @@ fn request(random: &mut fastrand::Rng, vocabulary: u32, names: &[String]) -> Req
 }
 
 /// Sends one request after the other until `stop`.
-fn client(number: u64, handle: &Handle, vocabulary: u32, names: &[String], tally: &Tally, stop: &AtomicBool) {
+fn client(number: u64, handle: &EngineHandle, vocabulary: u32, names: &[String], tally: &Tally, stop: &AtomicBool) {
     let mut random = fastrand::Rng::with_seed(1000 + number);
     while !stop.load(Ordering::SeqCst) {
         // Whoever goes away does so after so many events.
@@ -102,7 +103,7 @@ fn client(number: u64, handle: &Handle, vocabulary: u32, names: &[String], tally
 }
 
 /// Gaps between the tokens of a request that always runs, in milliseconds, by whether an adapter was being loaded.
-fn watch(handle: &Handle, stop: &AtomicBool) -> BTreeMap<bool, Vec<f64>> {
+fn watch(handle: &EngineHandle, stop: &AtomicBool) -> BTreeMap<bool, Vec<f64>> {
     let mut gaps: BTreeMap<bool, Vec<f64>> = BTreeMap::new();
     while !stop.load(Ordering::SeqCst) {
         let forever = StopAt { max_tokens: 64, strings: Vec::new(), tokens: Vec::new() };

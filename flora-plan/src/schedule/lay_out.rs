@@ -1,10 +1,11 @@
 //! Laying out a plan's steps for a batch: which rows each of them takes, and where their vectors are.
 
 use super::error::ScheduleError;
+use super::kept::Kept;
 use super::limits::{batch_fits, check};
 use super::steps::{
     Gemm, LowRankBmm, LowRankRows, Materialised, MaterialisedAdapter, NO_ROW, OnChipSegment, Packing,
-    SEGMENT_ITEM_ROWS, Scale, SegmentItem, Step, VirtualRow, WeightRun,
+    SEGMENT_ITEM_ROWS, Scale, ScheduledRow, SegmentItem, Step, WeightRun,
 };
 use crate::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
 use crate::layer::LayerShape;
@@ -13,7 +14,7 @@ use crate::plan::{Lowerings, Plan, SeparateParts};
 
 /// The steps of one batch. Only this module makes one: its indices are within the batch and the slots that it names. Nothing in
 /// it is of a layer's shape, so that layers whose adapters lie alike share one; [`Schedule::fits`] says which it fits.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Schedule {
     /// What its buffers follow from, with a shape.
     plan: Plan,
@@ -22,7 +23,18 @@ pub struct Schedule {
     in_slots: u32,
     out_slots: u32,
     steps: Vec<Step>,
+    kept: Kept,
 }
+
+/// Schedules are equal that do the same, whatever plan they were laid out for and whatever devices keep with them.
+impl PartialEq for Schedule {
+    fn eq(&self, other: &Self) -> bool {
+        let whole = |one: &Self| (one.tokens, one.in_slots, one.out_slots, one.splits());
+        whole(self) == whole(other) && self.steps == other.steps
+    }
+}
+
+impl Eq for Schedule {}
 
 impl Schedule {
     /// y = x @ w0 for `tokens` rows, whatever the adapters: what others are measured against. For layers of `shape`, and all others
@@ -33,7 +45,7 @@ impl Schedule {
     pub fn base_gemm(shape: LayerShape, tokens: u32) -> Result<Self, ScheduleError> {
         let batch = BatchShape { adapters: 1, plain_rows: tokens.into(), ..BatchShape::default() };
         Self::of_base(shape, tokens, batch, || {
-            let rows = (0..tokens).map(|row| VirtualRow { row, in_slot: 0, out_slot: 0, last: 1 }).collect();
+            let rows = (0..tokens).map(|row| ScheduledRow { row, in_slot: 0, out_slot: 0, last: 1 }).collect();
             vec![Step::Gemm(Gemm { rows, finishes: true, ..Gemm::default() })]
         })
     }
@@ -55,7 +67,7 @@ impl Schedule {
         let (plan, batch) = (Plan::default(), BatchShape { tokens: tokens.into(), ..batch });
         check(&plan, shape, &batch)?;
         let steps = if tokens == 0 { Vec::new() } else { steps() };
-        Ok(Self { plan, batch, tokens, in_slots: 0, out_slots: 0, steps })
+        Ok(Self { plan, batch, tokens, in_slots: 0, out_slots: 0, steps, kept: Kept::default() })
     }
 
     /// The schedule without its passes over the base weight: what else it does, for measuring.
@@ -108,6 +120,11 @@ impl Schedule {
         })
     }
 
+    /// What devices keep with it.
+    pub fn kept(&self) -> &Kept {
+        &self.kept
+    }
+
     /// In order.
     pub fn steps(&self) -> &[Step] {
         &self.steps
@@ -149,6 +166,7 @@ pub fn schedule(
         in_slots: used().map(AdapterSlots::in_slots).max().unwrap_or(0),
         out_slots: used().map(AdapterSlots::out_slots).max().unwrap_or(0),
         steps,
+        kept: Kept::default(),
     })
 }
 
@@ -275,7 +293,7 @@ fn gemm(
             for row in first_row..first_row + segment.rows {
                 gemm.rows.extend(adapter.virtual_rows.iter().enumerate().map(|(position, scales)| {
                     let Scale { in_slot, out_slot } = scale(scales);
-                    VirtualRow { row, in_slot, out_slot, last: u32::from(position == last) }
+                    ScheduledRow { row, in_slot, out_slot, last: u32::from(position == last) }
                 }));
             }
         }

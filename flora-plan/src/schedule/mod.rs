@@ -2,11 +2,13 @@
 //! the host backend and every kernel read the same ones.
 
 mod error;
+mod kept;
 mod lay_out;
 mod limits;
 mod steps;
 
 pub use error::ScheduleError;
+pub use kept::Kept;
 pub use lay_out::{Schedule, schedule};
 pub use limits::{
     EXPAND_ITEM_WORDS, MATERIALISED_ADAPTER_WORDS, SCALE_WORDS, SHRINK_TASK_WORDS, SPLIT_DEPTH, TILE_ROW_WORDS,
@@ -14,5 +16,5 @@ pub use limits::{
 };
 pub use steps::{
     Gemm, LowRankBmm, LowRankRows, Materialised, MaterialisedAdapter, NO_ROW, OnChipSegment, Packing,
-    SEGMENT_ITEM_ROWS, Scale, SegmentItem, Step, VirtualRow, WeightRun,
+    SEGMENT_ITEM_ROWS, Scale, ScheduledRow, SegmentItem, Step, WeightRun,
 };

@@ -10,7 +10,7 @@ pub const SEGMENT_ITEM_ROWS: u32 = 16;
 /// A virtual row of the batch; slots count from 1, 0 is "not scaled".
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
-pub struct VirtualRow {
+pub struct ScheduledRow {
     /// The row of x that it reads and of y that it adds to.
     pub row: u32,
     /// In-vector slot + 1, or 0.
@@ -111,7 +111,7 @@ pub struct WeightRun {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Gemm {
     /// `stacked` and base rows: the virtual rows of an output row follow one another, output rows rise.
-    pub rows: Vec<VirtualRow>,
+    pub rows: Vec<ScheduledRow>,
     /// `on_chip` rows, rising.
     pub segments: Vec<OnChipSegment>,
     /// The virtual rows of the adapters of `segments`.

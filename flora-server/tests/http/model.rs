@@ -10,7 +10,7 @@ use std::fmt;
 use std::sync::{Arc, Condvar, Mutex};
 
 use flora_engine::{
-    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, Segment, SequenceId, Vocabulary,
+    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, SequenceId, StepSegment, Vocabulary,
 };
 
 /// The byte that the model takes for the end of a text.
@@ -78,7 +78,7 @@ impl Parrot {
         Vocabulary::new((0..=255).map(|byte| vec![byte]).chain([Vec::new()]).collect())
     }
 
-    fn run(&mut self, segment: &Segment<'_>) -> Vec<f32> {
+    fn run(&mut self, segment: &StepSegment<'_>) -> Vec<f32> {
         let sequence = self.sequences.entry(segment.sequence).or_default();
         assert_eq!(sequence.held, segment.first_position as usize);
         sequence.prompt.extend(&segment.tokens[..segment.prompt_tokens as usize]);
@@ -109,7 +109,7 @@ impl Decoder for Parrot {
         DecoderLimits { vocabulary: END_TOKEN + 1, context_length: CONTEXT, cache_bytes_per_token: 1 }
     }
 
-    fn step(&mut self, segments: &[Segment<'_>]) -> Result<Vec<f32>, Fault> {
+    fn step(&mut self, segments: &[StepSegment<'_>]) -> Result<Vec<f32>, Fault> {
         self.gate.pass();
         if segments.iter().any(|segment| segment.tokens.contains(&u32::from(FAULT))) {
             return Err(Fault);

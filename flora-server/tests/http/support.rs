@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::{HeaderMap, Request, StatusCode};
-use flora_engine::{Engine, Handle, Options};
+use flora_engine::{Engine, EngineHandle, Options};
 use flora_server::{App, ServerError, ServerOptions, Text, router, serve};
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
@@ -26,7 +26,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) struct Service {
     pub(crate) gate: Gate,
     pub(crate) app: Arc<App>,
-    pub(crate) engine: Handle,
+    pub(crate) engine: EngineHandle,
     /// Stops the engine when dropped.
     _engine: Engine,
 }

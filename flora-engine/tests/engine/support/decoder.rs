@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use flora_engine::{AdapterFailure, AdapterId, Decoder, DecoderLimits, Options, PlaceError, Segment, SequenceId};
+use flora_engine::{AdapterFailure, AdapterId, Decoder, DecoderLimits, Options, PlaceError, SequenceId, StepSegment};
 
 use super::TOKENS;
 
@@ -83,7 +83,7 @@ impl State {
     }
 
     /// Checks one segment and keeps its tokens.
-    fn take(&mut self, segment: &Segment<'_>, chunk: usize) {
+    fn take(&mut self, segment: &StepSegment<'_>, chunk: usize) {
         let (id, length) = (segment.sequence, segment.tokens.len());
         assert!((1..=chunk).contains(&length), "{segment:?}");
         assert!(segment.tokens.iter().all(|token| *token < TOKENS), "{segment:?}");
@@ -136,7 +136,7 @@ impl Decoder for FakeDecoder {
         DecoderLimits { vocabulary: TOKENS, context_length: CONTEXT, cache_bytes_per_token: 1 }
     }
 
-    fn step(&mut self, segments: &[Segment<'_>]) -> Result<Vec<f32>, Lost> {
+    fn step(&mut self, segments: &[StepSegment<'_>]) -> Result<Vec<f32>, Lost> {
         let (options, mut state) = (&self.options, self.state());
         let sequences: BTreeSet<SequenceId> = segments.iter().map(|segment| segment.sequence).collect();
         assert!(!segments.is_empty() && sequences.len() == segments.len(), "{segments:?}");
