@@ -32,6 +32,7 @@ pub struct LoadedAdapter<'a> {
 
 /// Why adapters can't be served.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum StoreError {
     /// The folder of folders can't be listed.
     #[error("cannot list {}: {source}", path.display())]

@@ -28,6 +28,7 @@ const KEPT: [(Encoding, WeightFormat); 6] = [
 
 /// Why a weight can't be had in a form.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum BaseError {
     /// It can't be read.
     #[error(transparent)]

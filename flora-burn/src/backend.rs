@@ -34,6 +34,7 @@ pub trait FloraBackend: Backend {
 
 /// Why a tensor can't be a buffer, or a buffer no tensor.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TensorError {
     /// A type that layers don't have.
     #[error("a tensor of {0:?} was passed; layers take F32, F16 and BF16")]

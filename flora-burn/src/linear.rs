@@ -37,6 +37,7 @@ impl fmt::Display for Layer {
 
 /// Why a layer can't run.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum LinearError {
     /// The input has another shape.
     #[error("the layer takes [.., {d}] with {rows} rows in all and was passed {found:?}")]

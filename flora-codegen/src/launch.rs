@@ -59,6 +59,7 @@ pub struct Pool {
 
 /// Why a schedule can't be launched.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum LaunchError {
     /// More cubes in one direction than the device counts.
     #[error("{what} needs {cubes} work items in one launch and the device takes {limit}; split the batch")]

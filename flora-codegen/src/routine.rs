@@ -21,6 +21,7 @@ use tiles::tiles;
 
 /// A batch that no blueprint of the device serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum RoutineError {
     /// One row's low-rank sums don't fit.
     #[error(

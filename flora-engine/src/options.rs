@@ -92,6 +92,7 @@ impl Default for AdapterOptions {
 
 /// Options that no engine can run with.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum OptionsError {
     /// Something is 0 that has to be something.
     #[error("the option `{0}` is 0; it has to be at least 1")]

@@ -2,6 +2,7 @@
 
 /// A mistake in what was passed. Nothing has been written then.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
 pub enum HostError {
     /// An operand of another length than the shape has.
     #[error("{what} has {found} numbers and takes {expected}")]

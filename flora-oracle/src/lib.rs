@@ -93,6 +93,7 @@ pub struct Sample<'a> {
 
 /// Why a sample can't be checked.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum OracleError {
     /// Tensors of another size.
     #[error("the sample's tensors or columns don't fit a weight of [{d}, {k}]")]

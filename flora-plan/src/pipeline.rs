@@ -27,6 +27,7 @@ pub struct CompiledLayer {
 
 /// Why a layer doesn't compile.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum CompileError {
     /// Mistakes in the equation, all of them.
     #[error("{}", .0.iter().map(|mistake| format!("{} ({})", mistake.message, mistake.help)).collect::<Vec<_>>().join("; "))]

@@ -21,6 +21,7 @@ pub struct Batch {
 
 /// The rows of a batch can't be what they are said to be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum BatchError {
     /// More rows than kernels index.
     #[error("the batch's segments add up to {0} rows and kernels index 2^32; split it")]

@@ -72,6 +72,7 @@ impl Default for ProjectionOptions<'_> {
 
 /// Why a projection can't be made or run.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ProjectionError {
     /// A tensor of the wrong size.
     #[error("{what} has {found} numbers where [{d}, {k}] wants {expected}")]

@@ -94,6 +94,7 @@ pub struct EmittedKernel {
 
 /// Why no source came out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum EmitError {
     /// The batch can't be scheduled.
     #[error(transparent)]

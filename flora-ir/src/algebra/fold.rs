@@ -13,6 +13,7 @@ use crate::types::{Dimension, Shape};
 
 /// Why an adapter can't be folded.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
 pub enum FoldError {
     /// A tensor is missing or has the wrong extents.
     #[error(transparent)]

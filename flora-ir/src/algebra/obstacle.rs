@@ -34,6 +34,7 @@ impl NormalizeError {
 
 /// What is wrong with a term.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Obstacle {
     /// x ∘ x or x @ … x.
     #[error("both sides depend on the input")]

@@ -72,6 +72,7 @@ impl<N: Into<String>> FromIterator<(N, Value)> for Bindings {
 
 /// Why a layer can't be evaluated on some bindings.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum EvaluateError {
     /// An operand that the node depends on has no value.
     #[error("operand `{operand}` has no value: bind a tensor to it")]

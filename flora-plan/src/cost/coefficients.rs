@@ -84,6 +84,7 @@ impl FitError {
 
 /// Why a file of coefficients can't be used.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum CoefficientsError {
     /// The file can't be read.
     #[error("{}: {source}", path.display())]

@@ -2,6 +2,7 @@
 
 /// Why a batch can't be scheduled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ScheduleError {
     /// A segment names an adapter that the table lacks.
     #[error(

@@ -4,6 +4,7 @@ use crate::layer::WeightFormat;
 
 /// Why a weight can't be packed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
 pub enum WeightError {
     /// Another number of values or bytes than the shape has.
     #[error("a weight [{d}, {k}] in {format} takes {expected} {unit}, and there are {found}")]
