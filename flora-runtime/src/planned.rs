@@ -9,10 +9,9 @@ use flora_plan::layer::{Element, LayerShape};
 use flora_plan::plan::{Plan, plan};
 use flora_plan::weight::PackedWeight;
 
-use crate::batch::BatchError;
 use crate::buffer::Buffer;
 use crate::device::Device;
-use crate::projection::{Projection, ProjectionError, ProjectionOptions};
+use crate::projection::{Projection, ProjectionError, ProjectionOptions, run};
 use crate::step::StepBatch;
 
 /// A [`Projection`] with its way of planning. Clones share the weight and the adapters.
@@ -112,11 +111,7 @@ impl PlannedProjection {
             (schedule, projection.operands().clone())
         };
         // Without the lock: a thread of a pool that waits for a part of this batch may start another batch of the same projection.
-        let (rows, d) = (schedule.tokens() as usize, self.shape.d as usize);
-        if x.len() != rows * d {
-            return Err(BatchError::WrongInput { rows, d, expected: rows * d, found: x.len() }.into());
-        }
-        Ok(self.device.execute(&operands, &schedule, x, residual)?)
+        run(&self.device, &operands, &schedule, x, residual)
     }
 
     // A panic of another holder leaves a projection as whole as any error does.

@@ -448,11 +448,7 @@ impl Projection {
         x: &Buffer,
         residual: Option<&Buffer>,
     ) -> Result<Buffer, ProjectionError> {
-        let (rows, d) = (schedule.tokens() as usize, self.operands.shape().d as usize);
-        if x.len() != rows * d {
-            return Err(BatchError::WrongInput { rows, d, expected: rows * d, found: x.len() }.into());
-        }
-        Ok(self.device.execute(&self.operands, schedule, x, residual)?)
+        run(&self.device, &self.operands, schedule, x, residual)
     }
 
     /// Runs a batch: x `[rows, d]`, the result `[rows, k]`.
@@ -514,4 +510,19 @@ impl AdapterVectors {
             low_rank: LowRankSlots { shrink: shrink + in_slot, expand: expand + out_slot, rank },
         }
     }
+}
+
+/// [`Projection::execute`] on operands that were taken out of a projection, so that nobody has to keep it from changing meanwhile.
+pub(crate) fn run(
+    device: &Device,
+    operands: &LayerOperands,
+    schedule: &Schedule,
+    x: &Buffer,
+    residual: Option<&Buffer>,
+) -> Result<Buffer, ProjectionError> {
+    let (rows, d) = (schedule.tokens() as usize, operands.shape().d as usize);
+    if x.len() != rows * d {
+        return Err(BatchError::WrongInput { rows, d, expected: rows * d, found: x.len() }.into());
+    }
+    Ok(device.execute(operands, schedule, x, residual)?)
 }
