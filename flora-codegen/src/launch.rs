@@ -2,6 +2,7 @@
 //! Generic over the runtime, so that CUDA, wgpu and the offline targets go through the same code.
 
 mod copy;
+mod low_rank_sums;
 mod prepare;
 mod run;
 
@@ -9,6 +10,7 @@ pub use copy::copy;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use flora_runtime::operands::{OperandError, check_recipe, check_slots};
+pub use low_rank_sums::LowRankSums;
 
 use crate::routine::{Hardware, RoutineError};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape};
@@ -95,7 +97,7 @@ pub enum LaunchError {
 }
 
 /// Launches a schedule: reads x `[tokens, d]` and, where the epilogue adds one, residual `[tokens, k]`; returns y `[tokens, k]`.
-/// The launches are queued; errors of the device itself surface when y is read.
+/// The launches are queued; errors of the device itself surface when y is read. `sums` are the client's, for all its launches.
 ///
 /// # Errors
 /// A schedule that is too large for the layer or of slots that the pools lack, a launch that the device can't hold, a type that it doesn't have.
@@ -107,6 +109,7 @@ pub unsafe fn launch<R: Runtime>(
     client: &ComputeClient<R>,
     hardware: &Hardware,
     layer: &LayerBuffers,
+    sums: &LowRankSums,
     schedule: &Schedule,
     x: &Handle,
     residual: Option<&Handle>,
@@ -116,7 +119,7 @@ pub unsafe fn launch<R: Runtime>(
         return Err(OperandError::NoResidual.into());
     }
     let PreparedBatch { y, steps } = Site::of(hardware, layer).prepare(schedule)?;
-    Run::new(client, hardware, layer, (schedule.tokens(), schedule.kept()), x, residual, allocate(client, y))
+    Run::new(client, hardware, layer, sums, (schedule.tokens(), schedule.kept()), x, residual, allocate(client, y))
         .steps(&steps)
 }
 
@@ -135,6 +138,6 @@ pub unsafe fn merge<R: Runtime>(
 ) -> Result<Handle, LaunchError> {
     check_recipe(step, (layer.in_pool.slots, layer.out_pool.slots))?;
     let made = Site::of(hardware, layer).merge(step)?;
-    let (nothing, kept) = (&layer.base_weight, Kept::default());
-    Ok(Run::new(client, hardware, layer, (0, &kept), nothing, None, nothing.clone()).made(&made))
+    let (nothing, kept, sums) = (&layer.base_weight, Kept::default(), LowRankSums::default());
+    Ok(Run::new(client, hardware, layer, &sums, (0, &kept), nothing, None, nothing.clone()).made(&made))
 }

@@ -94,7 +94,7 @@ impl TileLaunch {
             input_bytes: again * once_inputs,
             adapter_bytes: again * once_in_vectors + out_vectors,
             output_bytes: output + residual,
-            other_bytes: self.table_bytes() + 8 * u64::from(self.hidden) + partial,
+            other_bytes: self.table_bytes() + 12 * u64::from(self.hidden) + partial,
             macs: rows.len() as u64 * d * k + made + low_rank_macs,
             floor_bytes: items_of_most.len() as u64 * weight
                 + once_inputs

@@ -20,7 +20,7 @@ pub struct ReduceBlueprint {
     pub epilogue: Epilogue,
 }
 
-/// partial `[splits, V, k]`, tables as the tile kernel's, one unit a virtual row and vector of columns.
+/// partial `[splits, V, k]`, tables as the tile kernel's, h from word `hidden` on, one unit a virtual row and vector of columns.
 #[cube(launch_unchecked)]
 pub(crate) fn reduce<A: Float, Y: Float, N: Size>(
     partial: &Array<Vector<f32, N>>,
@@ -33,6 +33,7 @@ pub(crate) fn reduce<A: Float, Y: Float, N: Size>(
     virtual_rows: u32,
     splits: u32,
     k: u32,
+    hidden: u32,
     #[comptime] blueprint: ReduceBlueprint,
     #[define(A, Y)] _types: [StorageType; 2],
 ) {
@@ -70,7 +71,7 @@ pub(crate) fn reduce<A: Float, Y: Float, N: Size>(
                         for q in 0..tile_row::rank(tables, words) {
                             let vector =
                                 Vector::<f32, N>::cast_from(out_pool[((expand + q) * columns + column) as usize]);
-                            value = fma(Vector::new(h[(H_START + own + q) as usize]), vector, value);
+                            value = fma(Vector::new(h[(hidden + H_START + own + q) as usize]), vector, value);
                         }
                     }
                     let output = tile_row::row(tables, words) * columns + column;

@@ -258,4 +258,10 @@ pub(crate) struct Layout {
     pub(crate) depth: u32,
     /// Virtual rows of the batch.
     pub(crate) virtual_rows: u32,
+    /// First word of h: the ticket, then sums.
+    pub(crate) hidden: u32,
+    /// First word of what the launch before has left, and this one empties.
+    pub(crate) stale: u32,
+    /// How many.
+    pub(crate) stale_count: u32,
 }

@@ -24,7 +24,7 @@ use super::tables::{H_START, Layout, NO_SUM, TASK_SIDE, shrink_task, tile_row};
 use super::words::word_count;
 
 /// x `[t, d]`, weight `[.., d, k]` or its words, weight_scales of a quantised one, in_pool `[slots, d]`, out_pool `[slots, k]`,
-/// tables: virtual rows first, then what `layout` says; h: the ticket, then sums; bias `[k]`, residual and y `[t, k]`, or y the
+/// tables: virtual rows first, then what `layout` says, as it does of h; bias `[k]`, residual and y `[t, k]`, or y the
 /// partial sums `[splits, V, k]`.
 #[cube(launch_unchecked)]
 pub(crate) fn tile<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N: Size>(
@@ -46,22 +46,15 @@ pub(crate) fn tile<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, 
         // Cubes are numbered as they start, so that whoever waits for h waits for cubes that run.
         let mut ticket = SharedMemory::<u32>::new(1usize);
         if UNIT_POS_X == 0 {
-            ticket[0] = h[0].fetch_add(1u32);
+            ticket[0] = h[layout.hidden as usize].fetch_add(1u32);
         }
         sync_cube();
         let cube = ticket[0];
         // What comes next may lie where the ticket lay.
         sync_cube();
         if cube < layout.task_count {
-            make_hidden::<X, A, S, M>(
-                x,
-                in_pool,
-                tables,
-                h,
-                layout.tasks + cube * shrink_task::WORDS,
-                layout.d,
-                blueprint,
-            );
+            make_hidden::<X, A, S, M>(x, in_pool, tables, h, layout, cube, blueprint);
+            empty_stale(h, layout, cube);
         } else {
             let at = cube - layout.task_count;
             let rest = at / layout.item_count;
@@ -111,17 +104,18 @@ fn make_hidden<X: Float, A: Float, S: Float, M: Size>(
     in_pool: &Array<Vector<A, M>>,
     tables: &Array<u32>,
     h: &mut Array<Atomic<u32>>,
-    task: u32,
-    d: u32,
+    layout: Layout,
+    cube: u32,
     #[comptime] blueprint: TileBlueprint,
 ) {
+    let task = layout.tasks + cube * shrink_task::WORDS;
     let units = comptime!(blueprint.units());
     let result = shrink_products::<X, A, S, M>(
         x,
         in_pool,
         tables,
         task,
-        d,
+        layout.d,
         comptime!(blueprint.multiply),
         units,
         comptime!(blueprint.planes()),
@@ -131,7 +125,8 @@ fn make_hidden<X: Float, A: Float, S: Float, M: Size>(
         let row = pair / TASK_SIDE;
         let rank = pair % TASK_SIDE;
         if row < shrink_task::rows(tables, task) && rank < shrink_task::ranks(tables, task) {
-            let at = H_START + shrink_task::hidden(tables, task) + row * shrink_task::pitch(tables, task) + rank;
+            let own = shrink_task::hidden(tables, task) + row * shrink_task::pitch(tables, task) + rank;
+            let at = layout.hidden + H_START + own;
             let mut bits = u32::reinterpret(result[pair as usize]);
             if bits == NO_SUM {
                 // A NaN all the same.
@@ -140,6 +135,21 @@ fn make_hidden<X: Float, A: Float, S: Float, M: Size>(
             h[at as usize].store(bits);
         }
         pair += CUBE_DIM;
+    }
+}
+
+/// Empties what the launch before has left, for the one that comes next: a part by each cube that makes sums.
+#[cube]
+fn empty_stale(h: &mut Array<Atomic<u32>>, layout: Layout, cube: u32) {
+    let mut at = cube * CUBE_DIM + UNIT_POS_X;
+    while at < layout.stale_count {
+        // A ticket starts at 0.
+        let mut empty = 0u32;
+        if at >= H_START {
+            empty = NO_SUM;
+        }
+        h[(layout.stale + at) as usize].store(empty);
+        at += layout.task_count * CUBE_DIM;
     }
 }
 
@@ -297,7 +307,7 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
             start = item::first(&entry);
         }
         if comptime!(blueprint.hidden > 0 && !blueprint.split) {
-            take_hidden(&mut hidden, h, &entry);
+            take_hidden(&mut hidden, h, layout.hidden, &entry);
         }
         #[unroll]
         for strip in 0..comptime!(blueprint.strips()) {
@@ -324,8 +334,8 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
 
 /// Waits for the low-rank sums of the item's rows.
 #[cube]
-fn take_hidden(hidden: &mut SharedMemory<f32>, h: &mut Array<Atomic<u32>>, entry: &SharedMemory<u32>) {
-    let first = H_START + item::hidden(entry);
+fn take_hidden(hidden: &mut SharedMemory<f32>, h: &mut Array<Atomic<u32>>, start: u32, entry: &SharedMemory<u32>) {
+    let first = start + H_START + item::hidden(entry);
     let mut at = UNIT_POS_X;
     while at < item::hidden_count(entry) {
         let mut bits = h[(first + at) as usize].load();

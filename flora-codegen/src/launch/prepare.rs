@@ -54,8 +54,8 @@ pub(super) struct Tiles {
     pub(super) items: u32,
     pub(super) scales: u32,
     pub(super) tasks: u32,
-    /// The ticket and the low-rank sums.
-    pub(super) hidden: Size,
+    /// The ticket and the low-rank sums of `fused`, twice (see [`LowRankSums`](super::LowRankSums)).
+    pub(super) hidden: Option<Size>,
     /// `[splits, V, k]`
     pub(super) partial: Option<Size>,
     pub(super) cubes: [u32; 3],
@@ -219,7 +219,8 @@ impl<'a> Site<'a> {
         let Wanted { shape, format, .. } = wanted;
         let partial = [launch.splits as usize, launch.rows.len(), shape.k as usize];
         let partial = launch.blueprint.split.then(|| self.size("partial sums", &partial, Element::F32)).transpose()?;
-        let hidden = self.size("low-rank sums", &[launch.hidden as usize + H_START as usize], Element::F32)?;
+        let hidden = [2, launch.hidden as usize + H_START as usize];
+        let hidden = (launch.hidden > 0).then(|| self.size("low-rank sums", &hidden, Element::F32)).transpose()?;
         let (item_count, column_tiles) = (launch.items.len(), launch.column_tiles as usize);
         let cubes = if launch.hidden > 0 {
             // Exact, because a cube too many would take a ticket.

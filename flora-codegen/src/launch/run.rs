@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use flora_runtime::OperandError;
 
+use super::low_rank_sums::{Half, LowRankSums};
 use super::prepare::{AXIS_LIMIT, Batched, ELEMENTWISE_UNITS, Gathered, Made, Prepared, Segmented, Size, Table, Tiles};
 use super::{LaunchError, LayerBuffers};
 use crate::kernels::ReduceBlueprint;
@@ -13,7 +14,7 @@ use crate::kernels::materialise::materialise;
 use crate::kernels::reduce::reduce;
 use crate::kernels::rows::{add_rows, finish_rows, gather_columns, gather_rows};
 use crate::kernels::shrink::shrink;
-use crate::kernels::tables::{H_START, LayoutLaunch, NO_SUM};
+use crate::kernels::tables::LayoutLaunch;
 use crate::kernels::tile::tile;
 use crate::routine::{Hardware, storage};
 use flora_plan::layer::{Element, LayerShape, WeightFormat};
@@ -24,6 +25,7 @@ pub(super) struct Run<'a, R: Runtime> {
     client: &'a ComputeClient<R>,
     hardware: &'a Hardware,
     layer: &'a LayerBuffers,
+    sums: &'a LowRankSums,
     tokens: usize,
     /// Tables that the schedule's last layer uploaded.
     kept: &'a Kept,
@@ -71,13 +73,27 @@ impl<'a, R: Runtime> Run<'a, R> {
         client: &'a ComputeClient<R>,
         hardware: &'a Hardware,
         layer: &'a LayerBuffers,
+        sums: &'a LowRankSums,
         (tokens, kept): (u32, &'a Kept),
         x: &'a Handle,
         residual: Option<&'a Handle>,
         y: Handle,
     ) -> Self {
         let LayerShape { d, k } = layer.shape;
-        Self { client, hardware, layer, tokens: tokens as usize, kept, x, residual, y, nothing: client.empty(16), d, k }
+        Self {
+            client,
+            hardware,
+            layer,
+            sums,
+            tokens: tokens as usize,
+            kept,
+            x,
+            residual,
+            y,
+            nothing: client.empty(16),
+            d,
+            k,
+        }
     }
 
     /// Every step in order; y.
@@ -176,14 +192,10 @@ impl<'a, R: Runtime> Run<'a, R> {
         let activations = storage(format.activations);
         let out_type = if partial.is_some() { storage(Element::F32) } else { activations };
         let tables = self.table(&tiles.table);
-        // The ticket, then sums that aren't there yet; only `fused` reads any.
-        let hidden = if launch.hidden == 0 {
-            self.upload(&[])
-        } else {
-            let mut hidden = vec![NO_SUM; tiles.hidden.elements()];
-            hidden[..H_START as usize].fill(0);
-            self.upload(&hidden)
-        };
+        let hidden = tiles.hidden.map_or_else(
+            || Half { handle: self.nothing.clone(), words: 1, first: 0, stale: 0, stale_count: 0 },
+            |size| self.sums.take(self.client, size, self.hardware.largest_buffer),
+        );
         let [x_cubes, y_cubes, z_cubes] = tiles.cubes;
         let cubes = CubeCount::Static(x_cubes, y_cubes, z_cubes);
         let dim = CubeDim::new_1d(blueprint.units());
@@ -198,6 +210,9 @@ impl<'a, R: Runtime> Run<'a, R> {
             launch.column_tiles,
             launch.depth,
             launch.rows.len() as u32,
+            hidden.first,
+            hidden.stale,
+            hidden.stale_count,
         );
         let scales = self.layer.weight_scales.as_ref().filter(|_| blueprint.quantisation.is_some());
         let (in_slots, out_slots) = (self.layer.in_pool.slots as usize, self.layer.out_pool.slots as usize);
@@ -216,7 +231,7 @@ impl<'a, R: Runtime> Run<'a, R> {
                 array(&self.layer.in_pool.handle, in_slots * d / lanes_d),
                 array(&self.layer.out_pool.handle, out_slots * k / lanes_k),
                 tables.argument(),
-                hidden.argument(),
+                array(&hidden.handle, hidden.words),
                 self.bias(lanes_k),
                 self.residual(lanes_k),
                 match &partial {
@@ -242,14 +257,19 @@ impl<'a, R: Runtime> Run<'a, R> {
                 array(&partial, elements / lanes_k),
                 array(&self.layer.out_pool.handle, out_slots * k / lanes_k),
                 tables.argument(),
-                hidden.argument(),
+                array(&hidden.handle, hidden.words),
                 self.bias(lanes_k),
                 self.residual(lanes_k),
                 array(y, y_rows * k / lanes_k),
                 launch.rows.len() as u32,
                 launch.splits,
                 shape.k,
-                ReduceBlueprint { scaled: blueprint.scaled, low_rank: launch.hidden > 0, epilogue: blueprint.epilogue },
+                hidden.first,
+                ReduceBlueprint {
+                    scaled: blueprint.scaled,
+                    low_rank: tiles.hidden.is_some(),
+                    epilogue: blueprint.epilogue,
+                },
                 [storage(format.adapters), activations],
             )
         };

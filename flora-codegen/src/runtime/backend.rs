@@ -16,7 +16,7 @@ use flora_runtime::{Buffer, Device, DeviceError, LayerOperands, PoolBuffer, Stor
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::launch::{LaunchError, LayerBuffers, Merged, Pool, copy, launch, merge};
+use crate::launch::{LaunchError, LayerBuffers, LowRankSums, Merged, Pool, copy, launch, merge};
 use crate::routine::{Hardware, table};
 
 /// A device of one of cubecl's runtimes: what [`Device::place`] answers.
@@ -33,10 +33,11 @@ impl<R: Runtime> fmt::Debug for CubePlace<R> {
     }
 }
 
-pub(super) struct CubeBackend<R: Runtime> {
+pub(crate) struct CubeBackend<R: Runtime> {
     place: CubePlace<R>,
     /// What routines ask of the device, read once.
     hardware: Hardware,
+    sums: Arc<LowRankSums>,
 }
 
 /// Memory of a client.
@@ -49,8 +50,9 @@ struct CubeWeight {
 }
 
 impl<R: Runtime> CubeBackend<R> {
-    pub(super) fn new(client: ComputeClient<R>, device: R::Device) -> Self {
-        Self { hardware: Hardware::of(client.properties()), place: CubePlace { device, client } }
+    pub(crate) fn new(client: ComputeClient<R>, device: R::Device) -> Self {
+        let hardware = Hardware::of(client.properties());
+        Self { hardware, place: CubePlace { device, client }, sums: Arc::default() }
     }
 }
 
@@ -202,7 +204,9 @@ impl<R: Runtime> Backend for CubeBackend<R> {
     ) -> Result<Storage, DeviceError> {
         let residual = residual.map(handle).transpose()?;
         // SAFETY: `Device::execute` has checked every buffer's owner, type and length.
-        let y = unsafe { launch(&self.place.client, &self.hardware, &buffers(layer)?, schedule, handle(x)?, residual) };
+        let y = unsafe {
+            launch(&self.place.client, &self.hardware, &buffers(layer)?, &self.sums, schedule, handle(x)?, residual)
+        };
         Ok(Storage::new(CubeMemory(y?)))
     }
 
@@ -230,7 +234,8 @@ impl<R: Runtime> Backend for CubeBackend<R> {
     }
 
     fn tuned(&self, blueprints: &Blueprints) -> Arc<dyn Backend> {
-        Arc::new(Self { place: self.place.clone(), hardware: self.hardware.tuned(blueprints) })
+        let (place, sums) = (self.place.clone(), Arc::clone(&self.sums));
+        Arc::new(Self { place, hardware: self.hardware.tuned(blueprints), sums })
     }
 
     fn tiles(&self, format: LayerFormat) -> Vec<Tile> {

@@ -1,7 +1,7 @@
 //! GPUs as devices of flora: finds them without starting them (what a driver library lists, checked before cubecl is asked for a
 //! client), starts them, and runs schedules on them.
 
-mod backend;
+pub(crate) mod backend;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod start;

@@ -14,7 +14,7 @@ use std::str::FromStr;
 use cubecl::prelude::*;
 use serde::Serialize;
 
-use crate::launch::{LaunchError, LayerBuffers, Merged, Pool, launch};
+use crate::launch::{LaunchError, LayerBuffers, LowRankSums, Merged, Pool, launch};
 use crate::routine::Hardware;
 use cuda::Cuda;
 use flora_plan::batch::{AdapterSlots, Segment};
@@ -183,7 +183,7 @@ where
     let (in_slots, out_slots) = (schedule.in_slots().max(1), schedule.out_slots().max(1));
     let pool =
         |slots: u32, width: u32| Pool { handle: buffer(adapters.bytes() * u64::from(slots) * u64::from(width)), slots };
-    let merged = schedule.merged_adapter();
+    let (merged, sums) = (schedule.merged_adapter(), LowRankSums::default());
     let mut hardware = Hardware::of(client.properties());
     hardware.largest_buffer = largest_buffer.unwrap_or(hardware.largest_buffer);
     let buffers = || {
@@ -209,7 +209,7 @@ where
     Ok(client.info().record(buffers, |(layer, x, residual)| {
         let launched = (0..layers).try_for_each(|_| {
             // SAFETY: a recorder has no memory that a kernel could miss.
-            unsafe { launch(&client, &hardware, &layer, &schedule, &x, residual.as_ref()) }.map(drop)
+            unsafe { launch(&client, &hardware, &layer, &sums, &schedule, &x, residual.as_ref()) }.map(drop)
         });
         let _ = client.read_one(x);
         launched
@@ -251,7 +251,6 @@ pub fn emit_layer(
 mod tests {
     use flora_plan::batch::{BatchShape, LowRankSlots, VirtualRowSlots};
     use flora_plan::layer::Element;
-    use flora_plan::lowering::{Lowering, Part};
     use flora_plan::schedule::can_hold;
     use proptest::prelude::*;
 
@@ -337,7 +336,8 @@ mod tests {
         }
     }
 
-    /// What a schedule's tables say is uploaded once for all layers that run it.
+    /// What a schedule's tables say is uploaded once for all layers that run it, and the low-rank sums of `fused` are emptied by the
+    /// launches themselves.
     #[test]
     fn tables_are_uploaded_once_a_schedule() {
         let adapters: Vec<_> = (0..5).map(|kind| adapter(kind, 3)).collect();
@@ -355,9 +355,7 @@ mod tests {
             };
             let ((once, launches), (thrice, launches_of_three)) = (uploads(1), uploads(3));
             assert_eq!(launches_of_three, 3 * launches, "{plan:?}");
-            // The low-rank sums of `fused` start anew in every layer.
-            let anew = if plan.of(Part::Additive) == Lowering::Fused { 2 } else { 0 };
-            assert_eq!(thrice, once + anew, "{plan:?}");
+            assert_eq!(thrice, once, "{plan:?}");
         }
     }
 
@@ -375,5 +373,33 @@ mod tests {
         assert!(!can_hold(&plan, shape, &BatchShape::of(segments, adapters), Some(y)));
         assert!(can_hold(&Plan::default(), shape, &BatchShape::of(segments, adapters), Some(y)));
         assert_eq!(launched(y, &Emission { plan: Plan::default(), ..emission }).0, Ok(()));
+    }
+
+    /// Memory is taken from a client of the device itself, and from no other.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    #[test]
+    fn memory_of_another_client_is_not_shared() {
+        use flora_runtime::{BackendKind, Device, DeviceError, DeviceInfo};
+
+        use crate::runtime::backend::CubeBackend;
+        use crate::runtime::share;
+
+        let client = |capability: Capability| {
+            let device = OfflineDevice { variant: capability.version() };
+            (<Offline<Cuda> as Runtime>::client(&device), device)
+        };
+        let (client_of_it, place) = client(Capability::Sm90);
+        let (client_of_another, _) = client(Capability::Sm80);
+        let info = DeviceInfo::unstarted("it".into(), "it".into(), BackendKind::Cuda, String::new(), true);
+        let device = Device::new(info, CubeBackend::new(client_of_it.clone(), place));
+        let of_another = client_of_another.empty(64);
+        let refused = share(&device, &client_of_another, of_another, 16, Element::F32);
+        assert!(matches!(refused, Err(DeviceError::ForeignMemory { .. })), "{refused:?}");
+        // Another client of the same device is as good as its own.
+        let (second_client, _) = client(Capability::Sm90);
+        let shared = share(&device, &second_client, second_client.empty(64), 16, Element::F32);
+        assert_eq!(shared.expect("memory of the device").len(), 16);
+        let short = share(&device, &second_client, second_client.empty(32), 16, Element::F32);
+        assert!(short.is_err(), "{short:?}");
     }
 }

@@ -113,8 +113,9 @@ fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str
     let adapters_table = product(&[MATERIALISED_ADAPTER_WORDS, group.adapters]);
     let hidden = match packs {
         true => product(&[packed_rows, additive.largest_width]),
-        // The ticket of `fused` is one more.
-        false => additive.tokens_times_width.saturating_add(u64::from(additive.tokens > 0)),
+        // `fused` has a ticket beside them, and both twice.
+        false if fuses => product(&[2, additive.tokens_times_width.saturating_add(u64::from(additive.tokens > 0))]),
+        false => additive.tokens_times_width,
     };
     let widest = d.max(k).max(1);
     [
