@@ -214,46 +214,69 @@ impl Compose<'_> {
 impl WithSimd for Compose<'_> {
     type Output = ();
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        for column in (0..STRIP).step_by(tile_columns::<S>()) {
-            if tile_rows::<S>() == MOST_TILE_ROWS {
-                compose::<S, MOST_TILE_ROWS>(simd, &mut self, column);
-            } else {
-                compose::<S, 6>(simd, &mut self, column);
-            }
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { inner, outer, terms, offset, weight, out } = self;
+        let strip = ComposedStrip {
+            inner: inner.as_ptr(),
+            outer: outer.as_ptr(),
+            terms,
+            offset: simd.splat_f32s(offset),
+            // What is there is what is added to, or multiplied.
+            source: weight.map_or(out.as_ptr(), <[f32]>::as_ptr),
+            out: out.as_mut_ptr(),
+        };
+        let depth = out.len() / STRIP;
+        match (weight, tile_rows::<S>()) {
+            (Some(_), MOST_TILE_ROWS) => compose::<S, MOST_TILE_ROWS, true>(simd, strip, depth),
+            (Some(_), _) => compose::<S, 6, true>(simd, strip, depth),
+            (None, MOST_TILE_ROWS) => compose::<S, MOST_TILE_ROWS, false>(simd, strip, depth),
+            (None, _) => compose::<S, 6, false>(simd, strip, depth),
+        }
+    }
+}
+
+/// A [`Compose`] as values: behind a reference they would be read again for every tile.
+#[derive(Clone, Copy)]
+struct ComposedStrip<S: Simd> {
+    inner: *const f32,
+    outer: *const f32,
+    terms: usize,
+    offset: S::f32s,
+    source: *const f32,
+    out: *mut f32,
+}
+
+#[inline(always)]
+fn compose<S: Simd, const ROWS: usize, const WEIGHTED: bool>(simd: S, strip: ComposedStrip<S>, depth: usize) {
+    let whole = depth / ROWS * ROWS;
+    for column in (0..STRIP).step_by(tile_columns::<S>()) {
+        for first in (0..whole).step_by(ROWS) {
+            compose_rows::<S, ROWS, WEIGHTED>(simd, strip, first, column);
+        }
+        for first in whole..depth {
+            compose_rows::<S, 1, WEIGHTED>(simd, strip, first, column);
         }
     }
 }
 
 #[inline(always)]
-fn compose<S: Simd, const ROWS: usize>(simd: S, work: &mut Compose<'_>, column: usize) {
-    let depth = work.out.len() / STRIP;
-    let whole = depth / ROWS * ROWS;
-    for first in (0..whole).step_by(ROWS) {
-        compose_rows::<S, ROWS>(simd, work, first, column);
-    }
-    for first in whole..depth {
-        compose_rows::<S, 1>(simd, work, first, column);
-    }
-}
-
-#[inline(always)]
-fn compose_rows<S: Simd, const ROWS: usize>(simd: S, work: &mut Compose<'_>, first: usize, column: usize) {
+fn compose_rows<S: Simd, const ROWS: usize, const WEIGHTED: bool>(
+    simd: S,
+    strip: ComposedStrip<S>,
+    first: usize,
+    column: usize,
+) {
+    let ComposedStrip { inner, outer, terms, offset, source, out } = strip;
     // SAFETY: `Compose::run` has compared every extent with its slice, and `first + ROWS` is within the depth.
     unsafe {
-        let offset = [[simd.splat_f32s(work.offset); 2]; ROWS];
-        let outer = Operand { values: work.outer.as_ptr().add(column), pitch: STRIP };
-        let inner = work.inner.as_ptr().add(first);
-        let sums = accumulate::<S, ROWS, false>(simd, offset, inner, 1, X_PITCH, outer, work.terms);
+        let outer = Operand { values: outer.add(column), pitch: STRIP };
+        let sums = accumulate::<S, ROWS, false>(simd, [[offset; 2]; ROWS], inner.add(first), 1, X_PITCH, outer, terms);
         for (row, sums) in sums.into_iter().enumerate() {
             for (half, sum) in sums.into_iter().enumerate() {
                 let at = (first + row) * STRIP + column + half * S::F32_LANES;
-                let out = work.out.as_mut_ptr().add(at);
-                let value = match work.weight {
-                    Some(weight) => simd.mul_f32s(sum, load::<S>(weight.as_ptr().add(at))),
-                    None => simd.add_f32s(sum, load::<S>(out)),
-                };
-                store::<S>(out, value);
+                let there = load::<S>(source.add(at));
+                let value = if WEIGHTED { simd.mul_f32s(sum, there) } else { simd.add_f32s(sum, there) };
+                store::<S>(out.add(at), value);
             }
         }
     }
