@@ -46,7 +46,8 @@ use quote::quote;
 /// | `Scale` | the same as `Adapter` without extents |
 ///
 /// An extent is a name or an integer literal. A type may end with an element type, `f32` (the default), `f16` or `bf16`:
-/// `Weight<D, K, f16>`. These names needn't be in scope: the macro reads them, no Rust type is meant.
+/// `Weight<D, K, f16>`. It is the type that the operand is kept in, where whoever runs the layer names no other
+/// (`CompiledLayer::format`). These names needn't be in scope: the macro reads them, no Rust type is meant.
 ///
 /// # Body
 ///

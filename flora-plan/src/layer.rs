@@ -1,5 +1,6 @@
 //! What a layer is made of, apart from its numbers: extents, element types, and what follows the products.
 
+use flora_ir::ElementType;
 pub use flora_ir::algebra::Epilogue;
 use serde::{Deserialize, Serialize};
 
@@ -52,6 +53,15 @@ impl Element {
             Element::F32 => value,
             Element::F16 => half::f16::from_f32(value).to_f32(),
             Element::Bf16 => half::bf16::from_f32(value).to_f32(),
+        }
+    }
+
+    /// The element type that an equation names.
+    pub fn of(written: ElementType) -> Self {
+        match written {
+            ElementType::F32 => Self::F32,
+            ElementType::F16 => Self::F16,
+            ElementType::BF16 => Self::Bf16,
         }
     }
 

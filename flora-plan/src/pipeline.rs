@@ -6,10 +6,10 @@
 //! ```
 
 use flora_ir::algebra::{Derivation, NormalForm, NormalizeError, Normalized, normalize};
-use flora_ir::{Activation, Layer, VerifiedLayer, verify};
+use flora_ir::{Activation, ElementType, Layer, Role, VerifiedLayer, verify};
 
 use crate::batch::AdapterSlots;
-use crate::layer::Epilogue;
+use crate::layer::{Element, Epilogue, LayerFormat, WeightFormat};
 use crate::lowering::{Part, parts_of};
 
 /// A layer that is ready to be planned.
@@ -64,6 +64,22 @@ impl CompiledLayer {
     /// φ
     pub fn activation(&self) -> Activation {
         self.linear.activation
+    }
+
+    /// The types that the equation gives its operands, f32 where it names none: those of x, of w0, and of the adapter's tensors,
+    /// which are kept in one type that holds all of theirs.
+    pub fn format(&self) -> LayerFormat {
+        let of = |role: Role| {
+            let operands = self.written.layer().operands.iter().map(|(_, operand)| operand);
+            let elements = operands.filter(move |operand| operand.role == role).map(|operand| operand.ty.element);
+            Element::of(elements.reduce(ElementType::join).unwrap_or(ElementType::F32))
+        };
+        LayerFormat {
+            activations: of(Role::Input),
+            adapters: of(Role::Adapter),
+            weight: WeightFormat::Float(of(Role::BaseWeight)),
+            fragments: true,
+        }
     }
 
     /// Slots as an adapter of this form and rank takes them, counted from `first` in both pools: what

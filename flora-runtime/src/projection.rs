@@ -9,6 +9,7 @@ use flora_ir::algebra::FoldedAdapter;
 use flora_plan::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::cost::{LayerPrices, PricedLayer};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
+use flora_plan::pipeline::CompiledLayer;
 use flora_plan::plan::{Plan, plan};
 use flora_plan::schedule::{Materialised, Schedule, ScheduleError, schedule};
 use flora_plan::weight::{PackedWeight, WeightError};
@@ -133,14 +134,34 @@ impl Projection {
         bias: Option<&[f32]>,
         activation: Activation,
     ) -> Result<Self, ProjectionError> {
-        let LayerShape { d, k } = shape;
-        let expect = |what: &str, expected: usize, found: usize| {
-            let wrong = || ProjectionError::WrongSize { what: what.to_owned(), d, k, expected, found };
-            if expected == found && expected > 0 { Ok(()) } else { Err(wrong()) }
-        };
-        expect("the base weight", d as usize * k as usize, base_weight.len())?;
-        let weight = PackedWeight::from_f32(WeightFormat::default(), shape, base_weight)?;
+        let weight = packed(WeightFormat::default(), shape, base_weight)?;
         Self::from_packed(device, &weight, ProjectionOptions { bias, activation, ..ProjectionOptions::default() })
+    }
+
+    /// Puts a base weight `[d, k]`, row-major, on a device for adapters of `layer`: in the types that its equation names, with the
+    /// activation and the residual that it has, and the bias `[k]`.
+    ///
+    /// # Errors
+    /// A tensor whose size isn't the shape's, a bias that the equation has and isn't there, a type that the device doesn't have.
+    pub fn of_layer(
+        device: &Device,
+        layer: &CompiledLayer,
+        shape: LayerShape,
+        base_weight: &[f32],
+        bias: Option<&[f32]>,
+    ) -> Result<Self, ProjectionError> {
+        let LayerFormat { activations, adapters, weight, fragments } = layer.format();
+        let epilogue = layer.epilogue();
+        let bias = bias.or(epilogue.bias.then_some(&[]));
+        let options = ProjectionOptions {
+            bias,
+            activation: epilogue.activation,
+            residual: epilogue.residual,
+            activations,
+            adapters,
+            fragments,
+        };
+        Self::from_packed(device, &packed(weight, shape, base_weight)?, options)
     }
 
     /// Puts a base weight on a device in the form that it has.
@@ -346,6 +367,11 @@ impl Projection {
         self.operands.shape()
     }
 
+    /// Types of its operands.
+    pub fn format(&self) -> LayerFormat {
+        self.operands.format()
+    }
+
     /// The device that it is on.
     pub fn device(&self) -> &Device {
         &self.device
@@ -525,4 +551,15 @@ pub(crate) fn run(
         return Err(BatchError::WrongInput { rows, d, expected: rows * d, found: x.len() }.into());
     }
     Ok(device.execute(operands, schedule, x, residual)?)
+}
+
+/// A base weight `[d, k]` in a format.
+fn packed(format: WeightFormat, shape: LayerShape, values: &[f32]) -> Result<PackedWeight, ProjectionError> {
+    let LayerShape { d, k } = shape;
+    let expected = d as usize * k as usize;
+    if expected != values.len() || expected == 0 {
+        let what = "the base weight".to_owned();
+        return Err(ProjectionError::WrongSize { what, d, k, expected, found: values.len() });
+    }
+    Ok(PackedWeight::from_f32(format, shape, values)?)
 }

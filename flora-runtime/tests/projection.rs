@@ -3,6 +3,7 @@
 use flora_ir::Activation;
 use flora_ir::algebra::{FoldedAdapter, VirtualRow};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
+use flora_plan::pipeline::compile;
 use flora_plan::plan::Plan;
 use flora_plan::schedule::ScheduleError;
 use flora_plan::weight::PackedWeight;
@@ -91,4 +92,24 @@ fn a_layer_is_of_the_formats_that_its_parts_have() {
         let refused = made(format, dense);
         assert!(matches!(refused, Err(OperandError::WrongFormat { what: "the base weight", .. })), "{refused:?}");
     }
+}
+
+/// An equation's types are those of its projection, and what isn't named is f32.
+#[test]
+fn a_projection_of_a_layer_has_the_types_of_its_equation() {
+    let of = |source: &str, bias: Option<&[f32]>| {
+        let layer = compile(flora_ir::parse(source).unwrap()).unwrap();
+        let shape = LayerShape { d: 3, k: 2 };
+        Projection::of_layer(&flora_host::device(), &layer, shape, &[0.1; 6], bias)
+    };
+    let body = "{ relu(x @ w0 + b) }";
+    let typed = format!("layer f(x: input[tokens, D]: bf16, w0: weight[D, K]: f16, b: bias[K]) {body}");
+    let projection = of(&typed, Some(&[-1.0, 1.0])).unwrap();
+    assert_eq!(projection.format().to_string(), "bf16/f32/f16");
+    let y = projection.forward(&Batch::new([(None, 1)]), &Plan::default(), &[1.0; 3]).unwrap();
+    // 0.1 in f16, thrice, and 1, in bf16.
+    assert_eq!(y, [0.0, Element::Bf16.round(3.0 * Element::F16.round(0.1) + 1.0)]);
+    let untyped = format!("layer f(x: input[tokens, D], w0: weight[D, K], b: bias[K]) {body}");
+    assert_eq!(of(&untyped, Some(&[0.0; 2])).unwrap().format(), LayerFormat::default());
+    assert!(matches!(of(&untyped, None), Err(ProjectionError::WrongSize { .. })), "the equation has a bias");
 }

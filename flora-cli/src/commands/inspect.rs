@@ -38,13 +38,13 @@ pub(crate) struct Arguments {
     /// Rows of a segment
     #[arg(long, default_value = "16", value_parser = RangedU64ValueParser::<u32>::new().range(1..=4096))]
     rows: u32,
-    /// The type of activations
-    #[arg(long, default_value = "f32", value_parser = types::element())]
-    dtype: Element,
-    /// The type of adapters; that of the activations unless given
+    /// The type of activations; the equation's types unless given, which are f32 where it names none
+    #[arg(long, value_parser = types::element())]
+    dtype: Option<Element>,
+    /// The type of adapters; that of the activations, or the equation's, unless given
     #[arg(long, value_parser = types::element())]
     adapter_dtype: Option<Element>,
-    /// The format of the base weight; the type of the activations unless given
+    /// The format of the base weight; the type of the activations, or the equation's, unless given
     #[arg(long, value_parser = types::weight_format())]
     weight: Option<WeightFormat>,
     /// Let cubes share the depth where the device would be short of work
@@ -100,13 +100,14 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
     let plan = plan_of(&arguments.layer, &compiled.parts, arguments.lowering.as_deref())?;
     let plan = if arguments.split { plan.with_split() } else { plan };
     let compiler = compiler(arguments, target)?;
-    let &Arguments { ref layer, d, k, rank, rows, dtype, .. } = arguments;
+    let &Arguments { ref layer, d, k, rank, rows, .. } = arguments;
     let segments = arguments.segments.unwrap_or(if plan.is_merged() { 1 } else { 4 });
     let shape = LayerShape { d, k };
+    let format = arguments.dtype.map_or_else(|| compiled.format(), LayerFormat::uniform);
     let format = LayerFormat {
-        adapters: arguments.adapter_dtype.unwrap_or(dtype),
-        weight: arguments.weight.unwrap_or(WeightFormat::Float(dtype)),
-        ..LayerFormat::uniform(dtype)
+        adapters: arguments.adapter_dtype.unwrap_or(format.adapters),
+        weight: arguments.weight.unwrap_or(format.weight),
+        ..format
     };
     if !format.weight.fits(shape) {
         return Err(CommandError::PartialBlock { format: format.weight, d });
