@@ -37,9 +37,6 @@
 
 extern crate self as flora;
 
-/// Layers as Burn modules.
-#[cfg(feature = "burn")]
-pub use flora_burn as burn;
 /// Equations as data: what [`macro@layer`] expands to.
 pub use flora_ir as ir;
 pub use flora_macros::layer;
@@ -70,11 +67,27 @@ pub mod planning {
     pub use flora_tune::planner::Source;
 }
 
-/// Runs: a device, projections with their adapters, and the operands below them.
+/// Runs: a device, projections with their adapters, the operands below them, and what a kind of device implements.
 pub mod runtime {
+    pub use flora_plan::blueprints::{Blueprints, Tile};
+    pub use flora_plan::schedule::Materialised;
+    pub use flora_plan::weight::{PackedWeight, WeightError, WeightValues};
+    pub use flora_runtime::backend::Queueing;
     pub use flora_runtime::{
         Backend, BackendKind, Batch, BatchError, BatchSegment, Buffer, Device, DeviceError, DeviceInfo, LayerOperands,
         OperandError, PoolBuffer, Projection, ProjectionError, ProjectionOptions, Storage, WeightBuffer,
+    };
+}
+
+/// Layers as Burn modules.
+#[cfg(feature = "burn")]
+pub mod burn {
+    #[cfg(feature = "cuda")]
+    pub use flora_burn::Cuda;
+    #[cfg(feature = "wgpu")]
+    pub use flora_burn::Wgpu;
+    pub use flora_burn::{
+        AdaptedLinear, BurnDevice, FloraBackend, Host, LinearError, Planning, StepBatch, TensorError,
     };
 }
 
@@ -95,9 +108,9 @@ pub mod target {
 #[cfg(feature = "serve")]
 pub mod serving {
     pub use flora_engine::{
-        AdapterFailure, AdapterMetrics, AdapterOptions, AdapterSource, Decoder, DecoderLimits, Engine, Event,
-        FinishReason, Metrics, Options, OptionsError, Request, RequestError, Sampling, StopAt, Stream, Usage,
-        Vocabulary,
+        AdapterFailure, AdapterId, AdapterMetrics, AdapterOptions, AdapterSource, Decoder, DecoderLimits, Engine,
+        Event, FinishReason, Metrics, Options, OptionsError, PlaceError, Request, RequestError, Sampling, SequenceId,
+        StepSegment, StopAt, Stream, Usage, Vocabulary,
     };
     pub use flora_model::{
         AdapterDirectory, DeviceModel, PlanningChoice, PreparedAdapter, ServeError, ServeOptions, load,

@@ -52,6 +52,13 @@ fn workspace(subcommand: &str) -> Command {
     command
 }
 
+/// `cargo doc` of the libraries, without what they depend on.
+pub(crate) fn document() -> Command {
+    let mut command = workspace("doc");
+    command.args(["--no-deps", "--lib"]);
+    command
+}
+
 /// `cargo test`.
 pub(crate) fn test(arguments: &[&str]) -> Command {
     let mut command = workspace("test");

@@ -4,6 +4,7 @@
 
 #[cfg(test)]
 mod acyclic;
+mod api;
 mod cargo;
 mod gpu;
 mod lavapipe;
@@ -27,11 +28,16 @@ enum Command {
     Test(test::Arguments),
     /// Leaves a folder that checks, tunes and measures flora on a machine with a GPU but no Rust.
     Gpu(gpu::Arguments),
+    /// Compares the public items of every library with their listings, or writes these.
+    Api(api::Arguments),
     /// Runs a program with software Vulkan that has cooperative matrices; also usable as cargo's runner.
     Lavapipe(lavapipe::Arguments),
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = api::as_rustdoc(std::env::args_os()) {
+        return code;
+    }
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_target(false)
@@ -41,6 +47,7 @@ fn main() -> ExitCode {
         .init();
     match Arguments::parse().command {
         Command::Test(arguments) => test::run(&arguments),
+        Command::Api(arguments) => api::run(&arguments),
         Command::Gpu(arguments) => gpu::run(&arguments),
         Command::Lavapipe(arguments) => lavapipe::run(&arguments),
     }
