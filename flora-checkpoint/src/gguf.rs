@@ -5,14 +5,18 @@
 
 mod cursor;
 mod metadata;
+mod split;
 
 pub use metadata::{MetadataArray, MetadataValue, ValueType};
+pub use split::SplitProblem;
+pub(crate) use split::without_number;
 
 use crate::error::FileError;
 use crate::tensor::{Encoding, SharedBytes, StoredTensor, TensorEntry, TensorTable};
 use cursor::Cursor;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use thiserror::Error;
 
 /// What is wrong with a GGUF file.
@@ -86,6 +90,9 @@ pub enum GgufProblem {
         /// What is wrong with the place.
         problem: PlacementProblem,
     },
+    /// What a file says of the files that a model is cut into.
+    #[error(transparent)]
+    Split(#[from] SplitProblem),
 }
 
 /// What is wrong with where a tensor's data lies.
@@ -103,20 +110,27 @@ pub enum PlacementProblem {
     Overlap,
 }
 
-/// An opened GGUF file.
+/// An opened GGUF file, or several that a model is cut into.
 #[derive(Clone, Debug)]
 pub struct Gguf {
+    /// Of the first file, which has all of the model's.
     metadata: BTreeMap<String, MetadataValue>,
-    tensors: TensorTable,
+    /// Of each file, at least one.
+    shards: Vec<Arc<TensorTable>>,
 }
 
 impl Gguf {
-    /// Maps and checks the file, which must not be truncated while in use.
+    /// Maps and checks the file, which must not be truncated while in use. One of several that a model is cut into
+    /// (`NAME-00001-of-00003.gguf`) opens them all.
     pub fn open(path: &Path) -> Result<Gguf, FileError> {
-        Self::parse(path, SharedBytes::map(path)?)
+        let gguf = Self::parse(path, SharedBytes::map(path)?)?;
+        match split::Split::of(&gguf.metadata).map_err(|problem| split::error(path, problem))? {
+            None => Ok(gguf),
+            Some(split) => split.open(path, gguf),
+        }
     }
 
-    /// Checks the GGUF file `bytes`; `path` is named in errors.
+    /// Checks the GGUF file `bytes`, by itself; `path` is named in errors.
     pub fn parse(path: &Path, bytes: SharedBytes) -> Result<Gguf, FileError> {
         let fail = |problem| FileError::Gguf { path: path.to_owned(), problem };
         let mut cursor = Cursor::new(&bytes);
@@ -126,7 +140,7 @@ impl Gguf {
         let alignment = alignment(&metadata).map_err(fail)?;
         let data_start = cursor.position().next_multiple_of(alignment);
         let entries = place(path, &bytes, data_start, alignment, infos)?;
-        Ok(Gguf { metadata, tensors: TensorTable::new(path, entries) })
+        Ok(Gguf { metadata, shards: vec![Arc::new(TensorTable::new(path, entries))] })
     }
 
     /// The metadata by key.
@@ -134,14 +148,20 @@ impl Gguf {
         &self.metadata
     }
 
-    /// The tensors by GGUF name. Shapes are row-major (`[rows, columns]`): GGUF's own order reversed.
+    /// The tensors of the first file by GGUF name; of a model in one file these are all. Shapes are row-major (`[rows, columns]`):
+    /// GGUF's own order reversed.
     pub fn tensors(&self) -> &TensorTable {
-        &self.tensors
+        &self.shards[0]
     }
 
-    /// The file.
+    /// The tensors of every file. No two have a tensor of one name.
+    pub fn shards(&self) -> &[Arc<TensorTable>] {
+        &self.shards
+    }
+
+    /// The file, the first one of several.
     pub fn path(&self) -> PathBuf {
-        self.tensors.path().to_owned()
+        self.tensors().path().to_owned()
     }
 }
 
