@@ -3,16 +3,16 @@
 
 mod decoder;
 mod folder;
-mod llama;
+mod gguf;
 mod parameter;
 mod settings;
 
-pub use decoder::{DecoderConfig, Gelu, GptBigCodeConfig, LlamaConfig};
+pub use decoder::{DecoderConfig, Gelu, GptBigCodeConfig, LlamaConfig, Rotary, RotaryFrequencies, RotaryScaling, Yarn};
 pub use parameter::Parameter;
 
 use crate::error::FileError;
 use crate::gguf::Gguf;
-use crate::tensor::{Encoding, StoredTensor, TensorProblem, TensorTable, nearest, transpose};
+use crate::tensor::{Encoding, StoredTensor, nearest, transpose};
 use parameter::Place;
 use settings::Settings;
 use std::collections::BTreeMap;
@@ -36,7 +36,7 @@ pub enum ModelError {
         reason: String,
     },
     /// A GGUF architecture whose tensors have no known Hugging Face names.
-    #[error("{}: the GGUF architecture `{found}` is not supported; supported: {}", path.display(), llama::ARCHITECTURE)]
+    #[error("{}: the GGUF architecture `{found}` is not supported; supported: {}", path.display(), gguf::architectures())]
     UnsupportedArchitecture {
         /// The file.
         path: PathBuf,
@@ -93,7 +93,10 @@ pub enum ModelError {
     },
     /// A model that is read, but has no decoder that could be run.
     #[error(
-        "the model {model} has the architecture `{architecture}`, of which no decoder is known; supported: llama in GGUF files, LlamaForCausalLM and GPTBigCodeForCausalLM in `architectures` of config.json"
+        "the model {model} has the architecture `{architecture}`, of which no decoder is known; supported: {} in GGUF files, {} in \
+         `architectures` of config.json",
+        gguf::architectures(),
+        decoder::architectures()
     )]
     UnsupportedDecoder {
         /// The model's name.
@@ -133,9 +136,8 @@ pub struct Projection {
 /// Where the weight of a projection lies.
 #[derive(Clone, Debug)]
 struct Source {
-    table: Arc<TensorTable>,
-    weight: String,
-    bias: Option<String>,
+    weight: Place,
+    bias: Option<Place>,
     layout: Layout,
 }
 
@@ -146,7 +148,7 @@ enum Layout {
     OutputsByInputs,
     /// `[d, k]`, as GPT-2's `Conv1D` stores it.
     InputsByOutputs,
-    /// `[k, d]` with the rows of every head interleaved for RoPE; see [`llama`].
+    /// `[k, d]` with the rows of every head interleaved for RoPE; see [`gguf`].
     RotaryInterleaved {
         /// Heads that the k rows divide into.
         heads: usize,
@@ -187,7 +189,7 @@ impl Model {
             return folder::open(path);
         }
         match path.extension().and_then(|extension| extension.to_str()) {
-            Some("gguf") => llama::open(Gguf::open(path)?),
+            Some("gguf") => gguf::open(Gguf::open(path)?),
             Some("safetensors") => folder::open_file(path),
             _ => Err(not_a_model("its name ends neither in .gguf nor in .safetensors")),
         }
@@ -243,10 +245,10 @@ impl Model {
     /// W0 `[d, k]` and bias of the projection at `path`, dequantised; NaN and infinities are errors.
     pub fn weight(&self, path: &str) -> Result<BaseWeight, ModelError> {
         let projection = self.projection(path)?;
-        let (d, k, table) = (projection.d, projection.k, &projection.source.table);
-        let name = &projection.source.weight;
+        let (d, k) = (projection.d, projection.k);
         let stored = self.stored(path)?;
-        let values = stored.tensor.to_finite_f32().map_err(|problem| table.error(name, problem))?;
+        let weight = &projection.source.weight;
+        let values = stored.tensor.to_finite_f32().map_err(|problem| weight.error(problem))?;
         let values = if stored.rows_are_inputs { values } else { transpose(&values, k, d) };
         Ok(BaseWeight { d, k, values, bias: self.bias(path)? })
     }
@@ -254,16 +256,15 @@ impl Model {
     /// The bias `[k]` of the projection at `path`, dequantised, if it has one; NaN and infinities are errors.
     pub fn bias(&self, path: &str) -> Result<Option<Vec<f32>>, ModelError> {
         let projection = self.projection(path)?;
-        let Some(name) = &projection.source.bias else { return Ok(None) };
-        let table = &projection.source.table;
-        let bias = projection.source.layout.in_order(table.get(name)?, projection.k);
-        Ok(Some(bias.to_finite_f32().map_err(|problem| table.error(name, problem))?))
+        let Some(place) = &projection.source.bias else { return Ok(None) };
+        let bias = projection.source.layout.in_order(place.tensor()?, projection.k);
+        Ok(Some(bias.to_finite_f32().map_err(|problem| place.error(problem))?))
     }
 
     /// The weight of the projection at `path` in its own encoding. Costs nothing, except that interleaved rows are copied.
     pub fn stored(&self, path: &str) -> Result<StoredWeight, ModelError> {
         let projection = self.projection(path)?;
-        let tensor = projection.source.table.get(&projection.source.weight)?;
+        let tensor = projection.source.weight.tensor()?;
         Ok(StoredWeight {
             tensor: projection.source.layout.in_order(tensor, projection.k),
             rows_are_inputs: projection.source.layout == Layout::InputsByOutputs,
@@ -276,7 +277,7 @@ impl Layout {
     fn in_order(self, tensor: &StoredTensor, k: usize) -> StoredTensor {
         match self {
             Layout::OutputsByInputs | Layout::InputsByOutputs => tensor.clone(),
-            Layout::RotaryInterleaved { heads } => tensor.with_rows_from(|row| llama::interleaved_row(row, k / heads)),
+            Layout::RotaryInterleaved { heads } => tensor.with_rows_from(|row| gguf::interleaved_row(row, k / heads)),
         }
     }
 }
@@ -284,25 +285,23 @@ impl Layout {
 impl Projection {
     /// Checks the shapes of a weight and its bias.
     fn new(path: String, source: Source) -> Result<Projection, ModelError> {
-        let table = &source.table;
-        let weight = table.get(&source.weight)?;
-        let (rows, columns) = weight.matrix_shape().map_err(|problem| table.error(&source.weight, problem))?;
+        let place = &source.weight;
+        let weight = place.tensor()?;
+        let (rows, columns) = weight.matrix_shape().map_err(|problem| place.error(problem))?;
         let (k, d) = if source.layout == Layout::InputsByOutputs { (columns, rows) } else { (rows, columns) };
         if d == 0 || k == 0 {
-            let problem = weight.wrong_shape("a matrix with elements".to_string());
-            return Err(table.error(&source.weight, problem).into());
+            return Err(place.error(weight.wrong_shape("a matrix with elements".to_string())).into());
         }
         if let Layout::RotaryInterleaved { heads } = source.layout
             && (heads == 0 || !k.is_multiple_of(heads * 2))
         {
-            let problem = weight.wrong_shape(format!("{heads} heads of an even number of rows"));
-            return Err(table.error(&source.weight, problem).into());
+            return Err(place.error(weight.wrong_shape(format!("{heads} heads of an even number of rows"))).into());
         }
-        if let Some(name) = &source.bias {
-            let bias = table.get(name)?;
+        if let Some(place) = &source.bias {
+            let bias = place.tensor()?;
             if bias.shape() != [k] {
-                let problem: TensorProblem = bias.wrong_shape(format!("[{k}], the outputs of `{}`,", source.weight));
-                return Err(table.error(name, problem).into());
+                let problem = bias.wrong_shape(format!("[{k}], the outputs of `{}`,", source.weight.name));
+                return Err(place.error(problem).into());
             }
         }
         Ok(Projection { path, d, k, encoding: weight.encoding(), has_bias: source.bias.is_some(), source })

@@ -1,5 +1,5 @@
-//! One layer of a decoder, as data: the two families differ in which norm, which projections and which feed-forward network a
-//! block has, and a third would be another way to fill the same fields.
+//! One layer of a decoder, as data: families differ in which norms, which projections and which feed-forward network a block has and
+//! how far it sees, and a further one is another way to fill the same fields.
 
 use flora_runtime::{Buffer, PlannedProjection, StepBatch};
 
@@ -9,7 +9,9 @@ use crate::operations::{AttentionInputs, Operations, SegmentRows};
 /// x + attention(norm(x)), then + feed-forward(norm(·)).
 pub(crate) struct Block<O: Operations> {
     pub(crate) attention_norm: O::Norm,
-    pub(crate) inputs: InputProjections,
+    pub(crate) inputs: InputProjections<O>,
+    /// How many tokens a token attends to, itself and those before it; `None`: all.
+    pub(crate) window: Option<usize>,
     /// Adds the residual in its epilogue.
     pub(crate) attention_output: PlannedProjection,
     pub(crate) feed_forward_norm: O::Norm,
@@ -17,9 +19,15 @@ pub(crate) struct Block<O: Operations> {
 }
 
 /// What makes queries, keys and values.
-pub(crate) enum InputProjections {
+pub(crate) enum InputProjections<O: Operations> {
     /// A projection for each.
-    Separate { queries: PlannedProjection, keys: PlannedProjection, values: PlannedProjection },
+    Separate {
+        queries: PlannedProjection,
+        keys: PlannedProjection,
+        values: PlannedProjection,
+        /// Of every head of queries, and of every head of keys.
+        norms: Option<[O::Norm; 2]>,
+    },
     /// One projection, whose output is the queries, then the keys, then the values.
     Joined(PlannedProjection),
 }
@@ -50,21 +58,27 @@ impl<O: Operations> Block<O> {
     ) -> Result<Buffer, ServeError> {
         let Step { operations, batch, segments, positions } = step;
         let normed = operations.normalise(&self.attention_norm, x)?;
-        let inputs = self.inputs.forward::<O>(&normed, batch)?;
-        let attended = operations.attend(&inputs, segments, positions, caches)?;
+        let inputs = self.inputs.forward(*operations, &normed, batch)?;
+        let attended = operations.attend(&inputs, self.window, segments, positions, caches)?;
         let x = self.attention_output.forward(&attended, batch, Some(x))?;
         let normed = operations.normalise(&self.feed_forward_norm, &x)?;
         self.feed_forward.forward(*operations, &normed, &x, batch)
     }
 }
 
-impl InputProjections {
-    fn forward<O: Operations>(&self, x: &Buffer, batch: &StepBatch) -> Result<AttentionInputs, ServeError> {
+impl<O: Operations> InputProjections<O> {
+    fn forward(&self, operations: &O, x: &Buffer, batch: &StepBatch) -> Result<AttentionInputs, ServeError> {
         Ok(match self {
-            Self::Separate { queries, keys, values } => {
+            Self::Separate { queries, keys, values, norms } => {
                 let of = |projection: &PlannedProjection| projection.forward(x, batch, None);
                 let (queries, (keys, values)) = O::both(|| of(queries), || O::both(|| of(keys), || of(values)));
-                AttentionInputs::Separate { queries: queries?, keys: keys?, values: values? }
+                let (mut queries, mut keys) = (queries?, keys?);
+                if let Some([of_queries, of_keys]) = norms {
+                    // A norm takes rows of as many numbers as it has: those of a head.
+                    queries = operations.normalise(of_queries, &queries)?;
+                    keys = operations.normalise(of_keys, &keys)?;
+                }
+                AttentionInputs::Separate { queries, keys, values: values? }
             }
             Self::Joined(joined) => AttentionInputs::Joined(joined.forward(x, batch, None)?),
         })

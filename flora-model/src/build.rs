@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use flora_checkpoint::Model;
 use flora_checkpoint::model::{DecoderConfig, Gelu, GptBigCodeConfig, LlamaConfig, Parameter};
-use flora_host::decoder::Heads;
+use flora_host::decoder::{Heads, RotaryFrequencies};
 use flora_ir::Activation;
 use flora_plan::cost::{LayerPrices, PricedLayer};
 use flora_plan::layer::LayerFormat;
@@ -14,7 +14,7 @@ use flora_runtime::{Device, PlannedProjection, Planning, ProjectionOptions};
 use crate::block::{Block, FeedForward, InputProjections};
 use crate::embedding::Embedding;
 use crate::error::ServeError;
-use crate::operations::{AttentionConfig, NormParameters, Operations, RotaryConfig};
+use crate::operations::{AttentionConfig, NormParameters, Operations};
 use crate::options::{PlanningChoice, ServeOptions};
 
 /// A decoder's parts.
@@ -69,10 +69,11 @@ fn attention(config: &DecoderConfig, options: &ServeOptions<'_>) -> AttentionCon
     let (heads, rotary) = match config {
         DecoderConfig::Llama(config) => (
             Heads { queries: config.query_heads, keys: config.key_value_heads, size: config.head_size },
-            Some(RotaryConfig { positions: config.context_length, base: f64::from(config.rope_base) }),
+            Some(config.rotary.frequencies(config.head_size)),
         ),
         DecoderConfig::GptBigCode(config) => (Heads { queries: config.heads, keys: 1, size: config.head_size }, None),
     };
+    let rotary = rotary.map(|rotary| RotaryFrequencies::new(rotary.frequencies, rotary.attention_factor));
     AttentionConfig { heads, rotary, block_tokens: options.block_tokens.max(1) as usize }
 }
 
@@ -99,19 +100,29 @@ pub fn adapted_by_default(config: &DecoderConfig) -> Vec<String> {
 }
 
 impl<O: Operations> Builder<'_, O> {
+    /// Llama, and the families that differ from it in fields.
     fn llama(mut self, config: &LlamaConfig) -> Result<Parts<O>, ServeError> {
         let epsilon = config.norm_epsilon;
         let gated = Finish { activation: Activation::Silu, residual: false };
         let mut blocks = Vec::with_capacity(config.layers);
-        for layer in 0..config.layers {
+        for (layer, window) in config.windows.iter().enumerate() {
             let path = |name: &str| format!("model.layers.{layer}.{name}");
+            let norms = match config.query_key_norms {
+                true => Some([
+                    self.rms_norm(&path("self_attn.q_norm"), epsilon)?,
+                    self.rms_norm(&path("self_attn.k_norm"), epsilon)?,
+                ]),
+                false => None,
+            };
             blocks.push(Block {
                 attention_norm: self.rms_norm(&path("input_layernorm"), epsilon)?,
                 inputs: InputProjections::Separate {
                     queries: self.linear(&path("self_attn.q_proj"), Finish::default())?,
                     keys: self.linear(&path("self_attn.k_proj"), Finish::default())?,
                     values: self.linear(&path("self_attn.v_proj"), Finish::default())?,
+                    norms,
                 },
+                window: *window,
                 attention_output: self.linear(&path("self_attn.o_proj"), ADDED)?,
                 feed_forward_norm: self.rms_norm(&path("post_attention_layernorm"), epsilon)?,
                 feed_forward: FeedForward::Gated {
@@ -146,6 +157,7 @@ impl<O: Operations> Builder<'_, O> {
             blocks.push(Block {
                 attention_norm: self.layer_norm(&path("ln_1"), epsilon)?,
                 inputs: InputProjections::Joined(self.linear(&path("attn.c_attn"), Finish::default())?),
+                window: None,
                 attention_output: self.linear(&path("attn.c_proj"), ADDED)?,
                 feed_forward_norm: self.layer_norm(&path("ln_2"), epsilon)?,
                 feed_forward: FeedForward::Plain {

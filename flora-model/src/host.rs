@@ -1,7 +1,7 @@
 //! Decoders on the processor, without a tensor library: operations are the host engine's, on slices of the buffers that projections
 //! read and write.
 
-use flora_host::decoder::{Attention, AttentionSegment, Heads, KeyValueCache, Matrix, RotaryTable};
+use flora_host::decoder::{Attention, AttentionSegment, Heads, KeyValueCache, Matrix, RotaryFrequencies, RotaryRows};
 use flora_host::{HostEngine, HostPlace, OwnedValues, Values, ValuesMut};
 use flora_plan::layer::Element;
 use flora_runtime::{Buffer, Device};
@@ -14,7 +14,7 @@ pub(crate) struct HostOperations {
     device: Device,
     engine: HostEngine,
     heads: Heads,
-    rotary: Option<RotaryTable>,
+    rotary: Option<RotaryFrequencies>,
     element: Element,
 }
 
@@ -33,14 +33,13 @@ impl HostOperations {
 impl Operations for HostOperations {
     type Norm = NormParameters;
     type Cache = KeyValueCache;
-    type Positions = ();
+    type Positions = Option<RotaryRows>;
 
     fn new(device: &Device, attention: AttentionConfig, element: Element) -> Result<Self, ServeError> {
         if device.place::<HostPlace>().is_none() {
             return Err(ServeError::NoDecoder(device.info().id.clone()));
         }
         let AttentionConfig { heads, rotary, .. } = attention;
-        let rotary = rotary.map(|rotary| RotaryTable::new(rotary.positions, heads.size, rotary.base));
         Ok(Self { device: device.clone(), engine: HostEngine::new(), heads, rotary, element })
     }
 
@@ -83,15 +82,18 @@ impl Operations for HostOperations {
         KeyValueCache::bytes_per_token(self.heads, self.element)
     }
 
-    fn positions(&self, _segments: &[SegmentRows]) -> Result<(), ServeError> {
-        Ok(())
+    fn positions(&self, segments: &[SegmentRows]) -> Result<Option<RotaryRows>, ServeError> {
+        let Some(rotary) = &self.rotary else { return Ok(None) };
+        let positions: Vec<_> = segments.iter().flat_map(SegmentRows::positions).collect();
+        Ok(Some(rotary.rows(&positions)))
     }
 
     fn attend(
         &self,
         inputs: &AttentionInputs,
+        window: Option<usize>,
         segments: &[SegmentRows],
-        _positions: &(),
+        rotary: &Option<RotaryRows>,
         caches: &mut [&mut KeyValueCache],
     ) -> Result<Buffer, ServeError> {
         let Heads { queries, keys, size } = self.heads;
@@ -112,7 +114,7 @@ impl Operations for HostOperations {
                 ]
             }
         };
-        let attention = Attention { heads: self.heads, queries, keys, values, rotary: self.rotary.as_ref() };
+        let attention = Attention { heads: self.heads, queries, keys, values, rotary: rotary.as_ref(), window };
         let of_caches = segments.iter().zip(caches.iter_mut());
         let segments = of_caches.map(|(segment, cache)| AttentionSegment { rows: segment.rows.clone(), cache });
         let mut segments: Vec<_> = segments.collect();

@@ -1,5 +1,5 @@
-//! Decoders built of adapted layers, for a continuous-batching engine: Llama (SmolLM2 and others) and GPTBigCode (StarCoder), from
-//! GGUF files and Hugging Face folders, on any device that flora has.
+//! Decoders built of adapted layers, for a continuous-batching engine: Llama and the families that differ from it in fields (Mistral,
+//! Qwen2, Qwen3), and GPTBigCode (StarCoder), from GGUF files and Hugging Face folders, on any device that flora has.
 //!
 //! A decoder is written once, over projections ([`flora_runtime::PlannedProjection`]) and the few operations beside them. On the
 //! host these are `flora-host`'s own; with the feature `burn` (which `cuda` and `wgpu` bring) they are Burn's on other devices. What

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use flora_host::decoder::Heads;
+use flora_host::decoder::{Heads, RotaryFrequencies};
 use flora_plan::layer::Element;
 use flora_runtime::{Buffer, Device};
 
@@ -43,10 +43,12 @@ pub(crate) trait Operations: Sized + Send + Sync {
     fn positions(&self, segments: &[SegmentRows]) -> Result<Self::Positions, ServeError>;
 
     /// Rotates queries and keys where the model does, appends keys and values to the segments' caches, and attends: the result is
-    /// `[rows, query heads · size]`. A row's numbers depend on its own sequence alone.
+    /// `[rows, query heads · size]`. A row's numbers depend on its own sequence alone, and on no more of it than the last `window`
+    /// tokens up to its own.
     fn attend(
         &self,
         inputs: &AttentionInputs,
+        window: Option<usize>,
         segments: &[SegmentRows],
         positions: &Self::Positions,
         caches: &mut [&mut Self::Cache],
@@ -64,22 +66,14 @@ pub(crate) trait Operations: Sized + Send + Sync {
 }
 
 /// How a model attends.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct AttentionConfig {
     pub(crate) heads: Heads,
     /// `None` where positions are in the embedding.
-    pub(crate) rotary: Option<RotaryConfig>,
+    pub(crate) rotary: Option<RotaryFrequencies>,
     /// Tokens by which caches grow, where they are moved as they do.
     #[cfg_attr(not(feature = "burn"), expect(dead_code, reason = "the host's caches don't move"))]
     pub(crate) block_tokens: usize,
-}
-
-/// Rotations of pair i of a head by position · base^(−2i/size).
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RotaryConfig {
-    /// Positions that the model knows.
-    pub(crate) positions: usize,
-    pub(crate) base: f64,
 }
 
 /// A norm's numbers, `[d]` each.

@@ -2,14 +2,19 @@
 
 mod gpt_big_code;
 mod llama;
+mod rotary;
+mod window;
 
+pub use rotary::{Rotary, RotaryFrequencies, RotaryScaling, Yarn};
+
+use super::settings::Settings;
 use super::{Model, ModelError, Parameter, Projection};
 use std::collections::HashMap;
 
 /// A decoder that can be run, by family.
 #[derive(Clone, Debug, PartialEq)]
 pub enum DecoderConfig {
-    /// Llama, SmolLM2 and others: rotary positions, RMS norms, grouped queries, SwiGLU.
+    /// Llama, Mistral, Qwen2, Qwen3 and others: rotary positions, RMS norms, grouped queries, SwiGLU.
     Llama(LlamaConfig),
     /// StarCoder and others: learned positions, layer norms, one key-value head, GELU.
     GptBigCode(GptBigCodeConfig),
@@ -33,7 +38,8 @@ impl DecoderConfig {
     }
 }
 
-/// The sizes of a Llama decoder. Every number is at least 1, and the tensors that they imply are in the model.
+/// The sizes of a Llama decoder, or of one whose blocks differ from Llama's in the fields below and in which projections have biases.
+/// Every number is at least 1, and the tensors that they imply are in the model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
     /// Blocks.
@@ -48,8 +54,12 @@ pub struct LlamaConfig {
     pub head_size: usize,
     /// Width between the feed-forward projections.
     pub feed_forward: usize,
-    /// θ of the rotary positions; pair i of a head turns by position · θ^(−2i / head size).
-    pub rope_base: f32,
+    /// How queries and keys turn with their positions.
+    pub rotary: Rotary,
+    /// Whether every head of queries and keys goes through an RMS norm before it turns: `self_attn.q_norm` and `self_attn.k_norm`.
+    pub query_key_norms: bool,
+    /// For each block, how many tokens a token attends to, itself and those before it; `None` where it is all.
+    pub windows: Vec<Option<usize>>,
     /// ε of the RMS norms.
     pub norm_epsilon: f32,
     /// The most positions that it was made for.
@@ -103,15 +113,25 @@ impl Model {
     /// wrong, or would change the result in a way that isn't supported, and the tensor's error where a tensor is missing or has
     /// another shape than the settings imply.
     pub fn decoder(&self) -> Result<DecoderConfig, ModelError> {
-        match self.architecture() {
-            super::llama::ARCHITECTURE | llama::HUGGING_FACE => Ok(DecoderConfig::Llama(llama::read(self)?)),
-            gpt_big_code::HUGGING_FACE => Ok(DecoderConfig::GptBigCode(gpt_big_code::read(self)?)),
+        if let Some(family) = llama::Family::of(self) {
+            return Ok(DecoderConfig::Llama(llama::read(self, family)?));
+        }
+        match (&*self.settings, self.architecture()) {
+            (Settings::Gguf { .. }, gpt_big_code::GGUF) | (Settings::Config { .. }, gpt_big_code::HUGGING_FACE) => {
+                Ok(DecoderConfig::GptBigCode(gpt_big_code::read(self)?))
+            }
             _ => Err(ModelError::UnsupportedDecoder {
                 model: self.name().to_string(),
                 architecture: self.architecture().to_string(),
             }),
         }
     }
+}
+
+/// The architectures of `config.json` that have decoders, for messages.
+pub(super) fn architectures() -> String {
+    let names = llama::FAMILIES.iter().map(|family| family.hugging_face).chain([gpt_big_code::HUGGING_FACE]);
+    names.collect::<Vec<_>>().join(", ")
 }
 
 /// The tensors of a model, to be held against what its settings say.
@@ -130,10 +150,10 @@ impl<'a> Parts<'a> {
     /// the other way round.
     fn projection(&self, path: &str, d: usize, k: usize, bias: Option<bool>) -> Result<(), ModelError> {
         let Some(projection) = self.projections.get(path) else { return self.model.projection(path).map(|_| ()) };
-        let (table, weight) = (&projection.source.table, &projection.source.weight);
+        let weight = &projection.source.weight;
         if (projection.d, projection.k) != (d, k) {
-            let problem = table.get(weight)?.wrong_shape(format!("a layer of {d} inputs and {k} outputs"));
-            return Err(table.error(weight, problem).into());
+            let problem = weight.tensor()?.wrong_shape(format!("a layer of {d} inputs and {k} outputs"));
+            return Err(weight.error(problem).into());
         }
         match bias {
             Some(true) if !projection.has_bias => Err(self.model.unknown_parameter(&format!("{path}.bias"))),
@@ -141,6 +161,15 @@ impl<'a> Parts<'a> {
                 .model
                 .settings
                 .error(&format!("{path}.bias"), "is there, though the settings say there is none")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses projections of which some have a bias and others have none.
+    fn all_or_no_biases(&self, paths: &[String]) -> Result<(), ModelError> {
+        let has_bias = |path: &&String| self.projections.get(&path[..]).is_some_and(|projection| projection.has_bias);
+        match (paths.iter().find(has_bias), paths.iter().find(|path| !has_bias(path))) {
+            (Some(_), Some(without)) => Err(self.model.unknown_parameter(&format!("{without}.bias"))),
             _ => Ok(()),
         }
     }

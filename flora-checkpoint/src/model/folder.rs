@@ -6,7 +6,7 @@ use crate::error::FileError;
 use crate::json::Json;
 use crate::safetensors_file;
 use crate::tensor::{SharedBytes, TensorTable};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -110,72 +110,52 @@ fn indexed_shards(folder: &Path) -> Result<Vec<TensorTable>, ModelError> {
 }
 
 fn all_shards(folder: &Path) -> Result<Vec<TensorTable>, ModelError> {
+    let is_shard = |name: &str| name.ends_with(".safetensors") && name != "adapter_model.safetensors";
+    files_with(folder, is_shard)?.iter().map(|path| Ok(safetensors_file::map(path)?)).collect()
+}
+
+/// What is in the folder under such a name, sorted.
+fn files_with(folder: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>, FileError> {
     let listing = std::fs::read_dir(folder).map_err(|source| FileError::io(folder, "list", source))?;
-    let mut paths: Vec<PathBuf> = Vec::new();
+    let mut paths = Vec::new();
     for entry in listing {
-        let path = entry.map_err(|source| FileError::io(folder, "list", source))?.path();
-        let is_adapter = path.file_name().is_some_and(|name| name == "adapter_model.safetensors");
-        if path.extension().is_some_and(|extension| extension == "safetensors") && !is_adapter {
-            paths.push(path);
+        let entry = entry.map_err(|source| FileError::io(folder, "list", source))?;
+        if is_wanted(&entry.file_name().to_string_lossy()) {
+            paths.push(entry.path());
         }
     }
     paths.sort();
-    paths.iter().map(|path| Ok(safetensors_file::map(path)?)).collect()
+    Ok(paths)
 }
 
 fn model(name: String, config: Configuration, tables: Vec<TensorTable>, path: &Path) -> Result<Model, ModelError> {
-    let mut owners: BTreeMap<String, PathBuf> = BTreeMap::new();
-    let mut projections = Vec::new();
-    let mut parameters = BTreeMap::new();
+    let mut parameters: BTreeMap<String, Place> = BTreeMap::new();
     for table in tables.into_iter().map(Arc::new) {
         for tensor in table.entries().keys() {
-            if let Some(first) = owners.insert(tensor.clone(), table.path().to_owned()) {
-                let second = table.path().to_owned();
+            let place = Place { table: table.clone(), name: tensor.clone() };
+            if let Some(first) = parameters.insert(tensor.clone(), place) {
+                let (first, second) = (first.table.path().to_owned(), table.path().to_owned());
                 return Err(ModelError::RepeatedTensor { tensor: tensor.clone(), first, second });
             }
         }
-        for (tensor, entry) in table.entries() {
-            parameters.insert(tensor.clone(), Place { table: table.clone(), name: tensor.clone() });
-            let Some(module) = tensor.strip_suffix(".weight") else { continue };
-            if entry.shape().len() == 2 && is_projection(module) {
-                let bias = format!("{module}.bias");
-                let source = Source {
-                    weight: tensor.clone(),
-                    bias: table.entries().contains_key(&bias).then_some(bias),
-                    layout: layout(&config.model_type, module),
-                    table: table.clone(),
-                };
-                projections.push(Projection::new(module.to_string(), source)?);
-            }
+    }
+    let mut projections = Vec::new();
+    for (tensor, place) in &parameters {
+        let Some(module) = tensor.strip_suffix(".weight") else { continue };
+        let is_matrix = place.table.entries().get(tensor).is_some_and(|entry| entry.shape().len() == 2);
+        if is_matrix && is_projection(module) {
+            // A model is cut into shards anywhere: the bias may lie in another one.
+            let bias = parameters.get(&format!("{module}.bias")).cloned();
+            let source = Source { weight: place.clone(), bias, layout: layout(&config.model_type, module) };
+            projections.push(Projection::new(module.to_string(), source)?);
         }
     }
-    biases_are_beside_their_weights(&projections, &owners)?;
     for source in projections.iter().map(|projection: &Projection| &projection.source) {
-        parameters.remove(&source.weight);
-        source.bias.as_ref().map(|bias| parameters.remove(bias));
+        parameters.remove(&source.weight.name);
+        source.bias.as_ref().map(|bias| parameters.remove(&bias.name));
     }
     let Configuration { architecture, settings, .. } = config;
     assemble(Model { name, architecture, projections, parameters, settings: Arc::new(settings) }, path)
-}
-
-/// Refuses a bias that lies in another shard than its weight, which would otherwise be left out.
-fn biases_are_beside_their_weights(
-    projections: &[Projection],
-    owners: &BTreeMap<String, PathBuf>,
-) -> Result<(), ModelError> {
-    let lost: BTreeSet<String> = projections
-        .iter()
-        .filter(|projection| !projection.has_bias)
-        .map(|projection| format!("{}.bias", projection.path))
-        .filter(|bias| owners.contains_key(bias))
-        .collect();
-    match lost.first() {
-        None => Ok(()),
-        Some(bias) => {
-            let problem = "is in another shard than its weight; save the model again with larger shards";
-            Err(configuration(&owners[bias], bias, problem))
-        }
-    }
 }
 
 /// Whether a matrix of that module path is a linear layer between the embeddings.

@@ -1,22 +1,20 @@
 //! What a model holds beside its projections: embeddings, norms, the output matrix.
 
 use super::ModelError;
-use crate::tensor::{Encoding, StoredTensor, TensorTable};
+use crate::error::FileError;
+use crate::tensor::{Encoding, StoredTensor, TensorProblem, TensorTable};
 use std::sync::Arc;
 
 /// A tensor that belongs to no projection, in its own encoding.
 #[derive(Clone, Debug)]
 pub struct Parameter {
-    table: Arc<TensorTable>,
-    /// Its name in the file.
-    name: String,
+    place: Place,
     tensor: StoredTensor,
 }
 
 impl Parameter {
     pub(super) fn new(place: &Place) -> Result<Self, ModelError> {
-        let tensor = place.table.get(&place.name)?.clone();
-        Ok(Self { table: place.table.clone(), name: place.name.clone(), tensor })
+        Ok(Self { place: place.clone(), tensor: place.tensor()?.clone() })
     }
 
     /// The extents, outermost first: `[vocabulary, d]` of an embedding.
@@ -39,7 +37,7 @@ impl Parameter {
     /// # Errors
     /// NaN and infinities.
     pub fn to_f32(&self) -> Result<Vec<f32>, ModelError> {
-        self.tensor.to_finite_f32().map_err(|problem| self.table.error(&self.name, problem).into())
+        self.tensor.to_finite_f32().map_err(|problem| self.place.error(problem).into())
     }
 
     /// The rows `rows` of a matrix, one after another, dequantised: `[rows.len(), columns]`. Other rows are not touched.
@@ -47,7 +45,7 @@ impl Parameter {
     /// # Errors
     /// The tensor is no matrix, a row is beyond its end, or a value of a row is NaN or infinite.
     pub fn rows_f32(&self, rows: &[usize]) -> Result<Vec<f32>, ModelError> {
-        self.tensor.rows_f32(rows).map_err(|problem| self.table.error(&self.name, problem).into())
+        self.tensor.rows_f32(rows).map_err(|problem| self.place.error(problem).into())
     }
 
     /// Refuses another shape than `shape`.
@@ -56,13 +54,26 @@ impl Parameter {
             return Ok(());
         }
         let problem = self.tensor.wrong_shape(format!("{shape:?} ({why})"));
-        Err(self.table.error(&self.name, problem).into())
+        Err(self.place.error(problem).into())
     }
 }
 
-/// Where a parameter lies.
+/// Where a tensor lies.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     pub(super) table: Arc<TensorTable>,
+    /// Its name in the file.
     pub(super) name: String,
+}
+
+impl Place {
+    /// What lies there.
+    pub(super) fn tensor(&self) -> Result<&StoredTensor, FileError> {
+        self.table.get(&self.name)
+    }
+
+    /// The error that it has `problem`.
+    pub(super) fn error(&self, problem: TensorProblem) -> FileError {
+        self.table.error(&self.name, problem)
+    }
 }

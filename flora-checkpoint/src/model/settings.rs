@@ -9,7 +9,12 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug)]
 pub(super) enum Settings {
     /// A GGUF file.
-    Gguf(Gguf),
+    Gguf {
+        /// The file.
+        gguf: Gguf,
+        /// Its architecture, with which most of its keys begin.
+        architecture: &'static str,
+    },
     /// A `config.json`, or `null` for a safetensors file that has none beside it.
     Config {
         /// The file.
@@ -19,14 +24,44 @@ pub(super) enum Settings {
     },
 }
 
+/// What an entry is called in either format.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Key {
+    /// Without the architecture that it begins with.
+    gguf: &'static str,
+    config: &'static str,
+}
+
+/// The entry `gguf` of a GGUF file, after its architecture, and `config` of a `config.json`.
+pub(super) const fn key(gguf: &'static str, config: &'static str) -> Key {
+    Key { gguf, config }
+}
+
+/// An entry that GGUF alone has.
+pub(super) const fn in_gguf(gguf: &'static str) -> Key {
+    Key { gguf, config: gguf }
+}
+
+/// One entry of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Member {
+    /// A group itself.
+    Group,
+    /// `null`
+    Null,
+    /// Anything else.
+    Plain,
+}
+
 /// One entry, whichever format it was written in.
 enum Value<'a> {
     Integer(u64),
     Real(f64),
     Flag(bool),
     Text(&'a str),
-    Group,
-    /// A list or a negative integer; no entry that is asked for is one.
+    Group(&'a [(String, Json)]),
+    List(&'a [Json]),
+    /// `null`, an array or a negative integer of GGUF's; no entry that is asked for is one.
     Other,
 }
 
@@ -34,8 +69,16 @@ impl Settings {
     /// The file that the entries are in.
     pub(super) fn path(&self) -> PathBuf {
         match self {
-            Settings::Gguf(gguf) => gguf.path(),
+            Settings::Gguf { gguf, .. } => gguf.path(),
             Settings::Config { path, .. } => path.clone(),
+        }
+    }
+
+    /// What the entry `key` is called in this file.
+    pub(super) fn name(&self, key: Key) -> String {
+        match self {
+            Settings::Gguf { architecture, .. } => format!("{architecture}.{}", key.gguf),
+            Settings::Config { .. } => key.config.to_owned(),
         }
     }
 
@@ -70,19 +113,37 @@ impl Settings {
         }
     }
 
-    /// A positive, finite number, if the entry is there.
-    pub(super) fn optional_positive(&self, key: &str) -> Result<Option<f32>, ModelError> {
+    /// A finite number, if the entry is there.
+    pub(super) fn optional_number(&self, key: &str) -> Result<Option<f64>, ModelError> {
         let number = match self.value(key) {
             None => return Ok(None),
-            Some(Value::Integer(number)) => number as f32,
-            Some(Value::Real(number)) => number as f32,
+            Some(Value::Integer(number)) => number as f64,
+            Some(Value::Real(number)) => number,
             Some(_) => return Err(self.error(key, "is not a number")),
         };
-        if number.is_finite() && number > 0.0 {
+        if number.is_finite() {
             Ok(Some(number))
         } else {
-            Err(self.error(key, format!("is {number}; it must be positive and finite")))
+            Err(self.error(key, format!("is {number}; it must be finite")))
         }
+    }
+
+    /// A positive, finite number, if the entry is there.
+    pub(super) fn optional_positive(&self, key: &str) -> Result<Option<f64>, ModelError> {
+        match self.optional_number(key)? {
+            Some(number) if number <= 0.0 => Err(self.error(key, format!("is {number}; it must be positive"))),
+            number => Ok(number),
+        }
+    }
+
+    /// A positive number that is finite and positive as f32 too.
+    pub(super) fn positive_f32(&self, key: &str) -> Result<Option<f32>, ModelError> {
+        let Some(number) = self.optional_positive(key)? else { return Ok(None) };
+        let rounded = number as f32;
+        if rounded.is_finite() && rounded > 0.0 {
+            return Ok(Some(rounded));
+        }
+        Err(self.error(key, format!("is {number}; it must be positive and finite in 32 bits")))
     }
 
     /// A truth value, if the entry is there.
@@ -103,18 +164,46 @@ impl Settings {
         }
     }
 
-    /// Refuses an entry that is there and is no group of entries.
-    pub(super) fn optional_group(&self, key: &str) -> Result<(), ModelError> {
+    /// The entries of a group, if it is there.
+    pub(super) fn optional_group(&self, key: &str) -> Result<Option<Vec<(&str, Member)>>, ModelError> {
         match self.value(key) {
-            None | Some(Value::Group) => Ok(()),
+            None => Ok(None),
+            Some(Value::Group(members)) => {
+                let kind = |value: &Json| match value {
+                    Json::Object(_) => Member::Group,
+                    Json::Null => Member::Null,
+                    _ => Member::Plain,
+                };
+                Ok(Some(members.iter().map(|(name, value)| (&name[..], kind(value))).collect()))
+            }
             Some(_) => Err(self.error(key, "is not an object")),
+        }
+    }
+
+    /// A list of texts, if the entry is there.
+    pub(super) fn optional_texts(&self, key: &str) -> Result<Option<Vec<&str>>, ModelError> {
+        let wrong = || self.error(key, "is not a list of texts");
+        match self.value(key) {
+            None => Ok(None),
+            Some(Value::List(items)) => {
+                items.iter().map(|item| item.as_str().ok_or_else(wrong)).collect::<Result<_, _>>().map(Some)
+            }
+            Some(_) => Err(wrong()),
+        }
+    }
+
+    /// Whether a config has the entry, be it `null`: some defaults are for what isn't written at all.
+    pub(super) fn is_written(&self, key: &str) -> bool {
+        match self {
+            Settings::Gguf { gguf, .. } => gguf.metadata().contains_key(key),
+            Settings::Config { json, .. } => json.get(key).is_some(),
         }
     }
 
     /// The entry `key`, where `a.b` is the entry `b` of the object `a` of a config; `null` is no entry.
     fn value(&self, key: &str) -> Option<Value<'_>> {
         match self {
-            Settings::Gguf(gguf) => gguf.metadata().get(key).map(Value::of_metadata),
+            Settings::Gguf { gguf, .. } => gguf.metadata().get(key).map(Value::of_metadata),
             Settings::Config { json, .. } => match key.split('.').try_fold(json, Json::get)? {
                 Json::Null => None,
                 value => Some(Value::of_json(value)),
@@ -148,8 +237,9 @@ impl<'a> Value<'a> {
                 (None, Some(number)) => Value::Real(number),
                 (None, None) => Value::Other,
             },
-            Json::Object(_) => Value::Group,
-            Json::Null | Json::Array(_) => Value::Other,
+            Json::Object(members) => Value::Group(members),
+            Json::Array(items) => Value::List(items),
+            Json::Null => Value::Other,
         }
     }
 }

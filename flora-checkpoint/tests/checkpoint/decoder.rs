@@ -2,6 +2,7 @@
 
 use crate::gguf_writer::{File, Tensor, Value};
 use crate::model::{BIGCODE, folder, open_gguf, safetensors_file};
+use flora_checkpoint::model::{Rotary, RotaryScaling};
 use flora_checkpoint::{DecoderConfig, Encoding, Gelu, GptBigCodeConfig, LlamaConfig, Model, ModelError};
 
 type Tensors = Vec<(&'static str, &'static [usize])>;
@@ -37,12 +38,17 @@ fn bigcode_tensors() -> Tensors {
     BIGCODE.iter().copied().filter(|(name, _)| *name != "lm_head.weight").collect()
 }
 
-fn decoder(config: &str, tensors: &[(&str, &[usize])]) -> Result<DecoderConfig, ModelError> {
+pub(crate) fn decoder(config: &str, tensors: &[(&str, &[usize])]) -> Result<DecoderConfig, ModelError> {
     let folder = folder(config, &[("model.safetensors", safetensors_file(tensors))]);
     Model::open(folder.path())?.decoder()
 }
 
-fn set(gguf: &mut File, key: &str, value: Value) {
+/// Rotary positions that aren't scaled.
+pub(crate) fn unscaled(base: f64) -> Rotary {
+    Rotary { base, scaling: RotaryScaling::None }
+}
+
+pub(crate) fn set(gguf: &mut File, key: &str, value: Value) {
     gguf.metadata.retain(|(name, _)| name != key);
     gguf.metadata.push((key.into(), value));
 }
@@ -57,7 +63,9 @@ fn a_gguf_llama_says_what_it_is_made_of() {
         key_value_heads: 2,
         head_size: 6,
         feed_forward: 29,
-        rope_base: 100_000.0,
+        rotary: unscaled(100_000.0),
+        query_key_norms: false,
+        windows: vec![None; 2],
         norm_epsilon: 1e-5,
         context_length: 64,
         vocabulary: 3,
@@ -71,7 +79,7 @@ fn a_gguf_llama_says_what_it_is_made_of() {
     gguf.metadata.retain(|(key, _)| !["llama.rope.freq_base", "llama.vocab_size"].contains(&&key[..]));
     gguf.tensors.push(Tensor::f32("output.weight", &[3, 37], &[0.5; 3 * 37]));
     let model = open_gguf(&gguf).expect("a model");
-    let expected = LlamaConfig { rope_base: 10_000.0, tied_embedding: false, ..expected };
+    let expected = LlamaConfig { rotary: unscaled(10_000.0), tied_embedding: false, ..expected };
     assert_eq!(model.decoder().expect("a decoder"), DecoderConfig::Llama(expected));
 }
 
@@ -128,9 +136,7 @@ fn a_quantised_embedding_stays_quantised_and_gives_rows() {
 
 #[test]
 fn a_gguf_that_would_compute_something_else_is_refused() {
-    let cases: [(&str, Value, &str); 14] = [
-        ("llama.rope.scaling.type", Value::string("linear"), "scales the rotary positions"),
-        ("llama.rope.scaling.factor", Value::f32(2.0), "scales the rotary positions"),
+    let cases: [(&str, Value, &str); 12] = [
         ("llama.rope.dimension_count", Value::u32(4), "must be the size of a head, 6"),
         ("llama.attention.value_length", Value::u32(8), "must be the size of a head, 6"),
         ("llama.expert_count", Value::u32(8), "mixture of experts"),
@@ -156,9 +162,6 @@ fn a_gguf_that_would_compute_something_else_is_refused() {
         let error = open_gguf(&gguf).expect("a model").decoder().expect_err(tensor);
         assert!(matches!(error, ModelError::UnknownParameter { .. }), "{error}");
     }
-    let mut gguf = File::llama(1, 4, 2, 6, 5, 3);
-    gguf.tensors.push(Tensor::f32("rope_freqs.weight", &[3], &[1.0; 3]));
-    assert!(open_gguf(&gguf).expect("a model").decoder().is_err(), "llama3's scaling");
 }
 
 #[test]
@@ -170,7 +173,9 @@ fn a_hugging_face_llama_says_what_it_is_made_of() {
         key_value_heads: 2,
         head_size: 2,
         feed_forward: 5,
-        rope_base: 500_000.0,
+        rotary: unscaled(500_000.0),
+        query_key_norms: false,
+        windows: vec![None],
         norm_epsilon: 1e-6,
         context_length: 77,
         vocabulary: 11,
@@ -187,7 +192,7 @@ fn a_hugging_face_llama_says_what_it_is_made_of() {
 }
 
 /// `config` with `from` replaced by `to`, which must be an error that says `expected`.
-fn refused(config: &str, from: &str, to: &str, tensors: &[(&str, &[usize])], expected: &str) {
+pub(crate) fn refused(config: &str, from: &str, to: &str, tensors: &[(&str, &[usize])], expected: &str) {
     let changed = config.replace(from, to);
     assert_ne!(changed, config, "{from}");
     let error = decoder(&changed, tensors).expect_err(to).to_string();
@@ -197,14 +202,6 @@ fn refused(config: &str, from: &str, to: &str, tensors: &[(&str, &[usize])], exp
 #[test]
 fn a_hugging_face_llama_that_would_compute_something_else_is_refused() {
     for (from, to, expected) in [
-        (r#""rope_scaling": null"#, r#""rope_scaling": {"rope_type": "llama3", "factor": 8.0}"#, "scales the rotary"),
-        (
-            r#""rope_scaling": null"#,
-            r#""rope_scaling": {"type": "linear", "factor": 2.0}"#,
-            "`rope_scaling.type` scales",
-        ),
-        (r#""rope_scaling": null"#, r#""rope_scaling": 2"#, "is not an object"),
-        (r#""rope_scaling": null"#, r#""partial_rotary_factor": 0.5"#, "all of a head must turn"),
         (r#""silu""#, r#""gelu""#, "only `silu`"),
         (r#""attention_bias": false"#, r#""attention_bias": true"#, "q_proj.bias"),
         (r#""num_attention_heads": 4"#, r#""num_attention_heads": 3"#, "does not divide the 3 heads"),
@@ -217,7 +214,7 @@ fn a_hugging_face_llama_that_would_compute_something_else_is_refused() {
         (r#""tie_word_embeddings": false"#, r#""tie_word_embeddings": 1"#, "neither true nor false"),
         (r#""hidden_size": 8"#, r#""hidden_sizes": 8"#, "`hidden_size` is missing"),
         (r#""rms_norm_eps": 1e-06"#, r#""rms_norm_eps": 1e-60"#, "must be positive"),
-        ("LlamaForCausalLM", "LlamaModel", "supported: llama in GGUF files, LlamaForCausalLM"),
+        ("LlamaForCausalLM", "LlamaModel", "LlamaForCausalLM, MistralForCausalLM"),
     ] {
         refused(LLAMA_CONFIG, from, to, &llama_tensors(), expected);
     }
@@ -334,7 +331,9 @@ fn the_real_smollm2_says_what_it_is_made_of() {
         key_value_heads: 3,
         head_size: 64,
         feed_forward: 1536,
-        rope_base: 100_000.0,
+        rotary: unscaled(100_000.0),
+        query_key_norms: false,
+        windows: vec![None; 30],
         norm_epsilon: 1e-5,
         context_length: 8192,
         vocabulary: 49_152,

@@ -3,11 +3,13 @@
 //! `FLORA_FUZZ_CASES` sets the cases per property (64 where it is not set); the seed is fixed.
 
 use crate::decoder;
-use crate::gguf_writer::File;
+use crate::families::starcoder;
+use crate::gguf_writer::{File, Tensor, Value};
 use crate::kinds;
 use crate::model::{BIGCODE, safetensors_file};
 use crate::mutation::{changed, changes, settings, soon};
 use crate::peft::{LORA, folder};
+use crate::split;
 use flora_checkpoint::gguf::{Gguf, MetadataValue};
 use flora_checkpoint::{AdapterFolder, AdapterKinds, DecoderConfig, Matrix, Model, read_matrices, write_matrices};
 use proptest::prelude::*;
@@ -72,7 +74,11 @@ fn read_model(path: &Path) {
         }
     }
     match model.decoder() {
-        Ok(DecoderConfig::Llama(config)) => assert!(config.layers * 7 <= model.projections().len()),
+        Ok(DecoderConfig::Llama(config)) => {
+            assert!(config.layers * 7 <= model.projections().len() && config.windows.len() == config.layers);
+            let turns = config.rotary.frequencies(config.head_size);
+            assert!(turns.frequencies.iter().all(|frequency| frequency.is_finite()) && turns.attention_factor > 0.0);
+        }
         Ok(DecoderConfig::GptBigCode(config)) => assert!(config.layers * 4 <= model.projections().len()),
         Err(error) => assert!(!error.to_string().is_empty()),
     }
@@ -103,6 +109,15 @@ fn read_file(name: &str, bytes: &[u8]) {
     });
 }
 
+/// A Llama whose rotary positions are scaled.
+fn scaled_llama() -> File {
+    let mut file = File::llama(1, 2, 1, 4, 5, 3);
+    file.metadata.push(("llama.rope.scaling.type".into(), Value::string("linear")));
+    file.metadata.push(("llama.rope.scaling.factor".into(), Value::f32(2.0)));
+    file.tensors.push(Tensor::f32("rope_freqs.weight", &[2], &[1.0, 8.0]));
+    file
+}
+
 fn safetensors() -> Vec<u8> {
     let (_folder, path) = crate::file("x.safetensors", b"");
     let matrix = |rows, columns| Matrix { rows, columns, values: vec![0.5; rows * columns] };
@@ -110,6 +125,14 @@ fn safetensors() -> Vec<u8> {
     write_matrices(&path, &matrices.into()).expect("writable matrices");
     std::fs::read(&path).expect("what was written")
 }
+
+/// A decoder with every setting of rotary positions and windows that there is.
+const QWEN2_CONFIG: &str = r#"{"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 1, "hidden_size": 8,
+ "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 5, "rms_norm_eps": 1e-06,
+ "max_position_embeddings": 77, "vocab_size": 11, "rope_theta": 7.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+ "original_max_position_embeddings": 64, "mscale": 2.0, "mscale_all_dim": 0.5, "beta_fast": 16, "beta_slow": 2,
+ "truncate": false}, "rope_parameters": {"full_attention": {"rope_theta": 7.0}}, "use_sliding_window": true,
+ "sliding_window": 9, "layer_types": ["sliding_attention"]}"#;
 
 const CONFIG: &str = r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "use_dora": false,
  "rank_pattern": {"layers.0.*q_proj": 2}, "alpha_pattern": {"(?!k)q_proj": 5}, "layers_to_transform": [0], "bias": "none"}"#;
@@ -132,6 +155,24 @@ proptest! {
     }
 
     #[test]
+    fn mutated_gguf_starcoder(changes in changes()) {
+        read_file("x.gguf", &changed(&starcoder().bytes().0, &changes));
+    }
+
+    /// One file of two is changed, or both.
+    #[test]
+    fn mutated_split_gguf(first in changes(), second in changes(), which in 1u8..4) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let files = split::split(scaled_llama, 2);
+        for (at, changes) in [first, second].iter().enumerate() {
+            let bytes = files[at].bytes().0;
+            let bytes = if which & (1 << at) == 0 { bytes } else { changed(&bytes, changes) };
+            std::fs::write(folder.path().join(split::name(at + 1, 2)), bytes).expect("writing a file");
+        }
+        soon(|| read_model(&folder.path().join(split::name(1, 2))));
+    }
+
+    #[test]
     fn mutated_safetensors(changes in changes()) {
         read_file("x.safetensors", &changed(&safetensors(), &changes));
     }
@@ -140,6 +181,7 @@ proptest! {
     fn mutated_decoders(config in changes(), tensors in changes(), which in 1u8..4) {
         for (text, tensor_file) in [
             (decoder::LLAMA_CONFIG, safetensors_file(&decoder::llama_tensors())),
+            (QWEN2_CONFIG, safetensors_file(&decoder::llama_tensors())),
             (decoder::BIGCODE_CONFIG, safetensors_file(&BIGCODE[..BIGCODE.len() - 1])),
         ] {
             let config = if which & 1 == 0 { text.into() } else { changed(text.as_bytes(), &config) };
@@ -189,6 +231,11 @@ fn the_files_that_are_mutated_are_whole() {
     assert!(AdapterFolder::open(folder(CONFIG, LORA).path(), &AdapterKinds::builtin()).is_ok());
     let (_folder, path) = crate::file("x.safetensors", &safetensors());
     assert_eq!(Model::open(&path).expect("a model").projections().len(), 2);
+    for gguf in [scaled_llama(), starcoder()] {
+        assert!(crate::model::open_gguf(&gguf).expect("a model").decoder().is_ok());
+    }
+    let qwen2 = decoder::decoder(QWEN2_CONFIG, &decoder::llama_tensors()).expect("a decoder");
+    assert!(matches!(qwen2, DecoderConfig::Llama(config) if config.windows == [Some(9)]));
 }
 
 #[test]

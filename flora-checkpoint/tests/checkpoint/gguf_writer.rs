@@ -20,6 +20,7 @@ impl Tensor {
 }
 
 /// A typed metadata value as the file stores it: type number and bytes.
+#[derive(Clone)]
 pub(crate) struct Value(u32, Vec<u8>);
 
 impl Value {

@@ -2,6 +2,7 @@
 
 mod blocks;
 mod decoder;
+mod families;
 mod fuzz;
 mod gguf;
 mod gguf_writer;
@@ -10,6 +11,8 @@ mod kinds;
 mod model;
 mod mutation;
 mod peft;
+mod rotary;
+mod split;
 mod tensors;
 
 use std::path::PathBuf;

@@ -1,7 +1,9 @@
-//! Attention of one step: every row over the keys and values of its own sequence, up to its own token. The rows of a key-value
+//! Attention of one step: every row over the keys and values of its own sequence, up to its own token, in some models only over the
+//! last so many. The rows of a key-value
 //! head are queries of the same keys, whichever query head they are of, so that no key or value is ever repeated.
 //!
-//! A row goes through its keys in blocks of [`KEYS`], the first at position 0, and sums over a block in rising order. So its bits
+//! A row goes through its keys in blocks of [`KEYS`] from position 0 on, those apart of which it sees none, and sums over a block in
+//! rising order. So its bits
 //! are the same whatever other rows it is computed with: those of its prompt, however that is cut, or none.
 
 use std::ops::Range;
@@ -14,7 +16,7 @@ use crate::decoder::cache::{KEYS, KeyValueCache, Layout};
 use crate::decoder::error::OperationError;
 use crate::decoder::heads::Heads;
 use crate::decoder::matrix::Matrix;
-use crate::decoder::rotary::RotaryTable;
+use crate::decoder::rotary::RotaryRows;
 use crate::decoder::softmax::Softmax;
 use crate::kernel::{MOST_TILE_ROWS, Operand, accumulate, load, store, tile_columns, tile_rows, with_rows};
 use crate::partition::{PARALLEL_MACS, even_part, even_tiles};
@@ -32,8 +34,10 @@ pub struct Attention<'a> {
     pub keys: Matrix<'a>,
     /// `[rows, key-value heads · size]`
     pub values: Matrix<'a>,
-    /// What queries and keys are rotated by; `None` where positions are in the embedding.
-    pub rotary: Option<&'a RotaryTable>,
+    /// What each row's queries and keys are turned by; `None` where positions are in the embedding.
+    pub rotary: Option<&'a RotaryRows>,
+    /// How many tokens a token sees, itself and those before it; `None`: all.
+    pub window: Option<usize>,
 }
 
 /// The rows of one sequence.
@@ -69,7 +73,7 @@ impl HostEngine {
 }
 
 fn check(attention: &Attention<'_>, segments: &[AttentionSegment<'_>], out: usize) -> Result<(), OperationError> {
-    let Attention { heads, queries, keys, values, rotary } = attention;
+    let Attention { heads, queries, keys, values, rotary, window } = attention;
     let Heads { queries: query_heads, keys: key_heads, size } = *heads;
     let wrong_heads = |cached_keys, cached_size| OperationError::WrongHeads {
         queries: query_heads,
@@ -88,6 +92,12 @@ fn check(attention: &Attention<'_>, segments: &[AttentionSegment<'_>], out: usiz
         OperationError::length(what, matrix.columns(), key_heads * size)?;
     }
     OperationError::length("attention's result", out, rows * query_heads * size)?;
+    if *window == Some(0) {
+        return Err(OperationError::EmptyWindow);
+    }
+    if let Some(rotary) = rotary {
+        rotary.check(size, rows)?;
+    }
     let mut next = 0;
     for AttentionSegment { rows, cache } in segments {
         if rows.start != next || rows.end < rows.start {
@@ -102,9 +112,6 @@ fn check(attention: &Attention<'_>, segments: &[AttentionSegment<'_>], out: usiz
             if found != cache.element() {
                 return Err(OperationError::WrongElement { expected: cache.element(), found });
             }
-        }
-        if let Some(rotary) = rotary {
-            rotary.check(size, cache.tokens() + rows.len())?;
         }
     }
     if next == rows { Ok(()) } else { Err(OperationError::WrongSegment { expected: next, found: rows }) }
@@ -165,7 +172,6 @@ fn append<S: Simd>(simd: S, attention: &Attention<'_>, segment: &mut AttentionSe
     let Heads { keys: heads, size, .. } = attention.heads;
     let (mut keys, mut values) = (vec![0.0; heads * size], vec![0.0; heads * size]);
     for row in segment.rows.clone() {
-        let position = segment.cache.tokens();
         vectorised(
             simd,
             #[inline(always)]
@@ -173,7 +179,7 @@ fn append<S: Simd>(simd: S, attention: &Attention<'_>, segment: &mut AttentionSe
                 attention.keys.widen(row, 0, &mut keys);
                 attention.values.widen(row, 0, &mut values);
                 if let Some(rotary) = attention.rotary {
-                    keys.chunks_exact_mut(size).for_each(|head| rotary.rotate(position, head));
+                    keys.chunks_exact_mut(size).for_each(|head| rotary.rotate(row, head));
                 }
             },
         );
@@ -220,21 +226,32 @@ impl Task<'_> {
         softmaxes.resize(rows, Softmax::NONE);
         self.pack(simd, queries);
 
-        let last = self.position(rows - 1);
-        for block in 0..=last / KEYS {
+        let first_block = self.first_key(0) / KEYS;
+        for block in first_block..=self.position(rows - 1) / KEYS {
             let held = self.cache.head(block, self.head, wide);
             let (keys, values) = held.split_at(layout.keys());
-            // Rows before this one end in a block before.
-            let first = (block * KEYS).saturating_sub(self.first_position) * self.group;
-            let first = first.saturating_sub(self.rows.start).min(rows);
-            for tile in even_tiles(rows - first, tile_rows::<S>()) {
+            // Rows before the first one end in a block before, and the windows of those after the last one begin in a block after.
+            let before = (block * KEYS).saturating_sub(self.first_position) * self.group;
+            let first = before.saturating_sub(self.rows.start).min(rows);
+            let end = match self.attention.window {
+                None => rows,
+                Some(window) => {
+                    let end = (block * KEYS + KEYS - 1).saturating_add(window);
+                    let positions = end.saturating_sub(self.first_position);
+                    positions.saturating_mul(self.group).saturating_sub(self.rows.start).min(rows)
+                }
+            };
+            for tile in even_tiles(end.saturating_sub(first), tile_rows::<S>()) {
                 let tile = first + tile.start..first + tile.end;
-                let seen = |row: usize| (self.position(row) + 1 - block * KEYS).min(KEYS);
-                let mut counts = [0; MOST_TILE_ROWS];
-                let counts = &mut counts[..tile.len()];
-                counts.iter_mut().zip(tile.clone()).for_each(|(count, row)| *count = seen(row));
+                let seen = |row: usize| {
+                    let start = self.first_key(row).saturating_sub(block * KEYS);
+                    [start, (self.position(row) + 1 - block * KEYS).min(KEYS)]
+                };
+                let mut bounds = [[0; 2]; MOST_TILE_ROWS];
+                let bounds = &mut bounds[..tile.len()];
+                bounds.iter_mut().zip(tile.clone()).for_each(|(bounds, row)| *bounds = seen(row));
                 let work = Tile {
-                    counts,
+                    seen: bounds,
                     queries: &queries[tile.start * size..tile.end * size],
                     scores: &mut scores[tile.start * KEYS..tile.end * KEYS],
                     sums: &mut sums[tile.start * pitch..tile.end * pitch],
@@ -269,6 +286,12 @@ impl Task<'_> {
         self.first_position + (self.rows.start + at) / self.group
     }
 
+    /// The position of the first key that the task's row `at` sees.
+    fn first_key(&self, at: usize) -> usize {
+        let position = self.position(at);
+        self.attention.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+
     /// The row of the batch and the query head of the task's row `at`.
     fn place(&self, at: usize) -> (usize, usize) {
         let row = self.rows.start + at;
@@ -286,7 +309,7 @@ impl Task<'_> {
                     let (row, head) = self.place(at);
                     self.attention.queries.widen(row, head * size, query);
                     if let Some(rotary) = self.attention.rotary {
-                        rotary.rotate(self.position(at), query);
+                        rotary.rotate(row, query);
                     }
                     query.iter_mut().for_each(|number| *number *= scale);
                 }
@@ -297,8 +320,8 @@ impl Task<'_> {
 
 /// A block of keys and values for a tile of rows.
 struct Tile<'a> {
-    /// How many of the block's keys each row sees, rising; at least one.
-    counts: &'a [usize],
+    /// The first of the block's keys that each row sees, and the end of those that it does, both rising; it sees at least one.
+    seen: &'a [[usize; 2]],
     /// `[rows, size]`
     queries: &'a [f32],
     /// `[rows, KEYS]`
@@ -321,12 +344,13 @@ impl Tile<'_> {
     /// # Panics
     /// Where a slice is shorter than its extents say, or the tile has too many rows.
     fn run<S: Simd>(self, simd: S) {
-        let rows = self.counts.len();
+        let rows = self.seen.len();
         assert!(rows <= tile_rows::<S>() && self.softmaxes.len() == rows);
         assert!(self.queries.len() == rows * self.size && self.keys.len() == self.size * KEYS);
         assert!(self.scores.len() == rows * KEYS && self.sums.len() == rows * self.pitch);
         assert!(self.values.len() == KEYS * self.pitch && self.pitch.is_multiple_of(tile_columns::<S>()));
-        assert!(self.counts.iter().all(|count| (1..=KEYS).contains(count)) && self.counts.is_sorted());
+        assert!(self.seen.iter().all(|[first, end]| first < end && *end <= KEYS));
+        assert!(self.seen.is_sorted_by(|one, next| one[0] <= next[0] && one[1] <= next[1]));
         with_rows!(rows, attend, simd, self)
     }
 }
@@ -338,7 +362,7 @@ fn attend<S: Simd, const ROWS: usize>(simd: S, tile: Tile<'_>) {
         type Output = ();
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
-            let Tile { counts, queries, scores, sums, softmaxes, keys, values, size, pitch } = self.0;
+            let Tile { seen, queries, scores, sums, softmaxes, keys, values, size, pitch } = self.0;
             for column in (0..KEYS).step_by(tile_columns::<S>()) {
                 // SAFETY: `Tile::run` has compared every extent with its slice.
                 unsafe {
@@ -353,24 +377,25 @@ fn attend<S: Simd, const ROWS: usize>(simd: S, tile: Tile<'_>) {
                 }
             }
             let (scores, _) = scores.as_chunks_mut::<KEYS>();
-            let rows = scores.iter_mut().zip(&mut *softmaxes).zip(counts).zip(sums.chunks_exact_mut(pitch));
-            for (((scores, softmax), count), sums) in rows {
-                let scale = softmax.add(scores, *count);
+            let rows = scores.iter_mut().zip(&mut *softmaxes).zip(seen).zip(sums.chunks_exact_mut(pitch));
+            for (((scores, softmax), [first, end]), sums) in rows {
+                let scale = softmax.add(scores, *first..*end);
                 if scale != 1.0 {
                     sums.iter_mut().for_each(|sum| *sum *= scale);
                 }
             }
-            // Keys that all rows see, then those that a row sees alone: a row adds in rising order either way.
-            let shared = counts[0];
+            // Keys up to the first row's last, then those that a row sees alone: a row adds in rising order either way. Those before a
+            // row's first have a weight of 0, so that they add nothing.
+            let shared = seen[0][1];
             for column in (0..pitch).step_by(tile_columns::<S>()) {
                 // SAFETY: as above, and no count is beyond the block.
                 unsafe {
                     let (weights, right) = (scores.as_flattened().as_ptr(), values.as_ptr().add(column));
                     let sums = sums.as_mut_ptr().add(column);
                     add::<S, ROWS>(simd, sums, pitch, weights, right, shared);
-                    for (row, count) in counts.iter().enumerate() {
+                    for (row, [_, end]) in seen.iter().enumerate() {
                         let (sums, weights) = (sums.add(row * pitch), weights.add(row * KEYS + shared));
-                        add::<S, 1>(simd, sums, pitch, weights, right.add(shared * pitch), count - shared);
+                        add::<S, 1>(simd, sums, pitch, weights, right.add(shared * pitch), end - shared);
                     }
                 }
             }

@@ -67,20 +67,15 @@ pub enum OperationError {
         /// Where it begins, or how many rows there are.
         found: usize,
     },
-    /// A position that the table of rotations doesn't have.
-    #[error("a sequence of {tokens} tokens is longer than the {positions} positions that the model has rotations for")]
-    NoPosition {
-        /// How long it would be.
-        tokens: usize,
-        /// What there are.
-        positions: usize,
-    },
+    /// A window that no key is in.
+    #[error("a window of 0 tokens was asked for; a token sees itself at least")]
+    EmptyWindow,
     /// Heads that pairs of numbers can't be rotated in.
-    #[error("heads of {size} numbers can't be rotated by a table for heads of {expected}")]
+    #[error("heads of {size} numbers can't be turned by rotations for heads of {expected}")]
     WrongRotation {
         /// Numbers of a head.
         size: usize,
-        /// What the table is for.
+        /// What the rotations are for.
         expected: usize,
     },
 }

@@ -19,4 +19,4 @@ pub use cache::KeyValueCache;
 pub use error::OperationError;
 pub use heads::Heads;
 pub use matrix::Matrix;
-pub use rotary::RotaryTable;
+pub use rotary::{RotaryFrequencies, RotaryRows};

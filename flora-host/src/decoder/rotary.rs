@@ -1,41 +1,91 @@
-//! Rotary position embedding in Hugging Face's order: pair i of a head is (i, i + size/2).
+//! Rotary position embedding in Hugging Face's order: pair i of a head is (i, i + size/2). Angles are taken for the rows of a step and
+//! not for every position that a model knows, of which there may be a million.
+
+use rayon::prelude::*;
 
 use crate::decoder::error::OperationError;
 
-/// Cosines and sines of every position that a model knows.
+/// By how much the pairs of a head turn from one position to the next.
 #[derive(Clone, Debug)]
-pub struct RotaryTable {
+pub struct RotaryFrequencies {
+    /// `[pairs]`
+    frequencies: Vec<f64>,
+    factor: f64,
+}
+
+/// Cosines and sines of some rows' positions.
+#[derive(Clone, Debug)]
+pub struct RotaryRows {
+    rows: usize,
     /// Pairs of a head.
     pairs: usize,
-    /// `[positions, pairs]`
+    /// `[rows, pairs]`
     cosines: Vec<f32>,
-    /// `[positions, pairs]`
+    /// `[rows, pairs]`
     sines: Vec<f32>,
 }
 
-impl RotaryTable {
-    /// Angles position · base^(−2i/size), taken in f64, for heads of `size` numbers.
-    pub fn new(positions: usize, size: usize, base: f64) -> Self {
-        let pairs = size / 2;
-        let angles =
-            |position: usize| (0..pairs).map(move |pair| position as f64 * base.powf(-2.0 * pair as f64 / size as f64));
-        let table = |function: fn(f64) -> f64| (0..positions).flat_map(angles).map(|a| function(a) as f32).collect();
-        Self { pairs, cosines: table(f64::cos), sines: table(f64::sin) }
+/// Angles from which on threads share them.
+const PARALLEL_ANGLES: usize = 1 << 12;
+
+impl RotaryFrequencies {
+    /// Pair i of a head turns by position · `frequencies[i]`, and what is turned is multiplied by `factor`.
+    pub fn new(frequencies: Vec<f64>, factor: f64) -> Self {
+        Self { frequencies, factor }
     }
 
-    /// Whether heads of `size` numbers can be rotated at all positions before `tokens`.
-    pub(super) fn check(&self, size: usize, tokens: usize) -> Result<(), OperationError> {
+    /// Those of rows at these positions. Angles are taken in f64, and what is kept of them is rounded once.
+    pub fn rows(&self, positions: &[usize]) -> RotaryRows {
+        let (pairs, rows) = (self.frequencies.len(), positions.len());
+        let (mut cosines, mut sines) = (vec![0.0; rows * pairs], vec![0.0; rows * pairs]);
+        let turn = |((cosines, sines), position): ((&mut [f32], &mut [f32]), &usize)| {
+            for ((cosine, sine), frequency) in cosines.iter_mut().zip(sines).zip(&self.frequencies) {
+                let angle = *position as f64 * frequency;
+                *cosine = (angle.cos() * self.factor) as f32;
+                *sine = (angle.sin() * self.factor) as f32;
+            }
+        };
+        // A head without pairs has nothing to turn.
+        let pitch = pairs.max(1);
+        if rows * pairs < PARALLEL_ANGLES {
+            let rows = cosines.chunks_exact_mut(pitch).zip(sines.chunks_exact_mut(pitch));
+            rows.zip(positions).for_each(turn);
+        } else {
+            let rows = cosines.par_chunks_exact_mut(pitch).zip(sines.par_chunks_exact_mut(pitch));
+            rows.zip(positions).for_each(turn);
+        }
+        RotaryRows { rows, pairs, cosines, sines }
+    }
+}
+
+impl RotaryRows {
+    /// Pairs of a head.
+    pub fn pairs(&self) -> usize {
+        self.pairs
+    }
+
+    /// `[rows, pairs]`
+    pub fn cosines(&self) -> &[f32] {
+        &self.cosines
+    }
+
+    /// `[rows, pairs]`
+    pub fn sines(&self) -> &[f32] {
+        &self.sines
+    }
+
+    /// Whether `rows` rows of heads of `size` numbers can be turned.
+    pub(super) fn check(&self, size: usize, rows: usize) -> Result<(), OperationError> {
         if size != 2 * self.pairs {
             return Err(OperationError::WrongRotation { size, expected: 2 * self.pairs });
         }
-        let positions = self.cosines.len().checked_div(self.pairs).unwrap_or(tokens);
-        if tokens > positions { Err(OperationError::NoPosition { tokens, positions }) } else { Ok(()) }
+        OperationError::length("the rows' rotations", self.rows, rows)
     }
 
-    /// Rotates a head in place: (a, b) becomes (a · cos − b · sin, b · cos + a · sin).
+    /// Turns a head of row `row` in place: (a, b) becomes (a · cos − b · sin, b · cos + a · sin).
     #[inline(always)]
-    pub(super) fn rotate(&self, position: usize, head: &mut [f32]) {
-        let own = position * self.pairs..(position + 1) * self.pairs;
+    pub(super) fn rotate(&self, row: usize, head: &mut [f32]) {
+        let own = row * self.pairs..(row + 1) * self.pairs;
         let (first, second) = head.split_at_mut(self.pairs);
         let angles = self.cosines[own.clone()].iter().zip(&self.sines[own]);
         for ((a, b), (cosine, sine)) in first.iter_mut().zip(second).zip(angles) {

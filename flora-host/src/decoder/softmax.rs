@@ -1,5 +1,7 @@
 //! Softmax on the fly: scores come a block of keys at a time, and what was summed before is scaled down where a larger one comes.
 
+use std::ops::Range;
+
 use crate::decoder::cache::KEYS;
 use crate::finish::exp;
 
@@ -16,18 +18,26 @@ impl Softmax {
     /// Of no scores.
     pub(super) const NONE: Self = Self { largest: f32::NEG_INFINITY, sum: 0.0 };
 
-    /// Turns the next scores, of which the first `count` are keys that the row sees, into their weights: exp(score − largest), 0
-    /// for the others. The result is what sums over the keys before have to be multiplied by. NaN among the scores stays NaN.
+    /// Turns the next scores, of which those in `seen` are keys that the row sees, at least one, into their weights:
+    /// exp(score − largest), 0 for the others. The result is what sums over the keys before have to be multiplied by. NaN among the
+    /// scores stays NaN.
     #[inline(always)]
-    pub(super) fn add(&mut self, scores: &mut [f32; KEYS], count: usize) -> f32 {
-        if count < KEYS {
-            scores[count..].fill(f32::NEG_INFINITY);
+    pub(super) fn add(&mut self, scores: &mut [f32; KEYS], seen: Range<usize>) -> f32 {
+        let Range { start, end } = seen;
+        if start > 0 {
+            scores[..start].fill(f32::NEG_INFINITY);
+        }
+        if end < KEYS {
+            scores[end..].fill(f32::NEG_INFINITY);
         }
         let larger = |one: f32, other: f32| if other > one { other } else { one };
         let largest = larger(self.largest, fold(scores, larger));
         scores.iter_mut().for_each(|score| *score = exp(*score - largest));
-        if count < KEYS {
-            scores[count..].fill(0.0);
+        if start > 0 {
+            scores[..start].fill(0.0);
+        }
+        if end < KEYS {
+            scores[end..].fill(0.0);
         }
         let scale = exp(self.largest - largest);
         *self = Self { largest, sum: self.sum * scale + fold(scores, |one, other| one + other) };

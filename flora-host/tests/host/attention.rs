@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use flora_host::decoder::{Attention, AttentionSegment, Heads, KeyValueCache, Matrix, OperationError, RotaryTable};
+use flora_host::decoder::{
+    Attention, AttentionSegment, Heads, KeyValueCache, Matrix, OperationError, RotaryFrequencies,
+};
 use flora_host::{HostEngine, OwnedValues};
 use flora_plan::layer::Element;
 use proptest::prelude::*;
@@ -11,12 +13,21 @@ use crate::problem::{Numbers, config, elements, random_values};
 
 const BASE: f64 = 10_000.0;
 
+/// What turned queries and keys are multiplied by.
+const FACTOR: f64 = 1.25;
+
+fn frequencies(size: usize) -> RotaryFrequencies {
+    let one = |pair: usize| BASE.powf(-2.0 * pair as f64 / size as f64);
+    RotaryFrequencies::new((0..size / 2).map(one).collect(), FACTOR)
+}
+
 /// Queries, keys and values of a few sequences, each row of a sequence `[queries, keys, values]`.
 #[derive(Clone, Debug)]
 struct Sequences {
     heads: Heads,
     element: Element,
     rotated: bool,
+    window: Option<usize>,
     /// `[tokens, width]` each.
     rows: Vec<Vec<f32>>,
 }
@@ -26,12 +37,16 @@ type Step = Vec<(usize, usize)>;
 
 impl Sequences {
     fn new(heads: Heads, element: Element, rotated: bool, lengths: &[usize], random: &mut fastrand::Rng) -> Self {
-        let mut own = Self { heads, element, rotated, rows: Vec::new() };
+        let mut own = Self { heads, element, rotated, window: None, rows: Vec::new() };
         let numbers = |random: &mut fastrand::Rng, tokens: usize| {
             Numbers::new(element, &random_values(tokens * own.width(), random)).widened()
         };
         own.rows = lengths.iter().map(|tokens| numbers(random, *tokens)).collect();
         own
+    }
+
+    fn with_window(self, window: Option<usize>) -> Self {
+        Self { window, ..self }
     }
 
     /// Numbers of queries, keys and values of a token.
@@ -46,28 +61,31 @@ impl Sequences {
     /// What every row of every sequence attends to: `[tokens, query heads · size]`.
     fn run(&self, engine: &HostEngine, steps: &[Step]) -> Vec<Vec<f32>> {
         let Heads { queries, keys, size } = self.heads;
-        let rotary = self.rotated.then(|| RotaryTable::new(1000, size, BASE));
+        let frequencies = self.rotated.then(|| frequencies(size));
         let mut caches: Vec<_> = self.rows.iter().map(|_| KeyValueCache::new(self.heads, self.element)).collect();
         let mut outputs = vec![Vec::new(); self.rows.len()];
         for step in steps {
-            let (mut rows, mut ranges) = (Vec::new(), vec![None; caches.len()]);
+            let (mut rows, mut ranges, mut positions) = (Vec::new(), vec![None; caches.len()], Vec::new());
             for (sequence, tokens) in step {
                 let first = caches[*sequence].tokens();
                 let before = rows.len() / self.width();
                 rows.extend_from_slice(&self.rows[*sequence][first * self.width()..(first + tokens) * self.width()]);
                 ranges[*sequence] = Some(before..before + tokens);
+                positions.extend(first..first + tokens);
             }
             let count = rows.len() / self.width();
             let joined = OwnedValues::rounded(&rows, self.element);
             let columns = |range: Range<usize>| {
                 Matrix::new(joined.values(), self.width(), range.start * size..range.end * size).unwrap()
             };
+            let rotary = frequencies.as_ref().map(|frequencies| frequencies.rows(&positions));
             let attention = Attention {
                 heads: self.heads,
                 queries: columns(0..queries),
                 keys: columns(queries..queries + keys),
                 values: columns(queries + keys..queries + 2 * keys),
                 rotary: rotary.as_ref(),
+                window: self.window,
             };
             let segments = caches.iter_mut().zip(&ranges);
             let segments = segments.filter_map(|(cache, rows)| Some(AttentionSegment { rows: rows.clone()?, cache }));
@@ -121,7 +139,7 @@ impl Sequences {
             let pair = at % (size / 2);
             let (sine, cosine) = (token as f64 * BASE.powf(-2.0 * pair as f64 / size as f64)).sin_cos();
             let (a, b) = (own[pair], own[pair + size / 2]);
-            if at < size / 2 { a * cosine - b * sine } else { b * cosine + a * sine }
+            FACTOR * if at < size / 2 { a * cosine - b * sine } else { b * cosine + a * sine }
         };
         (0..size).map(turned).collect()
     }
@@ -142,7 +160,8 @@ impl Sequences {
                 let query = self.head(sequence, token, head, self.rotated);
                 let own = head / (queries / keys);
                 let (mut scores, mut error) = (Vec::new(), 0.0f64);
-                for seen in 0..=token {
+                let first = self.window.map_or(0, |window| (token + 1).saturating_sub(window));
+                for seen in first..=token {
                     let key = self.head(sequence, seen, queries + own, self.rotated);
                     let products: Vec<_> = query.iter().zip(&key).map(|(query, key)| query * key).collect();
                     let magnitude: f64 = products.iter().map(|product| product.abs()).sum();
@@ -155,7 +174,8 @@ impl Sequences {
                 let weights: Vec<_> = scores.iter().map(|score| (score - largest).exp()).collect();
                 let sum: f64 = weights.iter().sum();
                 for column in 0..size {
-                    let values = (0..=token).map(|seen| self.head(sequence, seen, queries + keys + own, false)[column]);
+                    let values =
+                        (first..=token).map(|seen| self.head(sequence, seen, queries + keys + own, false)[column]);
                     let terms: Vec<_> =
                         weights.iter().zip(values).map(|(weight, value)| weight / sum * value).collect();
                     let (right, magnitude) =
@@ -186,6 +206,11 @@ fn bits(outputs: &[Vec<f32>]) -> Vec<Vec<u32>> {
     outputs.iter().map(|own| own.iter().map(|value| value.to_bits()).collect()).collect()
 }
 
+/// Everything, a token, parts of a block, whole blocks, more than there is.
+fn windows() -> impl Strategy<Value = Option<usize>> {
+    prop_oneof![Just(None), (1usize..100).prop_map(Some), Just(Some(64)), Just(Some(usize::MAX))]
+}
+
 proptest! {
     #![proptest_config(config(60))]
 
@@ -196,13 +221,14 @@ proptest! {
         group in 1usize..6,
         element in elements(),
         rotated in any::<bool>(),
+        window in windows(),
         lengths in prop::collection::vec(0usize..80, 0..4),
         seed in any::<u64>(),
     ) {
         let mut random = fastrand::Rng::with_seed(seed);
         let size = if rotated { 2 * size.div_ceil(2) } else { size };
         let heads = Heads { queries: keys * group, keys, size };
-        let sequences = Sequences::new(heads, element, rotated, &lengths, &mut random);
+        let sequences = Sequences::new(heads, element, rotated, &lengths, &mut random).with_window(window);
         let steps = sequences.pieces(40, &mut random);
         for engine in HostEngine::all() {
             let outputs = sequences.run(&engine, &steps);
@@ -217,13 +243,14 @@ proptest! {
         group in 1usize..20,
         element in elements(),
         rotated in any::<bool>(),
+        window in windows(),
         lengths in prop::collection::vec(0usize..150, 1..5),
         seed in any::<u64>(),
     ) {
         let mut random = fastrand::Rng::with_seed(seed);
         let size = if rotated { 2 * size.div_ceil(2) } else { size };
         let heads = Heads { queries: keys * group, keys, size };
-        let sequences = Sequences::new(heads, element, rotated, &lengths, &mut random);
+        let sequences = Sequences::new(heads, element, rotated, &lengths, &mut random).with_window(window);
         for engine in HostEngine::all() {
             let right = bits(&sequences.run(&engine, &sequences.whole()));
             for most in [1, 7, 64, 150] {
@@ -269,11 +296,13 @@ fn long_prompts_on_all_threads() {
         (Heads { queries: 48, keys: 1, size: 40 }, [97, 130]),
         (Heads { queries: 4, keys: 4, size: 128 }, [257, 40]),
     ] {
-        let sequences = Sequences::new(heads, Element::F32, true, &lengths, &mut random);
-        let steps = sequences.pieces(300, &mut random);
-        let outputs = sequences.run(&HostEngine::new(), &steps);
-        sequences.assert_right(&outputs, "long");
-        assert_eq!(bits(&outputs), bits(&sequences.run(&HostEngine::new(), &sequences.whole())));
+        for window in [None, Some(70)] {
+            let sequences = Sequences::new(heads, Element::F32, true, &lengths, &mut random).with_window(window);
+            let steps = sequences.pieces(300, &mut random);
+            let outputs = sequences.run(&HostEngine::new(), &steps);
+            sequences.assert_right(&outputs, "long");
+            assert_eq!(bits(&outputs), bits(&sequences.run(&HostEngine::new(), &sequences.whole())));
+        }
     }
 }
 
@@ -305,10 +334,10 @@ fn what_does_not_belong_together_is_refused() {
     let heads = Heads { queries: 2, keys: 1, size: 4 };
     let numbers = OwnedValues::zeros(32, Element::F32);
     let matrix = |columns| Matrix::new(numbers.values(), 16, columns).unwrap();
-    let attention =
-        Attention { heads, queries: matrix(0..8), keys: matrix(8..12), values: matrix(12..16), rotary: None };
-    let table = RotaryTable::new(1, 4, BASE);
-    let odd = RotaryTable::new(9, 6, BASE);
+    let (queries, keys, values) = (matrix(0..8), matrix(8..12), matrix(12..16));
+    let attention = Attention { heads, queries, keys, values, rotary: None, window: None };
+    let one = frequencies(4).rows(&[0]);
+    let odd = frequencies(6).rows(&[0, 1]);
     let refuse = |attention: Attention<'_>, cache: &mut KeyValueCache, rows: Range<usize>, out: usize| {
         let mut segments = [AttentionSegment { rows, cache }];
         let mut out = OwnedValues::zeros(out, Element::F32);
@@ -329,7 +358,8 @@ fn what_does_not_belong_together_is_refused() {
     let half = &mut KeyValueCache::new(heads, Element::F16);
     assert!(matches!(refuse(attention, half, 0..2, 16), WrongElement { .. }));
     let rotated = |rotary| Attention { rotary: Some(rotary), ..attention };
-    assert!(matches!(refuse(rotated(&table), &mut cache(), 0..2, 16), NoPosition { tokens: 2, positions: 1 }));
+    assert!(matches!(refuse(rotated(&one), &mut cache(), 0..2, 16), WrongLength { expected: 2, found: 1, .. }));
+    assert_eq!(refuse(Attention { window: Some(0), ..attention }, &mut cache(), 0..2, 16), EmptyWindow);
     assert!(matches!(refuse(rotated(&odd), &mut cache(), 0..2, 16), WrongRotation { size: 4, expected: 6 }));
     assert!(matches!(Matrix::new(numbers.values(), 15, 0..4), Err(PartialRow { .. })));
     assert!(matches!(Matrix::new(numbers.values(), 0, 0..0), Err(PartialRow { .. })));

@@ -1,6 +1,8 @@
 //! Keys and values of one sequence in one layer: tensors of its own that grow by whole blocks, so that attention reads them where
 //! they lie. How many blocks there are in all is the engine's account.
 
+use std::ops::Range;
+
 use burn::tensor::Tensor;
 use flora_burn::FloraBackend;
 
@@ -26,9 +28,9 @@ impl<B: FloraBackend> LayerCache<B> {
         self.values.append(values, at, block_tokens);
     }
 
-    /// The first `length` keys and values.
-    pub(crate) fn first(&self, length: usize) -> Option<(Tensor<B, 4>, Tensor<B, 4>)> {
-        Some((self.keys.first(length)?, self.values.first(length)?))
+    /// The keys and values at some positions.
+    pub(crate) fn at(&self, positions: Range<usize>) -> Option<(Tensor<B, 4>, Tensor<B, 4>)> {
+        Some((self.keys.at(positions.clone())?, self.values.at(positions)?))
     }
 }
 
@@ -43,10 +45,10 @@ impl<B: FloraBackend> Half<B> {
         self.0 = Some(written(room, new, at));
     }
 
-    fn first(&self, length: usize) -> Option<Tensor<B, 4>> {
+    fn at(&self, positions: Range<usize>) -> Option<Tensor<B, 4>> {
         let all = self.0.as_ref()?.clone();
         let [_, heads, capacity, size] = all.dims();
-        Some(if length == capacity { all } else { all.slice([0..1, 0..heads, 0..length, 0..size]) })
+        Some(if positions == (0..capacity) { all } else { all.slice([0..1, 0..heads, positions, 0..size]) })
     }
 }
 

@@ -9,20 +9,20 @@ use burn::module::Param;
 use burn::nn::{LayerNorm, LayerNormConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::{Int, Shape, Tensor, TensorData, TensorPrimitive};
 use flora_burn::{BurnDevice, FloraBackend};
-use flora_host::decoder::Heads;
+use flora_host::decoder::{Heads, RotaryFrequencies};
 use flora_plan::layer::Element;
 use flora_runtime::{Buffer, Device};
 
 use crate::error::ServeError;
 use crate::on_burn::cache::LayerCache;
-use crate::on_burn::rotary::{RotaryRows, RotaryTable};
+use crate::on_burn::rotary::RotaryRows;
 use crate::operations::{AttentionConfig, AttentionInputs, NormParameters, Operations, SegmentRows};
 
 /// The operations of a model on a Burn backend.
 pub(crate) struct BurnOperations<B: FloraBackend> {
     device: BurnDevice<B>,
     heads: Heads,
-    rotary: Option<RotaryTable<B>>,
+    rotary: Option<RotaryFrequencies>,
     element: Element,
     block_tokens: usize,
 }
@@ -84,8 +84,6 @@ impl<B: FloraBackend> Operations for BurnOperations<B> {
     fn new(device: &Device, attention: AttentionConfig, element: Element) -> Result<Self, ServeError> {
         let device = BurnDevice::of(device).ok_or_else(|| ServeError::NoDecoder(device.info().id.clone()))?;
         let AttentionConfig { heads, rotary, block_tokens } = attention;
-        let table = |rotary| RotaryTable::new(&device, rotary, heads.size, element);
-        let rotary = rotary.map(table).transpose()?;
         Ok(Self { device, heads, rotary, element, block_tokens })
     }
 
@@ -128,14 +126,15 @@ impl<B: FloraBackend> Operations for BurnOperations<B> {
     }
 
     fn positions(&self, segments: &[SegmentRows]) -> Result<Self::Positions, ServeError> {
-        let Some(table) = &self.rotary else { return Ok(None) };
+        let Some(frequencies) = &self.rotary else { return Ok(None) };
         let positions: Vec<_> = segments.iter().flat_map(SegmentRows::positions).collect();
-        Ok(Some(table.rows(indices(&positions, &self.device), self.heads)))
+        Ok(Some(RotaryRows::new(&self.device, frequencies, &positions, self.heads, self.element)?))
     }
 
     fn attend(
         &self,
         inputs: &AttentionInputs,
+        window: Option<usize>,
         segments: &[SegmentRows],
         positions: &Self::Positions,
         caches: &mut [&mut LayerCache<B>],
@@ -145,7 +144,8 @@ impl<B: FloraBackend> Operations for BurnOperations<B> {
             Some(rotary) => rotary.rotate(queries, keys),
             None => (queries, keys),
         };
-        self.buffer(attention::attend(self.heads, [queries, keys, values], segments, caches, self.block_tokens))
+        let sizes = attention::Sizes { heads: self.heads, window, block_tokens: self.block_tokens };
+        self.buffer(attention::attend(sizes, [queries, keys, values], segments, caches))
     }
 }
 

@@ -1,11 +1,13 @@
 //! The golden files that transformers and PEFT made (tests/golden/README.md).
 
+use std::path::Path;
+
 use flora_engine::{AdapterId, Decoder, SequenceId, StepSegment};
 use flora_plan::layer::Element;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use crate::served::{Served, golden, load, load_in, smollm2};
+use crate::served::{Served, load, load_in, smollm2};
 use crate::{device, is_host};
 
 /// One prompt of a golden file.
@@ -19,9 +21,8 @@ struct Prompt {
     logits: Vec<f32>,
 }
 
-/// The prompts of `tests/golden/MODEL/outputs/NAME`, and the adapter that they were run with.
-fn prompts(model: &str, name: &str) -> (Vec<Prompt>, Option<String>) {
-    let folder = golden(model).join("outputs");
+/// The prompts of NAME in a folder of outputs, and the adapter that they were run with.
+fn prompts(folder: &Path, name: &str) -> (Vec<Prompt>, Option<String>) {
     let read = |extension: &str| std::fs::read(folder.join(format!("{name}.{extension}"))).expect("a golden file");
     let about: Value = serde_json::from_slice(&read("json")).expect("JSON");
     let bytes = read("safetensors");
@@ -61,7 +62,7 @@ fn argmax(logits: &[f32]) -> u32 {
 /// Runs one golden file: the prompt in chunks, then token by token what transformers chose; every one must be the greedy choice.
 /// Short prompts also run one token a step, so that logits at every position are seen.
 pub(crate) fn check(model: &mut Served, name: &str) {
-    let (prompts, adapter) = prompts(&model.name, name);
+    let (prompts, adapter) = prompts(&model.outputs, name);
     let adapter = adapter.map(|adapter| model.adapter(&adapter));
     let mut worst = 0.0f32;
     for (number, prompt) in prompts.iter().enumerate() {
@@ -178,7 +179,7 @@ fn half_types_are_near_transformers() {
         for name in ["gpt_bigcode", "llama_tiny"] {
             let mut model = load_in(name, element);
             for golden in ["base", "lora"] {
-                let (prompts, adapter) = prompts(name, golden);
+                let (prompts, adapter) = prompts(&model.outputs, golden);
                 let adapter = adapter.map(|adapter| model.adapter(&adapter));
                 let mut worst = 0.0f32;
                 for (number, prompt) in prompts.iter().enumerate() {

@@ -2,8 +2,8 @@
 
 use flora_engine::{AdapterId, Decoder, SequenceId, StepSegment};
 
-use crate::is_host;
 use crate::served::{Served, load};
+use crate::{families, is_host};
 
 /// Steps of one sequence alone: its prompt in chunks of `chunk`, then its tokens one by one; the logits of every step.
 fn alone(
@@ -112,6 +112,12 @@ fn the_rest_of_the_batch_changes_no_bit_of_a_gpt_big_code() {
     crowd_changes_no_bit(&mut load("gpt_bigcode"));
 }
 
+/// A window shorter than the sequences, and norms of heads.
+#[test]
+fn the_rest_of_the_batch_changes_no_bit_of_other_families() {
+    ["mistral", "qwen3"].iter().for_each(|case| crowd_changes_no_bit(&mut families::load(case)));
+}
+
 /// The host meets keys in the same blocks and order however many rows a step has.
 #[test]
 fn the_chunks_of_a_prompt_change_no_bit_on_the_host() {
@@ -120,8 +126,11 @@ fn the_chunks_of_a_prompt_change_no_bit_on_the_host() {
         return;
     }
     let mut random = fastrand::Rng::with_seed(23);
-    for name in ["llama_tiny", "gpt_bigcode"] {
-        let mut model = load(name);
+    for (name, mut model) in [
+        ("llama_tiny", load("llama_tiny")),
+        ("gpt_bigcode", load("gpt_bigcode")),
+        ("mistral", families::load("mistral")),
+    ] {
         for adapter in [None, Some(model.adapter("lora"))] {
             let vocabulary = model.vocabulary();
             let (prompt, generated) = (tokens(&mut random, 75, vocabulary), tokens(&mut random, 3, vocabulary));

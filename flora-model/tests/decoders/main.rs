@@ -4,6 +4,11 @@
 //! `FLORA_TEST_DEVICE` names the device (default: the host); on one that isn't there the tests fail, they are not skipped.
 
 mod compositions;
+mod families;
+mod gguf;
+#[path = "../../../flora-checkpoint/tests/checkpoint/gguf_writer.rs"]
+#[expect(dead_code, reason = "written for the tests of files, which take more of it")]
+mod gguf_writer;
 mod golden;
 mod invariance;
 #[cfg(feature = "flex")]

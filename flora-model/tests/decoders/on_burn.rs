@@ -3,6 +3,7 @@
 use flora_burn::{BurnDevice, Host};
 use flora_plan::layer::Element;
 
+use crate::families;
 use crate::golden::check;
 use crate::invariance::crowd_changes_no_bit;
 use crate::served::{Served, load_by};
@@ -22,6 +23,19 @@ fn gpt_big_code_equals_transformers() {
 fn a_llama_equals_transformers() {
     let mut model = load("llama_tiny");
     ["base", "lora", "hira"].iter().for_each(|name| check(&mut model, name));
+}
+
+#[test]
+fn families_equal_transformers() {
+    for (case, outputs) in families::CASES {
+        let device = BurnDevice::<Host>::of(&flora_devices::host()).expect("the host");
+        let load = |model: &_, options: &_| flora_model::load_on_burn(&device, model, options);
+        let mut model = families::load_by(case, Element::F32, load);
+        outputs.iter().for_each(|name| check(&mut model, name));
+        if case == "mistral" {
+            crowd_changes_no_bit(&mut model);
+        }
+    }
 }
 
 #[test]

@@ -14,6 +14,8 @@ use crate::device;
 /// A golden model on the tests' device.
 pub(crate) struct Served {
     pub(crate) name: String,
+    /// Where its golden outputs are.
+    pub(crate) outputs: PathBuf,
     pub(crate) decoder: DeviceModel,
     source: AdapterDirectory,
     placed: Vec<String>,
@@ -52,10 +54,28 @@ pub(crate) fn load_by(
         "smollm2" => smollm2().expect("the real model is here"),
         tiny => golden(tiny).join("model"),
     };
-    let checkpoint = Arc::new(Model::open(&path).expect("a golden model"));
+    let files = Files { model: path, outputs: golden(name).join("outputs"), adapters: golden(name).join("adapters") };
+    load_files(name, &files, element, load)
+}
+
+/// Where the parts of a golden model are.
+pub(crate) struct Files {
+    pub(crate) model: PathBuf,
+    pub(crate) outputs: PathBuf,
+    pub(crate) adapters: PathBuf,
+}
+
+/// Loads a model whose parts are anywhere.
+pub(crate) fn load_files(
+    name: &str,
+    files: &Files,
+    element: Element,
+    load: impl FnOnce(&Model, &ServeOptions<'_>) -> Result<DeviceModel, ServeError>,
+) -> Served {
+    let checkpoint = Arc::new(Model::open(&files.model).expect("a golden model"));
     let adapted = match name {
         "smollm2" => ["q_proj", "k_proj", "v_proj", "down_proj"].as_slice(),
-        "gpt_bigcode" => &["c_attn", "c_proj", "c_fc"],
+        name if name.starts_with("gpt_bigcode") => &["c_attn", "c_proj", "c_fc"],
         _ => &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     };
     let adapted = adapted.iter().map(|name| (*name).to_owned()).collect();
@@ -69,7 +89,7 @@ pub(crate) fn load_by(
         ..ServeOptions::default()
     };
     let decoder = load(&checkpoint, &options).expect("a decoder of a known family");
-    let source = AdapterDirectory::new(Some(&golden(name).join("adapters")), &checkpoint, options.adapters);
+    let source = AdapterDirectory::new(Some(&files.adapters), &checkpoint, options.adapters);
     let (layers, width) = match checkpoint.decoder().expect("a decoder") {
         DecoderConfig::Llama(config) => (config.layers, config.feed_forward.max(config.d)),
         DecoderConfig::GptBigCode(config) => (config.layers, config.feed_forward.max(config.d)),
@@ -78,7 +98,14 @@ pub(crate) fn load_by(
     // Sums are in f32 whatever the type: a half type rounds what a step leaves, and is alone in it.
     let variance = if element == Element::F32 { 2.0 * width as f32 } else { 1.0 };
     let rounding = 4.0 * element.rounding() as f32 * (steps * variance).sqrt();
-    Served { name: name.to_owned(), decoder, source: source.expect("built-in layers"), placed: Vec::new(), rounding }
+    Served {
+        name: name.to_owned(),
+        outputs: files.outputs.clone(),
+        decoder,
+        source: source.expect("built-in layers"),
+        placed: Vec::new(),
+        rounding,
+    }
 }
 
 impl Served {

@@ -1,48 +1,94 @@
-//! The settings of a GPTBigCode decoder, as `config.json` writes them. Absent ones have the defaults of `transformers`.
+//! The settings of a GPTBigCode decoder, as `config.json` writes them and as GGUF's `starcoder` does. Absent ones have the defaults of
+//! `transformers`.
 
 use super::{Gelu, GptBigCodeConfig, Parts};
+use crate::model::settings::{Key, Settings, in_gguf, key};
 use crate::model::{Model, ModelError};
 
 /// The architecture that `config.json` names.
 pub(super) const HUGGING_FACE: &str = "GPTBigCodeForCausalLM";
 
+/// The architecture that GGUF files name.
+pub(super) const GGUF: &str = "starcoder";
+
+const LAYERS: Key = key("block_count", "n_layer");
+const WIDTH: Key = key("embedding_length", "n_embd");
+const HEADS: Key = key("attention.head_count", "n_head");
+const KEY_VALUE_HEADS: Key = in_gguf("attention.head_count_kv");
+const FEED_FORWARD: Key = key("feed_forward_length", "n_inner");
+const NORM_EPSILON: Key = key("attention.layer_norm_epsilon", "layer_norm_epsilon");
+const CONTEXT_LENGTH: Key = key("context_length", "n_positions");
+const VOCABULARY: Key = key("vocab_size", "vocab_size");
+
 pub(super) fn read(model: &Model) -> Result<GptBigCodeConfig, ModelError> {
     let settings = &*model.settings;
+    let (activation, tied_embedding) = match settings {
+        Settings::Gguf { .. } => {
+            let key = settings.name(KEY_VALUE_HEADS);
+            if settings.optional_count(&key)?.is_some_and(|found| found != 1) {
+                return Err(settings.error(&key, "is not 1; only multi-query attention is supported"));
+            }
+            // llama.cpp computes the approximation, whatever the model was trained with.
+            (Gelu::Tanh, !model.parameters.contains_key("lm_head.weight"))
+        }
+        Settings::Config { .. } => {
+            refuse_config_variants(settings)?;
+            (activation(settings)?, settings.optional_flag("tie_word_embeddings")?.unwrap_or(true))
+        }
+    };
+    let count = |key: Key| settings.count(&settings.name(key));
+    let optional_count = |key: Key| settings.optional_count(&settings.name(key));
+    let (d, heads) = (count(WIDTH)?, count(HEADS)?);
+    if !d.is_multiple_of(heads) {
+        let problem = format!("is {heads}, which does not divide the width {d}");
+        return Err(settings.error(&settings.name(HEADS), problem));
+    }
+    let feed_forward = match optional_count(FEED_FORWARD)? {
+        Some(width) => width,
+        None => d.checked_mul(4).ok_or_else(|| settings.error(&settings.name(WIDTH), "is too large"))?,
+    };
+    let vocabulary = match (settings, optional_count(VOCABULARY)?) {
+        (_, Some(vocabulary)) => vocabulary,
+        (Settings::Gguf { .. }, None) => {
+            model.parameter("transformer.wte.weight")?.shape().first().copied().unwrap_or(0)
+        }
+        (Settings::Config { .. }, None) => count(VOCABULARY)?,
+    };
+    let config = GptBigCodeConfig {
+        layers: count(LAYERS)?,
+        d,
+        heads,
+        head_size: d / heads,
+        feed_forward,
+        norm_epsilon: settings.positive_f32(&settings.name(NORM_EPSILON))?.unwrap_or(1e-5),
+        context_length: count(CONTEXT_LENGTH)?,
+        vocabulary,
+        activation,
+        tied_embedding,
+    };
+    check_tensors(model, &config)?;
+    Ok(config)
+}
+
+/// Refuses what a config may say that would change the result.
+fn refuse_config_variants(settings: &Settings) -> Result<(), ModelError> {
     for (key, supported) in [("multi_query", true), ("scale_attn_weights", true), ("add_cross_attention", false)] {
         if settings.optional_flag(key)?.is_some_and(|found| found != supported) {
             return Err(settings.error(key, format!("is {}; only {supported} is supported", !supported)));
         }
     }
-    let activation = match settings.optional_text("activation_function")?.unwrap_or("gelu_pytorch_tanh") {
-        "gelu" | "gelu_python" => Gelu::Exact,
-        "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" => Gelu::Tanh,
+    Ok(())
+}
+
+fn activation(settings: &Settings) -> Result<Gelu, ModelError> {
+    match settings.optional_text("activation_function")?.unwrap_or("gelu_pytorch_tanh") {
+        "gelu" | "gelu_python" => Ok(Gelu::Exact),
+        "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" => Ok(Gelu::Tanh),
         other => {
             let problem = format!("is `{other}`; supported: gelu, gelu_python, gelu_pytorch_tanh, gelu_new, gelu_fast");
-            return Err(settings.error("activation_function", problem));
+            Err(settings.error("activation_function", problem))
         }
-    };
-    let (d, heads) = (settings.count("n_embd")?, settings.count("n_head")?);
-    if !d.is_multiple_of(heads) {
-        return Err(settings.error("n_head", format!("is {heads}, which does not divide the width {d}")));
     }
-    let feed_forward = match settings.optional_count("n_inner")? {
-        Some(width) => width,
-        None => d.checked_mul(4).ok_or_else(|| settings.error("n_embd", "is too large"))?,
-    };
-    let config = GptBigCodeConfig {
-        layers: settings.count("n_layer")?,
-        d,
-        heads,
-        head_size: d / heads,
-        feed_forward,
-        norm_epsilon: settings.optional_positive("layer_norm_epsilon")?.unwrap_or(1e-5),
-        context_length: settings.count("n_positions")?,
-        vocabulary: settings.count("vocab_size")?,
-        activation,
-        tied_embedding: settings.optional_flag("tie_word_embeddings")?.unwrap_or(true),
-    };
-    check_tensors(model, &config)?;
-    Ok(config)
 }
 
 /// Holds every tensor against the sizes in `config`.
