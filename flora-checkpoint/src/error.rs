@@ -36,6 +36,12 @@ pub enum FileError {
         /// The most bytes that are accepted.
         limit: u64,
     },
+    /// What Git checks out in place of a large file.
+    #[error("{} is a pointer of Git LFS and not the file itself; `git lfs pull` in its repository fetches it", path.display())]
+    LfsPointer {
+        /// The file.
+        path: PathBuf,
+    },
     /// Not JSON, or JSON with a key twice.
     #[error("{}: {problem}", path.display())]
     Json {

@@ -3,6 +3,7 @@
 
 mod decoder;
 mod folder;
+mod foreign;
 mod gguf;
 mod parameter;
 mod settings;
@@ -34,6 +35,26 @@ pub enum ModelError {
         path: PathBuf,
         /// What is missing.
         reason: String,
+    },
+    /// Weights in a format of a framework's own.
+    #[error(
+        "{} holds weights in a format that isn't read: a pickle runs whatever its author put into it. Convert it where you trust it: \
+         python -c \"from transformers import AutoModelForCausalLM; \
+         AutoModelForCausalLM.from_pretrained('FOLDER', dtype='auto').save_pretrained('NEW_FOLDER')\", copy the tokenizer's files \
+         beside what it writes, and give NEW_FOLDER", path.display()
+    )]
+    ForeignWeights {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Nothing is at the path, and it looks like a repository's name.
+    #[error(
+        "there is no file or folder `{id}` here. If it is a repository on the Hugging Face hub: nothing is downloaded; \
+         `hf download {id} --local-dir FOLDER` fetches it, then give FOLDER"
+    )]
+    Repository {
+        /// `OWNER/NAME`
+        id: String,
     },
     /// A GGUF architecture whose tensors have no known Hugging Face names.
     #[error("{}: the GGUF architecture `{found}` is not supported; supported: {}", path.display(), gguf::architectures())]
@@ -184,9 +205,18 @@ impl Model {
     /// the model is in use.
     pub fn open(path: &Path) -> Result<Model, ModelError> {
         let not_a_model = |reason: &str| ModelError::NotAModel { path: path.to_owned(), reason: reason.to_string() };
-        let metadata = std::fs::metadata(path).map_err(|source| FileError::io(path, "open", source))?;
+        let metadata = match (std::fs::metadata(path), foreign::repository(path)) {
+            (Ok(metadata), _) => metadata,
+            (Err(error), Some(id)) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(ModelError::Repository { id: id.to_owned() });
+            }
+            (Err(source), _) => return Err(FileError::io(path, "open", source).into()),
+        };
         if metadata.is_dir() {
             return folder::open(path);
+        }
+        if path.file_name().is_some_and(|name| foreign::is_weights(&name.to_string_lossy())) {
+            return Err(ModelError::ForeignWeights { path: path.to_owned() });
         }
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("gguf") => gguf::open(Gguf::open(path)?),

@@ -1,7 +1,7 @@
 //! Safetensors models: a folder as `save_pretrained` writes it, or one file.
 
 use super::settings::{Settings, configuration};
-use super::{Layout, Model, ModelError, Place, Projection, Source, assemble, stem};
+use super::{Layout, Model, ModelError, Place, Projection, Source, assemble, foreign, stem};
 use crate::error::FileError;
 use crate::json::Json;
 use crate::safetensors_file;
@@ -24,11 +24,19 @@ const CONV1D_MODULES: [&str; 4] = ["c_attn", "q_attn", "c_proj", "c_fc"];
 pub(super) fn open(folder: &Path) -> Result<Model, ModelError> {
     let config_path = folder.join(CONFIG);
     if !config_path.is_file() {
-        let reason = format!("the folder has no {CONFIG}");
+        let reason = match files_with(folder, |name| name.ends_with(".gguf"))?.first() {
+            Some(gguf) => format!("the folder has no {CONFIG}, but {}, which can be given itself", gguf.display()),
+            None => format!("the folder has no {CONFIG}"),
+        };
         return Err(ModelError::NotAModel { path: folder.to_owned(), reason });
     }
     let config = Configuration::read(&config_path)?;
     let tables = if folder.join(INDEX).is_file() { indexed_shards(folder)? } else { all_shards(folder)? };
+    if tables.is_empty()
+        && let Some(file) = files_with(folder, foreign::is_weights)?.into_iter().next()
+    {
+        return Err(ModelError::ForeignWeights { path: file });
+    }
     let name = folder.canonicalize().map_or_else(|_| stem(folder), |folder| folder_name(&folder));
     model(name, config, tables, folder)
 }

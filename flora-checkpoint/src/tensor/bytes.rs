@@ -39,6 +39,7 @@ impl SharedBytes {
         }
         // SAFETY: the mapping is private to this process and read-only; the contract on changing the file is above.
         let mapped = unsafe { Mmap::map(&file) }.map_err(|source| FileError::io(path, "map", source))?;
+        refuse_pointer(path, &mapped)?;
         let range = 0..mapped.len();
         Ok(Self { source: Source::Mapped(Arc::new(mapped)), range })
     }
@@ -52,6 +53,7 @@ impl SharedBytes {
         }
         let mut bytes = Vec::new();
         file.take(limit).read_to_end(&mut bytes).map_err(|source| FileError::io(path, "read", source))?;
+        refuse_pointer(path, &bytes)?;
         Ok(bytes.into())
     }
 
@@ -82,4 +84,10 @@ fn open_regular(path: &Path) -> Result<(File, u64), FileError> {
     }
     let file = File::open(path).map_err(|source| FileError::io(path, "open", source))?;
     Ok((file, metadata.len()))
+}
+
+/// Refuses what Git checks out in place of a file that it keeps elsewhere.
+fn refuse_pointer(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    const BEGINNING: &[u8] = b"version https://git-lfs.github.com/spec/";
+    if bytes.starts_with(BEGINNING) { Err(FileError::LfsPointer { path: path.to_owned() }) } else { Ok(()) }
 }

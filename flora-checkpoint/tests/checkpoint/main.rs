@@ -3,6 +3,7 @@
 mod blocks;
 mod decoder;
 mod families;
+mod foreign;
 mod fuzz;
 mod gguf;
 mod gguf_writer;

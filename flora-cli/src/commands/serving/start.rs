@@ -27,9 +27,10 @@ pub(crate) struct Serving {
 /// Opens the model, puts it on the device and starts the engine.
 pub(crate) fn start(arguments: &ModelArguments) -> Result<Serving, CommandError> {
     let path = model_path(arguments)?;
+    // First, because its errors say what is there instead of a model.
+    let model = Arc::new(Model::open(&path)?);
     let tokenizer = Arc::new(Tokenizer::open(&path)?);
     let vocabulary = Vocabulary::new(tokenizer.token_bytes().to_vec());
-    let model = Arc::new(Model::open(&path)?);
     let device = devices::open(&arguments.device)?;
     let saved = saved(arguments.plan, &device)?;
     let device = saved.as_ref().map_or_else(|| device.clone(), |planner| planner.tuned(&device));
