@@ -24,7 +24,11 @@ const CONV1D_MODULES: [&str; 4] = ["c_attn", "q_attn", "c_proj", "c_fc"];
 pub(super) fn open(folder: &Path) -> Result<Model, ModelError> {
     let config_path = folder.join(CONFIG);
     if !config_path.is_file() {
-        let reason = match files_with(folder, |name| name.ends_with(".gguf"))?.first() {
+        let gguf = files_with(folder, |name| name.ends_with(".gguf"))?.into_iter().next();
+        let reason = match gguf {
+            _ if folder.join("adapter_config.json").is_file() => {
+                "it holds an adapter; the model is the one that it was trained on".to_owned()
+            }
             Some(gguf) => format!("the folder has no {CONFIG}, but {}, which can be given itself", gguf.display()),
             None => format!("the folder has no {CONFIG}"),
         };

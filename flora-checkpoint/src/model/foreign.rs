@@ -12,7 +12,7 @@ pub(super) fn is_weights(name: &str) -> bool {
 
 /// The name of a repository on a model hub, `OWNER/NAME`, if the path can be one and nothing else: its first part is no folder here.
 pub(super) fn repository(path: &Path) -> Option<&str> {
-    let text = path.to_str()?;
+    let text = path.to_str()?.trim_end_matches('/');
     let (owner, name) = text.split_once('/')?;
     let is_name = |part: &str| {
         let is_part = |letter: char| letter.is_ascii_alphanumeric() || "-_.".contains(letter);
@@ -28,8 +28,8 @@ mod tests {
 
     #[test]
     fn repositories_are_told_from_paths() {
-        for id in ["meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-0.5B", "a/b"] {
-            assert_eq!(repository(Path::new(id)), Some(id));
+        for id in ["meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-0.5B", "a/b", "a/b/"] {
+            assert_eq!(repository(Path::new(id)), Some(id.trim_end_matches('/')));
         }
         // `src` is a folder of the crate, where its tests run.
         for path in ["src/none", "/a/b", "./a/b", "../a", "a", "a/b/c", "a/", "models/m.gguf", "a b/c", "~/a"] {

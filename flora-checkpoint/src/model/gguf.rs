@@ -123,7 +123,13 @@ pub(super) fn open(gguf: Gguf) -> Result<Model, ModelError> {
         Some(Place { table: table.clone(), name })
     };
     let settings = Settings::Gguf { gguf, architecture: architecture.name };
-    let blocks = settings.count(&settings.name(in_gguf("block_count")))?;
+    let block_count = settings.name(in_gguf("block_count"));
+    if let Some(other) = settings_of_another(&settings, &block_count) {
+        let problem =
+            format!("is missing, and `{other}` is there: the settings are another architecture's; convert it again");
+        return Err(settings.error(&block_count, problem));
+    }
+    let blocks = settings.count(&block_count)?;
     let (query_heads, key_heads) = if architecture.interleaved {
         let query_heads = settings.count(&settings.name(in_gguf("attention.head_count")))?;
         let key_heads = settings.optional_count(&settings.name(in_gguf("attention.head_count_kv")))?;
@@ -159,6 +165,15 @@ pub(super) fn open(gguf: Gguf) -> Result<Model, ModelError> {
         }
     }
     assemble(Model { name, architecture: found, projections, parameters, settings: Arc::new(settings) }, &path)
+}
+
+/// The entry that another architecture has in place of `key`, which isn't there.
+fn settings_of_another(settings: &Settings, key: &str) -> Option<String> {
+    let Settings::Gguf { gguf, .. } = settings else { return None };
+    let (_, end) = key.split_once('.')?;
+    let is_other = |found: &&String| found.split_once('.').is_some_and(|(_, rest)| rest == end);
+    let missing = !gguf.metadata().contains_key(key);
+    gguf.metadata().keys().find(is_other).filter(|_| missing).cloned()
 }
 
 #[cfg(test)]

@@ -162,7 +162,7 @@ fn settings_of_another_architecture_are_not_taken() {
     let mut file = File::llama(1, 3, 1, 6, 5, 3);
     file.metadata[0].1 = Value::string("qwen2");
     let error = open_gguf(&file).expect_err("settings of llama").to_string();
-    assert!(error.contains("`qwen2.block_count` is missing"), "{error}");
+    assert!(error.contains("`qwen2.block_count` is missing, and `llama.block_count` is there"), "{error}");
 }
 
 /// A StarCoder of one block, as llama.cpp's converter writes it: d = 4, two heads, 7 between the feed-forward projections.

@@ -51,3 +51,11 @@ fn a_folder_with_a_gguf_file_alone_says_so() {
     let error = Model::open(folder.path()).expect_err("no config").to_string();
     assert!(error.contains("m.gguf, which can be given itself"), "{error}");
 }
+
+#[test]
+fn an_adapter_is_no_model() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::write(folder.path().join("adapter_config.json"), "{}").expect("writing a file");
+    let error = Model::open(folder.path()).expect_err("an adapter").to_string();
+    assert!(error.contains("it holds an adapter"), "{error}");
+}

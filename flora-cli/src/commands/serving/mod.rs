@@ -17,7 +17,7 @@ pub(crate) use start::{engine, model_path, saved, start};
 /// Which model, with which adapters, on which device.
 #[derive(Args, Clone)]
 pub(crate) struct ModelArguments {
-    /// A .gguf file or a model's folder, of a Llama or GPTBigCode decoder; SmolLM2-135M unless given, fetched once (93 MB)
+    /// A .gguf file or a model's folder, of a family that docs/serving.md lists; SmolLM2-135M unless given, fetched once (93 MB)
     #[arg(long)]
     pub(crate) model: Option<PathBuf>,
     /// A folder of PEFT adapter folders, each named by its folder; it may change while the model is served
