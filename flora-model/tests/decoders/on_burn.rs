@@ -29,8 +29,8 @@ fn a_llama_equals_transformers() {
 fn families_equal_transformers() {
     for (case, outputs) in families::CASES {
         let device = BurnDevice::<Host>::of(&flora_devices::host()).expect("the host");
-        let load = |model: &_, options: &_| flora_model::load_on_burn(&device, model, options);
-        let mut model = families::load_by(case, Element::F32, load);
+        let mut model =
+            families::load_by(case, Element::F32, |model, options| flora_model::load_on_burn(&device, model, options));
         outputs.iter().for_each(|name| check(&mut model, name));
         if case == "mistral" {
             crowd_changes_no_bit(&mut model);
