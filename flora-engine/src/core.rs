@@ -98,7 +98,7 @@ impl<D: Decoder> Core<D> {
         }
         let id = RequestId(self.next_request);
         self.next_request += 1;
-        self.waiting.insert(id, Waiting::new(request, self.limits.context_length(), now));
+        self.waiting.insert(id, Waiting::new(request, self.limits.context_length(), &self.vocabulary, now));
         self.stalled = false;
         Ok(id)
     }

@@ -2,7 +2,7 @@
 
 use crate::decoder::DecoderLimits;
 use crate::options::{Options, StopLimits};
-use crate::request::{Request, RequestError, Sampling};
+use crate::request::{LogitRules, Request, RequestError, Sampling};
 
 /// Longer than any name a folder can have.
 const ADAPTER_NAME_BYTES: usize = 255;
@@ -85,7 +85,36 @@ impl RequestLimits {
         if request.adapter.as_ref().is_some_and(|name| name.len() > ADAPTER_NAME_BYTES) {
             return Some(format!("the adapter's name is longer than {ADAPTER_NAME_BYTES} bytes"));
         }
-        sampling_fault(request.sampling).or_else(|| self.stop_fault(request))
+        sampling_fault(request.sampling).or_else(|| self.rules_fault(request)).or_else(|| self.stop_fault(request))
+    }
+
+    fn rules_fault(&self, request: &Request) -> Option<String> {
+        let LogitRules { repetition_penalty, presence_penalty, frequency_penalty, bias, min_tokens, min_p, top_k: _ } =
+            &request.rules;
+        if !(repetition_penalty.is_finite() && *repetition_penalty > 0.0) {
+            return Some(format!("a repetition_penalty of {repetition_penalty}; it has to be a number above 0"));
+        }
+        for (name, penalty) in [("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)] {
+            if !penalty.is_finite() {
+                return Some(format!("a {name} of {penalty}; it has to be a number"));
+            }
+        }
+        if !(0.0..=1.0).contains(min_p) {
+            return Some(format!("a min_p of {min_p}; it has to be from 0 to 1"));
+        }
+        if *min_tokens > request.stop.max_tokens {
+            return Some(format!("min_tokens is {min_tokens}, and max_tokens only {}", request.stop.max_tokens));
+        }
+        if bias.len() > self.vocabulary as usize {
+            return Some(format!("logit_bias names {} tokens, and there are {}", bias.len(), self.vocabulary));
+        }
+        bias.iter().find_map(|(token, bias)| {
+            if *token >= self.vocabulary {
+                Some(format!("logit_bias names token {token}, and there are {}", self.vocabulary))
+            } else {
+                (!bias.is_finite()).then(|| format!("the logit_bias of token {token} is {bias}; it has to be a number"))
+            }
+        })
     }
 
     fn stop_fault(&self, request: &Request) -> Option<String> {

@@ -1,5 +1,7 @@
 //! What a client asks for, and what it hears.
 
+use std::num::NonZeroU32;
+
 use crate::decoder::AdapterFailure;
 
 /// One request.
@@ -11,6 +13,8 @@ pub struct Request {
     pub adapter: Option<String>,
     /// How the next token is chosen.
     pub sampling: Sampling,
+    /// What is done to the logits before that.
+    pub rules: LogitRules,
     /// What ends it.
     pub stop: StopAt,
 }
@@ -29,6 +33,43 @@ pub enum Sampling {
         /// Of the request's own generator: the same request with the same seed gives the same tokens.
         seed: u64,
     },
+}
+
+/// What is done to the logits before a token is chosen from them. The default does nothing.
+///
+/// In this order, which is vLLM's: tokens that may not come yet, biases, penalties, temperature, [`min_p`](Self::min_p),
+/// [`top_k`](Self::top_k), and [`top_p`](Sampling::Random::top_p) of what is left.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogitRules {
+    /// What the positive logits of tokens of the prompt and of the text so far are divided by, and the negative ones multiplied
+    /// with; above 0, and 1 does nothing.
+    pub repetition_penalty: f32,
+    /// Taken from the logits of tokens that were generated.
+    pub presence_penalty: f32,
+    /// Taken from the logits of tokens for each time that they were generated.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub bias: Vec<(u32, f32)>,
+    /// Tokens to generate before a stop token may come or stop strings are looked for.
+    pub min_tokens: u32,
+    /// How many of the likeliest tokens are drawn from; all where it is `None`.
+    pub top_k: Option<NonZeroU32>,
+    /// Tokens are drawn from whose probability is at least this part of the likeliest's; from 0 to 1.
+    pub min_p: f32,
+}
+
+impl Default for LogitRules {
+    fn default() -> Self {
+        Self {
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            bias: Vec::new(),
+            min_tokens: 0,
+            top_k: None,
+            min_p: 0.0,
+        }
+    }
 }
 
 /// What ends a request, whichever comes first.

@@ -1,12 +1,23 @@
 //! Chooses the next token from the logits.
 
-use crate::request::Sampling;
+use crate::request::{LogitRules, Sampling};
 
 /// Chooses the tokens of one request.
 #[derive(Debug)]
 pub(crate) enum Sampler {
     Greedy,
-    Random { temperature: f64, top_p: f64, generator: fastrand::Rng },
+    Random { temperature: f64, set: Set, generator: fastrand::Rng },
+}
+
+/// Which tokens are drawn from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Set {
+    /// The most tokens.
+    top_k: usize,
+    /// The least weight, as a part of the heaviest.
+    min_p: f64,
+    /// The part of all weight that is enough.
+    top_p: f64,
 }
 
 /// Logits that nothing can be chosen from.
@@ -21,12 +32,16 @@ pub(crate) enum LogitsError {
 }
 
 impl Sampler {
-    pub(crate) fn new(sampling: Sampling) -> Self {
+    pub(crate) fn new(sampling: Sampling, rules: &LogitRules) -> Self {
         match sampling {
             Sampling::Greedy => Self::Greedy,
             Sampling::Random { temperature, top_p, seed } => Self::Random {
                 temperature: f64::from(temperature),
-                top_p: f64::from(top_p),
+                set: Set {
+                    top_k: rules.top_k.map_or(usize::MAX, |count| count.get() as usize),
+                    min_p: f64::from(rules.min_p),
+                    top_p: f64::from(top_p),
+                },
                 generator: fastrand::Rng::with_seed(seed),
             },
         }
@@ -37,10 +52,10 @@ impl Sampler {
         let (likeliest, largest) = largest(logits)?;
         let token = match self {
             Self::Greedy => likeliest,
-            Self::Random { temperature, top_p, generator } => {
+            Self::Random { temperature, set, generator } => {
                 let weight = |logit: f32| ((f64::from(logit) - f64::from(largest)) / *temperature).exp();
                 let weights: Vec<f64> = logits.iter().map(|logit| weight(*logit)).collect();
-                draw(&weights, *top_p, generator.f64()).unwrap_or(likeliest)
+                draw(weights, *set, generator.f64()).unwrap_or(likeliest)
             }
         };
         // Vocabularies are counted in u32.
@@ -65,9 +80,16 @@ fn largest(logits: &[f32]) -> Result<(usize, f32), LogitsError> {
     found.ok_or(LogitsError::Nothing)
 }
 
-/// The token at `point` (from 0 up to 1) of the smallest set of likely tokens that reaches `top_p` of all weight.
-fn draw(weights: &[f64], top_p: f64, point: f64) -> Option<usize> {
+/// The token at `point` (from 0 up to 1) of `set`. The heaviest weight is 1.
+fn draw(mut weights: Vec<f64>, set: Set, point: f64) -> Option<usize> {
+    if set.min_p > 0.0 {
+        weights.iter_mut().filter(|weight| **weight < set.min_p).for_each(|weight| *weight = 0.0);
+    }
+    if set.top_k < weights.len() {
+        keep_heaviest(&mut weights, set.top_k);
+    }
     let total: f64 = weights.iter().sum();
+    let top_p = set.top_p;
     if top_p >= 1.0 {
         return at(weights.iter().copied().enumerate(), point * total);
     }
@@ -88,6 +110,16 @@ fn draw(weights: &[f64], top_p: f64, point: f64) -> Option<usize> {
     at(likely.into_iter().take(size), point * reached)
 }
 
+/// Leaves the `count` heaviest weights, of equal ones those that come first, and makes the others 0.
+fn keep_heaviest(weights: &mut [f64], count: usize) {
+    let mut order: Vec<usize> = (0..weights.len()).collect();
+    let heavier = |a: &usize, b: &usize| weights[*b].total_cmp(&weights[*a]).then(a.cmp(b));
+    order.select_nth_unstable_by(count, heavier);
+    for token in &order[count..] {
+        weights[*token] = 0.0;
+    }
+}
+
 /// The token that `point` falls to when weights are laid end to end.
 fn at(weights: impl Iterator<Item = (usize, f64)>, point: f64) -> Option<usize> {
     let mut reached = 0.0;
@@ -104,10 +136,17 @@ fn at(weights: impl Iterator<Item = (usize, f64)>, point: f64) -> Option<usize> 
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU32;
+
     use super::*;
 
     fn random(temperature: f32, top_p: f32, seed: u64) -> Sampler {
-        Sampler::new(Sampling::Random { temperature, top_p, seed })
+        Sampler::new(Sampling::Random { temperature, top_p, seed }, &LogitRules::default())
+    }
+
+    fn of_set(top_p: f32, top_k: u32, min_p: f32) -> Sampler {
+        let rules = LogitRules { top_k: NonZeroU32::new(top_k), min_p, ..LogitRules::default() };
+        Sampler::new(Sampling::Random { temperature: 1.0, top_p, seed: 5 }, &rules)
     }
 
     /// How often each token came.
@@ -171,6 +210,25 @@ mod tests {
         assert!(nearly_all[..3].iter().all(|count| *count > 0) && nearly_all[3] == 0, "{nearly_all:?}");
         let all = counts(random(1.0, 1.0, 3), &logits, 2000);
         assert!(all[..3].iter().all(|count| *count > 0) && all[3] == 0, "{all:?}");
+    }
+
+    #[test]
+    fn top_k_draws_from_so_many() {
+        let logits = [0.0, 2.0, 1.0, 2.0, 1.0];
+        let came = |top_p, top_k, min_p| -> Vec<usize> {
+            let counts = counts(of_set(top_p, top_k, min_p), &logits, 2000);
+            (0..5).filter(|token| counts[*token] > 0).collect()
+        };
+        assert_eq!(came(1.0, 1, 0.0), [1], "of equals the first");
+        assert_eq!(came(1.0, 3, 0.0), [1, 2, 3], "of equals the first");
+        assert_eq!(came(1.0, 5, 0.0), [0, 1, 2, 3, 4]);
+        assert_eq!(came(1.0, 1000, 0.0), [0, 1, 2, 3, 4]);
+        // e^-1 is 0.368 and e^-2 is 0.135 of the likeliest.
+        assert_eq!(came(1.0, 0, 0.3), [1, 2, 3, 4]);
+        assert_eq!(came(1.0, 0, 0.4), [1, 3]);
+        assert_eq!(came(1.0, 0, 1.0), [1, 3], "the likeliest are always in the set");
+        // Of two equal ones that are left, the first has half.
+        assert_eq!(came(0.5, 2, 0.0), [1], "top_p is a part of what the others left");
     }
 
     #[test]

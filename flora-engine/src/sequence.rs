@@ -6,9 +6,10 @@ use crate::cache::Blocks;
 use crate::decoder::AdapterId;
 use crate::limits::Accepted;
 use crate::request::{Event, FinishReason, Request, Usage};
+use crate::rules::Reshaper;
 use crate::sample::{LogitsError, Sampler};
 use crate::stop::{Found, StopStrings};
-use crate::text::{Utf8Assembler, Vocabulary};
+use crate::text::{Reader, Vocabulary};
 
 /// What outlives pre-emption: tokens, what was passed on, and the state of sampling.
 #[derive(Debug)]
@@ -19,8 +20,9 @@ pub(crate) struct Sequence {
     /// Where it ends for its length, prompt included.
     most: usize,
     stop_tokens: Vec<u32>,
+    reshaper: Reshaper,
     sampler: Sampler,
-    utf8: Utf8Assembler,
+    reader: Reader,
     stop: StopStrings,
 }
 
@@ -60,15 +62,16 @@ pub(crate) struct Running {
 }
 
 impl Waiting {
-    pub(crate) fn new(request: Accepted, context_length: usize, arrived: Instant) -> Self {
-        let Request { prompt, adapter, sampling, stop } = request.into_request();
+    pub(crate) fn new(request: Accepted, context_length: usize, vocabulary: &Vocabulary, arrived: Instant) -> Self {
+        let Request { prompt, adapter, sampling, rules, stop } = request.into_request();
         let sequence = Sequence {
             prompt: prompt.len(),
             most: prompt.len().saturating_add(stop.max_tokens as usize).min(context_length),
+            sampler: Sampler::new(sampling, &rules),
+            reshaper: Reshaper::new(rules, &prompt, &stop.tokens),
+            reader: vocabulary.reader(&prompt),
             tokens: prompt,
             stop_tokens: stop.tokens,
-            sampler: Sampler::new(sampling),
-            utf8: Utf8Assembler::default(),
             stop: StopStrings::new(stop.strings),
         };
         let adapter = match adapter {
@@ -104,25 +107,36 @@ impl Sequence {
 
     /// Chooses the next token.
     pub(crate) fn next(&mut self, logits: &[f32], vocabulary: &Vocabulary) -> Result<Said, LogitsError> {
-        let token = self.sampler.next(logits)?;
+        let token = if self.reshaper.is_idle() {
+            self.sampler.next(logits)?
+        } else {
+            let mut logits = logits.to_vec();
+            self.reshaper.reshape(&mut logits);
+            self.sampler.next(&logits)?
+        };
         if self.stop_tokens.contains(&token) {
-            return Ok(self.last(FinishReason::Stop, String::new(), Vec::new()));
+            return Ok(self.last(FinishReason::Stop, String::new(), Vec::new(), vocabulary));
         }
         self.tokens.push(token);
-        let text = self.utf8.push(vocabulary.bytes(token));
-        Ok(match self.stop.push(&text) {
+        let text = self.reader.push(token, vocabulary);
+        let may_not_stop = self.reshaper.may_not_stop();
+        self.reshaper.note(token);
+        let found = if may_not_stop { Found::Text(self.stop.pass(&text)) } else { self.stop.push(&text) };
+        Ok(match found {
             Found::Stop(text) => Said::Last(vec![
                 Event::Text { text, tokens: vec![token] },
                 Event::Finished { reason: FinishReason::Stop, usage: self.usage() },
             ]),
-            Found::Text(text) if self.tokens.len() == self.most => self.last(FinishReason::Length, text, vec![token]),
+            Found::Text(text) if self.tokens.len() == self.most => {
+                self.last(FinishReason::Length, text, vec![token], vocabulary)
+            }
             Found::Text(text) => Said::More(Event::Text { text, tokens: vec![token] }),
         })
     }
 
     /// The end, with what was held back.
-    fn last(&mut self, reason: FinishReason, mut text: String, tokens: Vec<u32>) -> Said {
-        let left = self.utf8.flush();
+    fn last(&mut self, reason: FinishReason, mut text: String, tokens: Vec<u32>, vocabulary: &Vocabulary) -> Said {
+        let left = self.reader.flush(vocabulary);
         let reason = match self.stop.push(&left) {
             Found::Text(more) => {
                 text += &more;

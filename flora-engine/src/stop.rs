@@ -37,6 +37,13 @@ impl StopStrings {
         Found::Text(std::mem::replace(&mut self.held, kept))
     }
 
+    /// Text in which no stop string is looked for, or begun: it is passed on with what was held back.
+    pub(crate) fn pass(&mut self, text: &str) -> String {
+        let mut passed = std::mem::take(&mut self.held);
+        passed.push_str(text);
+        passed
+    }
+
     /// What was held back and became nothing.
     pub(crate) fn flush(&mut self) -> String {
         std::mem::take(&mut self.held)

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use axum::Json;
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
-use flora_engine::{Event, FinishReason, Request as EngineRequest, StopAt, Stream, Usage};
+use flora_engine::{Event, FinishReason, LogitRules, Request as EngineRequest, StopAt, Stream, Usage};
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream, SelectAll};
 
@@ -91,6 +91,7 @@ impl Asked {
                 prompt: prompt.clone(),
                 adapter: adapter.map(str::to_owned),
                 sampling: parameters.draw.choice(choice),
+                rules: LogitRules::default(),
                 stop: StopAt {
                     max_tokens: max_tokens.unwrap_or(rest),
                     strings: parameters.stop.clone(),

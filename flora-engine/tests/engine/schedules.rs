@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use flora_engine::{AdapterOptions, LoadOrder, Options, Request, RequestError, RequestId, Sampling, StopAt};
+use flora_engine::{
+    AdapterOptions, LoadOrder, LogitRules, Options, Request, RequestError, RequestId, Sampling, StopAt,
+};
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
@@ -76,6 +78,7 @@ fn arrival() -> impl Strategy<Value = Arrival> {
                 prompt,
                 adapter: adapter.map(|index| NAMES[index].to_string()),
                 sampling,
+                rules: LogitRules::default(),
                 stop: StopAt { max_tokens, strings, tokens },
             },
             cancelled,

@@ -8,7 +8,8 @@ use std::time::Instant;
 use flora_adapters::Layers;
 use flora_checkpoint::{AdapterFolder, AdapterModule, Model, Operand};
 use flora_engine::{
-    AdapterOptions, Core, Event, LoadOutcome, Loaded, Options, Request, RequestId, Sampling, StopAt, Vocabulary,
+    AdapterOptions, Core, Event, LoadOutcome, Loaded, LogitRules, Options, Request, RequestId, Sampling, StopAt,
+    Vocabulary,
 };
 use flora_model::{DeviceModel, PreparedAdapter, ServeOptions};
 use flora_plan::layer::Element;
@@ -147,7 +148,8 @@ fn request(random: &mut fastrand::Rng, vocabulary: u32) -> Request {
         _ => Sampling::Greedy,
     };
     let stop = StopAt { max_tokens: random.u32(1..24), strings: Vec::new(), tokens: Vec::new() };
-    Request { prompt, adapter: ADAPTERS.get(adapter).map(|own| own.0.to_owned()), sampling, stop }
+    let adapter = ADAPTERS.get(adapter).map(|own| own.0.to_owned());
+    Request { prompt, adapter, sampling, rules: LogitRules::default(), stop }
 }
 
 #[test]

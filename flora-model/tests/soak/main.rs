@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use flora_checkpoint::Model;
 use flora_engine::{
-    AdapterFailure, AdapterOptions, Engine, EngineHandle, Event, Options, Request, RequestError, Sampling, StopAt,
-    Vocabulary,
+    AdapterFailure, AdapterOptions, Engine, EngineHandle, Event, LogitRules, Options, Request, RequestError, Sampling,
+    StopAt, Vocabulary,
 };
 use flora_model::{AdapterDirectory, ServeOptions};
 
@@ -58,7 +58,7 @@ fn request(random: &mut fastrand::Rng, vocabulary: u32, names: &[String]) -> Req
         false => Sampling::Greedy,
     };
     let stop = StopAt { max_tokens: random.u32(1..40), strings: vec!["\u{1}never".to_owned()], tokens: Vec::new() };
-    Request { prompt, adapter, sampling, stop }
+    Request { prompt, adapter, sampling, rules: LogitRules::default(), stop }
 }
 
 /// Sends one request after the other until `stop`.
@@ -107,7 +107,13 @@ fn watch(handle: &EngineHandle, stop: &AtomicBool) -> BTreeMap<bool, Vec<f64>> {
     let mut gaps: BTreeMap<bool, Vec<f64>> = BTreeMap::new();
     while !stop.load(Ordering::SeqCst) {
         let forever = StopAt { max_tokens: 64, strings: Vec::new(), tokens: Vec::new() };
-        let request = Request { prompt: vec![1], adapter: None, sampling: Sampling::Greedy, stop: forever };
+        let request = Request {
+            prompt: vec![1],
+            adapter: None,
+            sampling: Sampling::Greedy,
+            rules: LogitRules::default(),
+            stop: forever,
+        };
         let Ok(mut stream) = handle.submit(request) else { continue };
         let (mut last, mut preemptions) = (None, handle.metrics().preemptions);
         while let Some(Event::Text { .. }) = stream.blocking_recv() {

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use clap::Args;
-use flora_engine::{Event, FinishReason, Request, Sampling, StopAt, Usage};
+use flora_engine::{Event, FinishReason, LogitRules, Request, Sampling, StopAt, Usage};
 use flora_tokenizer::{Message, Specials};
 use serde::Serialize;
 
@@ -77,7 +77,7 @@ pub(crate) fn generate(arguments: &Arguments) -> Result<(), CommandError> {
     };
     let stop =
         StopAt { max_tokens: arguments.max_tokens, strings: arguments.stop.clone(), tokens: tokenizer.stop_tokens() };
-    let request = Request { prompt, adapter: arguments.adapter.clone(), sampling, stop };
+    let request = Request { prompt, adapter: arguments.adapter.clone(), sampling, rules: LogitRules::default(), stop };
     let began = Instant::now();
     let mut stream = serving.engine.handle().submit(request)?;
     let (mut said, mut tokens, mut first) = (String::new(), Vec::new(), None);

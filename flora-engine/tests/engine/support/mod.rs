@@ -4,7 +4,7 @@ pub(crate) mod decoder;
 pub(crate) mod disk;
 pub(crate) mod drive;
 
-use flora_engine::{Options, Request, Sampling, StopAt, Vocabulary};
+use flora_engine::{LogitRules, Options, Request, Sampling, StopAt, Vocabulary};
 
 /// Tokens of the fake model: `a` to `h`, the halves of `é`, bytes that are no UTF-8, one that says nothing.
 pub(crate) fn vocabulary() -> Vocabulary {
@@ -33,6 +33,7 @@ pub(crate) fn request(prompt: &[u32], adapter: Option<&str>, max_tokens: u32) ->
         prompt: prompt.to_vec(),
         adapter: adapter.map(String::from),
         sampling: Sampling::Greedy,
+        rules: LogitRules::default(),
         stop: StopAt { max_tokens, strings: Vec::new(), tokens: Vec::new() },
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use flora_engine::{Engine, Event, Request, RequestError, Sampling, StopAt};
+use flora_engine::{Engine, Event, LogitRules, Request, RequestError, Sampling, StopAt};
 use tokio::time::sleep;
 
 use super::workload::Lengths;
@@ -50,7 +50,13 @@ pub(super) fn drive(engine: &Engine, planned: &[Planned], vocabulary: u32, seed:
                 let prompt = (0..planned.lengths.prompt).map(|_| random.u32(0..vocabulary)).collect();
                 // Nothing ends it but its length, as the experiment has it.
                 let stop = StopAt { max_tokens: planned.lengths.output, strings: Vec::new(), tokens: Vec::new() };
-                let request = Request { prompt, adapter: planned.adapter, sampling: Sampling::Greedy, stop };
+                let request = Request {
+                    prompt,
+                    adapter: planned.adapter,
+                    sampling: Sampling::Greedy,
+                    rules: LogitRules::default(),
+                    stop,
+                };
                 let mut stream = handle.submit(request)?;
                 let mut first = None;
                 loop {
