@@ -1,19 +1,42 @@
 //! What a client asks of `/v1/chat/completions`.
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::body::{Object, fields};
 use crate::error::ApiError;
-use crate::parameters::{max_tokens, unsupported};
+use crate::fields::check_chat;
+use crate::parameters::max_tokens;
 
 /// A conversation to go on with.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Chat {
-    /// At least one.
-    pub(crate) messages: Vec<Message>,
+    pub(crate) conversation: Conversation,
     /// Where the request says so.
     pub(crate) max_tokens: Option<u32>,
+}
+
+/// What was said, and what is to come.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Conversation {
+    /// At least one.
+    pub messages: Vec<Message>,
+    /// How it goes on.
+    pub next: Next,
+    /// Further variables of the model's chat template.
+    pub variables: Map<String, Value>,
+}
+
+/// How a conversation goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Next {
+    /// With the assistant's answer, whose head is written already.
+    #[default]
+    Answer,
+    /// With whatever the model thinks comes next.
+    Anything,
+    /// With the rest of the last message.
+    Rest,
 }
 
 /// What someone said.
@@ -22,7 +45,28 @@ pub struct Message {
     /// Who.
     pub role: Role,
     /// The words.
-    pub content: String,
+    pub content: Content,
+    /// Who of several with the same role.
+    pub name: Option<String>,
+}
+
+/// The words of a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// As one text.
+    Text(String),
+    /// In parts.
+    Parts(Vec<String>),
+}
+
+impl Content {
+    /// All of it.
+    pub fn joined(&self) -> String {
+        match self {
+            Self::Text(text) => text.clone(),
+            Self::Parts(parts) => parts.concat(),
+        }
+    }
 }
 
 /// Who said it.
@@ -43,23 +87,21 @@ struct Fields {
     messages: Vec<Object<MessageFields>>,
     max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
-    logprobs: Option<bool>,
-    top_logprobs: Option<u32>,
-    tools: Option<Vec<Value>>,
-    functions: Option<Vec<Value>>,
-    response_format: Option<Object<ResponseFormat>>,
-    modalities: Option<Vec<String>>,
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+    chat_template_kwargs: Option<Map<String, Value>>,
 }
 
 #[derive(Deserialize)]
 struct MessageFields {
     role: Role,
-    content: Content,
+    content: ContentFields,
+    name: Option<String>,
 }
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected a message's content as a string, or as parts of type `text`")]
-enum Content {
+enum ContentFields {
     Text(String),
     Parts(Vec<Part>),
 }
@@ -70,38 +112,63 @@ enum Part {
     Text { text: String },
 }
 
-#[derive(Deserialize)]
-struct ResponseFormat {
-    #[serde(rename = "type")]
-    kind: String,
-}
+/// Variables of a chat template that have fields of their own.
+const OWN_FIELDS: [&str; 6] =
+    ["messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"];
 
 impl Chat {
     /// What `body` asks.
     pub(crate) fn parse(body: &Value) -> Result<Self, ApiError> {
+        check_chat(body)?;
         let fields: Fields = fields(body)?;
-        unsupported("logprobs", fields.logprobs.unwrap_or(false))?;
-        unsupported("top_logprobs", fields.top_logprobs.is_some_and(|count| count != 0))?;
-        unsupported("tools", fields.tools.is_some_and(|tools| !tools.is_empty()))?;
-        unsupported("functions", fields.functions.is_some_and(|functions| !functions.is_empty()))?;
-        unsupported("response_format", fields.response_format.is_some_and(|Object(format)| format.kind != "text"))?;
-        unsupported("modalities", fields.modalities.is_some_and(|kinds| kinds.iter().any(|kind| kind != "text")))?;
         if fields.messages.is_empty() {
             return Err(ApiError::invalid("messages", "messages is an empty array"));
         }
-        let messages = fields.messages.into_iter().map(|Object(MessageFields { role, content })| {
+        let messages = fields.messages.into_iter().map(|Object(MessageFields { role, content, name })| {
             let content = match content {
-                Content::Text(text) => text,
-                Content::Parts(parts) => parts.into_iter().map(|Part::Text { text }| text).collect(),
+                ContentFields::Text(text) => Content::Text(text),
+                ContentFields::Parts(parts) => {
+                    Content::Parts(parts.into_iter().map(|Part::Text { text }| text).collect())
+                }
             };
-            Message { role, content }
+            Message { role, content, name }
         });
+        let conversation = Conversation {
+            messages: messages.collect(),
+            next: next(fields.add_generation_prompt, fields.continue_final_message)?,
+            variables: variables(fields.chat_template_kwargs)?,
+        };
         // The older name, where both are there, yields.
         let max_tokens = match max_tokens("max_completion_tokens", fields.max_completion_tokens)? {
             None => max_tokens("max_tokens", fields.max_tokens)?,
             newer => newer,
         };
-        Ok(Self { messages: messages.collect(), max_tokens })
+        Ok(Self { conversation, max_tokens })
+    }
+}
+
+/// As vLLM and transformers have it: the last message can't be gone on with after another was begun.
+fn next(add_generation_prompt: Option<bool>, continue_final_message: Option<bool>) -> Result<Next, ApiError> {
+    match (add_generation_prompt, continue_final_message.unwrap_or(false)) {
+        (None | Some(true), false) => Ok(Next::Answer),
+        (Some(false), false) => Ok(Next::Anything),
+        (Some(false), true) => Ok(Next::Rest),
+        (None | Some(true), true) => Err(ApiError::invalid(
+            "continue_final_message",
+            "continue_final_message needs add_generation_prompt to be false: either the last message goes on or another begins",
+        )),
+    }
+}
+
+fn variables(given: Option<Map<String, Value>>) -> Result<Map<String, Value>, ApiError> {
+    let given = given.unwrap_or_default();
+    match OWN_FIELDS.iter().find(|name| given.contains_key(**name)) {
+        Some(name) => {
+            let param = format!("chat_template_kwargs.{name}");
+            let message = format!("{param} is not taken here: it is a field of the request itself");
+            Err(ApiError::invalid(&param, message))
+        }
+        None => Ok(given),
     }
 }
 
@@ -118,11 +185,12 @@ mod tests {
             {"role": "user", "content": [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]},
             {"role": "assistant", "content": ""},
         ]});
-        let messages = Chat::parse(&body).unwrap().messages;
-        let said: Vec<_> = messages.iter().map(|message| (message.role, message.content.as_str())).collect();
+        let messages = Chat::parse(&body).unwrap().conversation.messages;
+        let said: Vec<_> = messages.iter().map(|message| (message.role, message.content.joined())).collect();
         let expected =
             [(Role::System, "be kind"), (Role::System, "be brief"), (Role::User, "hello"), (Role::Assistant, "")];
-        assert_eq!(said, expected);
+        assert_eq!(said, expected.map(|(role, text)| (role, text.to_owned())));
+        assert_eq!(messages[1].name.as_deref(), Some("d"));
     }
 
     #[test]
@@ -142,6 +210,29 @@ mod tests {
             let named = matches!(&error, ApiError::Invalid { param: Some(param), .. } if param.starts_with("messages"));
             assert!(named, "{error:?}");
         }
+    }
+
+    #[test]
+    fn a_conversation_goes_on_in_three_ways() {
+        let chat = |fields: Value| {
+            let mut body = json!({"messages": [{"role": "user", "content": "hello"}]});
+            body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            Chat::parse(&body).map(|chat| chat.conversation)
+        };
+        let next = |fields: Value| chat(fields).map(|conversation| conversation.next);
+        assert_eq!(next(json!({})).unwrap(), Next::Answer);
+        assert_eq!(
+            next(json!({"add_generation_prompt": true, "continue_final_message": false})).unwrap(),
+            Next::Answer
+        );
+        assert_eq!(next(json!({"add_generation_prompt": false})).unwrap(), Next::Anything);
+        assert_eq!(next(json!({"add_generation_prompt": false, "continue_final_message": true})).unwrap(), Next::Rest);
+        assert!(next(json!({"continue_final_message": true})).is_err());
+        assert!(next(json!({"continue_final_message": "content"})).is_err());
+        let variables = chat(json!({"chat_template_kwargs": {"enable_thinking": false}})).unwrap().variables;
+        assert_eq!(variables["enable_thinking"], json!(false));
+        assert!(chat(json!({"chat_template_kwargs": {"messages": []}})).is_err());
+        assert!(chat(json!({"chat_template_kwargs": []})).is_err());
     }
 
     #[test]

@@ -5,7 +5,8 @@ use serde_json::Value;
 
 use crate::body::fields;
 use crate::error::ApiError;
-use crate::parameters::{max_tokens, unsupported};
+use crate::fields::check_completions;
+use crate::parameters::max_tokens;
 
 /// What is generated where a request doesn't say, as OpenAI has it.
 const MAX_TOKENS: u32 = 16;
@@ -29,10 +30,6 @@ pub(crate) enum Prompt {
 struct Fields {
     prompt: Prompts,
     max_tokens: Option<u32>,
-    echo: Option<bool>,
-    logprobs: Option<u32>,
-    best_of: Option<u32>,
-    suffix: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -47,12 +44,8 @@ enum Prompts {
 impl Completions {
     /// What `body` asks.
     pub(crate) fn parse(body: &Value) -> Result<Self, ApiError> {
+        check_completions(body)?;
         let fields: Fields = fields(body)?;
-        unsupported("echo", fields.echo.unwrap_or(false))?;
-        // 0 asks for the log probability of the token itself.
-        unsupported("logprobs", fields.logprobs.is_some())?;
-        unsupported("best_of", fields.best_of.is_some_and(|best_of| best_of != 1))?;
-        unsupported("suffix", fields.suffix.is_some_and(|suffix| !suffix.is_empty()))?;
         let prompts = match fields.prompt {
             Prompts::Text(text) => vec![Prompt::Text(text)],
             Prompts::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use axum::Json;
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
-use flora_engine::{Event, FinishReason, LogitRules, Request as EngineRequest, StopAt, Stream, Usage};
+use flora_engine::{Event, FinishReason, Request as EngineRequest, StopAt, Stream, Usage};
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream, SelectAll};
 
@@ -18,6 +18,7 @@ use crate::completions::{Completions, Prompt};
 use crate::error::ApiError;
 use crate::parameters::{Delivery, Parameters};
 use crate::sse;
+use crate::text::Reader;
 
 /// How long a stream's head waits for its first piece. An error before that has a status of its own; but proxies give up on a
 /// server that says nothing for long.
@@ -79,7 +80,10 @@ impl Asked {
         }
         let context = app.engine().limits().most_tokens();
         let mut requests = Vec::with_capacity(prompts * parameters.n);
-        let (prompts, max_tokens) = self.tokens(app)?;
+        let reader = app.text().reader(adapter)?;
+        let mut stop_tokens = if parameters.ignore_eos { Vec::new() } else { reader.stop_tokens() };
+        stop_tokens.extend(&parameters.stop_tokens);
+        let (prompts, max_tokens) = self.tokens(&reader)?;
         for prompt in prompts {
             // Room for one token at least.
             let (tokens, limit) = (prompt.len(), limits.prompt_tokens.min(context.saturating_sub(1)));
@@ -91,11 +95,11 @@ impl Asked {
                 prompt: prompt.clone(),
                 adapter: adapter.map(str::to_owned),
                 sampling: parameters.draw.choice(choice),
-                rules: LogitRules::default(),
+                rules: parameters.rules.clone(),
                 stop: StopAt {
                     max_tokens: max_tokens.unwrap_or(rest),
                     strings: parameters.stop.clone(),
-                    tokens: app.text().stop_tokens().to_vec(),
+                    tokens: stop_tokens.clone(),
                 },
             }));
         }
@@ -103,18 +107,17 @@ impl Asked {
     }
 
     /// The tokens of each prompt, and how many to generate where the request says so.
-    fn tokens(self, app: &App) -> Result<(Vec<Vec<u32>>, Option<u32>), ApiError> {
-        let text = app.text();
+    fn tokens(self, reader: &Reader<'_>) -> Result<(Vec<Vec<u32>>, Option<u32>), ApiError> {
         match self {
             Self::Completions(Completions { prompts, max_tokens }) => {
                 let prompts = prompts.into_iter().map(|prompt| match prompt {
-                    Prompt::Text(said) => text.prompt(&said).map_err(|error| ApiError::invalid("prompt", error)),
+                    Prompt::Text(said) => reader.prompt(&said).map_err(|error| ApiError::invalid("prompt", error)),
                     Prompt::Tokens(tokens) => Ok(tokens),
                 });
                 Ok((prompts.collect::<Result<_, _>>()?, Some(max_tokens)))
             }
-            Self::Chat(Chat { messages, max_tokens }) => {
-                let prompt = text.chat(&messages).map_err(|error| ApiError::invalid("messages", error))?;
+            Self::Chat(Chat { conversation, max_tokens }) => {
+                let prompt = reader.chat(&conversation).map_err(|error| ApiError::invalid("messages", error))?;
                 Ok((vec![prompt], max_tokens))
             }
         }

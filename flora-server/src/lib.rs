@@ -8,6 +8,7 @@ mod body;
 mod chat;
 mod completions;
 mod error;
+mod fields;
 mod generation;
 mod metrics;
 mod options;
@@ -18,7 +19,7 @@ mod sse;
 mod text;
 
 pub use app::App;
-pub use chat::{Message, Role};
+pub use chat::{Content, Conversation, Message, Next, Role};
 pub use options::{ApiKey, InvalidApiKey, Limits, ServerOptions};
 pub use router::router;
 pub use serve::{ServerError, serve};

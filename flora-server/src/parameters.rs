@@ -1,14 +1,21 @@
 //! The fields that both endpoints take: which model, how tokens are drawn, what ends a text, how it is sent.
 
-use flora_engine::Sampling;
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+
+use flora_engine::{LogitRules, Sampling};
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::body::{Object, fields};
 use crate::error::ApiError;
 
 /// The most stop strings of a request, as OpenAI has it.
 const STOP_STRINGS: usize = 4;
+/// The furthest that OpenAI lets penalties go from 0.
+const PENALTY: f32 = 2.0;
+/// The furthest that OpenAI lets biases go from 0.
+const BIAS: f32 = 100.0;
 /// Below this a temperature would divide logits past what f32 holds, and nothing but the largest is ever drawn.
 const COLDEST: f32 = 1e-5;
 
@@ -21,8 +28,14 @@ pub(crate) struct Parameters {
     pub(crate) n: usize,
     /// How tokens are drawn.
     pub(crate) draw: Draw,
+    /// What is done to logits before that.
+    pub(crate) rules: LogitRules,
     /// None of them empty.
     pub(crate) stop: Vec<String>,
+    /// Tokens that end a text, beside the model's own.
+    pub(crate) stop_tokens: Vec<u32>,
+    /// Whether the model's own don't.
+    pub(crate) ignore_eos: bool,
     /// How the answer is sent.
     pub(crate) delivery: Delivery,
 }
@@ -70,7 +83,13 @@ struct Fields {
     stream_options: Option<Object<StreamOptions>>,
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
-    logit_bias: Option<Map<String, Value>>,
+    repetition_penalty: Option<f32>,
+    logit_bias: Option<BTreeMap<String, f32>>,
+    top_k: Option<i64>,
+    min_p: Option<f32>,
+    stop_token_ids: Option<Vec<u32>>,
+    ignore_eos: Option<bool>,
+    min_tokens: Option<u32>,
 }
 
 #[derive(Deserialize)]
@@ -89,14 +108,20 @@ impl Parameters {
     /// The shared fields of `body`.
     pub(crate) fn parse(body: &Value) -> Result<Self, ApiError> {
         let fields: Fields = fields(body)?;
-        unsupported("presence_penalty", fields.presence_penalty.is_some_and(|penalty| penalty != 0.0))?;
-        unsupported("frequency_penalty", fields.frequency_penalty.is_some_and(|penalty| penalty != 0.0))?;
-        unsupported("logit_bias", fields.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()))?;
         let n = match fields.n.unwrap_or(1) {
             0 => return Err(ApiError::invalid("n", "n must be at least 1")),
             n => n as usize,
         };
         let draw = draw(fields.temperature, fields.top_p, fields.seed)?;
+        let rules = LogitRules {
+            repetition_penalty: repetition_penalty(fields.repetition_penalty)?,
+            presence_penalty: penalty("presence_penalty", fields.presence_penalty)?,
+            frequency_penalty: penalty("frequency_penalty", fields.frequency_penalty)?,
+            bias: bias(fields.logit_bias.unwrap_or_default())?,
+            min_tokens: fields.min_tokens.unwrap_or(0),
+            top_k: top_k(fields.top_k)?,
+            min_p: min_p(fields.min_p)?,
+        };
         let stop = stop(fields.stop)?;
         let stream_options = fields.stream_options.map(|Object(options)| options);
         let delivery = match (fields.stream.unwrap_or(false), stream_options) {
@@ -108,13 +133,9 @@ impl Parameters {
                 return Err(ApiError::invalid("stream_options", "stream_options needs stream to be true"));
             }
         };
-        Ok(Self { model: fields.model, n, draw, stop, delivery })
+        let (stop_tokens, ignore_eos) = (fields.stop_token_ids.unwrap_or_default(), fields.ignore_eos.unwrap_or(false));
+        Ok(Self { model: fields.model, n, draw, rules, stop, stop_tokens, ignore_eos, delivery })
     }
-}
-
-/// Refuses a field that is known but not done, where it `matters`: to leave it out in silence would be another answer.
-pub(crate) fn unsupported(field: &str, matters: bool) -> Result<(), ApiError> {
-    if matters { Err(ApiError::invalid(field, format!("{field} is not supported; leave it out"))) } else { Ok(()) }
 }
 
 /// The most tokens to generate, where a request says so.
@@ -138,6 +159,55 @@ fn draw(temperature: Option<f32>, top_p: Option<f32>, seed: Option<i64>) -> Resu
     }
     // Seeds below 0 are as good as others.
     Ok(Draw::Random { temperature, top_p, seed: seed.map(i64::cast_unsigned) })
+}
+
+fn penalty(field: &str, value: Option<f32>) -> Result<f32, ApiError> {
+    match value.unwrap_or(0.0) {
+        value if (-PENALTY..=PENALTY).contains(&value) => Ok(value),
+        value => Err(ApiError::invalid(field, format!("{field} must be from -{PENALTY} to {PENALTY}, not {value}"))),
+    }
+}
+
+fn repetition_penalty(value: Option<f32>) -> Result<f32, ApiError> {
+    match value.unwrap_or(1.0) {
+        value if value > 0.0 && value.is_finite() => Ok(value),
+        value => {
+            let message = format!("repetition_penalty must be a number above 0, not {value}");
+            Err(ApiError::invalid("repetition_penalty", message))
+        }
+    }
+}
+
+fn bias(biases: BTreeMap<String, f32>) -> Result<Vec<(u32, f32)>, ApiError> {
+    let bias = |(token, bias): (String, f32)| {
+        let Ok(token) = token.parse() else {
+            let message = format!("logit_bias names {token:?}, which is not the number of a token");
+            return Err(ApiError::invalid("logit_bias", message));
+        };
+        if !(-BIAS..=BIAS).contains(&bias) {
+            let message = format!("logit_bias must be from -{BIAS} to {BIAS}, and is {bias} for token {token}");
+            return Err(ApiError::invalid("logit_bias", message));
+        }
+        Ok((token, bias))
+    };
+    biases.into_iter().map(bias).collect()
+}
+
+/// 0 and -1 are all tokens.
+fn top_k(value: Option<i64>) -> Result<Option<NonZeroU32>, ApiError> {
+    match value.unwrap_or(0) {
+        -1 | 0 => Ok(None),
+        // No model has more tokens than u32 counts.
+        value @ 1.. => Ok(NonZeroU32::new(u32::try_from(value).unwrap_or(u32::MAX))),
+        value => Err(ApiError::invalid("top_k", format!("top_k must be at least 1, or 0 or -1 for all, not {value}"))),
+    }
+}
+
+fn min_p(value: Option<f32>) -> Result<f32, ApiError> {
+    match value.unwrap_or(0.0) {
+        value if (0.0..=1.0).contains(&value) => Ok(value),
+        value => Err(ApiError::invalid("min_p", format!("min_p must be from 0 to 1, not {value}"))),
+    }
 }
 
 fn stop(stop: Option<Stop>) -> Result<Vec<String>, ApiError> {
@@ -172,16 +242,45 @@ mod tests {
             model: "m".to_owned(),
             n: 1,
             draw: Draw::Random { temperature: 1.0, top_p: 1.0, seed: None },
+            rules: LogitRules::default(),
             stop: Vec::new(),
+            stop_tokens: Vec::new(),
+            ignore_eos: false,
             delivery: Delivery::Whole,
         };
         assert_eq!(parse(json!({})).unwrap(), expected);
         let nulls = json!({
             "n": null, "temperature": null, "top_p": null, "seed": null, "stop": null, "stream": null,
             "stream_options": null, "presence_penalty": null, "frequency_penalty": null, "logit_bias": null,
-            "user": "someone", "never_heard_of": [{}],
+            "repetition_penalty": null, "top_k": null, "min_p": null, "stop_token_ids": null, "ignore_eos": null,
+            "min_tokens": null, "user": "someone",
         });
         assert_eq!(parse(nulls).unwrap(), expected);
+        let nothing = json!({
+            "n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "repetition_penalty": 1, "top_k": -1,
+            "min_p": 0, "stop_token_ids": [], "ignore_eos": false, "min_tokens": 0,
+        });
+        assert_eq!(parse(nothing).unwrap(), expected);
+    }
+
+    #[test]
+    fn rules_are_read() {
+        let body = json!({
+            "presence_penalty": 1, "frequency_penalty": -2, "logit_bias": {"7": -100, "3": 0.5}, "repetition_penalty": 1.5,
+            "top_k": 40, "min_p": 0.25, "stop_token_ids": [5, 6], "ignore_eos": true, "min_tokens": 9,
+        });
+        let parameters = parse(body).unwrap();
+        let rules = LogitRules {
+            presence_penalty: 1.0,
+            frequency_penalty: -2.0,
+            repetition_penalty: 1.5,
+            bias: vec![(3, 0.5), (7, -100.0)],
+            top_k: NonZeroU32::new(40),
+            min_p: 0.25,
+            min_tokens: 9,
+        };
+        assert_eq!(parameters.rules, rules);
+        assert_eq!((parameters.stop_tokens, parameters.ignore_eos), (vec![5, 6], true));
     }
 
     #[test]
@@ -215,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_out_of_range_or_not_done_is_refused_by_name() {
+    fn what_is_out_of_range_is_refused_by_name() {
         for (field, value) in [
             ("n", json!(0)),
             ("temperature", json!(-0.1)),
@@ -223,9 +322,13 @@ mod tests {
             ("top_p", json!(1.01)),
             ("stop", json!("")),
             ("stop", json!(["a", "b", "c", "d", "e"])),
-            ("presence_penalty", json!(1)),
-            ("frequency_penalty", json!(-1)),
-            ("logit_bias", json!({"1": 100})),
+            ("presence_penalty", json!(2.5)),
+            ("frequency_penalty", json!(-3)),
+            ("repetition_penalty", json!(0)),
+            ("logit_bias", json!({"1": 101})),
+            ("logit_bias", json!({"the": 1})),
+            ("top_k", json!(-2)),
+            ("min_p", json!(1.5)),
         ] {
             let Err(ApiError::Invalid { param, .. }) = parse(json!({field: value})) else {
                 panic!("{field} was taken")

@@ -62,7 +62,13 @@ async fn model(State(app): State<Arc<App>>, id: Result<Path<String>, PathRejecti
 /// The adapters that there are now.
 async fn adapters(app: &Arc<App>) -> Result<Vec<String>, ApiError> {
     let app = Arc::clone(app);
-    blocking(move || Ok(app.engine().adapters())).await
+    blocking(move || {
+        // One that is called as the base model came after the start; the base model answers to the name.
+        let mut names = app.engine().adapters();
+        names.retain(|name| name != app.model());
+        Ok(names)
+    })
+    .await
 }
 
 /// Whether requests are taken; open to all, because what asks restarts or replaces the server.

@@ -1,20 +1,34 @@
 //! How what a client writes becomes the tokens of a prompt.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use flora_tokenizer::{Specials, Tokenizer};
+use flora_engine::{AdapterFailure, RequestError};
+use flora_tokenizer::{AdapterText, AdapterTexts, Content as SaidContent, Conversation as Said, Next as SaidNext};
+use flora_tokenizer::{Message as SaidMessage, Specials, Tokenizer};
 
-use crate::chat::{Message, Role};
+use crate::chat::{Content, Conversation, Next, Role};
+use crate::error::ApiError;
 
 /// What a client wrote to the tokens of a prompt; the error is said to the client.
 type Read<T> = dyn Fn(&T) -> Result<Vec<u32>, String> + Send + Sync;
 
 /// How a model reads what clients write: as its [`Tokenizer`] does, or as two functions say.
-pub struct Text {
-    prompt: Box<Read<str>>,
-    chat: Box<Read<[Message]>>,
-    stop_tokens: Vec<u32>,
+pub struct Text(Source);
+
+enum Source {
+    Functions {
+        prompt: Box<Read<str>>,
+        chat: Box<Read<Conversation>>,
+        stop_tokens: Vec<u32>,
+    },
+    Tokenizer {
+        tokenizer: Arc<Tokenizer>,
+        adapters: AdapterTexts,
+        /// Where an adapter's files are; none for one that there isn't.
+        folder_of: Box<dyn Fn(&str) -> Option<PathBuf> + Send + Sync>,
+    },
 }
 
 impl Text {
@@ -22,54 +36,124 @@ impl Text {
     /// to the client. `stop_tokens` end what the model says.
     pub fn new(
         prompt: impl Fn(&str) -> Result<Vec<u32>, String> + Send + Sync + 'static,
-        chat: impl Fn(&[Message]) -> Result<Vec<u32>, String> + Send + Sync + 'static,
+        chat: impl Fn(&Conversation) -> Result<Vec<u32>, String> + Send + Sync + 'static,
         stop_tokens: Vec<u32>,
     ) -> Self {
-        Self { prompt: Box::new(prompt), chat: Box::new(chat), stop_tokens }
+        Self(Source::Functions { prompt: Box::new(prompt), chat: Box::new(chat), stop_tokens })
     }
 
+    /// As `tokenizer` reads, and for a chat with an adapter by the chat template in the adapter's folder, if `folder_of` knows
+    /// it and it has one.
+    pub fn with_adapters(
+        tokenizer: Arc<Tokenizer>,
+        folder_of: impl Fn(&str) -> Option<PathBuf> + Send + Sync + 'static,
+    ) -> Self {
+        let adapters = AdapterTexts::new(Arc::clone(&tokenizer));
+        Self(Source::Tokenizer { tokenizer, adapters, folder_of: Box::new(folder_of) })
+    }
+
+    /// How texts are read for requests with `adapter`. May read its files.
+    ///
+    /// # Errors
+    /// [`AdapterFailure::Unusable`]: what the adapter's folder says of texts isn't what the model reads.
+    pub(crate) fn reader(&self, adapter: Option<&str>) -> Result<Reader<'_>, ApiError> {
+        let adapter = match (&self.0, adapter) {
+            (Source::Tokenizer { adapters, folder_of, .. }, Some(name)) => match folder_of(name) {
+                Some(folder) => adapters.of(&folder).map_err(|reason| {
+                    let failure = AdapterFailure::Unusable { name: name.to_owned(), reason };
+                    ApiError::from(RequestError::from(failure))
+                })?,
+                // The engine says that there is none.
+                None => Arc::default(),
+            },
+            _ => Arc::default(),
+        };
+        Ok(Reader { source: &self.0, adapter })
+    }
+}
+
+/// Reads the texts of one request.
+pub(crate) struct Reader<'a> {
+    source: &'a Source,
+    adapter: Arc<AdapterText>,
+}
+
+impl Reader<'_> {
     pub(crate) fn prompt(&self, text: &str) -> Result<Vec<u32>, String> {
-        (self.prompt)(text)
+        match self.source {
+            Source::Functions { prompt, .. } => prompt(text),
+            // Control tokens too: the whole prompt is one client's, and a conversation may be written out in it.
+            Source::Tokenizer { tokenizer, .. } => {
+                tokenizer.prompt(text, Specials::Parse).map_err(|error| error.to_string())
+            }
+        }
     }
 
-    pub(crate) fn chat(&self, messages: &[Message]) -> Result<Vec<u32>, String> {
-        (self.chat)(messages)
+    pub(crate) fn chat(&self, conversation: &Conversation) -> Result<Vec<u32>, String> {
+        match self.source {
+            Source::Functions { chat, .. } => chat(conversation),
+            Source::Tokenizer { tokenizer, .. } => {
+                let text = self.written(tokenizer, conversation).map_err(|error| error.to_string())?;
+                tokenizer.encode(&text, Specials::Parse).map_err(|error| error.to_string())
+            }
+        }
     }
 
-    pub(crate) fn stop_tokens(&self) -> &[u32] {
-        &self.stop_tokens
+    /// The tokens that end what the model says.
+    pub(crate) fn stop_tokens(&self) -> Vec<u32> {
+        match self.source {
+            Source::Functions { stop_tokens, .. } => stop_tokens.clone(),
+            Source::Tokenizer { tokenizer, .. } => {
+                let mut tokens = tokenizer.stop_tokens();
+                tokens.extend(self.adapter.end().filter(|end| !tokens.contains(end)));
+                tokens
+            }
+        }
+    }
+
+    fn written(
+        &self,
+        tokenizer: &Tokenizer,
+        conversation: &Conversation,
+    ) -> Result<String, flora_tokenizer::ChatError> {
+        let messages: Vec<_> = conversation
+            .messages
+            .iter()
+            .map(|message| SaidMessage {
+                role: match message.role {
+                    Role::System => "system",
+                    Role::User => "user",
+                    Role::Assistant => "assistant",
+                },
+                content: match &message.content {
+                    Content::Text(text) => SaidContent::Text(text),
+                    Content::Parts(parts) => SaidContent::Parts(parts),
+                },
+                name: message.name.as_deref(),
+            })
+            .collect();
+        let next = match conversation.next {
+            Next::Answer => SaidNext::Answer,
+            Next::Anything => SaidNext::Anything,
+            Next::Rest => SaidNext::Rest,
+        };
+        let said = Said { messages: &messages, next, variables: &conversation.variables };
+        match self.adapter.template() {
+            Some(template) => template.render(&said),
+            None => tokenizer.chat(&said),
+        }
     }
 }
 
 impl From<Arc<Tokenizer>> for Text {
     fn from(tokenizer: Arc<Tokenizer>) -> Self {
-        let stop_tokens = tokenizer.stop_tokens();
-        let of_chats = Arc::clone(&tokenizer);
-        Self::new(
-            // Control tokens too: the whole prompt is one client's, and a conversation may be written out in it.
-            move |text| tokenizer.prompt(text, Specials::Parse).map_err(|error| error.to_string()),
-            move |messages| {
-                let turns: Vec<_> = messages.iter().map(turn).collect();
-                let text = of_chats.chat(&turns).map_err(|error| error.to_string())?;
-                of_chats.encode(&text, Specials::Parse).map_err(|error| error.to_string())
-            },
-            stop_tokens,
-        )
+        Self::with_adapters(tokenizer, |_| None)
     }
-}
-
-fn turn(message: &Message) -> flora_tokenizer::Message<'_> {
-    let role = match message.role {
-        Role::System => "system",
-        Role::User => "user",
-        Role::Assistant => "assistant",
-    };
-    flora_tokenizer::Message { role, content: &message.content }
 }
 
 impl fmt::Debug for Text {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Text").field("stop_tokens", &self.stop_tokens).finish_non_exhaustive()
+        formatter.debug_struct("Text").finish_non_exhaustive()
     }
 }
 
@@ -80,16 +164,30 @@ mod tests {
     use serde_json::{Map, json};
 
     use super::*;
+    use crate::chat::Message;
+
+    fn read(text: &Text) -> Reader<'_> {
+        text.reader(None).unwrap()
+    }
+
+    fn conversation(messages: &[Message]) -> Conversation {
+        Conversation { messages: messages.to_vec(), next: Next::Answer, variables: Map::new() }
+    }
 
     /// Letters as tokens 0 to 25, and the two that ChatML puts around a turn.
     fn letters(template: Option<&str>) -> Text {
         let vocabulary: Map<_, _> = ('a'..='z').map(String::from).zip((0..).map(|id: u32| json!(id))).collect();
-        let special = |id: u32, content: &str| json!({"id": id, "content": content, "special": true});
+        let special = |id: u32, content: &str| {
+            json!({
+                "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+                "special": true,
+            })
+        };
         let tokenizer = json!({
             "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
             "added_tokens": [special(26, "<|im_start|>"), special(27, "<|im_end|>")],
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true},
-            "decoder": {"type": "ByteLevel"},
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true},
         });
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
@@ -99,7 +197,7 @@ mod tests {
     }
 
     fn message(role: Role, content: &str) -> Message {
-        Message { role, content: content.to_owned() }
+        Message { role, content: Content::Text(content.to_owned()), name: None }
     }
 
     #[test]
@@ -110,14 +208,14 @@ mod tests {
         let (u, a, s) = (20, 0, 18);
         let messages = [message(Role::System, "b"), message(Role::User, "cd"), message(Role::Assistant, "e")];
         let expected = [26, s, 1, 27, 26, u, 2, 3, 27, 26, a, 4, 27, 26, a];
-        assert_eq!(text.chat(&messages).unwrap(), expected);
-        assert_eq!(text.prompt("ab<|im_end|>").unwrap(), [0, 1, 27]);
-        assert_eq!(text.stop_tokens(), [27]);
+        assert_eq!(read(&text).chat(&conversation(&messages)).unwrap(), expected);
+        assert_eq!(read(&text).prompt("ab<|im_end|>").unwrap(), [0, 1, 27]);
+        assert_eq!(read(&text).stop_tokens(), [27]);
     }
 
     #[test]
     fn a_model_without_a_template_says_so() {
-        let error = letters(None).chat(&[message(Role::User, "a")]).unwrap_err();
+        let error = read(&letters(None)).chat(&conversation(&[message(Role::User, "a")])).unwrap_err();
         assert!(error.contains("no chat template"), "{error}");
     }
 }

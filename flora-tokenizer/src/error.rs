@@ -12,7 +12,7 @@ pub enum TokenizerError {
     #[error(transparent)]
     File(#[from] FileError),
     /// Neither a GGUF file nor anything with a `tokenizer.json`.
-    #[error("{} has no tokenizer: {reason}; give a .gguf file, or a folder with tokenizer.json", path.display())]
+    #[error("{} has no tokenizer: {reason}; give a .gguf file, or a folder with tokenizer.json or tokenizer.model", path.display())]
     NoTokenizer {
         /// What was opened.
         path: PathBuf,
@@ -36,6 +36,19 @@ pub enum TokenizerError {
         key: String,
         /// What is wrong with it, and the mend where there is one.
         problem: String,
+    },
+    /// An adapter's tokenizer whose tokens aren't the model's.
+    #[error("{}: token {id} is {adapters:?}, and the model's is {models:?}; an adapter reads the tokens of its model: \
+             serve it with the model that it was trained on, or leave its tokenizer out", path.display())]
+    OtherTokens {
+        /// The adapter's file.
+        path: PathBuf,
+        /// The first token that differs.
+        id: u32,
+        /// What it is to the adapter.
+        adapters: String,
+        /// What it is to the model; nothing where there is no such token.
+        models: String,
     },
     /// Tokens and merges that don't make a vocabulary.
     #[error("{}: {problem}", path.display())]
@@ -120,6 +133,19 @@ pub enum VocabularyProblem {
         found: usize,
         /// The limit.
         limit: usize,
+    },
+    /// Pieces whose parts would take too long to look for.
+    #[error("the pieces are too long to be SentencePiece's")]
+    LongPieces,
+    /// An added token whose id isn't that of its text.
+    #[error("the added token {text:?} has the id {listed}, and in the vocabulary it has {found}")]
+    WrongId {
+        /// The token.
+        text: String,
+        /// Its id among the added tokens.
+        listed: u32,
+        /// Its id in the vocabulary, or the next one that is free.
+        found: u32,
     },
     /// The library refused what passed the checks here.
     #[error("{0}")]

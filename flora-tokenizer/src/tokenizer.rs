@@ -1,20 +1,23 @@
 //! Text to token ids and back.
 
-use crate::chat::{ChatError, ChatTemplate, Message};
-use crate::description::{Description, Kind, SpecialIds, Token};
+use crate::chat::{ChatError, ChatTemplate, Conversation};
+use crate::description::{Frame, Kind, Parts, SpecialIds, Spelling, Token};
 use crate::error::{EncodeError, TokenizerError};
-use crate::pieces::Pieces;
-use crate::vocabulary::{Vocabulary, bytes_of_all};
+use crate::vocabulary::bytes_of_all;
 use crate::{folder, gguf};
-use flora_checkpoint::FileError;
+use flora_checkpoint::{FileError, SharedBytes};
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use tokenizers::normalizers::NFC;
-use tokenizers::{Model, OffsetType, PreTokenizedString};
+use tokenizers::{AddedVocabulary, Encoding, Model, OffsetType, PreTokenizedString, PreTokenizer};
 
 /// The longest text that is encoded, in bytes: more than a context of 128 Ki tokens holds. The library takes up to four seconds
 /// and 300 times as much memory for one that is all digits.
 const TEXT_LIMIT: usize = 2 << 20;
+
+/// The longest chat template, in bytes.
+const TEMPLATE_LIMIT: u64 = 1 << 20;
 
 /// What to make of control tokens that are written out in a text, such as `<|im_end|>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,20 +30,27 @@ pub enum Specials {
 
 /// The tokenizer of a model.
 pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// Finds whole tokens in texts, but no control tokens.
+    without_controls: AddedVocabulary,
     tokens: Vec<Token>,
-    bytes: Arc<[Vec<u8>]>,
-    vocabulary: Vocabulary,
-    pieces: Pieces,
-    compose: Option<NFC>,
+    spelling: Spelling,
+    bytes: Option<Arc<[Vec<u8>]>>,
+    frame: Frame,
     special: SpecialIds,
+    /// What templates may ask for, by names like `bos_token`.
+    special_texts: BTreeMap<String, String>,
     template: Option<ChatTemplate>,
+    /// Whether that is one that the operator named.
+    template_is_chosen: bool,
 }
 
 impl Tokenizer {
-    /// Reads the tokenizer of the model at `path`: a GGUF file, a folder with `tokenizer.json`, or a file in such a folder.
+    /// Reads the tokenizer of the model at `path`: a GGUF file, a folder with `tokenizer.json` or `tokenizer.model`, or a file
+    /// in such a folder.
     ///
     /// # Errors
-    /// The files are missing or damaged, or say what isn't supported: anything but byte-level BPE.
+    /// The files are missing or damaged, or say what isn't supported.
     pub fn open(path: &Path) -> Result<Tokenizer, TokenizerError> {
         let metadata = std::fs::metadata(path).map_err(|source| FileError::Io {
             path: path.to_owned(),
@@ -55,71 +65,143 @@ impl Tokenizer {
         })
     }
 
-    fn new(description: Description) -> Result<Tokenizer, TokenizerError> {
-        let Description { path, tokens, merges, whole_pieces_first, compose, pieces, special, chat_template } =
-            description;
-        let fail = |problem| TokenizerError::Vocabulary { path: path.clone(), problem };
-        let vocabulary = Vocabulary::new(&tokens, merges, whole_pieces_first).map_err(fail)?;
-        let bytes = bytes_of_all(&tokens).map_err(fail)?.into();
-        let SpecialIds { beginning, end, more_ends, prompts_begin } = &special;
-        let outside = |id: &&u32| **id as usize >= tokens.len();
-        if let Some(id) = beginning.iter().chain(end).chain(more_ends).find(outside) {
+    fn new(parts: Parts) -> Result<Tokenizer, TokenizerError> {
+        let Parts { path, inner, tokens, spelling, frame, special, special_texts, chat_template } = parts;
+        let SpecialIds { end, more_ends, unknown } = &special;
+        let (before, after) = match frame {
+            Frame::Processor => (None, None),
+            Frame::Tokens { before, after } => (before, after),
+        };
+        let mut ids = before.iter().chain(&after).chain(end).chain(more_ends).chain(unknown);
+        if let Some(id) = ids.find(|id| **id as usize >= tokens.len()) {
             let problem = format!("is {id}, but there are {} tokens", tokens.len());
             return Err(TokenizerError::entry(&path, "the id of a special token", problem));
         }
-        if *prompts_begin && beginning.is_none() {
-            let problem = "is missing, though prompts are to start with it";
-            return Err(TokenizerError::entry(&path, "the token that a text begins with", problem));
-        }
-        let template = chat_template.map(|source| {
-            let text = |id: Option<u32>| id.and_then(|id| tokens.get(id as usize)).map(|token| token.text.clone());
-            ChatTemplate { source, beginning: text(*beginning), end: text(*end) }
-        });
-        let compose = compose.then_some(NFC);
-        Ok(Tokenizer { bytes, vocabulary, pieces, compose, template, special, tokens })
+        let mut without_controls = inner.get_added_vocabulary().clone();
+        without_controls.set_encode_special_tokens(true);
+        let bytes = bytes_of_all(&tokens, spelling).map(Arc::from);
+        let template = chat_template.map(|source| ChatTemplate::new(&source, special_texts.clone()));
+        Ok(Tokenizer {
+            inner,
+            without_controls,
+            tokens,
+            spelling,
+            bytes,
+            frame,
+            special,
+            special_texts,
+            template,
+            template_is_chosen: false,
+        })
     }
 
-    /// The tokens of `text`, without one to begin with.
+    /// Writes conversations by the template in the file at `path`, whatever the model's files have.
     ///
-    /// Where the vocabulary has no token for a byte, the byte is left out, as Hugging Face's tokenizers do.
+    /// # Errors
+    /// The file can't be read, or isn't text.
+    pub fn choose_template(&mut self, path: &Path) -> Result<(), TokenizerError> {
+        self.template = Some(ChatTemplate::new(&template_file(path)?, self.special_texts.clone()));
+        self.template_is_chosen = true;
+        Ok(())
+    }
+
+    /// The tokens of `text`, without those to begin and end with.
+    ///
+    /// Where the vocabulary has no token for a character or byte, it is left out, as Hugging Face's tokenizers do.
     ///
     /// # Errors
     /// The text is longer than any context, or the model's pattern fails on it.
     pub fn encode(&self, text: &str, specials: Specials) -> Result<Vec<u32>, EncodeError> {
-        if text.len() > TEXT_LIMIT {
-            return Err(EncodeError::TooLong { found: text.len(), limit: TEXT_LIMIT });
-        }
-        let whole = match specials {
-            Specials::Parse => &self.vocabulary.with_controls,
-            Specials::Plain => &self.vocabulary.without_controls,
-        };
-        let mut pieces: PreTokenizedString = whole.extract_and_normalize(self.compose.as_ref(), text);
-        let tokens = self
-            .pieces
-            .cut(&mut pieces)
-            .and_then(|()| pieces.tokenize(|piece| self.vocabulary.bpe.tokenize(piece.get())))
-            .and_then(|()| pieces.into_encoding(None, 0, OffsetType::None));
-        Ok(tokens.map_err(|error| EncodeError::Pattern(error.to_string()))?.get_ids().to_vec())
+        Ok(self.encoding(text, specials)?.get_ids().to_vec())
     }
 
-    /// [`encode`](Self::encode), with the token in front that the model wants before every prompt, if it wants one.
+    /// [`encode`](Self::encode), with the tokens around it that the model wants around every prompt, if it wants some.
     ///
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn prompt(&self, text: &str, specials: Specials) -> Result<Vec<u32>, EncodeError> {
-        let beginning = self.special.beginning.filter(|_| self.special.prompts_begin);
-        Ok(beginning.into_iter().chain(self.encode(text, specials)?).collect())
+        let encoding = self.encoding(text, specials)?;
+        match self.frame {
+            Frame::Tokens { before, after } => {
+                Ok(before.into_iter().chain(encoding.get_ids().iter().copied()).chain(after).collect())
+            }
+            Frame::Processor => {
+                let prompt = guarded(|| self.inner.post_process(encoding, None, true))?;
+                Ok(prompt.get_ids().to_vec())
+            }
+        }
+    }
+
+    fn encoding(&self, text: &str, specials: Specials) -> Result<Encoding, EncodeError> {
+        if text.len() > TEXT_LIMIT {
+            return Err(EncodeError::TooLong { found: text.len(), limit: TEXT_LIMIT });
+        }
+        match specials {
+            Specials::Parse => guarded(|| self.tokenize(self.inner.get_added_vocabulary(), text, false)),
+            Specials::Plain => {
+                let encoding = guarded(|| self.tokenize(&self.without_controls, text, false))?;
+                // A vocabulary may hold control tokens among those for text, where a model finds them.
+                if !encoding.get_ids().iter().any(|id| self.is_control(*id)) {
+                    return Ok(encoding);
+                }
+                guarded(|| self.tokenize(&self.without_controls, text, true))
+            }
+        }
+    }
+
+    /// The library's own steps. `apart` cuts pieces that hold a control token within it, so that none comes of them.
+    fn tokenize(&self, added: &AddedVocabulary, text: &str, apart: bool) -> tokenizers::Result<Encoding> {
+        let mut pieces: PreTokenizedString = added.extract_and_normalize(self.inner.get_normalizer(), text);
+        if let Some(cut) = self.inner.get_pre_tokenizer() {
+            cut.pre_tokenize(&mut pieces)?;
+        }
+        if apart {
+            let controls: Vec<&str> = self.special_tokens().map(|(_, text)| text).collect();
+            pieces.split(|_, piece| {
+                let cuts = cuts_within(piece.get(), &controls);
+                let starts = std::iter::once(0).chain(cuts.iter().copied());
+                let ends = cuts.iter().copied().chain([piece.get().len()]);
+                Ok(starts
+                    .zip(ends)
+                    .filter_map(|(start, end)| {
+                        piece.slice(tokenizers::tokenizer::normalizer::Range::Normalized(start..end))
+                    })
+                    .collect::<Vec<_>>())
+            })?;
+        }
+        pieces.tokenize(|piece| {
+            let mut tokens = self.inner.get_model().tokenize(piece.get())?;
+            if apart {
+                tokens.retain(|token| !self.is_control(token.id));
+            }
+            Ok(tokens)
+        })?;
+        pieces.into_encoding(None, 0, OffsetType::None)
+    }
+
+    /// Whether `id` is a control token that text can't stand for; the one for unknown text is written for text.
+    fn is_control(&self, id: u32) -> bool {
+        self.special.unknown != Some(id)
+            && self.tokens.get(id as usize).is_some_and(|token| token.kind == Kind::Control)
     }
 
     /// The text of `tokens`; control tokens and ids that are none give no text, bytes that are no UTF-8 give U+FFFD.
     pub fn decode(&self, tokens: &[u32]) -> String {
-        let bytes: Vec<u8> = tokens.iter().filter_map(|id| self.bytes.get(*id as usize)).flatten().copied().collect();
-        String::from_utf8_lossy(&bytes).into_owned()
+        match (&self.bytes, self.spelling) {
+            (Some(bytes), Spelling::ByteLevel) => {
+                let bytes: Vec<u8> =
+                    tokens.iter().filter_map(|id| bytes.get(*id as usize)).flatten().copied().collect();
+                String::from_utf8_lossy(&bytes).into_owned()
+            }
+            // The library fails where its own decoder is given what it can't have written.
+            _ => guarded(|| self.inner.decode(tokens, true)).unwrap_or_default(),
+        }
     }
 
     /// The exact bytes of each token, by id: put together they are the text, though a character may be spread over several.
-    /// Control tokens have none.
-    pub fn token_bytes(&self) -> Arc<[Vec<u8>]> {
+    /// Control tokens have none. `None` where what a token says depends on those around it, and [`decode`](Self::decode) reads
+    /// them together.
+    pub fn token_bytes(&self) -> Option<Arc<[Vec<u8>]>> {
         self.bytes.clone()
     }
 
@@ -138,21 +220,71 @@ impl Tokenizer {
 
     /// The control tokens and how they are written, such as `<|im_end|>`, by id.
     pub fn special_tokens(&self) -> impl Iterator<Item = (u32, &str)> {
-        let control = |(id, token)| match token {
-            &Token { ref text, kind: Kind::Control(_) } => Some((id, &text[..])),
-            _ => None,
-        };
-        (0..).zip(&self.tokens).filter_map(control)
+        let control = |(id, token): (u32, &'_ Token)| (token.kind == Kind::Control).then_some(id);
+        (0..).zip(&self.tokens).filter_map(move |(id, token)| Some((control((id, token))?, &token.text[..])))
     }
 
-    /// The conversation as the model was trained to read it, ready for the assistant's answer; to be encoded with
-    /// [`Specials::Parse`].
+    /// How a token is written in the vocabulary, if there is one with this id.
+    pub(crate) fn token(&self, id: u32) -> Option<&str> {
+        let token = self.tokens.get(id as usize)?;
+        (token.kind != Kind::Unused).then_some(&token.text[..])
+    }
+
+    /// The id of the control token that is written as `text`.
+    pub(crate) fn special_id(&self, text: &str) -> Option<u32> {
+        self.special_tokens().find(|(_, known)| *known == text).map(|(id, _)| id)
+    }
+
+    /// The template of a conversation.
+    pub fn template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
+    }
+
+    pub(crate) fn special_texts(&self) -> &BTreeMap<String, String> {
+        &self.special_texts
+    }
+
+    pub(crate) fn template_is_chosen(&self) -> bool {
+        self.template_is_chosen
+    }
+
+    /// The conversation as the model was trained to read it; to be encoded with [`Specials::Parse`].
     ///
     /// # Errors
     /// The model has no template, or it refuses the messages or fails on them.
-    pub fn chat(&self, messages: &[Message<'_>]) -> Result<String, ChatError> {
-        self.template.as_ref().ok_or(ChatError::NoTemplate)?.render(messages)
+    pub fn chat(&self, conversation: &Conversation<'_>) -> Result<String, ChatError> {
+        self.template.as_ref().ok_or(ChatError::NoTemplate)?.render(conversation)
     }
+}
+
+/// Places behind the first character of each of `texts` wherever it occurs in `piece`, in order.
+fn cuts_within(piece: &str, texts: &[&str]) -> Vec<usize> {
+    let mut cuts: Vec<usize> = texts
+        .iter()
+        .flat_map(|text| {
+            let first = text.chars().next().map_or(0, char::len_utf8);
+            piece.match_indices(text).map(move |(start, _)| start + first)
+        })
+        .filter(|cut| (1..piece.len()).contains(cut))
+        .collect();
+    cuts.sort_unstable();
+    cuts.dedup();
+    cuts
+}
+
+/// The library's answer; some of its parts panic at files that nobody would write.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, EncodeError> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(|error| EncodeError::Pattern(error.to_string())),
+        Err(_) => Err(EncodeError::Pattern("the tokenizer library fails at it".to_owned())),
+    }
+}
+
+/// The text of the template in the file at `path`.
+pub(crate) fn template_file(path: &Path) -> Result<String, TokenizerError> {
+    let bytes = SharedBytes::read(path, TEMPLATE_LIMIT)?;
+    let problem = |_| TokenizerError::entry(path, "the template", "is not UTF-8");
+    Ok(std::str::from_utf8(bytes.as_slice()).map_err(problem)?.to_string())
 }
 
 impl std::fmt::Debug for Tokenizer {

@@ -96,6 +96,12 @@ pub(crate) enum CommandError {
     ))]
     Seeded { model: &'static str, reason: String },
     #[cfg(feature = "serve")]
+    #[error(
+        "an adapter is called `{0}`, as the base model is, so that a request for one could not be told from the other's"
+    )]
+    #[diagnostic(help("rename the adapter's folder, or give the base model another name with --served-name"))]
+    AdapterNamedAsModel(String),
+    #[cfg(feature = "serve")]
     #[error("can't listen: {0}")]
     #[diagnostic(help("choose another --port (0 takes any that is free) or --host"))]
     Listen(std::io::Error),

@@ -86,9 +86,10 @@ impl World {
         let vocabulary: Map<_, _> = letters().chain(pairs).take(172).zip((0..).map(|id: u32| json!(id))).collect();
         let tokenizer = json!({
             "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
-            "added_tokens": [{"id": 172, "content": "<|end|>", "special": true}],
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true},
-            "decoder": {"type": "ByteLevel"},
+            "added_tokens": [{"id": 172, "content": "<|end|>", "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true}],
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true},
         });
         std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).expect("a new file");
     }

@@ -231,3 +231,46 @@ async fn health_and_metrics_tell_how_it_is() {
         assert!(scrape.text.lines().any(|found| found == line), "no `{line}` in\n{}", scrape.text);
     }
 }
+
+#[tokio::test]
+async fn tokens_are_chosen_as_a_request_says() {
+    let service = Service::new();
+    let ended = format!("ab{END}");
+    for (prompt, fields, expected, reason) in [
+        ("abc", json!({"stop_token_ids": [99]}), "ab", "stop"),
+        (&ended, json!({}), "ab", "stop"),
+        (&ended, json!({"ignore_eos": true, "max_tokens": 5}), "abab", "length"),
+        // The end of the text may not come third, and the first of all other tokens is the byte 0.
+        (&ended, json!({"min_tokens": 4}), "ab\0ab", "stop"),
+        ("abc", json!({"stop": "b", "min_tokens": 2}), "abca", "stop"),
+        ("abc", json!({"logit_bias": {"98": -100, "100": 1}, "max_tokens": 3}), "adc", "length"),
+        ("abc", json!({"presence_penalty": 2, "frequency_penalty": 2, "max_tokens": 4}), "abca", "length"),
+        // What the prompt holds is worth next to nothing, and so is `d` once it was said.
+        ("abc", json!({"repetition_penalty": 1e30, "logit_bias": {"100": 1}, "max_tokens": 2}), "db", "length"),
+        ("abc", json!({"top_k": 1, "min_p": 1, "temperature": 2, "max_tokens": 4}), "abca", "length"),
+    ] {
+        for stream in [false, true] {
+            let mut body = json!({"model": MODEL, "prompt": prompt, "stream": stream, "temperature": 0});
+            body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            let answer = service.post(COMPLETIONS, &body).await;
+            let choices = if stream { joined(&answer.chunks(), "/text") } else { joined(&[answer.json()], "/text") };
+            assert_eq!(choices, one(expected, reason), "{fields} {stream}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_chat_goes_on_as_a_request_says() {
+    let service = Service::new();
+    for (fields, expected) in [
+        (json!({"max_tokens": 3}), "abc"),
+        (json!({"add_generation_prompt": false, "max_tokens": 4}), "abc*"),
+        (json!({"add_generation_prompt": false, "continue_final_message": true, "max_tokens": 4}), "abc+"),
+        (json!({"chat_template_kwargs": {"thinking": false}, "max_tokens": 18}), "abcthinking=false;"),
+    ] {
+        let mut body = json!({"model": MODEL, "messages": [{"role": "user", "content": "abc"}]});
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let answer = service.post(CHAT, &body).await.json();
+        assert_eq!(answer["choices"][0]["message"]["content"], expected, "{fields}");
+    }
+}

@@ -35,11 +35,20 @@ const SHARED: &[(&str, &[&str])] = &[
     ("stop", &["string", "strings", "empty"]),
     ("stream", &["boolean"]),
     ("stream_options", &["object"]),
-    ("presence_penalty", &[]),
-    ("frequency_penalty", &[]),
+    ("presence_penalty", &["whole", "negative", "fraction"]),
+    ("frequency_penalty", &["whole", "negative", "fraction"]),
+    ("repetition_penalty", &["whole", "fraction"]),
     ("logit_bias", &["object"]),
+    ("top_k", &["whole", "negative"]),
+    ("min_p", &["whole", "fraction"]),
+    ("stop_token_ids", &["empty", "integers"]),
+    ("ignore_eos", &["boolean"]),
+    ("min_tokens", &["whole"]),
     ("max_tokens", &["whole"]),
     ("logprobs", &[]),
+    ("guided_json", &[]),
+    ("skip_special_tokens", &["boolean"]),
+    ("never_heard_of", &[]),
 ];
 const OF_COMPLETIONS: &[(&str, &[&str])] =
     &[("prompt", &["string", "strings", "integers"]), ("echo", &[]), ("best_of", &["whole"]), ("suffix", &[])];
@@ -50,6 +59,10 @@ const OF_CHAT: &[(&str, &[&str])] = &[
     ("tools", &["empty"]),
     ("functions", &["empty"]),
     ("response_format", &[]),
+    ("add_generation_prompt", &["boolean"]),
+    ("continue_final_message", &[]),
+    ("chat_template_kwargs", &["object"]),
+    ("reasoning_effort", &[]),
     ("modalities", &["empty"]),
 ];
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::{HeaderMap, Request, StatusCode};
 use flora_engine::{Engine, EngineHandle, Options};
-use flora_server::{App, ServerError, ServerOptions, Text, router, serve};
+use flora_server::{App, Next, ServerError, ServerOptions, Text, router, serve};
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -50,12 +50,20 @@ impl Service {
         let tokens = |text: &str| text.bytes().map(u32::from).collect();
         let text = Text::new(
             move |text| Ok(tokens(text)),
-            move |messages| {
-                if messages.iter().any(|message| message.content == "unspeakable") {
+            move |conversation| {
+                let contents: Vec<_> = conversation.messages.iter().map(|message| message.content.joined()).collect();
+                if contents.iter().any(|content| content == "unspeakable") {
                     return Err("that can't be said".to_owned());
                 }
-                let contents: Vec<_> = messages.iter().map(|message| message.content.as_str()).collect();
-                Ok(tokens(&contents.join("|")))
+                // What is to come and the variables are seen in what the model says.
+                let next = match conversation.next {
+                    Next::Answer => "",
+                    Next::Anything => "*",
+                    Next::Rest => "+",
+                };
+                let variables: Vec<_> =
+                    conversation.variables.iter().map(|(name, value)| format!("{name}={value};")).collect();
+                Ok(tokens(&format!("{}{next}{}", contents.join("|"), variables.concat())))
             },
             vec![END_TOKEN],
         );

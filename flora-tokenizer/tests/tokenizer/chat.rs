@@ -1,7 +1,8 @@
 //! Chat templates: what real ones ask for, and what hostile ones do.
 
 use crate::files::{Source, folder, gguf_file};
-use flora_tokenizer::{ChatError, Message, Tokenizer};
+use flora_tokenizer::{ChatError, Conversation, Message, Next, Tokenizer};
+use serde_json::Map;
 
 fn tokenizer(template: Option<&str>) -> Tokenizer {
     let source = Source { template: template.map(String::from), ..Source::small() };
@@ -10,11 +11,14 @@ fn tokenizer(template: Option<&str>) -> Tokenizer {
 }
 
 fn chat(template: &str, messages: &[Message<'_>]) -> Result<String, ChatError> {
-    tokenizer(Some(template)).chat(messages)
+    written(&tokenizer(Some(template)), messages)
 }
 
-const TURNS: [Message<'_>; 2] =
-    [Message { role: "system", content: " Be <b>. " }, Message { role: "user", content: "{{ hi }}\n" }];
+fn written(tokenizer: &Tokenizer, messages: &[Message<'_>]) -> Result<String, ChatError> {
+    tokenizer.chat(&Conversation { messages, next: Next::Answer, variables: &Map::new() })
+}
+
+const TURNS: [Message<'_>; 2] = [Message::text("system", " Be <b>. "), Message::text("user", "{{ hi }}\n")];
 
 #[test]
 fn templates_have_what_transformers_gives_them() {
@@ -45,7 +49,7 @@ fn blocks_are_trimmed_as_transformers_sets_jinja() {
 
 #[test]
 fn a_model_without_a_template_says_so() {
-    assert!(matches!(tokenizer(None).chat(&TURNS), Err(ChatError::NoTemplate)));
+    assert!(matches!(written(&tokenizer(None), &TURNS), Err(ChatError::NoTemplate)));
 }
 
 #[test]
@@ -96,6 +100,6 @@ fn a_folder_s_template_is_found_wherever_it_is() {
         files.extend(file.map(|template| ("chat_template.jinja", template)));
         let folder = folder(&files);
         let tokenizer = Tokenizer::open(folder.path()).expect("a tokenizer");
-        assert_eq!(tokenizer.chat(&TURNS).expect("a conversation"), expected);
+        assert_eq!(written(&tokenizer, &TURNS).expect("a conversation"), expected);
     }
 }

@@ -72,12 +72,16 @@ impl Source {
             .controls
             .iter()
             .enumerate()
-            .map(|(id, token)| format!(r#"{{"id": {id}, "content": {}, "special": true}}"#, quoted(token)))
+            .map(|(id, token)| {
+                let rest =
+                    r#""single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true"#;
+                format!(r#"{{"id": {id}, "content": {}, {rest}}}"#, quoted(token))
+            })
             .collect();
         let merges: Vec<String> = self.merges.iter().map(quoted).collect();
         format!(
             r#"{{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [{}], "normalizer": null,
- "pre_tokenizer": {}, "post_processor": null, "decoder": {{"type": "ByteLevel", "add_prefix_space": true}},
+ "pre_tokenizer": {}, "post_processor": null, "decoder": {{"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}},
  "model": {{"type": "BPE", "dropout": null, "unk_token": null, "byte_fallback": false, "vocab": {{{}}}, "merges": [{}]}}}}"#,
             added.join(", "),
             self.pre_json,

@@ -4,30 +4,41 @@
 
 use crate::files::{CONFIG, Source, folder, gguf_file};
 use crate::mutation::{changed, changes, settings, soon};
-use flora_tokenizer::{Message, Specials, Tokenizer};
+use flora_tokenizer::{Conversation, Message, Next, Specials, Tokenizer};
 use proptest::prelude::*;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const TEXT: &str = "hello wörld <|end|> 1234 'll\n\n  ä\u{301}👍🏽<|start|>!";
 
 /// Opens `path` and uses everything of it.
 fn use_tokenizer(path: &Path) {
     let Ok(tokenizer) = Tokenizer::open(path) else { return };
-    let bytes = tokenizer.token_bytes();
-    assert_eq!(bytes.len(), tokenizer.vocabulary());
-    assert!(tokenizer.stop_tokens().iter().all(|token| (*token as usize) < bytes.len()));
+    let count = tokenizer.vocabulary();
+    assert!(tokenizer.token_bytes().is_none_or(|bytes| bytes.len() == count));
+    assert!(tokenizer.stop_tokens().iter().all(|token| (*token as usize) < count));
     for specials in [Specials::Parse, Specials::Plain] {
         if let Ok(tokens) = tokenizer.prompt(TEXT, specials) {
-            assert!(tokens.iter().all(|token| (*token as usize) < bytes.len()), "{tokens:?}");
+            assert!(tokens.iter().all(|token| (*token as usize) < count), "{tokens:?}");
             tokenizer.decode(&tokens);
         }
     }
-    let _ = tokenizer.chat(&[Message { role: "user", content: TEXT }]);
+    for next in [Next::Answer, Next::Anything, Next::Rest] {
+        let _ = tokenizer.chat(&Conversation {
+            messages: &[Message::text("user", TEXT)],
+            next,
+            variables: &serde_json::Map::new(),
+        });
+    }
 }
 
 fn source() -> Source {
     let template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}{{ eos_token }}";
     Source { template: Some(template.into()), ..Source::small() }
+}
+
+/// The folder of small tokenizers.
+fn texts() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/texts/tokenizers")
 }
 
 /// Pieces of Jinja in any order.
@@ -108,6 +119,24 @@ proptest! {
     }
 
     #[test]
+    fn mutated_kinds(changes in changes(), kind in prop::sample::select(vec!["wordpiece", "unigram", "roberta", "word-ends"])) {
+        let kind = texts().join(kind);
+        let json = std::fs::read(kind.join("tokenizer.json")).expect("a golden tokenizer");
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        std::fs::copy(kind.join("tokenizer_config.json"), folder.path().join("tokenizer_config.json")).expect("a copy");
+        std::fs::write(folder.path().join("tokenizer.json"), changed(&json, &changes)).expect("writing a mutation");
+        soon(|| use_tokenizer(folder.path()));
+    }
+
+    #[test]
+    fn mutated_sentencepiece(changes in changes()) {
+        let model = std::fs::read(texts().join("sentencepiece/tokenizer.model")).expect("a golden model");
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(folder.path().join("tokenizer.model"), changed(&model, &changes)).expect("writing a mutation");
+        soon(|| use_tokenizer(folder.path()));
+    }
+
+    #[test]
     fn arbitrary_patterns(pattern in "[a-z.*+?(){}|\\\\^$=!<0-9\\[\\]-]{0,30}", invert in any::<bool>()) {
         let pattern = serde_json::Value::from(pattern);
         let split = format!(r#"{{"type": "Split", "pattern": {{"Regex": {pattern}}}, "behavior": "Isolated", "invert": {invert}}}"#);
@@ -127,7 +156,16 @@ proptest! {
 fn the_files_that_are_mutated_are_whole() {
     let (_guard, path) = gguf_file(&source().gguf().bytes().0);
     let tokenizer = Tokenizer::open(&path).expect("a tokenizer");
-    assert_eq!(tokenizer.chat(&[Message { role: "user", content: "x" }]).expect("a text"), "user: x<|end|>");
+    assert_eq!(
+        tokenizer
+            .chat(&Conversation {
+                messages: &[Message::text("user", "x")],
+                next: Next::Answer,
+                variables: &serde_json::Map::new(),
+            })
+            .expect("a text"),
+        "user: x<|end|>"
+    );
     let folder = folder(&[("tokenizer.json", &source().json()), ("tokenizer_config.json", CONFIG)]);
     assert!(Tokenizer::open(folder.path()).is_ok());
 }

@@ -2,7 +2,7 @@
 //! StarCoder's against llama.cpp's own test cases (`tests/golden/make_starcoder.py`).
 
 use crate::files::{Source, both, smollm2};
-use flora_tokenizer::{Message, Specials};
+use flora_tokenizer::{Conversation, Message, Next, Specials};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -43,8 +43,10 @@ fn smollm2_s_tokens_are_those_of_transformers() {
     }
     for chat in golden.chats {
         let messages: Vec<Message> =
-            chat.messages.iter().map(|turn| Message { role: &turn.role, content: &turn.content }).collect();
-        let text = tokenizer.chat(&messages).expect("a conversation");
+            chat.messages.iter().map(|turn| Message::text(&turn.role, &turn.content)).collect();
+        let text = tokenizer
+            .chat(&Conversation { messages: &messages, next: Next::Answer, variables: &serde_json::Map::new() })
+            .expect("a conversation");
         assert_eq!(text, chat.text);
         assert_eq!(tokenizer.encode(&text, Specials::Parse).expect("tokens"), chat.tokens);
     }
@@ -53,13 +55,13 @@ fn smollm2_s_tokens_are_those_of_transformers() {
 #[test]
 fn smollm2_s_special_tokens_are_known() {
     let Some(tokenizer) = smollm2() else { return };
-    assert_eq!((tokenizer.vocabulary(), tokenizer.stop_tokens()), (49_152, vec![2]));
+    assert_eq!((tokenizer.vocabulary(), tokenizer.stop_tokens()), (49_152, vec![0, 2]));
     let special: Vec<(u32, &str)> = tokenizer.special_tokens().collect();
     assert_eq!(special.len(), 17);
     assert_eq!(special[..3], [(0, "<|endoftext|>"), (1, "<|im_start|>"), (2, "<|im_end|>")]);
     assert_eq!(tokenizer.decode(&[504, 3575, 282, 4649, 314, 2]), "The capital of France is");
     assert_eq!(tokenizer.decode(&[0, 1, 2, 49_152, u32::MAX]), "");
-    assert_eq!(tokenizer.token_bytes()[3575], b" capital");
+    assert_eq!(tokenizer.token_bytes().expect("a byte-level vocabulary")[3575], b" capital");
 }
 
 #[derive(Deserialize)]

@@ -1,5 +1,6 @@
 //! Tokenizers through the public interface: real vocabularies against other implementations, and files that are wrong.
 
+mod adapters;
 mod chat;
 mod files;
 mod fuzz;
@@ -11,3 +12,4 @@ mod mistakes;
 #[path = "../../../flora-checkpoint/tests/checkpoint/mutation.rs"]
 mod mutation;
 mod round_trip;
+mod texts;

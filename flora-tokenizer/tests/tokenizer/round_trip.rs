@@ -12,7 +12,7 @@ static SMOLLM2: LazyLock<Option<Tokenizer>> = LazyLock::new(smollm2);
 
 /// What a client sees who gets the bytes of one token after another and prints whole characters only.
 fn streamed(tokenizer: &Tokenizer, tokens: &[u32]) -> String {
-    let bytes = tokenizer.token_bytes();
+    let bytes = tokenizer.token_bytes().expect("a byte-level vocabulary");
     let (mut text, mut waiting) = (String::new(), Vec::new());
     for token in tokens {
         waiting.extend_from_slice(&bytes[*token as usize]);
@@ -65,7 +65,7 @@ proptest! {
     #[test]
     fn smollm2_gives_back_what_its_vocabulary_can_write(text in texts()) {
         if let Some(tokenizer) = &*SMOLLM2 {
-            let bytes = tokenizer.token_bytes();
+            let bytes = tokenizer.token_bytes().expect("a byte-level vocabulary");
             let known: HashSet<u8> = bytes.iter().filter(|token| token.len() == 1).map(|token| token[0]).collect();
             let text: String =
                 text.chars().filter(|c| c.encode_utf8(&mut [0; 4]).bytes().all(|byte| known.contains(&byte))).collect();

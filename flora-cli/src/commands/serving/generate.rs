@@ -1,13 +1,15 @@
 //! `flora generate`: one prompt, one adapter, text as it comes.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
-use flora_engine::{Event, FinishReason, LogitRules, Request, Sampling, StopAt, Usage};
-use flora_tokenizer::{Message, Specials};
+use flora_engine::{AdapterFailure, Event, FinishReason, LogitRules, Request, RequestError, Sampling, StopAt, Usage};
+use flora_tokenizer::{AdapterText, AdapterTexts, Conversation, Message, Next, Specials, Tokenizer};
 use serde::Serialize;
+use serde_json::Map;
 
-use super::{ModelArguments, start};
+use super::{ModelArguments, adapter_folders, start};
 use crate::commands::error::CommandError;
 use crate::commands::output;
 
@@ -64,8 +66,14 @@ struct Report {
 pub(crate) fn generate(arguments: &Arguments) -> Result<(), CommandError> {
     let serving = start(&arguments.model)?;
     let tokenizer = &serving.tokenizer;
+    let adapted = adapter_text(arguments, tokenizer)?;
     let prompt = if arguments.chat {
-        let text = tokenizer.chat(&[Message { role: "user", content: &arguments.prompt }])?;
+        let messages = [Message::text("user", &arguments.prompt)];
+        let conversation = Conversation { messages: &messages, next: Next::Answer, variables: &Map::new() };
+        let text = match adapted.template() {
+            Some(template) => template.render(&conversation)?,
+            None => tokenizer.chat(&conversation)?,
+        };
         tokenizer.encode(&text, Specials::Parse)?
     } else {
         tokenizer.prompt(&arguments.prompt, Specials::Parse)?
@@ -75,9 +83,11 @@ pub(crate) fn generate(arguments: &Arguments) -> Result<(), CommandError> {
     } else {
         Sampling::Random { temperature: arguments.temperature, top_p: arguments.top_p, seed: arguments.seed }
     };
-    let stop =
-        StopAt { max_tokens: arguments.max_tokens, strings: arguments.stop.clone(), tokens: tokenizer.stop_tokens() };
-    let request = Request { prompt, adapter: arguments.adapter.clone(), sampling, rules: LogitRules::default(), stop };
+    let mut ends = tokenizer.stop_tokens();
+    ends.extend(adapted.end());
+    let stop = StopAt { max_tokens: arguments.max_tokens, strings: arguments.stop.clone(), tokens: ends };
+    let adapter = arguments.adapter.clone();
+    let request = Request { prompt, adapter, sampling, rules: LogitRules::default(), stop };
     let began = Instant::now();
     let mut stream = serving.engine.handle().submit(request)?;
     let (mut said, mut tokens, mut first) = (String::new(), Vec::new(), None);
@@ -120,5 +130,14 @@ pub(crate) fn generate(arguments: &Arguments) -> Result<(), CommandError> {
         completion_tokens: usage.completion_tokens,
         first_token_seconds: first.map_or(seconds, |first| first.as_secs_f64()),
         seconds,
+    })
+}
+
+/// What the adapter's folder says of texts.
+fn adapter_text(arguments: &Arguments, tokenizer: &Arc<Tokenizer>) -> Result<Arc<AdapterText>, CommandError> {
+    let Some(name) = &arguments.adapter else { return Ok(Arc::default()) };
+    let Some(folder) = adapter_folders(&arguments.model)(name) else { return Ok(Arc::default()) };
+    AdapterTexts::new(Arc::clone(tokenizer)).of(&folder).map_err(|reason| {
+        CommandError::from(RequestError::from(AdapterFailure::Unusable { name: name.clone(), reason }))
     })
 }

@@ -12,7 +12,7 @@ use flora::prelude::*;
 
 use super::kinds::KindArguments;
 use super::types;
-pub(crate) use start::{engine, model_path, saved, start};
+pub(crate) use start::{adapter_folders, engine, model_path, saved, start};
 
 /// Which model, with which adapters, on which device.
 #[derive(Args, Clone)]
@@ -23,6 +23,9 @@ pub(crate) struct ModelArguments {
     /// A folder of PEFT adapter folders, each named by its folder; it may change while the model is served
     #[arg(long, value_name = "DIR")]
     pub(crate) adapters: Option<PathBuf>,
+    /// A Jinja template of conversations, in place of those in the files of the model and its adapters
+    #[arg(long, value_name = "FILE")]
+    pub(crate) chat_template: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) kinds: KindArguments,
     /// The modules that adapters may adapt, by the last part of their path, separated by commas; queries and keys unless given

@@ -4,9 +4,9 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use clap::Args;
-use flora_server::{ApiKey, App, Limits, ServerOptions, serve as serve_http};
+use flora_server::{ApiKey, App, Limits, ServerOptions, Text, serve as serve_http};
 
-use super::{ModelArguments, start};
+use super::{ModelArguments, adapter_folders, start};
 use crate::commands::error::CommandError;
 use crate::commands::output;
 
@@ -24,8 +24,8 @@ pub(crate) struct Arguments {
     /// What clients have to send as `Authorization: Bearer KEY`
     #[arg(long, env = "FLORA_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
-    /// The name of the base model; the file's unless given
-    #[arg(long)]
+    /// The name of the base model; the folder's, or the file's without .gguf, unless given
+    #[arg(long, visible_alias = "served-model-name")]
     served_name: Option<String>,
     /// KiB of a request's body
     #[arg(long, default_value = "1024", value_name = "KIB", value_parser = clap::value_parser!(u32).range(1..))]
@@ -48,7 +48,11 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<(), CommandError> {
         ..Limits::default()
     };
     let options = ServerOptions { api_key, limits, grace: Duration::from_secs(arguments.grace) };
-    let app = App::new(&*name, serving.engine.handle(), serving.tokenizer.clone(), options);
+    if serving.engine.handle().adapters().contains(&name) {
+        return Err(CommandError::AdapterNamedAsModel(name));
+    }
+    let text = Text::with_adapters(serving.tokenizer.clone(), adapter_folders(&arguments.model));
+    let app = App::new(&*name, serving.engine.handle(), text, options);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CommandError::Listen)?;
     runtime.block_on(async {
         let address = (arguments.host, arguments.port);

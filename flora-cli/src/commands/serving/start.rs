@@ -29,8 +29,12 @@ pub(crate) fn start(arguments: &ModelArguments) -> Result<Serving, CommandError>
     let path = model_path(arguments)?;
     // First, because its errors say what is there instead of a model.
     let model = Arc::new(Model::open(&path)?);
-    let tokenizer = Arc::new(Tokenizer::open(&path)?);
-    let vocabulary = Vocabulary::new(tokenizer.token_bytes().to_vec());
+    let mut tokenizer = Tokenizer::open(&path)?;
+    if let Some(template) = &arguments.chat_template {
+        tokenizer.choose_template(template)?;
+    }
+    let tokenizer = Arc::new(tokenizer);
+    let vocabulary = vocabulary(&tokenizer);
     let device = devices::open(&arguments.device)?;
     let saved = saved(arguments.plan, &device)?;
     let device = saved.as_ref().map_or_else(|| device.clone(), |planner| planner.tuned(&device));
@@ -42,7 +46,12 @@ pub(crate) fn start(arguments: &ModelArguments) -> Result<Serving, CommandError>
     let directory = AdapterDirectory::with_layers(arguments.adapters.as_deref(), &model, arguments.dtype, layers);
     let engine = engine(arguments, &device, &model, planning, vocabulary, directory)?;
     let info = device.info();
-    Ok(Serving { engine, tokenizer, name: name(&path, &model), device: format!("{} ({})", info.name, info.id) })
+    Ok(Serving {
+        engine,
+        tokenizer,
+        name: name_of(&path, model.name()),
+        device: format!("{} ({})", info.name, info.id),
+    })
 }
 
 /// The model that is asked for, else SmolLM2, fetched.
@@ -53,9 +62,35 @@ pub(crate) fn model_path(arguments: &ModelArguments) -> Result<PathBuf, CommandE
     }
 }
 
-/// The name under which clients ask for the base model: the file's or folder's.
-fn name(path: &Path, model: &Model) -> String {
-    path.file_stem().map_or_else(|| model.name().to_owned(), |name| name.to_string_lossy().into_owned())
+/// What the tokens of a model say.
+fn vocabulary(tokenizer: &Arc<Tokenizer>) -> Vocabulary {
+    match tokenizer.token_bytes() {
+        Some(bytes) => Vocabulary::new(bytes.to_vec()),
+        None => {
+            let tokenizer = Arc::clone(tokenizer);
+            Vocabulary::decoded(move |tokens| tokenizer.decode(tokens))
+        }
+    }
+}
+
+/// Where the files of adapters are, by name.
+pub(crate) fn adapter_folders(arguments: &ModelArguments) -> impl Fn(&str) -> Option<PathBuf> + Send + Sync + use<> {
+    let folder = arguments.adapters.clone();
+    move |name| folder.as_ref().map(|folder| folder.join(name))
+}
+
+/// The name under which clients ask for the base model: the folder's, or the file's without `.gguf`.
+fn name_of(path: &Path, unnamed: &str) -> String {
+    // A path like `.` has its name where it leads.
+    let whole = path.canonicalize();
+    let Some(last) = path.file_name().or_else(|| whole.as_ref().ok()?.file_name()) else {
+        return unnamed.to_owned();
+    };
+    let name = last.to_string_lossy();
+    match name.strip_suffix(".gguf") {
+        Some(stem) if !stem.is_empty() && !path.is_dir() => stem.to_owned(),
+        _ => name.into_owned(),
+    }
 }
 
 /// What tuning saved, where that is asked for and there.
@@ -110,5 +145,27 @@ fn options(arguments: &ModelArguments) -> Options {
             ..options.adapters
         },
         ..options
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_called_as_its_folder_or_file_is() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let called = |name: &str| name_of(&folder.path().join(name), "unnamed");
+        std::fs::create_dir(folder.path().join("odd.gguf")).expect("a folder");
+        for (path, expected) in [
+            ("Llama-3.2-1B", "Llama-3.2-1B"),
+            ("Llama-3.2-1B.Q4_K_M.gguf", "Llama-3.2-1B.Q4_K_M"),
+            ("SmolLM2.gguf", "SmolLM2"),
+            ("odd.gguf", "odd.gguf"),
+            (".gguf", ".gguf"),
+        ] {
+            assert_eq!(called(path), expected);
+        }
+        assert_eq!(name_of(&folder.path().join("odd.gguf").join("."), "unnamed"), "odd.gguf");
     }
 }
