@@ -16,10 +16,10 @@ def fill(adapted, std):
     return adapted.eval()
 
 
-def save(adapted, folder):
-    """Writes what save_pretrained writes, the same bytes on every run."""
+def save(adapted, folder, embeddings=False):
+    """Writes what save_pretrained writes, the same bytes on every run; `embeddings` is its save_embedding_layers."""
     shutil.rmtree(folder, ignore_errors=True)
-    adapted.save_pretrained(folder, save_embedding_layers=False)
+    adapted.save_pretrained(folder, save_embedding_layers=embeddings)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text())
