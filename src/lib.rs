@@ -113,7 +113,7 @@ pub mod serving {
         SequenceId, StepSegment, StopAt, Stream, Usage, Vocabulary,
     };
     pub use flora_model::{
-        AdapterDirectory, DeviceModel, PlanningChoice, PreparedAdapter, ServeError, ServeOptions, load,
+        AdapterDirectory, DeviceModel, DirectoryError, PlanningChoice, PreparedAdapter, ServeError, ServeOptions, load,
     };
     pub use flora_server::{ApiKey, App, InvalidApiKey, ServerError, ServerOptions, router, serve};
     pub use flora_tokenizer::{ChatError, EncodeError, Tokenizer, TokenizerError};

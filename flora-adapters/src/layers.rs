@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 
 use flora_checkpoint::peft::description::BiasRule;
+use flora_checkpoint::tensor::transpose;
 use flora_checkpoint::{
-    AdapterError, AdapterFolder, AdapterKinds, AdapterModule, BaseWeight, Model, Operand, Projection,
+    AdapterError, AdapterFolder, AdapterKinds, AdapterModule, BaseWeight, DecoderEnds, Model, Operand, Projection,
+    Replaced, StoredTensor,
 };
-use flora_ir::algebra::{FoldError, FoldedAdapter, NormalForm};
+use flora_ir::algebra::{FoldError, FoldedAdapter, NormalForm, RankOne, VirtualRow};
 use flora_ir::{Bindings, EvaluateError, Value};
 use flora_plan::pipeline::CompiledLayer;
 
+use crate::adapted::{AdaptedEmbedding, AdaptedHead, AdaptedModel};
 use crate::store::{LoadedAdapter, StoreError};
 
 /// The layers of every kind of adapter, compiled: what adapters are folded by.
@@ -28,13 +31,48 @@ pub(crate) struct FoldTarget<'a> {
     pub(crate) path: &'a str,
     pub(crate) d: usize,
     pub(crate) k: usize,
-    pub(crate) has_bias: bool,
+}
+
+/// One end of a decoder as the weight `[d, k]` of a projection.
+struct EndWeight<'a> {
+    /// Of one-hot rows.
+    is_embedding: bool,
+    d: usize,
+    k: usize,
+    tensor: &'a StoredTensor,
+}
+
+impl<'a> EndWeight<'a> {
+    /// The one that is at `path`, as an adapter has replaced it.
+    fn of(path: &str, ends: &'a DecoderEnds, replaced: &Replaced<'a>) -> Option<Self> {
+        let is_embedding = path == ends.embedding;
+        let (own, base) = match is_embedding {
+            true => (replaced.embedding, ends.tokens()),
+            false if path == ends.head => (replaced.head, ends.output()),
+            false => return None,
+        };
+        let tensor = own.unwrap_or(base.stored());
+        let (vocabulary, width) = tensor.matrix_shape().ok()?;
+        let (d, k) = if is_embedding { (vocabulary, width) } else { (width, vocabulary) };
+        Some(Self { is_embedding, d, k, tensor })
+    }
+
+    fn value(&self, target: &FoldTarget<'_>) -> Result<Value, StoreError> {
+        let values = self.tensor.to_finite_f32().map_err(|problem| StoreError::End {
+            adapter: target.adapter.to_owned(),
+            module: target.path.to_owned(),
+            problem,
+        })?;
+        let values = if self.is_embedding { values } else { transpose(&values, self.k, self.d) };
+        let values = values.into_iter().map(f64::from).collect();
+        Value::matrix(self.d, self.k, values).map_err(|error| target.failed(error.into()))
+    }
 }
 
 impl<'a> FoldTarget<'a> {
     pub(crate) fn new(adapter: &'a str, projection: &'a Projection) -> Self {
-        let Projection { path, d, k, has_bias, .. } = projection;
-        Self { adapter, path, d: *d, k: *k, has_bias: *has_bias }
+        let Projection { path, d, k, .. } = projection;
+        Self { adapter, path, d: *d, k: *k }
     }
 
     pub(crate) fn failed(&self, source: FoldError) -> StoreError {
@@ -54,50 +92,111 @@ impl Layers {
         self.compiled.get(&module.layer).is_some_and(|layer| layer.linear.reads_base_weight())
     }
 
-    /// Checks that an adapter fits `model`: modules, shapes, and that what its config targets is there.
+    /// Checks that an adapter fits `model`, projections by themselves: modules, shapes, that what its config targets is there, and
+    /// that none scales a bias.
     pub(crate) fn check_against(&self, adapter: &AdapterFolder, model: &Model) -> Result<(), StoreError> {
-        let failed = |source: AdapterError| StoreError::Adapter { name: adapter.name.clone(), source: source.into() };
-        adapter.check_against(model).map_err(failed)?;
+        adapter.check_against(model).map_err(|source| failed(adapter, source))?;
         for (path, module) in &adapter.modules {
-            let projection = model.projection(path).map_err(|error| failed(error.into()))?;
-            self.layer(&FoldTarget::new(&adapter.name, projection), module)?;
+            self.layer(&adapter.name, path, module)?;
+            if self.scales_bias(module) && model.projection(path).is_ok_and(|projection| projection.has_bias) {
+                return Err(self.scaled_bias(&adapter.name, path, module));
+            }
         }
         Ok(())
     }
 
-    /// The layer of `module`, unless it would scale a bias.
-    fn layer(&self, target: &FoldTarget<'_>, module: &AdapterModule) -> Result<&CompiledLayer, StoreError> {
-        let (adapter, path) = (target.adapter.to_owned(), target.path.to_owned());
-        let described = self.kinds.layer(&module.layer);
-        let Some((layer, described)) = self.compiled.get(&module.layer).zip(described) else {
-            return Err(StoreError::UnknownLayer { adapter, module: path, layer: module.layer.clone() });
-        };
-        // A bias is one vector for all rows of a batch.
-        let scales_bias = layer.linear.scales_base_output() && described.bias == Some(BiasRule::Scaled);
-        if scales_bias && target.has_bias {
-            return Err(StoreError::ScaledBias { adapter, kind: described.kind().to_owned(), module: path });
-        }
-        Ok(layer)
+    /// The layer of `module`.
+    fn layer(&self, adapter: &str, path: &str, module: &AdapterModule) -> Result<&CompiledLayer, StoreError> {
+        self.compiled.get(&module.layer).ok_or_else(|| {
+            let (adapter, module, layer) = (adapter.to_owned(), path.to_owned(), module.layer.clone());
+            StoreError::UnknownLayer { adapter, module, layer }
+        })
     }
 
-    /// An adapter folded for every projection that it adapts, by module path. Base weights are read only where a fold needs them.
+    /// Whether `module` scales the base layer's bias along with its output.
+    pub(crate) fn scales_bias(&self, module: &AdapterModule) -> bool {
+        let scales = self.compiled.get(&module.layer).is_some_and(|layer| layer.linear.scales_base_output());
+        scales && self.kinds.layer(&module.layer).is_some_and(|layer| layer.bias == Some(BiasRule::Scaled))
+    }
+
+    /// The refusal of an adapter that would scale a bias.
+    pub(crate) fn scaled_bias(&self, adapter: &str, path: &str, module: &AdapterModule) -> StoreError {
+        let kind = self.kinds.layer(&module.layer).map_or(module.layer.as_str(), |layer| layer.kind());
+        StoreError::ScaledBias { adapter: adapter.to_owned(), kind: kind.to_owned(), module: path.to_owned() }
+    }
+
+    /// An adapter folded for all of a model that it adapts. Base weights are read only where a fold needs them.
     ///
     /// # Errors
     /// It doesn't fit `model`, or a module doesn't fold.
-    pub fn prepare(
-        &self,
-        adapter: &AdapterFolder,
-        model: &Model,
-    ) -> Result<BTreeMap<String, FoldedAdapter>, StoreError> {
-        self.check_against(adapter, model)?;
-        let modules = adapter.modules.iter().map(|(path, module)| {
+    pub fn prepare(&self, adapter: &AdapterFolder, model: &Model) -> Result<AdaptedModel, StoreError> {
+        let replaced = adapter.replaced_of(model).map_err(|source| failed(adapter, source))?;
+        let ends = DecoderEnds::of(model);
+        let mut adapted = AdaptedModel { bias_offsets: replaced.bias_offsets.clone(), ..AdaptedModel::default() };
+        let mut embedding = None;
+        for (path, module) in &adapter.modules {
+            let end = ends.as_ref().and_then(|ends| EndWeight::of(path, ends, &replaced));
+            if let Some(end) = end {
+                let target = FoldTarget { adapter: &adapter.name, path, d: end.d, k: end.k };
+                let folded = self.fold(&target, module, || end.value(&target))?.folded;
+                match end.is_embedding {
+                    true => embedding = Some(folded),
+                    false => {
+                        adapted.modules.insert(path.clone(), folded);
+                    }
+                }
+                continue;
+            }
             let failed = |source| StoreError::Base { adapter: adapter.name.clone(), source: Box::new(source) };
             let projection = model.projection(path).map_err(failed)?;
             let target = FoldTarget::new(&adapter.name, projection);
             let base = || base_value(&model.weight(path).map_err(failed)?).map_err(|error| target.failed(error.into()));
-            Ok((path.clone(), self.fold(&target, module, base)?.folded))
-        });
-        modules.collect()
+            let folded = self.fold(&target, module, base)?.folded;
+            if projection.has_bias && self.scales_bias(module) {
+                let bias = model.bias(path).map_err(failed)?.unwrap_or_default();
+                let offset = self.scaled_offset(&target, module, &folded, &bias)?;
+                add(adapted.bias_offsets.entry(path.clone()).or_default(), offset);
+            }
+            adapted.modules.insert(path.clone(), folded);
+        }
+        if let Some(ends) = ends {
+            // Factors that are tied together: those of the embedding, transposed.
+            if let Some(folded) = embedding.as_ref().filter(|_| adapter.keeps_ties() && ends.tied) {
+                let transposed = transposed(folded).ok_or_else(|| StoreError::TiedFactors {
+                    adapter: adapter.name.clone(),
+                    module: ends.embedding.clone(),
+                })?;
+                adapted.modules.entry(ends.head.to_owned()).or_insert(transposed);
+            }
+            let table = replaced.embedding.cloned();
+            let rows = replaced.embedding_rows.cloned();
+            if embedding.is_some() || table.is_some() || rows.is_some() {
+                adapted.embedding = Some(AdaptedEmbedding { path: ends.embedding, table, rows, folded: embedding });
+            }
+            let (weight, rows) = (replaced.head.cloned(), replaced.head_rows.cloned());
+            if weight.is_some() || rows.is_some() {
+                adapted.head = Some(AdaptedHead { path: ends.head.to_owned(), weight, rows });
+            }
+        }
+        Ok(adapted)
+    }
+
+    /// What scaling the base layer's bias adds: (scale − 1) ∘ bias.
+    fn scaled_offset(
+        &self,
+        target: &FoldTarget<'_>,
+        module: &AdapterModule,
+        folded: &FoldedAdapter,
+        bias: &[f32],
+    ) -> Result<Vec<f32>, StoreError> {
+        match &folded.virtual_rows[..] {
+            [VirtualRow { in_scale: None, out_scale: Some(scale) }] => {
+                let offset = |(scale, bias): (&f32, &f32)| ((f64::from(*scale) - 1.0) * f64::from(*bias)) as f32;
+                Ok(scale.iter().zip(bias).map(offset).collect())
+            }
+            // Which of several scales is the bias's, no description says.
+            _ => Err(self.scaled_bias(target.adapter, target.path, module)),
+        }
     }
 
     /// Folds one module; `base` is asked for the base weight where the fold reads it.
@@ -107,7 +206,7 @@ impl Layers {
         module: &AdapterModule,
         base: impl FnOnce() -> Result<Value, StoreError>,
     ) -> Result<LoadedAdapter<'_>, StoreError> {
-        let layer = self.layer(target, module)?;
+        let layer = self.layer(target.adapter, target.path, module)?;
         let failed = |source| target.failed(source);
         let operands = bindings(&module.operands).map_err(|error| failed(error.into()))?;
         let folded = if layer.linear.reads_base_weight() {
@@ -121,6 +220,28 @@ impl Layers {
         folded.check(target.d, target.k).map_err(failed)?;
         Ok(LoadedAdapter { layer, operands, folded })
     }
+}
+
+fn failed(adapter: &AdapterFolder, source: AdapterError) -> StoreError {
+    StoreError::Adapter { name: adapter.name.clone(), source: source.into() }
+}
+
+fn add(sum: &mut Vec<f32>, offset: Vec<f32>) {
+    sum.resize(offset.len(), 0.0);
+    sum.iter_mut().zip(offset).for_each(|(sum, offset)| *sum += offset);
+}
+
+/// The adapter of the transposed weight; `None` where it is more than a low-rank sum.
+fn transposed(folded: &FoldedAdapter) -> Option<FoldedAdapter> {
+    let is_plain = folded.virtual_rows.iter().all(|row| row.in_scale.is_none() && row.out_scale.is_none());
+    is_plain.then(|| FoldedAdapter {
+        virtual_rows: folded.virtual_rows.clone(),
+        low_rank: folded
+            .low_rank
+            .iter()
+            .map(|pair| RankOne { shrink: pair.expand.clone(), expand: pair.shrink.clone() })
+            .collect(),
+    })
 }
 
 /// The weight as the algebra takes it, in f64.

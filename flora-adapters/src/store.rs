@@ -3,8 +3,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, BaseWeight, Model, ModelError};
+use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, BaseWeight, Model, ModelError, TensorProblem};
 use flora_ir::Bindings;
 use flora_ir::algebra::{FoldError, FoldedAdapter};
 use flora_plan::pipeline::CompiledLayer;
@@ -16,6 +17,8 @@ use crate::layers::{FoldTarget, Layers, base_value};
 #[derive(Clone, Debug)]
 pub struct AdapterStore {
     adapters: BTreeMap<String, AdapterFolder>,
+    /// Those that can't be used, and why.
+    failed: BTreeMap<String, Arc<StoreError>>,
     layers: Layers,
 }
 
@@ -99,6 +102,27 @@ pub enum StoreError {
         /// Why.
         source: Box<ModelError>,
     },
+    /// An embedding or output matrix that an adapter is folded with can't be read.
+    #[error("the adapter `{adapter}` is folded with the weight of `{module}`, which {problem}")]
+    End {
+        /// The adapter.
+        adapter: String,
+        /// The module.
+        module: String,
+        /// What is wrong with it.
+        problem: TensorProblem,
+    },
+    /// Tied factors of a kind that has more than factors.
+    #[error(
+        "the adapter `{adapter}` ties the factors of the output matrix to those of `{module}` (`ensure_weight_tying`), which is \
+         supported of plain LoRA alone"
+    )]
+    TiedFactors {
+        /// The adapter.
+        adapter: String,
+        /// The module.
+        module: String,
+    },
     /// Tensors that don't fold.
     #[error("the adapter `{adapter}` can't be folded for `{module}`: {source}")]
     Fold {
@@ -112,10 +136,11 @@ pub enum StoreError {
 }
 
 impl AdapterStore {
-    /// Reads every sub-folder of `folder` that has an `adapter_config.json`, as one of the kinds of `layers`.
+    /// Reads every sub-folder of `folder` that has an `adapter_config.json`, as one of the kinds of `layers`. One that can't be read
+    /// is among [`failed`](Self::failed).
     ///
     /// # Errors
-    /// No such sub-folder; the first one, by name, that can't be read.
+    /// No such sub-folder; what is wrong with the first one where none can be read.
     pub fn open(folder: &Path, layers: Layers) -> Result<Self, StoreError> {
         let failed = |source| StoreError::List { path: folder.to_owned(), source };
         let mut paths = Vec::new();
@@ -130,12 +155,23 @@ impl AdapterStore {
         }
         paths.sort();
         let open = |path: &PathBuf| {
-            let name = || path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
             AdapterFolder::open(path, layers.kinds())
-                .map_err(|source| StoreError::Adapter { name: name(), source: source.into() })
+                .map_err(|source| (name.clone(), StoreError::Adapter { name, source: source.into() }))
         };
-        let folders = paths.par_iter().map(open).collect::<Result<Vec<_>, _>>()?;
-        Self::from_folders(folders, layers)
+        let (mut folders, mut failed) = (Vec::new(), Vec::new());
+        for opened in paths.par_iter().map(open).collect::<Vec<_>>() {
+            match opened {
+                Ok(folder) => folders.push(folder),
+                Err(error) => failed.push(error),
+            }
+        }
+        if folders.is_empty() && !failed.is_empty() {
+            return Err(failed.swap_remove(0).1);
+        }
+        let mut store = Self::from_folders(folders, layers)?;
+        store.failed = failed.into_iter().map(|(name, error)| (name, Arc::new(error))).collect();
+        Ok(store)
     }
 
     /// A store of adapters that are in memory, folded by `layers`.
@@ -149,10 +185,15 @@ impl AdapterStore {
                 return Err(StoreError::Duplicate(first.name));
             }
         }
-        Ok(Self { adapters, layers })
+        Ok(Self { adapters, failed: BTreeMap::new(), layers })
     }
 
-    /// The adapters' names, sorted.
+    /// The adapters that can't be used, and why, by name.
+    pub fn failed(&self) -> &BTreeMap<String, Arc<StoreError>> {
+        &self.failed
+    }
+
+    /// The names of the adapters that can be used, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.adapters.keys().map(String::as_str)
     }
@@ -187,7 +228,7 @@ impl AdapterStore {
             };
             kept.insert(name, adapter);
         }
-        Ok(Self { adapters: kept, layers: self.layers })
+        Ok(Self { adapters: kept, failed: self.failed, layers: self.layers })
     }
 
     /// Checks that every adapter fits `model`: modules, shapes, and that what its config targets is there.
@@ -196,6 +237,18 @@ impl AdapterStore {
     /// The first adapter, by name, that doesn't.
     pub fn check_against(&self, model: &Model) -> Result<(), StoreError> {
         self.adapters.values().try_for_each(|adapter| self.layers.check_against(adapter, model))
+    }
+
+    /// The store without the adapters that don't fit `model`, which are among [`failed`](Self::failed) now.
+    #[must_use]
+    pub fn fitting(mut self, model: &Model) -> Self {
+        for (name, adapter) in std::mem::take(&mut self.adapters) {
+            match self.layers.check_against(&adapter, model) {
+                Ok(()) => drop(self.adapters.insert(name, adapter)),
+                Err(error) => drop(self.failed.insert(name, Arc::new(error))),
+            }
+        }
+        self
     }
 
     /// The layer of base rows: x @ w0.
@@ -221,8 +274,11 @@ impl AdapterStore {
             .par_iter()
             .map(|(name, adapter)| {
                 let Some(adapted) = adapter.modules.get(module) else { return Ok((name.as_str(), None)) };
-                let target =
-                    FoldTarget { adapter: name, path: module, d: base.d, k: base.k, has_bias: base.bias.is_some() };
+                // A bias is one vector for all rows of a batch.
+                if base.bias.is_some() && self.layers.scales_bias(adapted) {
+                    return Err(self.layers.scaled_bias(name, module, adapted));
+                }
+                let target = FoldTarget { adapter: name, path: module, d: base.d, k: base.k };
                 let loaded = self.layers.fold(&target, adapted, || match &base_weight {
                     Some(base_weight) => base_weight.clone().map_err(|error| target.failed(error.into())),
                     None => base_value(base).map_err(|error| target.failed(error.into())),
@@ -326,7 +382,12 @@ mod tests {
         );
         std::fs::create_dir(parent.path().join("broken")).expect("a new folder");
         std::fs::write(parent.path().join("broken/adapter_config.json"), "{").expect("a new file");
-        let message = AdapterStore::open(parent.path(), layers()).expect_err("a broken config").to_string();
+        let store = AdapterStore::open(parent.path(), layers()).expect("one that is whole");
+        assert_eq!(store.names().collect::<Vec<_>>(), ["good"]);
+        let message = store.failed()["broken"].to_string();
+        assert!(message.contains("`broken`"), "{message}");
+        std::fs::remove_dir_all(parent.path().join("good")).expect("a folder");
+        let message = AdapterStore::open(parent.path(), layers()).expect_err("none that is whole").to_string();
         assert!(message.contains("`broken`"), "{message}");
     }
 }

@@ -125,7 +125,7 @@ fn a_registered_kind_is_held_against_its_model() {
     };
     let layers = layers();
     let adapter = AdapterFolder::open(&adapter, layers.kinds()).expect("an adapter");
-    assert_eq!(layers.prepare(&adapter, &model(OUTPUTS)).expect("it fits").len(), 2);
+    assert_eq!(layers.prepare(&adapter, &model(OUTPUTS)).expect("it fits").modules.len(), 2);
     let message = layers.prepare(&adapter, &model(OUTPUTS + 1)).expect_err("another width").to_string();
     assert!(message.contains("[2, 4] where [2, 5]"), "{message}");
     // Without the kind, the folder says what is missing.

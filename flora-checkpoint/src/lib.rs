@@ -19,8 +19,8 @@ pub use model::{
     StoredWeight,
 };
 pub use peft::{
-    AdapterError, AdapterFolder, AdapterKind, AdapterKinds, AdapterModule, KindDescription, KindError, KindProblem,
-    Operand,
+    AdapterError, AdapterFiles, AdapterFolder, AdapterKind, AdapterKinds, AdapterModule, DecoderEnds, FolderVersion,
+    KindDescription, KindError, KindProblem, Operand, Replaced, ReplacedRows, ReplacedWeight, Replacements,
 };
 pub use safetensors_file::SafetensorsProblem;
 pub use tensor::{Encoding, SharedBytes, StoredTensor, TensorProblem};

@@ -36,7 +36,6 @@ pub struct Core<D: Decoder> {
     vocabulary: Arc<Vocabulary>,
     options: Options,
     limits: RequestLimits,
-    logits_per_token: usize,
     /// In order of arrival, the pre-empted ones among them.
     waiting: BTreeMap<RequestId, Waiting>,
     running: BTreeMap<RequestId, Running>,
@@ -59,7 +58,6 @@ impl<D: Decoder> Core<D> {
         let limits = decoder.limits();
         Ok(Self {
             limits: RequestLimits::new(limits, &options),
-            logits_per_token: limits.vocabulary as usize,
             cache: BlockPool::new(options.cache_tokens, options.block_tokens),
             residency: Residency::new(options.adapters.clone()),
             decoder,
@@ -98,7 +96,12 @@ impl<D: Decoder> Core<D> {
         }
         let id = RequestId(self.next_request);
         self.next_request += 1;
-        self.waiting.insert(id, Waiting::new(request, self.limits.context_length(), &self.vocabulary, now));
+        let waiting = Waiting::new(request, self.limits.context_length(), &self.vocabulary, now);
+        if let WaitingAdapter::Named { name, .. } = &waiting.adapter {
+            // Its files are compared with what is resident while the step before its first one runs.
+            self.residency.standing(name, now, now);
+        }
+        self.waiting.insert(id, waiting);
         self.stalled = false;
         Ok(id)
     }
@@ -192,13 +195,14 @@ impl<D: Decoder> Core<D> {
     /// Runs one batch and says what it gave.
     fn run(&mut self, pieces: &[Piece]) {
         let segments: Vec<StepSegment<'_>> = pieces.iter().filter_map(|piece| segment(&self.running, piece)).collect();
-        let wanted = segments.iter().filter(|segment| segment.wants_logits).count();
+        let wanted = segments.iter().filter(|segment| segment.wants_logits);
+        let widths: Vec<usize> = wanted.map(|segment| self.decoder.vocabulary(segment.adapter) as usize).collect();
         let logits = self.decoder.step(&segments);
         self.counts.steps += 1;
         let failure = match &logits {
             Err(error) => Some(chain(error)),
-            Ok(logits) if logits.len() != wanted * self.logits_per_token => {
-                Some(format!("it gave {} logits for {wanted} rows of {}", logits.len(), self.logits_per_token))
+            Ok(logits) if logits.len() != widths.iter().sum::<usize>() => {
+                Some(format!("it gave {} logits for rows of {widths:?}", logits.len()))
             }
             Ok(_) => None,
         };
@@ -209,7 +213,8 @@ impl<D: Decoder> Core<D> {
             return;
         }
         let logits = logits.unwrap_or_default();
-        let mut rows = logits.chunks_exact(self.logits_per_token);
+        let mut rest = &logits[..];
+        let mut rows = widths.into_iter().map(|width| rest.split_off(..width).unwrap_or_default());
         for piece in pieces {
             self.advance(piece, &mut rows);
         }

@@ -31,7 +31,7 @@ pub struct StepSegment<'a> {
 /// What a decoder can hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecoderLimits {
-    /// Tokens that there are.
+    /// Tokens that there are in the base model.
     pub vocabulary: u32,
     /// The most tokens of one sequence, prompt and generated ones.
     pub context_length: u32,
@@ -49,8 +49,14 @@ pub trait Decoder {
     /// What it can hold.
     fn limits(&self) -> DecoderLimits;
 
-    /// Runs all segments as one batch: the logits `[segments that want them, vocabulary]`, row-major, in the order of the
-    /// segments. A sequence is at most once among them.
+    /// Tokens that there are with an adapter: those of [`Self::limits`], unless the adapter brings a vocabulary of its own.
+    fn vocabulary(&self, adapter: Option<AdapterId>) -> u32 {
+        let _ = adapter;
+        self.limits().vocabulary
+    }
+
+    /// Runs all segments as one batch: the logits of the segments that want them, one row after the other in the order of the
+    /// segments, each of as many as [`Self::vocabulary`] says of its adapter. A sequence is at most once among them.
     ///
     /// What a segment gives depends on its own sequence and adapter, whatever else is in the batch.
     ///
@@ -77,6 +83,10 @@ impl<D: Decoder + ?Sized> Decoder for Box<D> {
 
     fn limits(&self) -> DecoderLimits {
         (**self).limits()
+    }
+
+    fn vocabulary(&self, adapter: Option<AdapterId>) -> u32 {
+        (**self).vocabulary(adapter)
     }
 
     fn step(&mut self, segments: &[StepSegment<'_>]) -> Result<Vec<f32>, Self::Error> {
@@ -123,6 +133,31 @@ pub enum AdapterFailure {
     },
 }
 
+/// An adapter that was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Read<P> {
+    /// Of the very files that were read, whatever lies in their place by now.
+    pub version: u64,
+    /// What [`Decoder::place`] takes.
+    pub prepared: P,
+}
+
+/// An adapter that couldn't be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{failure}")]
+pub struct Unread {
+    /// Of the files that can't be used: they needn't be read again. `None` where none could be read whole.
+    pub version: Option<u64>,
+    /// Why.
+    pub failure: AdapterFailure,
+}
+
+impl From<AdapterFailure> for Unread {
+    fn from(failure: AdapterFailure) -> Self {
+        Self { version: None, failure }
+    }
+}
+
 /// Where adapters come from. Called on threads of its own, so that reading and folding stall no step.
 pub trait AdapterSource: Send + Sync + 'static {
     /// What [`Decoder::place`] takes.
@@ -131,7 +166,7 @@ pub trait AdapterSource: Send + Sync + 'static {
     /// The names there are now, sorted.
     fn names(&self) -> Vec<String>;
 
-    /// What changes when the adapter's files do (a digest of their sizes and times); cheap.
+    /// What tells the adapter's files, as they are at some moment of this call, from any others that may take their place; cheap.
     ///
     /// # Errors
     /// There is no such adapter, or it can't be looked at.
@@ -141,7 +176,7 @@ pub trait AdapterSource: Send + Sync + 'static {
     ///
     /// # Errors
     /// There is no such adapter, or it can't be used.
-    fn prepare(&self, name: &str) -> Result<Self::Prepared, AdapterFailure>;
+    fn prepare(&self, name: &str) -> Result<Read<Self::Prepared>, Unread>;
 
     /// The bytes that it takes on the device.
     fn bytes(prepared: &Self::Prepared) -> u64;

@@ -325,13 +325,20 @@ impl<D: Decoder> Worker<D> {
             if self.deadline.is_some_and(|deadline| self.core.is_empty() || Instant::now() >= deadline) {
                 return;
             }
+            // What requests that just came wait for is looked up beside the step.
+            self.order();
             let start = Instant::now();
             let events = self.core.step(start);
             self.last_step = start.elapsed();
-            for order in self.core.take_orders() {
-                self.loader.order(order);
-            }
+            self.order();
             self.deliver(events);
+        }
+    }
+
+    /// Passes orders on to the loader.
+    fn order(&mut self) {
+        for order in self.core.take_orders() {
+            self.loader.order(order);
         }
     }
 

@@ -22,7 +22,7 @@ mod text;
 
 pub use crate::core::{Core, RequestId};
 pub use decoder::{
-    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, SequenceId, StepSegment,
+    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, Read, SequenceId, StepSegment, Unread,
 };
 pub use engine::{Engine, EngineHandle, Stream};
 pub use limits::{Accepted, RequestLimits};

@@ -68,9 +68,11 @@ impl RequestLimits {
                 self.context_length
             ));
         }
-        if let Some((position, token)) = request.prompt.iter().enumerate().find(|(_, token)| **token >= self.vocabulary)
+        // An adapter may bring a vocabulary of its own: its requests are looked at when it is resident.
+        if request.adapter.is_none()
+            && let Some(fault) = token_fault(&request.prompt, self.vocabulary)
         {
-            return Some(format!("token {token} at position {position} of the prompt: there are {}", self.vocabulary));
+            return Some(fault);
         }
         if request.stop.max_tokens == 0 {
             return Some("max_tokens is 0; at least one token is generated".into());
@@ -137,6 +139,12 @@ impl RequestLimits {
         }
         None
     }
+}
+
+/// What is wrong with a prompt for a vocabulary.
+pub(crate) fn token_fault(prompt: &[u32], vocabulary: u32) -> Option<String> {
+    let (position, token) = prompt.iter().enumerate().find(|(_, token)| **token >= vocabulary)?;
+    Some(format!("token {token} at position {position} of the prompt: there are {vocabulary}"))
 }
 
 fn sampling_fault(sampling: Sampling) -> Option<String> {

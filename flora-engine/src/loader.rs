@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use crate::decoder::{AdapterFailure, AdapterSource};
+use crate::decoder::{AdapterFailure, AdapterSource, Read, Unread};
 use crate::engine::panic_text;
 use crate::residency::{LoadOrder, LoadOutcome, Loaded};
 
@@ -13,12 +13,6 @@ use crate::residency::{LoadOrder, LoadOutcome, Loaded};
 #[derive(Debug)]
 pub(crate) struct Loader {
     orders: Sender<LoadOrder>,
-}
-
-/// An adapter to be read, and its version before that.
-struct Reading {
-    name: String,
-    version: u64,
 }
 
 impl Loader {
@@ -51,40 +45,39 @@ impl Loader {
 fn compare<S: AdapterSource>(
     source: &S,
     ordered: &Receiver<LoadOrder>,
-    readings: &Sender<Reading>,
+    readings: &Sender<String>,
     done: impl Fn(Loaded<S::Prepared>),
 ) {
     for LoadOrder { name, known } in ordered {
-        let outcome = match guarded(&name, || source.version(&name)) {
+        let outcome = match guarded(&name, || Ok(source.version(&name)?)) {
             Ok(version) if known == Some(version) => LoadOutcome::Unchanged,
-            Ok(version) => {
-                let _ = readings.send(Reading { name, version });
+            Ok(_) => {
+                let _ = readings.send(name);
                 continue;
             }
-            Err(failure) => LoadOutcome::Failed { version: None, failure },
+            Err(Unread { version, failure }) => LoadOutcome::Failed { version, failure },
         };
         done(Loaded { name, outcome });
     }
 }
 
 /// Reads one adapter after the other, beside other threads that do.
-fn read<S: AdapterSource>(source: &S, to_read: &Mutex<Receiver<Reading>>, done: impl Fn(Loaded<S::Prepared>)) {
+fn read<S: AdapterSource>(source: &S, to_read: &Mutex<Receiver<String>>, done: impl Fn(Loaded<S::Prepared>)) {
     loop {
         let next = to_read.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Reading { name, version }) = next else { return };
-        let prepare = || source.prepare(&name).map(|prepared| (S::bytes(&prepared), prepared));
-        let outcome = match guarded(&name, prepare) {
-            Ok((bytes, prepared)) => LoadOutcome::Prepared { version, bytes, prepared },
-            Err(failure) => LoadOutcome::Failed { version: Some(version), failure },
+        let Ok(name) = next else { return };
+        let outcome = match guarded(&name, || source.prepare(&name)) {
+            Ok(Read { version, prepared }) => LoadOutcome::Prepared { version, bytes: S::bytes(&prepared), prepared },
+            Err(Unread { version, failure }) => LoadOutcome::Failed { version, failure },
         };
         done(Loaded { name, outcome });
     }
 }
 
 /// A panic is a failure like any other: files come from anywhere.
-fn guarded<T>(name: &str, call: impl FnOnce() -> Result<T, AdapterFailure>) -> Result<T, AdapterFailure> {
+fn guarded<T>(name: &str, call: impl FnOnce() -> Result<T, Unread>) -> Result<T, Unread> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
         let reason = format!("reading it panicked: {}", panic_text(&*panic));
-        Err(AdapterFailure::Unusable { name: name.into(), reason })
+        Err(AdapterFailure::Unusable { name: name.into(), reason }.into())
     })
 }

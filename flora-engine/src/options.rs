@@ -1,7 +1,5 @@
 //! What an engine is told when it is made: sizes of batches, cache, queue and adapter memory.
 
-use std::time::Duration;
-
 /// How an engine batches and what it holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -72,21 +70,11 @@ pub struct AdapterOptions {
     /// The most bytes of adapters that are placed between two steps, or else one adapter: those that run wait for no more than
     /// such a copy to the device.
     pub bytes_per_step: u64,
-    /// How long a resident adapter is taken to be that of the disk after it was compared with it.
-    pub recheck: Duration,
 }
 
 impl Default for AdapterOptions {
     fn default() -> Self {
-        Self {
-            resident: 64,
-            bytes: u64::MAX,
-            pinned: Vec::new(),
-            loaders: 2,
-            loading: 8,
-            bytes_per_step: 4 << 20,
-            recheck: Duration::from_secs(1),
-        }
+        Self { resident: 64, bytes: u64::MAX, pinned: Vec::new(), loaders: 2, loading: 8, bytes_per_step: 4 << 20 }
     }
 }
 

@@ -39,7 +39,7 @@ pub enum LoadOutcome<P> {
     Unchanged,
     /// It is in host memory.
     Prepared {
-        /// Taken before it was read, so that a change in the middle is seen later.
+        /// Of what was read.
         version: u64,
         /// For the decoder.
         prepared: P,
@@ -96,8 +96,16 @@ pub(crate) struct Placement {
 /// What is known of a name when nothing is done about it.
 #[derive(Debug)]
 enum Settled {
-    Resident { checked: Instant, id: AdapterId },
-    Failed { checked: Instant, version: Option<u64>, failure: AdapterFailure },
+    /// `checked`: it was what the disk had at some moment after this.
+    Resident {
+        checked: Instant,
+        id: AdapterId,
+    },
+    Failed {
+        checked: Instant,
+        version: Option<u64>,
+        failure: AdapterFailure,
+    },
 }
 
 /// What is done about a name.
@@ -185,27 +193,29 @@ impl<P> Residency<P> {
 
     /// How it stands with `name` for a request that came at `arrived`; orders what has to be read for it.
     pub(crate) fn standing(&mut self, name: &str, arrived: Instant, now: Instant) -> Standing {
-        let resident = self.resident(name);
-        match self.work.get_mut(name) {
-            Some(Work::Ordered { .. }) => return resident.map_or(Standing::Loading, Standing::Checking),
-            Some(Work::Prepared { wanted, bytes, .. }) => {
-                *wanted = true;
-                return Standing::Prepared { bytes: *bytes };
-            }
-            None => {}
-        }
-        // A look at the disk since the request came is as new as it can want.
-        let fresh =
-            |checked: Instant| checked >= arrived || now.saturating_duration_since(checked) < self.options.recheck;
+        // What the disk had after the request came is as new as it can want, whatever is being looked at for others; anything older may
+        // have been replaced before.
         let known = match self.settled.get(name) {
-            Some(Settled::Resident { checked, id }) if fresh(*checked) => return Standing::Ready(*id),
-            Some(Settled::Failed { checked, failure, .. }) if fresh(*checked) => {
+            Some(Settled::Resident { checked, id }) if *checked >= arrived => return Standing::Ready(*id),
+            Some(Settled::Failed { checked, failure, .. }) if *checked >= arrived => {
                 return Standing::Failed(failure.clone());
             }
             Some(Settled::Resident { id, .. }) => self.slots.get(id).map(|slot| slot.version),
             Some(Settled::Failed { version, .. }) => *version,
             None => None,
         };
+        let resident = self.resident(name);
+        match self.work.get_mut(name) {
+            Some(Work::Prepared { wanted, bytes, checked, .. }) if *checked >= arrived => {
+                *wanted = true;
+                return Standing::Prepared { bytes: *bytes };
+            }
+            // What is prepared is placed for those who came before, and compared with the disk then.
+            Some(Work::Ordered { .. } | Work::Prepared { .. }) => {
+                return resident.map_or(Standing::Loading, Standing::Checking);
+            }
+            None => {}
+        }
         // Comparing is quick, and what is resident shall not wait for those that are being read.
         if resident.is_some() || self.work.len() < self.options.loading {
             self.work.insert(name.into(), Work::Ordered { since: now });

@@ -62,9 +62,9 @@ impl OwnedValues {
     /// The first `count`, and zeros where there are fewer.
     pub(crate) fn resized(mut self, count: usize) -> Self {
         match &mut self {
-            Self::F32(values) => values.resize(count, 0.0),
-            Self::F16(values) => values.resize(count, f16::ZERO),
-            Self::Bf16(values) => values.resize(count, bf16::ZERO),
+            Self::F32(values) => resize(values, count, 0.0),
+            Self::F16(values) => resize(values, count, f16::ZERO),
+            Self::Bf16(values) => resize(values, count, bf16::ZERO),
         }
         self
     }
@@ -78,6 +78,13 @@ impl OwnedValues {
             Self::Bf16(stored) => stored.get_mut(range).map(|place| place.convert_from_f32_slice(values)).is_some(),
         }
     }
+}
+
+/// Memory that isn't needed any more is given back.
+fn resize<T: Copy>(values: &mut Vec<T>, count: usize, zero: T) {
+    values.reserve_exact(count.saturating_sub(values.len()));
+    values.resize(count, zero);
+    values.shrink_to_fit();
 }
 
 impl Values<'_> {

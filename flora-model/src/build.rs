@@ -2,20 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use flora_checkpoint::Model;
 use flora_checkpoint::model::{DecoderConfig, Gelu, GptBigCodeConfig, LlamaConfig, Parameter};
+use flora_checkpoint::{DecoderEnds, Model};
 use flora_host::decoder::{Heads, RotaryFrequencies};
 use flora_ir::Activation;
-use flora_plan::cost::{LayerPrices, PricedLayer};
-use flora_plan::layer::LayerFormat;
-use flora_plan::weight::PackedWeight;
-use flora_runtime::{Device, PlannedProjection, Planning, ProjectionOptions};
+use flora_runtime::{Device, PlannedProjection};
 
 use crate::block::{Block, FeedForward, InputProjections};
 use crate::embedding::Embedding;
 use crate::error::ServeError;
+use crate::form::{Finish, ProjectionForm};
 use crate::operations::{AttentionConfig, NormParameters, Operations};
-use crate::options::{PlanningChoice, ServeOptions};
+use crate::options::ServeOptions;
 
 /// A decoder's parts.
 pub(crate) struct Parts<O: Operations> {
@@ -27,26 +25,52 @@ pub(crate) struct Parts<O: Operations> {
     pub(crate) output: PlannedProjection,
     pub(crate) context_length: usize,
     pub(crate) vocabulary: usize,
-    /// The projections that adapters may adapt, by module path.
+    /// How projections are made.
+    pub(crate) form: ProjectionForm,
+    /// The modules that adapters may adapt.
+    pub(crate) adaptable: Adaptable,
+    /// The projections that adapters may adapt, by module path; the output matrix among them.
     pub(crate) adapted: BTreeMap<String, PlannedProjection>,
 }
 
-/// What follows a projection's product.
-#[derive(Clone, Copy, Debug, Default)]
-struct Finish {
-    activation: Activation,
-    residual: bool,
+/// The last parts of the paths of modules that may be adapted.
+#[derive(Clone, Debug)]
+pub(crate) enum Adaptable {
+    All,
+    Only(Vec<String>),
+}
+
+impl Adaptable {
+    pub(crate) fn has(&self, path: &str) -> bool {
+        match self {
+            Self::All => true,
+            Self::Only(names) => names.iter().any(|name| last(path) == name),
+        }
+    }
+}
+
+impl std::fmt::Display for Adaptable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::All => f.write_str("every module"),
+            Self::Only(names) => f.write_str(&names.join(", ")),
+        }
+    }
+}
+
+/// The last part of a path.
+fn last(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
 }
 
 const ADDED: Finish = Finish { activation: Activation::Identity, residual: true };
 
 /// Makes the parts of one model.
 struct Builder<'a, O> {
-    device: &'a Device,
+    form: ProjectionForm,
     operations: O,
     model: &'a Model,
-    options: &'a ServeOptions<'a>,
-    adapted: Vec<String>,
+    adaptable: Adaptable,
     projections: BTreeMap<String, PlannedProjection>,
 }
 
@@ -56,9 +80,10 @@ pub(crate) fn build<O: Operations>(
     options: &ServeOptions<'_>,
 ) -> Result<Parts<O>, ServeError> {
     let config = model.decoder()?;
-    let adapted = adapted_modules(model, &config, &options.adapted)?;
+    let adaptable = adaptable(model, &options.adapted)?;
     let operations = O::new(device, attention(&config, options), options.activations)?;
-    let builder = Builder { device, operations, model, options, adapted, projections: BTreeMap::new() };
+    let form = ProjectionForm::new(device, options);
+    let builder = Builder { form, operations, model, adaptable, projections: BTreeMap::new() };
     match config {
         DecoderConfig::Llama(config) => builder.llama(&config),
         DecoderConfig::GptBigCode(config) => builder.gpt_big_code(&config),
@@ -77,20 +102,25 @@ fn attention(config: &DecoderConfig, options: &ServeOptions<'_>) -> AttentionCon
     AttentionConfig { heads, rotary, block_tokens: options.block_tokens.max(1) as usize }
 }
 
-/// The last parts of the paths that may be adapted.
-fn adapted_modules(model: &Model, config: &DecoderConfig, wanted: &[String]) -> Result<Vec<String>, ServeError> {
-    let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_owned();
-    let mut known: Vec<_> = model.projections().iter().map(|projection| last(&projection.path)).collect();
+/// The modules that may be adapted: those that are wanted, all where none is named.
+pub(crate) fn adaptable(model: &Model, wanted: &[String]) -> Result<Adaptable, ServeError> {
+    if wanted.is_empty() {
+        return Ok(Adaptable::All);
+    }
+    let ends = DecoderEnds::of(model);
+    let ends = ends.iter().flat_map(|ends| [ends.embedding.as_str(), ends.head]);
+    let projections = model.projections().iter().map(|projection| projection.path.as_str());
+    let mut known: Vec<_> = projections.chain(ends).map(last).collect();
     known.sort_unstable();
     known.dedup();
-    if let Some(name) = wanted.iter().find(|name| !known.contains(name)) {
+    if let Some(name) = wanted.iter().find(|name| !known.contains(&name.as_str())) {
         return Err(ServeError::UnknownModule { name: name.clone(), known: known.join(", ") });
     }
-    Ok(if wanted.is_empty() { adapted_by_default(config) } else { wanted.to_vec() })
+    Ok(Adaptable::Only(wanted.to_vec()))
 }
 
 /// The projections that the paper adapts (§4.1): queries and keys.
-pub fn adapted_by_default(config: &DecoderConfig) -> Vec<String> {
+pub fn adapted_in_the_paper(config: &DecoderConfig) -> Vec<String> {
     let names: &[&str] = match config {
         DecoderConfig::Llama(_) => &["q_proj", "k_proj"],
         // Queries, keys and values are one projection.
@@ -140,6 +170,8 @@ impl<O: Operations> Builder<'_, O> {
             embedding: Embedding { tokens, positions: None },
             context_length: config.context_length,
             vocabulary: config.vocabulary,
+            form: self.form,
+            adaptable: self.adaptable,
             adapted: self.projections,
             operations: self.operations,
         })
@@ -174,6 +206,8 @@ impl<O: Operations> Builder<'_, O> {
             embedding: Embedding { tokens, positions: Some(self.model.parameter("transformer.wpe.weight")?) },
             context_length: config.context_length,
             vocabulary: config.vocabulary,
+            form: self.form,
+            adaptable: self.adaptable,
             adapted: self.projections,
             operations: self.operations,
         })
@@ -181,36 +215,22 @@ impl<O: Operations> Builder<'_, O> {
 
     /// The projection at `path`.
     fn linear(&mut self, path: &str, finish: Finish) -> Result<PlannedProjection, ServeError> {
-        let weight = self.options.base.pack(self.model, path, self.device)?;
+        let weight = self.form.base.pack(self.model, path, &self.form.device)?;
         let bias = self.model.bias(path)?;
-        let linear = self.packed(&weight, bias.as_deref(), finish)?;
-        if self.adapted.iter().any(|name| path.rsplit('.').next() == Some(name)) {
-            self.projections.insert(path.to_owned(), linear.clone());
-        }
+        let linear = self.form.projection(&weight, bias.as_deref(), finish)?;
+        self.adapt(path, &linear);
         Ok(linear)
     }
 
-    fn packed(
-        &self,
-        weight: &PackedWeight,
-        bias: Option<&[f32]>,
-        Finish { activation, residual }: Finish,
-    ) -> Result<PlannedProjection, ServeError> {
-        let (activations, adapters) = (self.options.activations, self.options.adapters);
-        let options = ProjectionOptions { bias, activation, residual, activations, adapters, fragments: true };
-        let planning = match self.options.planning {
-            PlanningChoice::Fixed(plan) => Planning::Fixed(plan),
-            PlanningChoice::Priced(coefficients) => {
-                let format = LayerFormat { activations, adapters, weight: weight.format(), fragments: true };
-                let layer = PricedLayer { shape: weight.shape(), format };
-                Planning::Priced(Box::new(LayerPrices::new(coefficients, layer)))
-            }
-        };
-        Ok(PlannedProjection::new(self.device, weight, options, planning)?)
+    /// Lets adapters adapt a projection, where they may.
+    fn adapt(&mut self, path: &str, linear: &PlannedProjection) {
+        if self.adaptable.has(path) {
+            self.projections.insert(path.to_owned(), linear.clone());
+        }
     }
 
     /// The output matrix, which makes logits.
-    fn output(&self, tied: bool, tokens: &Parameter) -> Result<PlannedProjection, ServeError> {
+    fn output(&mut self, tied: bool, tokens: &Parameter) -> Result<PlannedProjection, ServeError> {
         let own;
         let matrix = if tied {
             tokens
@@ -218,8 +238,10 @@ impl<O: Operations> Builder<'_, O> {
             own = self.model.parameter("lm_head.weight")?;
             &own
         };
-        let weight = self.options.base.pack_rows("the output matrix", matrix.stored(), self.device)?;
-        self.packed(&weight, None, Finish::default())
+        let weight = self.form.base.pack_rows("the output matrix", matrix.stored(), &self.form.device)?;
+        let linear = self.form.projection(&weight, None, Finish::default())?;
+        self.adapt("lm_head", &linear);
+        Ok(linear)
     }
 
     fn rms_norm(&self, path: &str, epsilon: f32) -> Result<O::Norm, ServeError> {

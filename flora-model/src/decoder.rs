@@ -1,16 +1,17 @@
 //! A model on a device as the engine drives it: sequences with their keys and values, resident adapters, one batch a step.
 
-use std::collections::BTreeMap;
-
+use flora_adapters::{AdaptedEmbedding, AdaptedModel};
 use flora_checkpoint::Model;
 use flora_engine::{AdapterFailure, AdapterId, Decoder, DecoderLimits, PlaceError, SequenceId, StepSegment};
 use flora_plan::layer::Element;
-use flora_runtime::{Device, PlannedProjection, ProjectionError, StepBatch};
+use flora_runtime::{Buffer, Device, DeviceError, ProjectionError, StepBatch};
 use rustc_hash::FxHashMap;
 
 use crate::block::Step;
 use crate::build::{Parts, build};
 use crate::error::ServeError;
+use crate::head::OwnHead;
+use crate::memory::make_room;
 use crate::operations::{Operations, SegmentRows};
 use crate::options::ServeOptions;
 use crate::source::PreparedAdapter;
@@ -21,7 +22,9 @@ pub(crate) struct ServedModel<O: Operations> {
     parts: Parts<O>,
     activations: Element,
     sequences: FxHashMap<SequenceId, Sequence<O>>,
-    adapters: Positions,
+    adapters: Residents,
+    /// The most that they may take.
+    adapter_bytes: u64,
 }
 
 /// What is kept of one sequence.
@@ -32,28 +35,59 @@ struct Sequence<O: Operations> {
     layers: Vec<O::Cache>,
 }
 
-/// Where the resident adapters are in the tables of the projections: at the same position in all.
+/// The resident adapters.
 #[derive(Default)]
-struct Positions {
-    of: FxHashMap<AdapterId, u32>,
+struct Residents {
+    of: FxHashMap<AdapterId, Resident>,
     free: Vec<u32>,
 }
 
-impl Positions {
+/// What is kept of one adapter, beside what the pools of the projections hold.
+struct Resident {
+    /// Where it is in the tables of the projections: at the same position in all.
+    position: u32,
+    embedding: Option<AdaptedEmbedding>,
+    head: Option<OwnHead>,
+}
+
+impl Residents {
     /// A free position; not taken yet. The base has 0.
     fn next(&self) -> u32 {
         self.free.last().copied().unwrap_or(self.of.len() as u32 + 1)
     }
 
-    fn take(&mut self, adapter: AdapterId, position: u32) {
-        self.free.retain(|free| *free != position);
-        self.of.insert(adapter, position);
+    fn take(&mut self, adapter: AdapterId, resident: Resident) {
+        self.free.retain(|free| *free != resident.position);
+        self.of.insert(adapter, resident);
     }
 
     fn give_back(&mut self, adapter: AdapterId) -> Option<u32> {
-        let position = self.of.remove(&adapter)?;
+        let position = self.of.remove(&adapter)?.position;
         self.free.push(position);
         Some(position)
+    }
+
+    /// Bytes of output matrices of their own.
+    fn head_bytes(&self) -> u64 {
+        self.of.values().filter_map(|resident| resident.head.as_ref()).map(OwnHead::bytes).sum()
+    }
+}
+
+/// Why an adapter isn't placed.
+enum PlaceFault {
+    /// There is no room.
+    Full,
+    Other(String),
+}
+
+impl From<ProjectionError> for PlaceFault {
+    fn from(error: ProjectionError) -> Self {
+        match error {
+            ProjectionError::PoolFull { .. } | ProjectionError::Device(DeviceError::BufferTooLarge { .. }) => {
+                Self::Full
+            }
+            other => Self::Other(other.to_string()),
+        }
     }
 }
 
@@ -64,13 +98,13 @@ impl<O: Operations> ServedModel<O> {
     /// Files that aren't a decoder's, a device that can't hold it.
     pub(crate) fn load(device: &Device, model: &Model, options: &ServeOptions<'_>) -> Result<Self, ServeError> {
         let parts = build::<O>(device, model, options)?;
-        reserve(&parts.adapted, options)?;
         Ok(Self {
             device: device.clone(),
             parts,
             activations: options.activations,
             sequences: FxHashMap::default(),
-            adapters: Positions::default(),
+            adapters: Residents::default(),
+            adapter_bytes: options.adapter_bytes,
         })
     }
 
@@ -107,7 +141,7 @@ impl<O: Operations> ServedModel<O> {
         let position = |segment: &StepSegment<'_>| match segment.adapter {
             None => Ok((0, segment.tokens.len() as u32)),
             Some(adapter) => match self.adapters.of.get(&adapter) {
-                Some(position) => Ok((*position, segment.tokens.len() as u32)),
+                Some(resident) => Ok((resident.position, segment.tokens.len() as u32)),
                 None => Err(ServeError::Step(format!("the adapter {}, which isn't resident", adapter.0))),
             },
         };
@@ -116,11 +150,7 @@ impl<O: Operations> ServedModel<O> {
 
     fn run(&self, segments: &[StepSegment<'_>], sequences: &mut [Sequence<O>]) -> Result<Vec<f32>, ServeError> {
         let batch = self.batch(segments)?;
-        let tokens: Vec<_> = segments.iter().flat_map(|segment| segment.tokens).map(|token| *token as usize).collect();
-        if let Some(token) = tokens.iter().find(|token| **token >= self.parts.vocabulary) {
-            return Err(ServeError::Step(format!("the token {token} of a vocabulary of {}", self.parts.vocabulary)));
-        }
-        let mut positions = Vec::with_capacity(tokens.len());
+        let mut positions = Vec::with_capacity(batch.rows());
         let mut rows = Vec::with_capacity(segments.len());
         let mut last_rows = Vec::with_capacity(segments.len());
         for segment in segments {
@@ -138,7 +168,7 @@ impl<O: Operations> ServedModel<O> {
         }
         let operations = &self.parts.operations;
         let step = Step { operations, batch: &batch, segments: &rows, positions: operations.positions(&rows)? };
-        let embedded = self.parts.embedding.rows(&tokens, &positions)?;
+        let embedded = self.embed(segments, &positions)?;
         let mut x = self.device.upload_as(&embedded, self.activations)?;
         for (at, block) in self.parts.blocks.iter().enumerate() {
             let mut caches: Vec<_> = sequences.iter_mut().filter_map(|sequence| sequence.layers.get_mut(at)).collect();
@@ -147,23 +177,103 @@ impl<O: Operations> ServedModel<O> {
         if last_rows.is_empty() {
             return Ok(Vec::new());
         }
-        let last = operations.select(&x, tokens.len(), &last_rows)?;
-        let normed = operations.normalise(&self.parts.norm, &last)?;
-        let logits = self.parts.output.forward(&normed, &StepBatch::new([(0, last_rows.len() as u32)]), None)?;
-        Ok(self.device.read(&logits)?)
+        let last = operations.select(&x, batch.rows(), &last_rows)?;
+        self.logits(segments, &operations.normalise(&self.parts.norm, &last)?)
     }
 }
 
-/// The same number of vectors for every projection: an adapter adapts all of its kind in most cases.
-fn reserve(adapted: &BTreeMap<String, PlannedProjection>, options: &ServeOptions<'_>) -> Result<(), ServeError> {
-    let width = |linear: &PlannedProjection| u64::from(linear.shape().d) + u64::from(linear.shape().k);
-    let one_each = adapted.values().map(width).sum::<u64>() * options.adapters.bytes();
-    let slots = options.adapter_bytes.checked_div(one_each).unwrap_or(0);
-    let slots = u32::try_from(slots).unwrap_or(u32::MAX).max(1);
-    for linear in adapted.values() {
-        linear.change(|projection| projection.reserve(slots, slots))?;
+impl<O: Operations> ServedModel<O> {
+    fn resident(&self, adapter: Option<AdapterId>) -> Option<&Resident> {
+        self.adapters.of.get(&adapter?)
     }
-    Ok(())
+
+    /// The first numbers of the rows, `[rows, d]`.
+    fn embed(&self, segments: &[StepSegment<'_>], positions: &[usize]) -> Result<Vec<f32>, ServeError> {
+        let mut embedded = Vec::new();
+        for segment in segments {
+            let tokens: Vec<usize> = segment.tokens.iter().map(|token| *token as usize).collect();
+            let vocabulary = self.vocabulary(segment.adapter) as usize;
+            if let Some(token) = tokens.iter().find(|token| **token >= vocabulary) {
+                return Err(ServeError::Step(format!("the token {token} of a vocabulary of {vocabulary}")));
+            }
+            let adapted = self.resident(segment.adapter).and_then(|resident| resident.embedding.as_ref());
+            embedded.extend(self.parts.embedding.rows(adapted, &tokens)?);
+        }
+        self.parts.embedding.add_positions(&mut embedded, positions)?;
+        Ok(embedded)
+    }
+
+    /// The logits of the segments that want them, of their last rows `[segments, d]`.
+    fn logits(&self, segments: &[StepSegment<'_>], last: &Buffer) -> Result<Vec<f32>, ServeError> {
+        let residents: Vec<_> = segments
+            .iter()
+            .filter(|segment| segment.wants_logits)
+            .map(|segment| self.resident(segment.adapter))
+            .collect();
+        let head = |row: usize| residents[row].and_then(|resident| resident.head.as_ref());
+        let select = |rows: &[usize]| match rows.len() == residents.len() {
+            true => Ok(last.clone()),
+            false => self.parts.operations.select(last, residents.len(), rows),
+        };
+        // All rows of the model's own output matrix are one batch, whoever else is in it.
+        let (shared, own): (Vec<usize>, Vec<usize>) =
+            (0..residents.len()).partition(|row| head(*row).is_none_or(|head| head.vocabulary().is_none()));
+        let mut logits: Vec<Vec<f32>> = vec![Vec::new(); residents.len()];
+        if !shared.is_empty() {
+            let mut segments: Vec<(u32, u32)> = Vec::with_capacity(shared.len());
+            for row in &shared {
+                let position = residents[*row].map_or(0, |resident| resident.position);
+                // Rows of one adapter that follow one another are one segment.
+                match segments.last_mut() {
+                    Some((last, count)) if *last == position => *count += 1,
+                    _ => segments.push((position, 1)),
+                }
+            }
+            let output = self.parts.output.forward(&select(&shared)?, &StepBatch::new(segments), None)?;
+            let values = self.device.read(&output)?;
+            if own.is_empty() && shared.iter().all(|row| head(*row).is_none()) {
+                return Ok(values);
+            }
+            for (row, values) in shared.iter().zip(values.chunks_exact(self.parts.vocabulary)) {
+                logits[*row] = values.to_vec();
+            }
+        }
+        for (row, logits) in logits.iter_mut().enumerate() {
+            if let Some(head) = head(row) {
+                head.apply(&self.device, &select(&[row])?, logits)?;
+            }
+        }
+        Ok(logits.concat())
+    }
+
+    /// Puts an adapter at a position of all tables. Where that fails, some of it may be there.
+    fn try_place(&self, position: u32, adapted: &AdaptedModel) -> Result<Resident, PlaceFault> {
+        let AdaptedModel { modules, bias_offsets, embedding, head } = adapted;
+        // What adapts an output matrix of the adapter's own isn't in the model's.
+        let own_head = head.as_ref().filter(|head| head.weight.is_some()).map(|head| head.path.as_str());
+        let shared: Vec<_> = modules.iter().filter(|(path, _)| Some(path.as_str()) != own_head).collect();
+        let head = head.as_ref().map(|head| {
+            let folded = own_head.and_then(|path| modules.get(path));
+            let offset = own_head.and_then(|path| bias_offsets.get(path)).map(Vec::as_slice);
+            OwnHead::new(&self.parts.form, head, folded, offset).map_err(|error| PlaceFault::Other(error.to_string()))
+        });
+        let head = head.transpose()?;
+        let heads = self.adapters.head_bytes() + head.as_ref().map_or(0, OwnHead::bytes);
+        let limit = self.adapter_bytes.checked_sub(heads).ok_or(PlaceFault::Full)?;
+        let projections = &self.parts.adapted;
+        if !make_room(projections, &shared, limit, self.parts.form.adapters.bytes())? {
+            return Err(PlaceFault::Full);
+        }
+        for (path, folded) in shared {
+            projections[path].change(|projection| projection.place(position, folded))?;
+        }
+        for (path, offset) in bias_offsets.iter().filter(|(path, _)| Some(path.as_str()) != own_head) {
+            projections[path]
+                .change(|projection| projection.set_offset(position, offset))
+                .map_err(|error| PlaceFault::Other(format!("`{path}`: {error}")))?;
+        }
+        Ok(Resident { position, embedding: embedding.clone(), head })
+    }
 }
 
 impl<O: Operations> Decoder for ServedModel<O> {
@@ -176,6 +286,11 @@ impl<O: Operations> Decoder for ServedModel<O> {
             context_length: self.parts.context_length as u32,
             cache_bytes_per_token: self.parts.blocks.len() as u64 * self.parts.operations.cache_bytes_per_token(),
         }
+    }
+
+    fn vocabulary(&self, adapter: Option<AdapterId>) -> u32 {
+        let own = self.resident(adapter).and_then(|resident| resident.head.as_ref()?.vocabulary());
+        own.unwrap_or(self.parts.vocabulary as u32)
     }
 
     fn step(&mut self, segments: &[StepSegment<'_>]) -> Result<Vec<f32>, ServeError> {
@@ -195,26 +310,36 @@ impl<O: Operations> Decoder for ServedModel<O> {
     fn place(&mut self, adapter: AdapterId, prepared: PreparedAdapter) -> Result<(), PlaceError<PreparedAdapter>> {
         let unfit =
             |reason: String| PlaceError::Unfit(AdapterFailure::Unusable { name: prepared.name.clone(), reason });
-        if let Some(path) = prepared.modules.keys().find(|path| !self.parts.adapted.contains_key(*path)) {
-            return Err(unfit(format!("it adapts `{path}`, and this model was loaded to have other modules adapted")));
+        if let Some(path) = prepared.paths().find(|path| !self.parts.adaptable.has(path)) {
+            return Err(unfit(format!(
+                "it adapts `{path}`, and --adapted lets only {} be adapted; name this module there too, or leave --adapted out",
+                self.parts.adaptable
+            )));
+        }
+        let AdaptedModel { modules, bias_offsets, .. } = &prepared.adapted;
+        let unknown = modules.keys().chain(bias_offsets.keys()).find(|path| !self.parts.adapted.contains_key(*path));
+        if let Some(path) = unknown {
+            return Err(unfit(format!("it adapts `{path}`, which is no part of the decoder")));
         }
         let position = self.adapters.next();
-        for (path, folded) in &prepared.modules {
-            let linear = &self.parts.adapted[path];
-            let Err(error) = linear.change(|projection| projection.place(position, folded)) else { continue };
-            for linear in self.parts.adapted.values() {
-                linear.change(|projection| projection.remove(position));
+        let fault = match self.try_place(position, &prepared.adapted) {
+            Ok(resident) => {
+                self.adapters.take(adapter, resident);
+                return Ok(());
             }
-            return Err(match error {
-                ProjectionError::PoolFull { .. } if !self.adapters.of.is_empty() => PlaceError::Full(prepared),
-                ProjectionError::PoolFull { .. } => {
-                    unfit(format!("it is larger than the device's memory for adapters: {error}"))
-                }
-                other => unfit(other.to_string()),
-            });
+            Err(fault) => fault,
+        };
+        for linear in self.parts.adapted.values() {
+            linear.change(|projection| projection.remove(position));
         }
-        self.adapters.take(adapter, position);
-        Ok(())
+        Err(match fault {
+            PlaceFault::Full if !self.adapters.of.is_empty() => PlaceError::Full(prepared),
+            PlaceFault::Full => unfit(format!(
+                "it takes {} bytes, and the device's memory for adapters has {} (--adapter-memory)",
+                prepared.bytes, self.adapter_bytes
+            )),
+            PlaceFault::Other(reason) => unfit(reason),
+        })
     }
 
     fn remove(&mut self, adapter: AdapterId) {

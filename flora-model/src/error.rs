@@ -5,6 +5,8 @@ use flora_checkpoint::ModelError;
 use flora_host::decoder::OperationError;
 use flora_runtime::{DeviceError, ProjectionError};
 
+use crate::embedding::EmbeddingError;
+
 /// Why a model can't be served.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -41,6 +43,9 @@ pub enum ServeError {
         /// What there is.
         known: String,
     },
+    /// A token whose first numbers can't be looked up.
+    #[error(transparent)]
+    Embedding(#[from] EmbeddingError),
     /// A segment that names what isn't there: a defect of the engine.
     #[error("a step names {0}")]
     Step(String),

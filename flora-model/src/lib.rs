@@ -10,18 +10,21 @@ mod build;
 mod decoder;
 mod embedding;
 pub mod error;
+mod form;
+mod head;
 mod host;
 pub mod load;
+mod memory;
 #[cfg(feature = "burn")]
 mod on_burn;
 mod operations;
 pub mod options;
 pub mod source;
 
-pub use build::adapted_by_default;
+pub use build::adapted_in_the_paper;
 pub use error::ServeError;
 #[cfg(feature = "burn")]
 pub use load::load_on_burn;
 pub use load::{DeviceModel, load};
 pub use options::{PlanningChoice, ServeOptions};
-pub use source::{AdapterDirectory, PreparedAdapter};
+pub use source::{AdapterDirectory, DirectoryError, PreparedAdapter};

@@ -9,8 +9,8 @@ use flora_plan::plan::Plan;
 /// How a model is put on a device.
 #[derive(Clone, Debug)]
 pub struct ServeOptions<'a> {
-    /// Which projections may be adapted, by the last part of their path, as PEFT's `target_modules` says it. An adapter of any other
-    /// module is refused. Empty: the query and key projections, as in the paper (§4.1).
+    /// Which modules may be adapted, by the last part of their path, as PEFT's `target_modules` says it. An adapter of any other
+    /// module is refused. Empty: every projection, the token embedding and the output matrix.
     pub adapted: Vec<String>,
     /// The form of base weights.
     pub base: BaseForm,
@@ -18,7 +18,7 @@ pub struct ServeOptions<'a> {
     pub activations: Element,
     /// The type of adapters.
     pub adapters: Element,
-    /// Bytes for the vectors of resident adapters, over all projections.
+    /// The most bytes that the resident adapters take, over all projections: taken as adapters come, and given back for others.
     pub adapter_bytes: u64,
     /// Tokens by which a sequence's keys and values grow on a device: the engine's block. The host's grow by blocks of its own.
     pub block_tokens: u32,

@@ -1,38 +1,76 @@
-//! Adapters from a folder of PEFT folders, read, checked and folded when a request first names them.
+//! Adapters from a folder of PEFT folders, and from folders that are named one by one: read, checked and folded when a request first
+//! names them.
+//!
+//! The folders that the operator names are trusted, and so are the links in them. A name in a request isn't: it is one component
+//! of a path, or one of the names that the operator gave.
 
 use std::collections::BTreeMap;
-use std::hash::{Hash, Hasher};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use flora_adapters::{Layers, RegisterError, StoreError};
+use flora_adapters::adapted::numbers;
+use flora_adapters::{AdaptedModel, Layers, RegisterError, StoreError};
+use flora_checkpoint::peft::{AdapterFiles, FolderVersion};
 use flora_checkpoint::{AdapterFolder, Model};
-use flora_engine::{AdapterFailure, AdapterSource};
-use flora_ir::algebra::FoldedAdapter;
+use flora_engine::{AdapterFailure, AdapterSource, Read, Unread};
 use flora_plan::layer::Element;
-use rustc_hash::FxHasher;
 
 const CONFIG: &str = "adapter_config.json";
-const TENSORS: &str = "adapter_model.safetensors";
 
-/// The sub-folders of one folder, by name. What is in it may change at any time.
-#[derive(Debug)]
+/// The adapters that there are, by name. What is in their folders may change at any time.
+#[derive(Clone, Debug)]
 pub struct AdapterDirectory {
+    /// Its sub-folders are adapters, each of its folder's name.
     folder: Option<PathBuf>,
+    /// Others, by name.
+    named: BTreeMap<String, PathBuf>,
     model: Arc<Model>,
     layers: Layers,
     element: Element,
 }
 
-/// An adapter in host memory, folded for every projection that it adapts.
+/// An adapter in host memory, folded for all of a model that it adapts.
 #[derive(Clone, Debug)]
 pub struct PreparedAdapter {
     /// Its name.
     pub name: String,
-    /// By module path.
-    pub modules: BTreeMap<String, FoldedAdapter>,
-    /// Bytes on the device.
+    /// What it makes of the model.
+    pub adapted: AdaptedModel,
+    /// Bytes that it takes when it is resident, on the device and beside it.
     pub bytes: u64,
+}
+
+/// Why there can't be adapters where they are said to be.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DirectoryError {
+    /// Nothing, or no folder.
+    #[error("{} is no folder of adapters: {reason}; give a folder that holds one folder for each adapter, as PEFT's save_pretrained writes them (adapter_config.json and adapter_model.safetensors)", path.display())]
+    NotAFolder {
+        /// What was given.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An adapter's own folder.
+    #[error("{} is an adapter itself; give the folder that it is in, or name it: --lora-modules NAME={}", path.display(), path.display())]
+    IsAnAdapter {
+        /// What was given.
+        path: PathBuf,
+    },
+    /// A named adapter that isn't one.
+    #[error("the adapter `{name}`: {} {reason}; give the folder that PEFT's save_pretrained wrote, with adapter_config.json and adapter_model.safetensors", path.display())]
+    NotAnAdapter {
+        /// Its name.
+        name: String,
+        /// Where it should be.
+        path: PathBuf,
+        /// What is wrong with that.
+        reason: String,
+    },
+    /// Two adapters of one name.
+    #[error("two adapters are called `{0}`; give one another name")]
+    Twice(String),
 }
 
 impl AdapterDirectory {
@@ -47,16 +85,72 @@ impl AdapterDirectory {
 
     /// The same of the kinds of `layers`.
     pub fn with_layers(folder: Option<&Path>, model: &Arc<Model>, element: Element, layers: Layers) -> Self {
-        Self { folder: folder.map(Path::to_owned), model: model.clone(), layers, element }
+        let (folder, named) = (folder.map(Path::to_owned), BTreeMap::new());
+        Self { folder, named, model: model.clone(), layers, element }
     }
 
-    /// The adapter's folder. A name is one component of a path, or there is no such adapter.
+    /// The same with adapters beside those of the folder, each by the name and the folder that are given.
+    ///
+    /// # Errors
+    /// A name that two have, or that isn't one.
+    pub fn with_named(mut self, named: impl IntoIterator<Item = (String, PathBuf)>) -> Result<Self, DirectoryError> {
+        for (name, path) in named {
+            if self.path(&name).is_ok() {
+                return Err(DirectoryError::Twice(name));
+            }
+            self.named.insert(name, path);
+        }
+        Ok(self)
+    }
+
+    /// Whether folders are what they are said to be: one of adapters, and adapters. What is wrong with an adapter fails its own
+    /// requests; that there is nothing of the kind is a mistake of whoever starts this.
+    ///
+    /// # Errors
+    /// What is wrong with a path, and what it should be.
+    pub fn check(&self) -> Result<(), DirectoryError> {
+        if let Some(path) = &self.folder {
+            let not_a_folder = |reason: String| DirectoryError::NotAFolder { path: path.clone(), reason };
+            let metadata = std::fs::metadata(path).map_err(|error| not_a_folder(error.to_string()))?;
+            if !metadata.is_dir() {
+                return Err(not_a_folder("it is a file".to_owned()));
+            }
+            if path.join(CONFIG).is_file() {
+                return Err(DirectoryError::IsAnAdapter { path: path.clone() });
+            }
+            std::fs::read_dir(path).map_err(|error| not_a_folder(error.to_string()))?;
+        }
+        for (name, path) in &self.named {
+            let fault = |reason: &str| {
+                let (name, path, reason) = (name.clone(), path.clone(), reason.to_owned());
+                Err(DirectoryError::NotAnAdapter { name, path, reason })
+            };
+            if !path.is_dir() {
+                return fault(if path.exists() { "is no folder" } else { "isn't there" });
+            }
+            if !path.join(CONFIG).is_file() {
+                return fault("has no adapter_config.json");
+            }
+        }
+        Ok(())
+    }
+
+    /// The folder of the adapter `name`, where there is one.
+    pub fn folder_of(&self, name: &str) -> Option<PathBuf> {
+        self.path(name).ok()
+    }
+
+    /// The adapter's folder. A name that nobody gave is one component of a path, or there is no such adapter.
     fn path(&self, name: &str) -> Result<PathBuf, AdapterFailure> {
+        let unknown = || AdapterFailure::Unknown(name.to_owned());
+        if let Some(path) = self.named.get(name) {
+            return Ok(path.clone());
+        }
         let mut components = Path::new(name).components();
         let plain =
             matches!((components.next(), components.next()), (Some(Component::Normal(part)), None) if part == name);
         let path = self.folder.as_ref().filter(|_| plain).map(|folder| folder.join(name));
-        path.filter(|path| path.join(CONFIG).is_file()).ok_or_else(|| AdapterFailure::Unknown(name.to_owned()))
+        path.filter(|path| path.join(CONFIG).is_file()).ok_or_else(unknown)
     }
 }
 
@@ -64,35 +158,33 @@ impl AdapterSource for AdapterDirectory {
     type Prepared = PreparedAdapter;
 
     fn names(&self) -> Vec<String> {
-        let Some(Ok(entries)) = self.folder.as_ref().map(std::fs::read_dir) else { return Vec::new() };
-        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let entries = self.folder.as_ref().and_then(|folder| std::fs::read_dir(folder).ok());
+        let names = entries.into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let mut names: Vec<_> = names.filter(|name| self.path(name).is_ok()).collect();
+        names.extend(self.named.keys().cloned());
         names.sort_unstable();
+        names.dedup();
         names
     }
 
     fn version(&self, name: &str) -> Result<u64, AdapterFailure> {
-        let path = self.path(name)?;
-        let mut hasher = FxHasher::default();
-        for file in [CONFIG, TENSORS] {
-            // A file that can't be looked at is as good as none: reading it says why.
-            let metadata = std::fs::metadata(path.join(file)).ok();
-            let modified = metadata.as_ref().and_then(|metadata| metadata.modified().ok());
-            (metadata.map(|metadata| metadata.len()), modified).hash(&mut hasher);
-        }
-        Ok(hasher.finish())
+        let version = FolderVersion::of(&self.path(name)?);
+        Ok(version.map_err(|error| unusable(name, &error))?.digest())
     }
 
-    fn prepare(&self, name: &str) -> Result<PreparedAdapter, AdapterFailure> {
-        let path = self.path(name)?;
-        let unusable = |reason: String| AdapterFailure::Unusable { name: name.to_owned(), reason };
-        let folder = AdapterFolder::open(&path, self.layers.kinds()).map_err(|error| unusable(error.to_string()))?;
-        // The store's errors say the name again.
-        let modules = self.layers.prepare(&folder, &self.model).map_err(|error| match error {
-            StoreError::Adapter { source, .. } => unusable(source.to_string()),
-            other => unusable(other.to_string()),
+    fn prepare(&self, name: &str) -> Result<Read<PreparedAdapter>, Unread> {
+        let files = AdapterFiles::read(&self.path(name)?).map_err(|error| unusable(name, &error))?;
+        let version = files.version().digest();
+        // Files that were read and can't be used needn't be read again.
+        let failed = |error: &dyn std::error::Error| Unread { version: Some(version), failure: unusable(name, error) };
+        let folder = AdapterFolder::parse(&files, self.layers.kinds()).map_err(|error| failed(&error))?;
+        drop(files);
+        let adapted = self.layers.prepare(&folder, &self.model).map_err(|error| match &error {
+            // The store's errors say the name again.
+            StoreError::Adapter { source, .. } => failed(source),
+            other => failed(other),
         })?;
-        Ok(PreparedAdapter::new(name.to_owned(), modules, self.element))
+        Ok(Read { version, prepared: PreparedAdapter::new(name.to_owned(), adapted, self.element) })
     }
 
     fn bytes(prepared: &PreparedAdapter) -> u64 {
@@ -100,15 +192,27 @@ impl AdapterSource for AdapterDirectory {
     }
 }
 
+fn unusable(name: &str, reason: &dyn std::error::Error) -> AdapterFailure {
+    AdapterFailure::Unusable { name: name.to_owned(), reason: reason.to_string() }
+}
+
 impl PreparedAdapter {
     /// `element` is the type in which the device keeps it.
-    pub fn new(name: String, modules: BTreeMap<String, FoldedAdapter>, element: Element) -> Self {
-        let numbers = |folded: &FoldedAdapter| {
-            let scales = folded.virtual_rows.iter().flat_map(|row| [&row.in_scale, &row.out_scale]);
-            let scales: usize = scales.flatten().map(Vec::len).sum();
-            scales + folded.low_rank.iter().map(|pair| pair.shrink.len() + pair.expand.len()).sum::<usize>()
-        };
-        let bytes = modules.values().map(numbers).sum::<usize>() as u64 * element.bytes();
-        Self { name, modules, bytes }
+    pub fn new(name: String, adapted: AdaptedModel, element: Element) -> Self {
+        let vectors = adapted.modules.values().map(numbers).sum::<usize>() as u64 * element.bytes();
+        let offsets = adapted.bias_offsets.values().map(Vec::len).sum::<usize>() as u64 * 4;
+        let embedding = adapted.embedding.as_ref().map_or(0, |embedding| embedding.bytes());
+        let head = adapted.head.as_ref().map_or(0, |head| {
+            let weight = head.weight.as_ref().map_or(0, |weight| weight.bytes().len());
+            (weight + head.rows.as_ref().map_or(0, |rows| 4 * rows.values.len())) as u64
+        });
+        Self { name, adapted, bytes: vectors + offsets + embedding + head }
+    }
+
+    /// The paths of all modules that it adapts.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &str> {
+        let AdaptedModel { modules, bias_offsets, embedding, head } = &self.adapted;
+        let ends = embedding.iter().map(|embedding| &embedding.path).chain(head.iter().map(|head| &head.path));
+        modules.keys().chain(bias_offsets.keys()).chain(ends).map(String::as_str)
     }
 }

@@ -100,7 +100,7 @@ impl PlannedProjection {
     /// # Errors
     /// An input of another shape, type or device, a launch that the device can't make.
     pub fn forward(&self, x: &Buffer, batch: &StepBatch, residual: Option<&Buffer>) -> Result<Buffer, ProjectionError> {
-        let (schedule, operands) = {
+        let (schedule, operands, offsets) = {
             let shared = self.read();
             let Shared { projection, planning } = &*shared;
             let finishes = !projection.operands().epilogue().is_identity();
@@ -108,10 +108,24 @@ impl PlannedProjection {
                 Planning::Fixed(plan) => *plan,
                 Planning::Priced(prices) => plan(prices, shape, finishes),
             })?;
-            (schedule, projection.operands().clone())
+            (schedule, projection.operands().clone(), projection.offsets_of(batch.segments()))
         };
         // Without the lock: a thread of a pool that waits for a part of this batch may start another batch of the same projection.
-        run(&self.device, &operands, &schedule, x, residual)
+        let y = run(&self.device, &operands, &schedule, x, residual)?;
+        if offsets.is_empty() { Ok(y) } else { self.with_offsets(&y, &offsets) }
+    }
+
+    /// y with the offsets of some rows added. Adapters with biases of their own are few, so this goes by way of the host, and by no
+    /// kernel of its own.
+    fn with_offsets(&self, y: &Buffer, offsets: &[(usize, usize, Arc<[f32]>)]) -> Result<Buffer, ProjectionError> {
+        let k = self.shape.k as usize;
+        let mut values = self.device.read(y)?;
+        for (first, rows, offset) in offsets {
+            for row in values[first * k..(first + rows) * k].chunks_exact_mut(k) {
+                row.iter_mut().zip(&**offset).for_each(|(value, offset)| *value += offset);
+            }
+        }
+        Ok(self.device.upload_as(&values, self.activations)?)
     }
 
     // A panic of another holder leaves a projection as whole as any error does.

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use flora_ir::Activation;
 use flora_ir::algebra::FoldedAdapter;
@@ -30,6 +31,8 @@ pub struct Projection {
     /// What the adapters hold of the pools.
     places: Vec<Option<Places>>,
     names: HashMap<String, u32>,
+    /// By position, what is added to the outputs of an adapter's rows, `[k]`.
+    offsets: HashMap<u32, Arc<[f32]>>,
     in_pool: Pool,
     out_pool: Pool,
 }
@@ -108,6 +111,9 @@ pub enum ProjectionError {
         /// Out-vectors that it has.
         out_vectors: u32,
     },
+    /// An adapter's own bias in front of an activation, which is applied where the outputs are written.
+    #[error("an adapter changes the bias of a layer that an activation follows, which is not supported")]
+    OffsetBeforeActivation,
     /// The batch doesn't fit the adapters or the input.
     #[error(transparent)]
     Batch(#[from] BatchError),
@@ -193,6 +199,7 @@ impl Projection {
             adapters: vec![AdapterSlots::base()],
             places: vec![None],
             names: HashMap::new(),
+            offsets: HashMap::new(),
             in_pool,
             out_pool,
         })
@@ -271,6 +278,22 @@ impl Projection {
         Ok(self.out_pool.grow(&self.device, &mut self.operands.out_pool, out_slots)?)
     }
 
+    /// Gives back the room behind the last vectors of the pools. What is there keeps its place.
+    ///
+    /// # Errors
+    /// The device can't copy them; nothing has changed then.
+    pub fn trim(&mut self) -> Result<(), ProjectionError> {
+        self.in_pool.trim(&self.device, &mut self.operands.in_pool)?;
+        Ok(self.out_pool.trim(&self.device, &mut self.operands.out_pool)?)
+    }
+
+    /// Vectors that there has to be room for in all (see [`Self::reserve`]) before [`Self::place`] finds any for an adapter: as many
+    /// as there is room for now where it would. `u32::MAX` where no kernel could index them.
+    pub fn slots_with(&mut self, adapter: &FoldedAdapter) -> (u32, u32) {
+        let (in_count, out_count) = vector_counts(adapter);
+        (self.in_pool.slots_with(in_count), self.out_pool.slots_with(out_count))
+    }
+
     /// Vectors that there is room for in all: in-vectors and out-vectors.
     pub fn slots(&self) -> (u32, u32) {
         (self.operands.in_pool().slots(), self.operands.out_pool().slots())
@@ -286,9 +309,45 @@ impl Projection {
         self.put(position, &vectors)
     }
 
+    /// Adds `offset` `[k]` to the outputs of the rows of the adapter at a position, as a bias of its own would, until the position is
+    /// removed. An adapter may have an offset and nothing else. Only [`PlannedProjection`](crate::PlannedProjection) adds it.
+    ///
+    /// # Errors
+    /// Another length than k, or a layer with an activation, which a bias comes before.
+    pub fn set_offset(&mut self, position: u32, offset: &[f32]) -> Result<(), ProjectionError> {
+        let LayerShape { d, k } = self.operands.shape();
+        if offset.len() != k as usize {
+            let (what, expected, found) = ("the bias of an adapter".to_owned(), k as usize, offset.len());
+            return Err(ProjectionError::WrongSize { what, d, k, expected, found });
+        }
+        if self.operands.epilogue().activation != Activation::Identity {
+            return Err(ProjectionError::OffsetBeforeActivation);
+        }
+        self.offsets.insert(position, offset.into());
+        Ok(())
+    }
+
+    /// The offsets of the segments that have one: first row, rows, offset.
+    pub(crate) fn offsets_of(&self, segments: &[Segment]) -> Vec<(usize, usize, Arc<[f32]>)> {
+        if self.offsets.is_empty() {
+            return Vec::new();
+        }
+        let mut first = 0;
+        let mut found = Vec::new();
+        for segment in segments {
+            let rows = segment.rows as usize;
+            if let Some(offset) = self.offsets.get(&segment.adapter) {
+                found.push((first, rows, offset.clone()));
+            }
+            first += rows;
+        }
+        found
+    }
+
     /// Frees a position of the table and its place in the pools: its rows are base rows from now on, and a name that it had is no
     /// adapter's any more. Nothing where it is free.
     pub fn remove(&mut self, position: u32) {
+        self.offsets.remove(&position);
         let Some(places) = self.places.get_mut(position as usize).and_then(Option::take) else { return };
         self.in_pool.give_back(places.in_slots);
         self.out_pool.give_back(places.out_slots);
@@ -502,6 +561,17 @@ impl Projection {
         let y = self.execute(&schedule, &upload(x)?, residual.as_ref())?;
         Ok(self.device.read(&y)?)
     }
+}
+
+/// The in-vectors and out-vectors that the pools hold of an adapter.
+fn vector_counts(adapter: &FoldedAdapter) -> (u32, u32) {
+    let rows = &adapter.virtual_rows;
+    let in_scales = rows.iter().filter(|row| row.in_scale.is_some()).count();
+    let out_scales = rows.iter().filter(|row| row.out_scale.is_some()).count();
+    // Without virtual rows, one that is scaled by zeros.
+    let out_scales = if rows.is_empty() { 1 } else { out_scales };
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    (count(in_scales + adapter.low_rank.len()), count(out_scales + adapter.low_rank.len()))
 }
 
 /// An adapter as the pools hold it; positions count from the first of its own vectors.

@@ -27,8 +27,24 @@ pub(super) struct Config {
     pub(super) roots: BTreeMap<String, bool>,
     /// By option, the modules that are of a layer; `None`: the tensors' shapes say it.
     pub(super) lists: BTreeMap<String, Option<Names>>,
+    /// Modules that are saved whole, by the ends of their paths.
+    pub(super) modules_to_save: Vec<String>,
+    /// Rows of embeddings that are saved.
+    pub(super) token_indices: Option<TokenIndices>,
+    /// `lora_bias`: the second factor has a bias.
+    pub(super) adds_biases: bool,
+    /// `ensure_weight_tying`: what is done to the embedding is done to an output matrix that is tied to it.
+    pub(super) keeps_ties: bool,
     /// The indices of the layers that a module can be of, in the description.
     layers: Vec<usize>,
+}
+
+/// `trainable_token_indices`.
+pub(super) enum TokenIndices {
+    /// Of the token embedding.
+    OfEmbedding(Vec<u32>),
+    /// By the end of the module's path.
+    ByModule(Vec<(String, Vec<u32>)>),
 }
 
 /// A value of all modules, and others by pattern.
@@ -98,7 +114,35 @@ impl Config {
             }
         }
         let kind = AdapterKind::new(description, kind_name);
-        Ok(Config { path: path.to_owned(), kind, targets, rank, numbers, roots, lists, layers })
+        Ok(Config {
+            path: path.to_owned(),
+            kind,
+            targets,
+            rank,
+            numbers,
+            roots,
+            lists,
+            layers,
+            modules_to_save: fields.listed("modules_to_save")?,
+            token_indices: fields.token_indices("trainable_token_indices")?,
+            adds_biases: fields.flag("lora_bias")?,
+            keeps_ties: fields.flag("ensure_weight_tying")?,
+        })
+    }
+
+    /// The rows of `module` that `trainable_token_indices` lists.
+    pub(super) fn token_rows(&self, module: &str) -> Result<Vec<u32>, AdapterError> {
+        let rows = match &self.token_indices {
+            Some(TokenIndices::OfEmbedding(rows)) => Some(rows),
+            Some(TokenIndices::ByModule(modules)) => {
+                modules.iter().find(|(end, _)| module.ends_with(end.as_str())).map(|(_, rows)| rows)
+            }
+            None => None,
+        };
+        let key = "trainable_token_indices";
+        rows.cloned().ok_or_else(|| {
+            self.invalid(key, "given".to_string(), format!("it says no rows of `{module}`, which has some in the file"))
+        })
     }
 
     /// The layers that a module can be of.
@@ -240,6 +284,44 @@ impl Fields<'_> {
             }
             Some(_) => Err(self.invalid(key, "it must be a list of names or one pattern".to_string())),
         }
+    }
+
+    /// Names; none where the option is null or missing.
+    fn listed(&self, key: &str) -> Result<Vec<String>, AdapterError> {
+        match self.json.get(key) {
+            Some(value) if value.is_falsy() => Ok(Vec::new()),
+            None => Ok(Vec::new()),
+            Some(Json::Array(items)) => {
+                let names = items.iter().map(|item| item.as_str().filter(|name| !name.is_empty()).map(str::to_string));
+                names.collect::<Option<_>>().ok_or_else(|| self.invalid(key, "it must be a list of names".to_string()))
+            }
+            Some(_) => Err(self.invalid(key, "it must be a list of names".to_string())),
+        }
+    }
+
+    fn token_indices(&self, key: &str) -> Result<Option<TokenIndices>, AdapterError> {
+        let rows = |value: &Json| -> Option<Vec<u32>> {
+            let Json::Array(items) = value else { return None };
+            let row = |item: &Json| match item {
+                Json::Number(number) => u32::try_from(number.as_u64()?).ok(),
+                _ => None,
+            };
+            let rows = items.iter().map(row).collect::<Option<Vec<u32>>>()?;
+            let mut once = rows.clone();
+            once.sort_unstable();
+            once.dedup();
+            (once.len() == rows.len()).then_some(rows)
+        };
+        let indices = match self.json.get(key) {
+            None | Some(Json::Null) => return Ok(None),
+            Some(Json::Object(members)) => {
+                let modules = members.iter().map(|(end, value)| Some((end.clone(), rows(value)?)));
+                modules.collect::<Option<_>>().map(TokenIndices::ByModule)
+            }
+            Some(value) => rows(value).map(TokenIndices::OfEmbedding),
+        };
+        let expected = || "it must be token numbers, each once, or such a list for each module".to_string();
+        indices.map(Some).ok_or_else(|| self.invalid(key, expected()))
     }
 
     fn targets(&self) -> Result<Targets, AdapterError> {

@@ -212,7 +212,8 @@ pub enum Divisor {
 pub enum OptionRule {
     /// It concerns training, bookkeeping or where files come from: the result is the same.
     Harmless,
-    /// It says which modules are adapted, as PEFT's `layers_to_transform` and `layers_pattern` do; no other option is read by rule.
+    /// PEFT's option of this name, with its meaning there: `layers_to_transform`, `layers_pattern`, `lora_bias`,
+    /// `ensure_weight_tying`, `trainable_token_indices`. No other option is read by rule.
     Read,
     /// Refused unless null, false or empty, or one of the given values.
     Refused(Refusal),
@@ -230,7 +231,8 @@ pub struct Refusal {
 }
 
 /// The options that [`OptionRule::Read`] is for.
-pub(super) const READ: [&str; 2] = ["layers_to_transform", "layers_pattern"];
+pub(super) const READ: [&str; 5] =
+    ["layers_to_transform", "layers_pattern", "lora_bias", "ensure_weight_tying", "trainable_token_indices"];
 
 impl KindDescription {
     /// The description that `text` writes in TOML.

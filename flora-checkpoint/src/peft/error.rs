@@ -23,13 +23,11 @@ pub enum AdapterError {
         /// What is missing.
         reason: String,
     },
-    /// A link that leads out of the folder.
-    #[error("{} leads out of its folder, to {}; copy the file into the folder", path.display(), target.display())]
-    Escapes {
-        /// The link.
+    /// A folder whose files change faster than they are read.
+    #[error("{} keeps changing while it is read; write a new folder and put it in its place by renaming", path.display())]
+    Unsettled {
+        /// The folder.
         path: PathBuf,
-        /// Where it leads.
-        target: PathBuf,
     },
     /// A `peft_type` that flora has no layer for.
     #[error("{}: `peft_type` {found} is not supported; supported: {known}", path.display())]
@@ -107,23 +105,25 @@ pub enum AdapterError {
         /// The module.
         module: String,
     },
-    /// An entry of `target_modules` without a single tensor.
-    #[error("{}: `target_modules` lists `{target}`, but {} has no tensor for it; remove the entry or restore the tensors", path.display(), tensors.display())]
-    TargetWithoutTensors {
-        /// The config.
-        path: PathBuf,
-        /// The safetensors file.
-        tensors: PathBuf,
-        /// The entry.
-        target: String,
-    },
     /// A module of the model that the config targets has no tensors.
-    #[error("{}: the config targets module `{module}`, but its tensors are missing", path.display())]
+    #[error("{}: the config targets module `{module}`, but its tensors are missing; save the adapter again, or take the module out of the config", path.display())]
     ModuleWithoutTensors {
         /// The safetensors file.
         path: PathBuf,
         /// The module.
         module: String,
+    },
+    /// A weight or bias of the base model that would have to be another one for this adapter's rows.
+    #[error(
+        "{}: tensor `{tensor}` takes the place of the base model's, which differs; that is supported for the token embedding, the \
+         output matrix and biases of projections that no activation follows: merge the adapter into a model of its own",
+        path.display()
+    )]
+    UnsupportedReplacement {
+        /// The safetensors file.
+        path: PathBuf,
+        /// The tensor, without PEFT's prefix.
+        tensor: String,
     },
     /// A tensor's rank is not the config's.
     #[error("{}: tensor `{tensor}` has rank {found} where {expected} says {rank}", path.display())]

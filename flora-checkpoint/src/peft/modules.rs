@@ -2,6 +2,7 @@
 
 use super::config::Config;
 use super::description::{Divisor, Extent, LayerDescription, ScalarDescription, TensorDescription};
+use super::replaced::{self, Part, Replacements};
 use super::{AdapterError, AdapterModule, Operand};
 use crate::tensor::{StoredTensor, TensorProblem, TensorTable, transpose};
 use std::collections::BTreeMap;
@@ -18,9 +19,12 @@ const MATCH_LIMIT: usize = 4_000_000;
 type Found<'a> = BTreeMap<&'a str, (&'a str, &'a StoredTensor)>;
 
 /// Every module of the file, its operands checked against each other and the config.
-pub(super) fn read(config: &Config, tensors: &TensorTable) -> Result<BTreeMap<String, AdapterModule>, AdapterError> {
-    let found = group(config, tensors)?;
-    if found.is_empty() {
+pub(super) fn read(
+    config: &Config,
+    tensors: &TensorTable,
+) -> Result<(BTreeMap<String, AdapterModule>, Replacements), AdapterError> {
+    let (found, parts) = group(config, tensors)?;
+    if found.is_empty() && parts.is_empty() {
         let problem = format!("the file holds no {} tensors", config.kind.name());
         return Err(AdapterError::NotAnAdapter { path: tensors.path().to_owned(), reason: problem });
     }
@@ -36,13 +40,21 @@ pub(super) fn read(config: &Config, tensors: &TensorTable) -> Result<BTreeMap<St
         let read = reader.read()?;
         modules.insert(module, read);
     }
-    Ok(modules)
+    let replaced = replaced::read(config, tensors, &parts, &modules)?;
+    Ok((modules, replaced))
 }
 
+/// The tensors that replace something of the base model: module and part → the tensor's whole name.
+type Parts = BTreeMap<(String, Part), String>;
+
 /// Assigns every tensor to a module; what has no place in one is an error.
-fn group<'a>(config: &'a Config, tensors: &'a TensorTable) -> Result<BTreeMap<String, Found<'a>>, AdapterError> {
+fn group<'a>(
+    config: &'a Config,
+    tensors: &'a TensorTable,
+) -> Result<(BTreeMap<String, Found<'a>>, Parts), AdapterError> {
     let described = || config.layers().flat_map(|layer| &layer.tensors);
     let mut modules: BTreeMap<String, Found<'_>> = BTreeMap::new();
+    let mut parts = Parts::new();
     for name in tensors.entries().keys() {
         let extra = |problem: String| AdapterError::ExtraTensor {
             path: tensors.path().to_owned(),
@@ -65,6 +77,12 @@ fn group<'a>(config: &'a Config, tensors: &'a TensorTable) -> Result<BTreeMap<St
             Some((tensor, suffix, module))
         });
         let Some((described_tensor, suffix, module)) = matched else {
+            if let Some((module, part)) = replaced::part(config, path) {
+                if let Some(other) = parts.insert((module.to_string(), part), name.clone()) {
+                    return Err(extra(format!("says the same as `{other}`; remove one")));
+                }
+                continue;
+            }
             let mut known: Vec<String> = Vec::new();
             for tensor in described() {
                 let end = tensor.names.first().map(|name| format!("`.{name}`"));
@@ -81,7 +99,7 @@ fn group<'a>(config: &'a Config, tensors: &'a TensorTable) -> Result<BTreeMap<St
         }
         found.insert(suffix, (name, tensor));
     }
-    Ok(modules)
+    Ok((modules, parts))
 }
 
 /// Reads one module.

@@ -7,18 +7,15 @@ use crate::json::Json;
 use std::path::Path;
 
 /// The options that every config has and that are read.
-const READ: [&str; 4] = ["peft_type", "target_modules", "exclude_modules", "fan_in_fan_out"];
+const READ: [&str; 5] = ["peft_type", "target_modules", "exclude_modules", "fan_in_fan_out", "modules_to_save"];
 
 /// The options that every config has and that don't change the result.
 const HARMLESS: [&str; 6] =
     ["task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"];
 
-/// An option that every config has and that is refused when it is set.
-const REFUSED: (&str, &str) = ("modules_to_save", "it replaces whole modules of the base model");
-
 /// The options that every config has.
 pub(super) fn common<'a>() -> impl Iterator<Item = &'a str> {
-    READ.into_iter().chain(HARMLESS).chain([REFUSED.0])
+    READ.into_iter().chain(HARMLESS)
 }
 
 /// What a kind says of an option.
@@ -29,9 +26,6 @@ enum Rule<'a> {
 }
 
 fn rule<'a>(kind: &'a KindDescription, option: &str) -> Rule<'a> {
-    if option == REFUSED.0 {
-        return Rule::Refused { because: REFUSED.1, unless: &[] };
-    }
     if READ.contains(&option) || HARMLESS.contains(&option) || is_read(kind, option) {
         return Rule::Accepted;
     }
@@ -125,8 +119,8 @@ mod tests {
                 }
             }
         }
-        // LoRA's 18, and `modules_to_save` of each.
-        assert_eq!(refused, 18 + 4);
+        // LoRA's alone.
+        assert_eq!(refused, 11);
     }
 
     #[test]

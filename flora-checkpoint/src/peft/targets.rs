@@ -5,7 +5,7 @@
 
 use super::AdapterError;
 use fancy_regex::{Regex, RegexBuilder};
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -162,28 +162,20 @@ impl Targets {
         Ok(self.included.is_some() && self.allow(module)?)
     }
 
-    /// Checks the modules that the file has tensors for: all targeted, and no target without one.
+    /// Checks that the modules that the file has tensors for are targeted. Whether a target without tensors is a module at all, only
+    /// a model tells.
     pub(super) fn check_modules<'a>(
         &self,
         config: &Path,
         tensors: &Path,
-        modules: impl Iterator<Item = &'a String> + Clone,
+        modules: impl Iterator<Item = &'a String>,
     ) -> Result<(), AdapterError> {
-        for module in modules.clone() {
+        for module in modules {
             if !self.allow(module).map_err(|problem| problem.in_file(config))? {
                 let (path, config) = (tensors.to_owned(), config.to_owned());
                 return Err(AdapterError::UntargetedModule { path, config, module: module.clone() });
             }
         }
-        let Some(Names::List(targets)) = &self.included else { return Ok(()) };
-        let ends: HashSet<&str> = modules.flat_map(|module| ends(module)).collect();
-        match targets.iter().find(|target| !ends.contains(target.as_str())) {
-            None => Ok(()),
-            Some(target) => Err(AdapterError::TargetWithoutTensors {
-                path: config.to_owned(),
-                tensors: tensors.to_owned(),
-                target: target.clone(),
-            }),
-        }
+        Ok(())
     }
 }

@@ -21,6 +21,10 @@ impl AdapterFolder {
         if !is_plain {
             return Err(self.unwritable("", "the adapter's name is no plain folder name".to_string()));
         }
+        if !self.replaced.is_empty() {
+            let problem = "it replaces weights of the base model, which only PEFT writes".to_string();
+            return Err(self.unwritable("", problem));
+        }
         let path = parent.join(&self.name);
         let config = self.config()?;
         let tensors = self.tensors()?;

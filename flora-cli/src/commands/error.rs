@@ -1,6 +1,7 @@
 //! What ends a command. The crates below say what is wrong and where; here is only what the command line itself finds.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use flora_adapters::{BaseError, RegisterError, StoreError};
 use flora_checkpoint::{AdapterError, FileError, ModelError};
@@ -86,6 +87,11 @@ pub(crate) enum CommandError {
     #[error("the adapters adapt `{module}`, which {model} doesn't have")]
     #[diagnostic(help("use adapters of this model, or choose modules that it has with --targets"))]
     UnknownModule { module: String, model: String },
+    #[error(transparent)]
+    NoAdapter(Arc<StoreError>),
+    #[error("the requests of {adapters} weren't run: {error}")]
+    #[diagnostic(help("the others were, and are in the answer"))]
+    FailedRequests { adapters: String, error: Arc<StoreError> },
     #[error("{model}: {source}")]
     #[diagnostic(help("--base f32 dequantises a weight that can't be kept as it is stored"))]
     Base { model: String, source: BaseError },
@@ -161,6 +167,7 @@ below!(flora_codegen::target::EmitError, flora_codegen::target::UnknownTarget);
 below!(
     flora_engine::OptionsError,
     flora_engine::RequestError,
+    flora_model::DirectoryError,
     flora_model::ServeError,
     flora_server::InvalidApiKey,
     flora_server::ServerError,

@@ -12,7 +12,7 @@ use super::error::CommandError;
 pub(crate) struct KindArguments {
     /// A file that describes a kind of adapter which flora doesn't have: its equation, and which tensors are its operands (see
     /// docs/extending.md); give it again for another kind
-    #[arg(long = "kind", value_name = "FILE", requires = "adapters")]
+    #[arg(long = "kind", value_name = "FILE", requires = "sources")]
     files: Vec<PathBuf>,
 }
 

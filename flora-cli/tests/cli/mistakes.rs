@@ -79,10 +79,20 @@ fn models() {
 #[test]
 fn adapters() {
     let world = World::new();
+    let batch = r#"[{"adapter": "a-lora", "rows": 2}, {"adapter": "d-ia3", "rows": 3}, {"adapter": null, "rows": 1}]"#;
+    let batch = world.write("batch.json", batch).to_string_lossy().into_owned();
+    let without = world.write("without.json", r#"[{"adapter": "a-lora", "rows": 2}]"#).to_string_lossy().into_owned();
     let config = world.path("adapters/d-ia3/adapter_config.json");
     let good = std::fs::read_to_string(&config).expect("the config");
     std::fs::write(&config, good.replace("IA3", "VERA")).expect("a writable folder");
-    refused(world.run(&[]), &["`d-ia3`", "VERA"]);
+    // A bad folder fails its own requests, and the others are run.
+    let output = flora(world.run(&["--batch", &batch]));
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("requests of d-ia3 weren't run") && message.contains("VERA"), "{message}");
+    assert!(!output.stdout.is_empty(), "the others are in the answer");
+    let others = flora(world.run(&["--batch", &without]));
+    assert!(others.status.success() && stderr(&others).contains("warning: the adapter `d-ia3`"), "{}", stderr(&others));
     std::fs::write(&config, good).expect("a writable folder");
     refused(["run", "--seeded", "--adapters", &world.path("adapters").to_string_lossy()], &["`a-lora`"]);
     refused(["run", "--seeded", "--adapters", &world.path("model").to_string_lossy()], &["no sub-folder"]);

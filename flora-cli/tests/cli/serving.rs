@@ -56,6 +56,9 @@ fn a_prompt_is_continued_with_an_adapter_and_without() {
     let adapters = adapters();
     let base = generate(&[]);
     let adapted = generate(&["--adapters", &adapters, "--adapter", "lora"]);
+    let named = format!("own={}", golden("adapters").join("lora").display());
+    let named = generate(&["--adapter", "own", "--lora-modules", &named]);
+    assert_eq!(adapted["tokens"], named["tokens"]);
     for said in [&base, &adapted] {
         assert_eq!((&said["prompt_tokens"], &said["completion_tokens"]), (&5.into(), &6.into()));
         assert_eq!(said["finish_reason"], "length");
@@ -81,7 +84,17 @@ fn what_cannot_be_generated_is_told() {
     };
     refused(&["--adapters", &adapters, "--adapter", "nobody"], "there is no adapter `nobody`");
     refused(&["--adapters", &adapters, "--adapter", "../lora"], "there is no adapter `../lora`");
-    refused(&["--adapters", &adapters, "--adapter", "hira"], "adapts `model.layers.0");
+    let restricted = ["--adapters", &adapters, "--adapter", "hira", "--adapted", "q_proj"];
+    refused(&restricted, "--adapted lets only q_proj be adapted");
+    refused(&["--adapters", "/nowhere"], "/nowhere is no folder of adapters");
+    let lora = golden("adapters").join("lora").display().to_string();
+    refused(&["--adapters", &lora], "is an adapter itself");
+    let file = golden("model").join("config.json").display().to_string();
+    refused(&["--adapters", &file], "it is a file; give a folder that holds one folder for each adapter");
+    refused(&["--lora-modules", "a=/nowhere"], "the adapter `a`: /nowhere isn't there");
+    let (twice, named) = (format!("a={lora}"), format!("lora={lora}"));
+    refused(&["--lora-modules", &twice, &twice], "two adapters are called `a`");
+    refused(&["--adapters", &adapters, "--lora-modules", &named], "two adapters are called `lora`");
     refused(&["--adapted", "nothing"], "no projection of the model is called `nothing`");
     refused(&["--temperature=-1"], "temperature");
     refused(&["--device", "cuda:99"], "no device `cuda:99`");

@@ -8,6 +8,8 @@ use std::time::Instant;
 
 use super::{Core, RequestId};
 use crate::decoder::{AdapterFailure, AdapterId, Decoder, PlaceError};
+use crate::limits::token_fault;
+use crate::request::RequestError;
 use crate::residency::{Room, Standing};
 use crate::sequence::{Running, Waiting, WaitingAdapter};
 
@@ -57,7 +59,14 @@ impl<D: Decoder> Core<D> {
         };
         let requests: Vec<RequestId> = self.waiting.keys().copied().collect();
         for request in requests {
-            match self.turn(request, &mut pass) {
+            let turn = self.turn(request, &mut pass);
+            if let Turn::Enter { adapter, begins: Some(_) } = turn
+                && let Some(fault) = self.unknown_token(request, adapter)
+            {
+                self.fail(request, RequestError::Invalid(fault));
+                continue;
+            }
+            match turn {
                 Turn::Enter { begins: Some(_), .. } if pass.place_is_waited_for => {}
                 Turn::Enter { adapter, begins } if pass.has_room => {
                     pass.has_room = self.enter(request, adapter, begins);
@@ -139,6 +148,12 @@ impl<D: Decoder> Core<D> {
         };
         self.remove_adapters();
         turn
+    }
+
+    /// What is wrong with a prompt for an adapter whose vocabulary is known only now that it is resident.
+    fn unknown_token(&self, request: RequestId, adapter: Option<AdapterId>) -> Option<String> {
+        let tokens = self.waiting.get(&request)?.sequence.tokens();
+        token_fault(tokens, self.decoder.vocabulary(adapter))
     }
 
     /// Moves a request among those that run, if there is room.

@@ -88,7 +88,7 @@ fn arrival() -> impl Strategy<Value = Arrival> {
 fn schedule() -> impl Strategy<Value = Schedule> {
     // A request comes to 48 tokens at most, so that the smallest cache holds any of them, and little more.
     let sizes = (1usize..8, 1usize..6, 0usize..10, 1usize..5, 0usize..40);
-    let adapters = (1usize..5, 3u64..8, 1usize..4, 0u64..12, 0u64..10, vec(0..NAMES.len(), 0..2));
+    let adapters = (1usize..5, 3u64..8, 1usize..4, 0u64..12, vec(0..NAMES.len(), 0..2));
     (
         sizes,
         adapters,
@@ -99,7 +99,7 @@ fn schedule() -> impl Strategy<Value = Schedule> {
     )
         .prop_map(|(sizes, adapters, capacity, arrivals, mishaps, delays)| {
             let (sequences, chunk_tokens, spare, block_tokens, more_cache) = sizes;
-            let (resident, bytes, loading, bytes_per_step, recheck, pinned) = adapters;
+            let (resident, bytes, loading, bytes_per_step, pinned) = adapters;
             let options = Options {
                 sequences,
                 chunk_tokens,
@@ -111,7 +111,6 @@ fn schedule() -> impl Strategy<Value = Schedule> {
                     bytes,
                     loading,
                     bytes_per_step,
-                    recheck: std::time::Duration::from_millis(recheck),
                     pinned: pinned.into_iter().map(|index| NAMES[index].to_string()).collect(),
                     ..AdapterOptions::default()
                 },

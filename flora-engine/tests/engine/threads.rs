@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use flora_engine::{
-    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, Engine, Event, Options, PlaceError, RequestError,
-    SequenceId, StepSegment, Stream,
+    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, Engine, Event, Options, PlaceError, Read,
+    RequestError, SequenceId, StepSegment, Stream, Unread,
 };
 
 use crate::support::decoder::{FakeAdapter, FakeDecoder, Lost, NextStep};
@@ -69,7 +69,7 @@ impl AdapterSource for Temperamental {
         self.disk.version(name)
     }
 
-    fn prepare(&self, name: &str) -> Result<FakeAdapter, AdapterFailure> {
+    fn prepare(&self, name: &str) -> Result<Read<FakeAdapter>, Unread> {
         match name {
             "slow" => drop(self.permits.lock().unwrap_or_else(PoisonError::into_inner).recv()),
             "explosive" => panic!("a header of a petabyte"),

@@ -32,7 +32,7 @@ const ADAPTERS: [(&str, &str, usize, &[&str]); 9] = [
     ("flora-mean", "flora_mean", 5, &["o_proj", "gate_proj"]),
 ];
 
-fn random_module(random: &mut fastrand::Rng, layer: &str, rank: usize, d: usize, k: usize) -> AdapterModule {
+pub(crate) fn random_module(random: &mut fastrand::Rng, layer: &str, rank: usize, d: usize, k: usize) -> AdapterModule {
     let mut operand = |shape: Vec<usize>, centre: f32, half_width: f32| {
         let count = shape.iter().product();
         let values = (0..count).map(|_| centre + half_width * (2.0 * random.f32() - 1.0)).collect();

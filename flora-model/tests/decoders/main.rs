@@ -4,6 +4,7 @@
 //! `FLORA_TEST_DEVICE` names the device (default: the host); on one that isn't there the tests fail, they are not skipped.
 
 mod compositions;
+mod ends;
 mod families;
 mod gguf;
 #[path = "../../../flora-checkpoint/tests/checkpoint/gguf_writer.rs"]
@@ -11,8 +12,10 @@ mod gguf;
 mod gguf_writer;
 mod golden;
 mod invariance;
+mod memory;
 #[cfg(feature = "flex")]
 mod on_burn;
+mod replaced;
 mod served;
 
 use flora_runtime::Device;

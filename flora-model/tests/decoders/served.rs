@@ -73,21 +73,9 @@ pub(crate) fn load_files(
     load: impl FnOnce(&Model, &ServeOptions<'_>) -> Result<DeviceModel, ServeError>,
 ) -> Served {
     let checkpoint = Arc::new(Model::open(&files.model).expect("a golden model"));
-    let adapted = match name {
-        "smollm2" => ["q_proj", "k_proj", "v_proj", "down_proj"].as_slice(),
-        name if name.starts_with("gpt_bigcode") => &["c_attn", "c_proj", "c_fc"],
-        _ => &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    };
-    let adapted = adapted.iter().map(|name| (*name).to_owned()).collect();
     let (activations, adapters) = (element, element);
-    let options = ServeOptions {
-        adapted,
-        activations,
-        adapters,
-        adapter_bytes: 32 << 20,
-        block_tokens: 16,
-        ..ServeOptions::default()
-    };
+    let options =
+        ServeOptions { activations, adapters, adapter_bytes: 32 << 20, block_tokens: 16, ..ServeOptions::default() };
     let decoder = load(&checkpoint, &options).expect("a decoder of a known family");
     let source = AdapterDirectory::new(Some(&files.adapters), &checkpoint, options.adapters);
     let (layers, width) = match checkpoint.decoder().expect("a decoder") {
@@ -120,7 +108,7 @@ impl Served {
     /// The adapter of this name, placed on the device when it is first asked for.
     pub(crate) fn adapter(&mut self, name: &str) -> AdapterId {
         let position = self.placed.iter().position(|placed| placed == name).unwrap_or_else(|| {
-            let prepared = self.source.prepare(name).expect("a golden adapter");
+            let prepared = self.source.prepare(name).expect("a golden adapter").prepared;
             let id = AdapterId(self.placed.len() as u32);
             self.decoder.place(id, prepared).map_err(|error| error.to_string()).expect("there is room");
             self.placed.push(name.to_owned());

@@ -150,7 +150,7 @@ fn an_engine_survives_everything_at_once() {
         cache_tokens: 384,
         block_tokens: 16,
         waiting: 10,
-        adapters: AdapterOptions { resident: 6, recheck: Duration::from_millis(50), ..AdapterOptions::default() },
+        adapters: AdapterOptions { resident: 6, ..AdapterOptions::default() },
         ..Options::default()
     };
     // Room for about six.

@@ -10,7 +10,8 @@ use std::fmt;
 use std::sync::{Arc, Condvar, Mutex};
 
 use flora_engine::{
-    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, SequenceId, StepSegment, Vocabulary,
+    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, Read, SequenceId, StepSegment,
+    Unread, Vocabulary,
 };
 
 /// The byte that the model takes for the end of a text.
@@ -168,8 +169,9 @@ impl AdapterSource for Names {
         Self::check(name).map(|()| 0)
     }
 
-    fn prepare(&self, name: &str) -> Result<String, AdapterFailure> {
-        Self::check(name).map(|()| name.to_owned())
+    fn prepare(&self, name: &str) -> Result<Read<String>, Unread> {
+        Self::check(name)?;
+        Ok(Read { version: 0, prepared: name.to_owned() })
     }
 
     fn bytes(prepared: &String) -> u64 {

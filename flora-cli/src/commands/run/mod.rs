@@ -3,6 +3,7 @@
 mod inputs;
 mod measure;
 mod report;
+mod requests;
 pub(crate) mod samples;
 mod weights;
 
@@ -22,6 +23,7 @@ use crate::models::is_target;
 use inputs::Inputs;
 use measure::Setting;
 use report::Report;
+use requests::Requests;
 use weights::{Form, Module, Weights};
 
 /// Run a batch of mixed adapters through a model's projections and check it
@@ -34,7 +36,7 @@ pub(crate) struct Arguments {
     #[arg(long, conflicts_with = "model")]
     seeded: bool,
     /// A folder of PEFT adapter folders; adapters of every kind are made up unless given
-    #[arg(long)]
+    #[arg(long, group = "sources")]
     adapters: Option<PathBuf>,
     #[command(flatten)]
     kinds: KindArguments,
@@ -87,6 +89,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), CommandError> {
         None => samples::batch(store.names(), arguments.seed),
     };
     let rows = batch.rows()? as usize;
+    let requests = Requests::new(batch, &store);
+    let batch = &requests.served;
     let names: BTreeSet<_> = batch.segments().iter().filter_map(|segment| segment.adapter.as_deref()).collect();
     let store = store.restricted_to(names)?;
     let mut inputs = match &arguments.inputs {
@@ -97,17 +101,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), CommandError> {
     let device = planner.tuned(&device);
 
     let (dtype, repetitions) = (arguments.dtype, arguments.repetitions);
-    let setting = Setting { device: &device, planner: &planner, store: &store, batch: &batch, dtype, repetitions };
+    let setting = Setting { device: &device, planner: &planner, store: &store, batch, dtype, repetitions };
     let bar = output::progress(modules.len(), "running");
     let mut layers = Vec::with_capacity(modules.len());
     let mut outputs = BTreeMap::new();
     for module in &modules {
-        let x = inputs.take(module);
+        let x = requests.served_rows(inputs.take(module), module.d);
         let base = weights.base(&module.path, arguments.base, &device)?;
         let (layer, y) = measure::measure(&setting, module, &base, x)?;
         layers.push(layer);
         if arguments.outputs.is_some() {
-            outputs.insert(module.path.clone(), Matrix { rows, columns: module.k, values: y });
+            let values = requests.all_rows(y, module.k);
+            outputs.insert(module.path.clone(), Matrix { rows, columns: module.k, values });
         }
         bar.inc(1);
     }
@@ -115,13 +120,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), CommandError> {
     if let Some(path) = &arguments.outputs {
         write_matrices(path, &outputs)?;
     }
-    let report = Report::new(&setting, &weights, coefficients, rows, layers);
+    let report = Report::new(&setting, &weights, coefficients, batch.rows()? as usize, layers);
     if arguments.json {
         output::print_json(&report)?;
     } else {
         output::print(&report.human(arguments.all_layers))?;
     }
-    report.verdict()
+    report.verdict()?;
+    requests.verdict(&store)
 }
 
 /// The model's modules that --targets names, all without it.
@@ -150,8 +156,17 @@ fn adapters(arguments: &Arguments, weights: &Weights, chosen: &[Module]) -> Resu
             made_up(temporary.map_err(failed)?.path(), chosen, arguments.seed)?
         }
     };
-    if let Weights::Stored(model) = weights {
-        store.check_against(model)?;
+    let store = match weights {
+        Weights::Stored(model) => store.fitting(model),
+        Weights::Seeded { .. } => store,
+    };
+    if store.names().next().is_none()
+        && let Some(error) = store.failed().values().next()
+    {
+        return Err(CommandError::NoAdapter(error.clone()));
+    }
+    for error in store.failed().values() {
+        output::note(&format!("warning: {error}"));
     }
     Ok(store)
 }
@@ -170,7 +185,10 @@ fn adapted(
 ) -> Result<Vec<Module>, CommandError> {
     let adapted = store.modules();
     let known = weights.modules();
-    if let Some(module) = adapted.iter().find(|path| !known.iter().any(|module| module.path == **path)) {
+    // A model's own adapters fit it: what isn't a projection is an embedding or an output matrix, which aren't run here.
+    if matches!(weights, Weights::Seeded { .. })
+        && let Some(module) = adapted.iter().find(|path| !known.iter().any(|module| module.path == **path))
+    {
         let (module, model) = ((*module).to_owned(), weights.name().to_owned());
         return Err(CommandError::UnknownModule { module, model });
     }

@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use clap::Args;
 use flora_engine::{AdapterFailure, Event, FinishReason, LogitRules, Request, RequestError, Sampling, StopAt, Usage};
-use flora_tokenizer::{AdapterText, AdapterTexts, Conversation, Message, Next, Specials, Tokenizer};
+use flora_tokenizer::{AdapterText, AdapterTexts, Conversation, Message, Next, Specials};
 use serde::Serialize;
 use serde_json::Map;
 
-use super::{ModelArguments, adapter_folders, start};
+use super::{ModelArguments, Serving, start};
 use crate::commands::error::CommandError;
 use crate::commands::output;
 
@@ -18,8 +18,8 @@ use crate::commands::output;
 pub(crate) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// The adapter: a folder in --adapters; the base model unless given
-    #[arg(long, requires = "adapters")]
+    /// The adapter: a folder in --adapters, or a name of --lora-modules; the base model unless given
+    #[arg(long, requires = "sources")]
     adapter: Option<String>,
     /// The text to continue
     #[arg(long)]
@@ -66,7 +66,7 @@ struct Report {
 pub(crate) fn generate(arguments: &Arguments) -> Result<(), CommandError> {
     let serving = start(&arguments.model)?;
     let tokenizer = &serving.tokenizer;
-    let adapted = adapter_text(arguments, tokenizer)?;
+    let adapted = adapter_text(arguments, &serving)?;
     let prompt = if arguments.chat {
         let messages = [Message::text("user", &arguments.prompt)];
         let conversation = Conversation { messages: &messages, next: Next::Answer, variables: &Map::new() };
@@ -134,10 +134,10 @@ pub(crate) fn generate(arguments: &Arguments) -> Result<(), CommandError> {
 }
 
 /// What the adapter's folder says of texts.
-fn adapter_text(arguments: &Arguments, tokenizer: &Arc<Tokenizer>) -> Result<Arc<AdapterText>, CommandError> {
+fn adapter_text(arguments: &Arguments, serving: &Serving) -> Result<Arc<AdapterText>, CommandError> {
     let Some(name) = &arguments.adapter else { return Ok(Arc::default()) };
-    let Some(folder) = adapter_folders(&arguments.model)(name) else { return Ok(Arc::default()) };
-    AdapterTexts::new(Arc::clone(tokenizer)).of(&folder).map_err(|reason| {
+    let Some(folder) = serving.adapters.folder_of(name) else { return Ok(Arc::default()) };
+    AdapterTexts::new(Arc::clone(&serving.tokenizer)).of(&folder).map_err(|reason| {
         CommandError::from(RequestError::from(AdapterFailure::Unusable { name: name.clone(), reason }))
     })
 }

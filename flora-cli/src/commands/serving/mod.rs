@@ -1,34 +1,41 @@
 //! What `generate`, `serve` and `bench serving` share: a model on a device behind an engine, from the command line's options.
 
 pub(crate) mod generate;
+mod lora_modules;
 pub(crate) mod serve;
 mod start;
 
 use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 use flora::prelude::*;
 
 use super::kinds::KindArguments;
 use super::types;
-pub(crate) use start::{adapter_folders, engine, model_path, saved, start};
+use lora_modules::LoraModule;
+pub(crate) use start::{Serving, engine, model_path, saved, start};
 
 /// Which model, with which adapters, on which device.
 #[derive(Args, Clone)]
+#[command(group(ArgGroup::new("sources").multiple(true)))]
 pub(crate) struct ModelArguments {
     /// A .gguf file or a model's folder, of a family that docs/serving.md lists; SmolLM2-135M unless given, fetched once (93 MB)
     #[arg(long)]
     pub(crate) model: Option<PathBuf>,
     /// A folder of PEFT adapter folders, each named by its folder; it may change while the model is served
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", group = "sources")]
     pub(crate) adapters: Option<PathBuf>,
     /// A Jinja template of conversations, in place of those in the files of the model and its adapters
     #[arg(long, value_name = "FILE")]
     pub(crate) chat_template: Option<PathBuf>,
+    /// PEFT adapter folders under names of their own, beside those of --adapters
+    #[arg(long, value_name = "NAME=PATH", num_args = 1.., value_parser = lora_modules::parse, group = "sources")]
+    pub(crate) lora_modules: Vec<LoraModule>,
     #[command(flatten)]
     pub(crate) kinds: KindArguments,
-    /// The modules that adapters may adapt, by the last part of their path, separated by commas; queries and keys unless given
+    /// The only modules that adapters may adapt, by the last part of their path, separated by commas; every projection, the
+    /// embedding and the output matrix unless given
     #[arg(long, value_delimiter = ',', value_name = "MODULES")]
     pub(crate) adapted: Vec<String>,
     /// The device, as `flora devices` lists it

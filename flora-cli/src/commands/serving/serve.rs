@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 use flora_server::{ApiKey, App, Limits, ServerOptions, Text, serve as serve_http};
 
-use super::{ModelArguments, adapter_folders, start};
+use super::{ModelArguments, start};
 use crate::commands::error::CommandError;
 use crate::commands::output;
 
@@ -51,7 +51,8 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<(), CommandError> {
     if serving.engine.handle().adapters().contains(&name) {
         return Err(CommandError::AdapterNamedAsModel(name));
     }
-    let text = Text::with_adapters(serving.tokenizer.clone(), adapter_folders(&arguments.model));
+    let adapters = serving.adapters.clone();
+    let text = Text::with_adapters(serving.tokenizer.clone(), move |name| adapters.folder_of(name));
     let app = App::new(&*name, serving.engine.handle(), text, options);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CommandError::Listen)?;
     runtime.block_on(async {

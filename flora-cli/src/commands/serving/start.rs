@@ -18,6 +18,8 @@ use crate::commands::{output, planner};
 pub(crate) struct Serving {
     pub(crate) engine: Engine,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    /// Where the files of adapters are.
+    pub(crate) adapters: AdapterDirectory,
     /// The model's name.
     pub(crate) name: String,
     /// The device's name and id.
@@ -43,12 +45,16 @@ pub(crate) fn start(arguments: &ModelArguments) -> Result<Serving, CommandError>
         None => PlanningChoice::default(),
     };
     let layers = arguments.kinds.layers()?;
+    let named = arguments.lora_modules.iter().map(|module| (module.name.clone(), module.path.clone()));
     let directory = AdapterDirectory::with_layers(arguments.adapters.as_deref(), &model, arguments.dtype, layers);
-    let engine = engine(arguments, &device, &model, planning, vocabulary, directory)?;
+    let directory = directory.with_named(named)?;
+    directory.check()?;
+    let engine = engine(arguments, &device, &model, planning, vocabulary, directory.clone())?;
     let info = device.info();
     Ok(Serving {
         engine,
         tokenizer,
+        adapters: directory,
         name: name_of(&path, model.name()),
         device: format!("{} ({})", info.name, info.id),
     })
@@ -71,12 +77,6 @@ fn vocabulary(tokenizer: &Arc<Tokenizer>) -> Vocabulary {
             Vocabulary::decoded(move |tokens| tokenizer.decode(tokens))
         }
     }
-}
-
-/// Where the files of adapters are, by name.
-pub(crate) fn adapter_folders(arguments: &ModelArguments) -> impl Fn(&str) -> Option<PathBuf> + Send + Sync + use<> {
-    let folder = arguments.adapters.clone();
-    move |name| folder.as_ref().map(|folder| folder.join(name))
 }
 
 /// The name under which clients ask for the base model: the folder's, or the file's without `.gguf`.

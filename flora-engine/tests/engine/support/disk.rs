@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use flora_engine::{AdapterFailure, AdapterSource, LoadOrder, LoadOutcome, Loaded};
+use flora_engine::{AdapterFailure, AdapterSource, LoadOrder, LoadOutcome, Loaded, Read, Unread};
 
 use super::decoder::FakeAdapter;
 
@@ -61,9 +61,11 @@ impl Disk {
         let outcome = match self.version(&name) {
             Err(failure) => LoadOutcome::Failed { version: None, failure },
             Ok(version) if known == Some(version) => LoadOutcome::Unchanged,
-            Ok(version) => match self.prepare(&name) {
-                Ok(prepared) => LoadOutcome::Prepared { version, bytes: Self::bytes(&prepared), prepared },
-                Err(failure) => LoadOutcome::Failed { version: Some(version), failure },
+            Ok(_) => match self.prepare(&name) {
+                Ok(Read { version, prepared }) => {
+                    LoadOutcome::Prepared { version, bytes: Self::bytes(&prepared), prepared }
+                }
+                Err(Unread { version, failure }) => LoadOutcome::Failed { version, failure },
             },
         };
         Loaded { name, outcome }
@@ -81,15 +83,16 @@ impl AdapterSource for Disk {
         self.all().get(name).map(|stored| stored.version).ok_or_else(|| AdapterFailure::Unknown(name.into()))
     }
 
-    fn prepare(&self, name: &str) -> Result<FakeAdapter, AdapterFailure> {
+    fn prepare(&self, name: &str) -> Result<Read<FakeAdapter>, Unread> {
         let mut all = self.all();
         let stored = all.get_mut(name).ok_or_else(|| AdapterFailure::Unknown(name.into()))?;
         stored.reads += 1;
         if stored.state == Files::Broken {
-            return Err(AdapterFailure::Unusable { name: name.into(), reason: "broken".into() });
+            let failure = AdapterFailure::Unusable { name: name.into(), reason: "broken".into() };
+            return Err(Unread { version: Some(stored.version), failure });
         }
-        let fits = stored.state == Files::Good;
-        Ok(FakeAdapter { name: name.into(), version: stored.version, bytes: stored.bytes, fits })
+        let (version, fits) = (stored.version, stored.state == Files::Good);
+        Ok(Read { version, prepared: FakeAdapter { name: name.into(), version, bytes: stored.bytes, fits } })
     }
 
     fn bytes(prepared: &FakeAdapter) -> u64 {

@@ -99,7 +99,7 @@ pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
     let layers = Layers::builtin()?;
     let config = model.decoder()?;
     let adapted = match &arguments.model.adapted[..] {
-        [] => flora_model::adapted_by_default(&config),
+        [] => flora_model::adapted_in_the_paper(&config),
         named => named.to_vec(),
     };
     let (context, vocabulary) = (config.context_length() as u32, config.vocabulary() as u32);

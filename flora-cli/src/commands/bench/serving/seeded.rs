@@ -8,7 +8,7 @@ use std::sync::Arc;
 use flora::prelude::*;
 use flora_adapters::Layers;
 use flora_checkpoint::{AdapterFolder, AdapterModule, Model, Projection};
-use flora_engine::{AdapterFailure, AdapterSource};
+use flora_engine::{AdapterFailure, AdapterSource, Read, Unread};
 use flora_model::PreparedAdapter;
 use half::bf16;
 use safetensors::{Dtype, SafeTensorError, View};
@@ -54,9 +54,9 @@ impl AdapterSource for SeededAdapters {
         Ok(self.seed)
     }
 
-    fn prepare(&self, name: &str) -> Result<PreparedAdapter, AdapterFailure> {
+    fn prepare(&self, name: &str) -> Result<Read<PreparedAdapter>, Unread> {
         let kind = self.layer.and_then(|layer| self.layers.kinds().kind_of_layer(layer));
-        let Some(kind) = kind else { return Err(AdapterFailure::Unknown(name.to_owned())) };
+        let Some(kind) = kind else { return Err(AdapterFailure::Unknown(name.to_owned()).into()) };
         let adapts = |projection: &&Projection| self.adapted.iter().any(|name| is_target(&projection.path, name));
         let adapted = self.model.projections().iter().filter(adapts);
         let modules = adapted.filter_map(|projection| {
@@ -67,7 +67,8 @@ impl AdapterSource for SeededAdapters {
         let folded = self.layers.prepare(&folder, &self.model);
         let folded =
             folded.map_err(|error| AdapterFailure::Unusable { name: name.to_owned(), reason: error.to_string() })?;
-        Ok(PreparedAdapter::new(name.to_owned(), folded, self.element))
+        let prepared = PreparedAdapter::new(name.to_owned(), folded, self.element);
+        Ok(Read { version: self.seed, prepared })
     }
 
     fn bytes(prepared: &PreparedAdapter) -> u64 {
