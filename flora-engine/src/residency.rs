@@ -334,7 +334,8 @@ impl<P> Residency<P> {
         }
         if bytes > self.options.bytes.saturating_sub(taken) {
             return Some(format!(
-                "it takes {bytes} bytes on the device; {} are allowed, and pinned adapters take {taken} of them",
+                "it takes {bytes} bytes on the device; {} are allowed, and pinned adapters take {taken} of them; allow more \
+                 (--adapter-memory)",
                 self.options.bytes
             ));
         }

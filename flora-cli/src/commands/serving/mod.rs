@@ -47,7 +47,7 @@ pub(crate) struct ModelArguments {
     /// How lowerings are chosen
     #[arg(long, value_enum, default_value = "tuned")]
     pub(crate) plan: PlanChoice,
-    /// MiB of device memory for the vectors of resident adapters
+    /// MiB that resident adapters may take, copies of embeddings and output matrices among them
     #[arg(long, default_value = "256", value_name = "MIB", value_parser = RangedU64ValueParser::<u64>::new().range(1..=1 << 20))]
     pub(crate) adapter_memory: u64,
     /// Adapters that are resident at most
