@@ -1,11 +1,13 @@
 //! A tensor as it lies in a file: shape, encoding and bytes. Quantised blocks stay as they are until someone asks for
 //! numbers, so that a kernel may dequantise them itself.
 
+pub mod blocks;
 mod bytes;
 mod dequantise;
 mod encoding;
 mod table;
 
+pub use blocks::QuantisedBlock;
 pub use bytes::SharedBytes;
 pub use encoding::Encoding;
 pub(crate) use table::nearest;
@@ -112,6 +114,12 @@ impl StoredTensor {
     /// The undecoded bytes; for a quantised encoding its blocks, row after row.
     pub fn bytes(&self) -> &[u8] {
         self.bytes.as_slice()
+    }
+
+    /// Lets the system have the memory that reading a mapped file's bytes took: to call when they have been copied into another form,
+    /// so that there is one copy of them. They can still be read.
+    pub fn release(&self) {
+        self.bytes.release();
     }
 
     /// The number of elements.

@@ -16,7 +16,8 @@ from gguf.quants import dequantize
 # Where the half-precision numbers of a block lie, in bytes.
 SCALES = {
     "F16": [0], "BF16": [], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
-    "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
+    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0],
+    "MXFP4": [],
 }
 
 
@@ -26,6 +27,9 @@ def make(name, offsets, random):
     blocks = random.integers(0, 256, (2, size), dtype=np.uint8)
     if name == "BF16":
         blocks = (random.standard_normal(2).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    if name == "MXFP4":
+        # Powers of two: the smallest, which is no normal number, and one near 1.
+        blocks[:, 0] = 0, 124
     for block in blocks if offsets else []:
         for offset in offsets:
             block[offset : offset + 2] = np.array([random.standard_normal()], np.float16).view(np.uint8)

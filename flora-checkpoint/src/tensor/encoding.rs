@@ -5,7 +5,7 @@ use std::fmt;
 
 /// How the elements of a tensor are stored.
 ///
-/// The quantised formats are ggml's: a run of elements of one row shares a scale, and `_1` and `_K` formats also a minimum.
+/// The quantised formats are ggml's: a run of elements of one row shares a scale, and in some formats a minimum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(non_camel_case_types, reason = "the names that the formats are known by")]
 #[non_exhaustive]
@@ -26,12 +26,22 @@ pub enum Encoding {
     Q5_1,
     /// 8 bits, a scale per 32 elements.
     Q8_0,
+    /// 2 bits, 256 elements in sixteen groups with 4-bit scales and minima.
+    Q2_K,
+    /// 3 bits, 256 elements in sixteen groups with 6-bit scales.
+    Q3_K,
     /// 4 bits, 256 elements in eight groups with 6-bit scales and minima.
     Q4_K,
     /// 5 bits, 256 elements in eight groups with 6-bit scales and minima.
     Q5_K,
     /// 6 bits, 256 elements in sixteen groups with 8-bit scales.
     Q6_K,
+    /// 16 levels that aren't evenly spaced, a scale per 32 elements.
+    IQ4_NL,
+    /// The same levels, 256 elements in eight groups with 6-bit scales.
+    IQ4_XS,
+    /// 4-bit floats (E2M1), a power of two per 32 elements.
+    MXFP4,
 }
 
 struct Row {
@@ -39,26 +49,38 @@ struct Row {
     name: &'static str,
     ggml_id: u32,
     block_elements: usize,
+    groups: usize,
     block_bytes: usize,
 }
 
-const fn row(encoding: Encoding, name: &'static str, ggml_id: u32, block_elements: usize, block_bytes: usize) -> Row {
-    Row { encoding, name, ggml_id, block_elements, block_bytes }
+const fn row(
+    encoding: Encoding,
+    name: &'static str,
+    ggml_id: u32,
+    (block_elements, groups): (usize, usize),
+    block_bytes: usize,
+) -> Row {
+    Row { encoding, name, ggml_id, block_elements, groups, block_bytes }
 }
 
 /// In the order of the enum, which [`Encoding::row`] relies on (a test checks it).
-const TABLE: [Row; 11] = [
-    row(Encoding::F32, "F32", 0, 1, 4),
-    row(Encoding::F16, "F16", 1, 1, 2),
-    row(Encoding::BF16, "BF16", 30, 1, 2),
-    row(Encoding::Q4_0, "Q4_0", 2, 32, 18),
-    row(Encoding::Q4_1, "Q4_1", 3, 32, 20),
-    row(Encoding::Q5_0, "Q5_0", 6, 32, 22),
-    row(Encoding::Q5_1, "Q5_1", 7, 32, 24),
-    row(Encoding::Q8_0, "Q8_0", 8, 32, 34),
-    row(Encoding::Q4_K, "Q4_K", 12, 256, 144),
-    row(Encoding::Q5_K, "Q5_K", 13, 256, 176),
-    row(Encoding::Q6_K, "Q6_K", 14, 256, 210),
+const TABLE: [Row; 16] = [
+    row(Encoding::F32, "F32", 0, (1, 1), 4),
+    row(Encoding::F16, "F16", 1, (1, 1), 2),
+    row(Encoding::BF16, "BF16", 30, (1, 1), 2),
+    row(Encoding::Q4_0, "Q4_0", 2, (32, 1), 18),
+    row(Encoding::Q4_1, "Q4_1", 3, (32, 1), 20),
+    row(Encoding::Q5_0, "Q5_0", 6, (32, 1), 22),
+    row(Encoding::Q5_1, "Q5_1", 7, (32, 1), 24),
+    row(Encoding::Q8_0, "Q8_0", 8, (32, 1), 34),
+    row(Encoding::Q2_K, "Q2_K", 10, (256, 16), 84),
+    row(Encoding::Q3_K, "Q3_K", 11, (256, 16), 110),
+    row(Encoding::Q4_K, "Q4_K", 12, (256, 8), 144),
+    row(Encoding::Q5_K, "Q5_K", 13, (256, 8), 176),
+    row(Encoding::Q6_K, "Q6_K", 14, (256, 16), 210),
+    row(Encoding::IQ4_NL, "IQ4_NL", 20, (32, 1), 18),
+    row(Encoding::IQ4_XS, "IQ4_XS", 23, (256, 8), 136),
+    row(Encoding::MXFP4, "MXFP4", 39, (32, 1), 17),
 ];
 
 impl Encoding {
@@ -79,6 +101,11 @@ impl Encoding {
     /// The elements of a block; 1 for the plain types.
     pub fn block_elements(self) -> usize {
         self.row().block_elements
+    }
+
+    /// The groups of a block, each with a scale of its own.
+    pub(crate) fn groups(self) -> usize {
+        self.row().groups
     }
 
     /// The bytes of a block.
