@@ -16,8 +16,11 @@ enum Meaning {
         ends: Arc<[usize]>,
     },
     /// What one says depends on those around it.
-    Text(Arc<dyn Fn(&[u32]) -> String + Send + Sync>),
+    Text(Arc<Decode>),
 }
+
+/// Tokens to the text of all of them.
+type Decode = dyn Fn(&[u32]) -> String + Send + Sync;
 
 impl Vocabulary {
     /// Of tokens 0, 1, … that stand for bytes; special ones have none.
@@ -184,11 +187,13 @@ mod tests {
     #[test]
     fn a_vocabulary_keeps_each_tokens_bytes() {
         let vocabulary = Vocabulary::new(vec![b"ab".to_vec(), Vec::new(), b"\xff".to_vec()]);
-        assert_eq!(vocabulary.bytes(0), b"ab");
-        assert_eq!(vocabulary.bytes(1), b"");
-        assert_eq!(vocabulary.bytes(2), b"\xff");
-        assert_eq!(vocabulary.bytes(3), b"");
-        assert_eq!(vocabulary.bytes(u32::MAX), b"");
+        let Meaning::Bytes { bytes, ends } = vocabulary.0 else { panic!("tokens that stand for bytes") };
+        let bytes = |token| bytes_of(&bytes, &ends, token);
+        assert_eq!(bytes(0), b"ab");
+        assert_eq!(bytes(1), b"");
+        assert_eq!(bytes(2), b"\xff");
+        assert_eq!(bytes(3), b"");
+        assert_eq!(bytes(u32::MAX), b"");
     }
 
     #[test]

@@ -14,6 +14,9 @@ use crate::error::ApiError;
 /// What a client wrote to the tokens of a prompt; the error is said to the client.
 type Read<T> = dyn Fn(&T) -> Result<Vec<u32>, String> + Send + Sync;
 
+/// An adapter's name to its folder.
+type FolderOf = dyn Fn(&str) -> Option<PathBuf> + Send + Sync;
+
 /// How a model reads what clients write: as its [`Tokenizer`] does, or as two functions say.
 pub struct Text(Source);
 
@@ -27,7 +30,7 @@ enum Source {
         tokenizer: Arc<Tokenizer>,
         adapters: AdapterTexts,
         /// Where an adapter's files are; none for one that there isn't.
-        folder_of: Box<dyn Fn(&str) -> Option<PathBuf> + Send + Sync>,
+        folder_of: Box<FolderOf>,
     },
 }
 

@@ -3,7 +3,7 @@
 use crate::description::{Frame, Kind, Parts, SpecialIds, Spelling, Token};
 use crate::error::{TokenizerError, VocabularyProblem};
 use crate::pieces;
-use crate::sentencepiece::{self, Choice, Piece, Prefix, Use};
+use crate::sentencepiece::{self, Choice, Piece, Prefix, Purpose};
 use crate::vocabulary::{TOKENS_LIMIT, byte_level, not_byte_level};
 use flora_checkpoint::gguf::{Gguf, MetadataArray, MetadataValue};
 use std::collections::BTreeMap;
@@ -174,10 +174,10 @@ fn pieces_of(metadata: &Metadata) -> Result<Vec<Piece>, TokenizerError> {
     let texts = metadata.texts(types.len())?;
     let mut pieces = Vec::with_capacity(texts.len());
     for (text, number) in texts.into_iter().zip(types.iter()) {
-        let use_ = number.as_u64().and_then(Use::of).ok_or_else(|| {
+        let purpose = number.as_u64().and_then(Purpose::of).ok_or_else(|| {
             metadata.error(TYPES, format!("gives {text:?} the type {number:?}; SentencePiece has the types 1 to 6"))
         })?;
-        pieces.push(Piece { text, score: 0.0, use_ });
+        pieces.push(Piece { text, score: 0.0, purpose });
     }
     if metadata.get(SCORES).is_some() {
         let scores = metadata.array(SCORES)?;

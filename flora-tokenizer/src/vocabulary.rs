@@ -85,7 +85,7 @@ pub(crate) fn added_vocabulary(
     let all = BPE::builder().vocab_and_merges(all, Vec::new()).cache_capacity(0).build();
     let all = all.map_err(|error| VocabularyProblem::Refused(error.to_string()))?;
     let mut vocabulary = AddedVocabulary::new();
-    vocabulary.add_tokens(&added, &all as &BPE, None::<&NFC>);
+    vocabulary.add_tokens(&added, &all, None::<&NFC>);
     debug_assert!(
         added
             .iter()
@@ -128,7 +128,8 @@ pub(crate) fn bytes_of_all(tokens: &[Token], spelling: Spelling) -> Option<Vec<V
 /// The byte that `<0x41>` stands for.
 fn escaped_byte(text: &str) -> Option<u8> {
     let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
-    (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok())?
+    let are_two = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    are_two.then(|| u8::from_str_radix(digits, 16).ok())?
 }
 
 /// The first token for text that holds a character which stands for no byte.

@@ -21,7 +21,7 @@ const MERGE_WORK: usize = 1 << 28;
 
 /// What a piece is for, as SentencePiece and GGUF number it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Use {
+pub(crate) enum Purpose {
     Normal,
     Unknown,
     Control,
@@ -30,7 +30,7 @@ pub(crate) enum Use {
     Byte,
 }
 
-impl Use {
+impl Purpose {
     pub(crate) fn of(number: u64) -> Option<Self> {
         [Self::Normal, Self::Unknown, Self::Control, Self::UserDefined, Self::Unused, Self::Byte]
             .get(usize::try_from(number.checked_sub(1)?).ok()?)
@@ -43,7 +43,7 @@ impl Use {
 pub(crate) struct Piece {
     pub(crate) text: String,
     pub(crate) score: f32,
-    pub(crate) use_: Use,
+    pub(crate) purpose: Purpose,
 }
 
 /// Where a space is put before a text.
@@ -86,7 +86,7 @@ impl Model {
         let tokens: Vec<Token> = self.pieces.iter().map(token).collect();
         let ids = ids(&tokens)?;
         let added = added_vocabulary(&tokens, &ids)?;
-        let unknown = (0..).zip(&self.pieces).find(|(_, piece)| piece.use_ == Use::Unknown).map(|(id, _)| id);
+        let unknown = (0..).zip(&self.pieces).find(|(_, piece)| piece.purpose == Purpose::Unknown).map(|(id, _)| id);
         let refused = |error: tokenizers::Error| VocabularyProblem::Refused(error.to_string());
         let model: ModelWrapper = match &self.choice {
             Choice::Merges(given) => self.bpe(given.clone(), unknown)?.into(),
@@ -94,7 +94,7 @@ impl Model {
                 // Ids are places, so that all pieces are there; a control token is never better than its own characters.
                 let floor = self.pieces.iter().map(|piece| piece.score).fold(0.0f32, f32::min) - 1e6;
                 let scored = self.pieces.iter().map(|piece| {
-                    let is_text = matches!(piece.use_, Use::Normal | Use::UserDefined | Use::Byte);
+                    let is_text = matches!(piece.purpose, Purpose::Normal | Purpose::UserDefined | Purpose::Byte);
                     (piece.text.clone(), f64::from(if is_text { piece.score } else { floor }))
                 });
                 Unigram::from(scored.collect(), unknown.map(|id| id as usize), self.has_bytes())
@@ -111,12 +111,12 @@ impl Model {
     }
 
     fn has_bytes(&self) -> bool {
-        self.pieces.iter().any(|piece| piece.use_ == Use::Byte)
+        self.pieces.iter().any(|piece| piece.purpose == Purpose::Byte)
     }
 
     fn bpe(&self, given: Option<Vec<(String, String)>>, unknown: Option<u32>) -> Result<BPE, VocabularyProblem> {
         let cuts_whole = self.cuts_whole_pieces();
-        let in_model = |piece: &Piece| piece.use_ == Use::Unknown || kind(piece, cuts_whole) == Kind::Text;
+        let in_model = |piece: &Piece| piece.purpose == Purpose::Unknown || kind(piece, cuts_whole) == Kind::Text;
         let numbered = (0u32..).zip(&self.pieces);
         let vocabulary: Vocab =
             numbered.filter(|(_, piece)| in_model(piece)).map(|(id, piece)| (piece.text.clone(), id)).collect();
@@ -143,7 +143,7 @@ impl Model {
 
     /// Every way to put a piece together from two, the best pieces first: what SentencePiece does at each step.
     fn merges(&self) -> Result<Vec<(String, String)>, VocabularyProblem> {
-        let normal = || (0u32..).zip(&self.pieces).filter(|(_, piece)| piece.use_ == Use::Normal);
+        let normal = || (0u32..).zip(&self.pieces).filter(|(_, piece)| piece.purpose == Purpose::Normal);
         let work = normal().fold(0usize, |work, (_, piece)| work.saturating_add(piece.text.len().pow(2)));
         if work > MERGE_WORK {
             return Err(VocabularyProblem::LongPieces);
@@ -197,7 +197,7 @@ impl Model {
     }
 
     fn user_defined(&self) -> impl Iterator<Item = &Piece> {
-        self.pieces.iter().filter(|piece| piece.use_ == Use::UserDefined && !piece.text.is_empty())
+        self.pieces.iter().filter(|piece| piece.purpose == Purpose::UserDefined && !piece.text.is_empty())
     }
 
     /// Whether user-defined pieces are cut out behind the space that is put before a text, as SentencePiece itself does, and not
@@ -220,12 +220,12 @@ impl Model {
 }
 
 fn kind(piece: &Piece, cuts_whole: bool) -> Kind {
-    match piece.use_ {
-        Use::Normal | Use::Byte => Kind::Text,
-        Use::Unknown | Use::Control => Kind::Control,
-        Use::UserDefined if cuts_whole => Kind::Text,
-        Use::UserDefined => Kind::Whole,
-        Use::Unused => Kind::Unused,
+    match piece.purpose {
+        Purpose::Normal | Purpose::Byte => Kind::Text,
+        Purpose::Unknown | Purpose::Control => Kind::Control,
+        Purpose::UserDefined if cuts_whole => Kind::Text,
+        Purpose::UserDefined => Kind::Whole,
+        Purpose::Unused => Kind::Unused,
     }
 }
 

@@ -1,6 +1,6 @@
 //! A folder's `tokenizer.model`: the fields of SentencePiece's protocol buffer that matter here.
 
-use super::{Choice, Model, Piece, Prefix, Use};
+use super::{Choice, Model, Piece, Prefix, Purpose};
 use crate::error::{TokenizerError, VocabularyProblem};
 use crate::vocabulary::TOKENS_LIMIT;
 use prost::Message;
@@ -22,7 +22,7 @@ struct PieceProto {
     piece: Option<String>,
     #[prost(float, optional, tag = "2")]
     score: Option<f32>,
-    /// `Use`, 1 where it is missing.
+    /// `Purpose`, 1 where it is missing.
     #[prost(int32, optional, tag = "3")]
     kind: Option<i32>,
 }
@@ -67,9 +67,9 @@ pub(crate) fn read(path: &Path, bytes: &[u8], prefix: Prefix) -> Result<Model, T
         return Err(TokenizerError::Vocabulary { path: path.to_owned(), problem });
     }
     let piece = |PieceProto { piece, score, kind }| {
-        let use_ = u64::try_from(kind.unwrap_or(1)).ok().and_then(Use::of);
-        let use_ = use_.ok_or_else(|| entry("type", "of a piece is none of SentencePiece's"))?;
-        Ok(Piece { text: piece.unwrap_or_default(), score: score.unwrap_or(0.0), use_ })
+        let purpose = u64::try_from(kind.unwrap_or(1)).ok().and_then(Purpose::of);
+        let purpose = purpose.ok_or_else(|| entry("type", "of a piece is none of SentencePiece's"))?;
+        Ok(Piece { text: piece.unwrap_or_default(), score: score.unwrap_or(0.0), purpose })
     };
     Ok(Model {
         pieces: proto.pieces.into_iter().map(piece).collect::<Result<_, TokenizerError>>()?,
