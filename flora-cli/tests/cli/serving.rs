@@ -122,6 +122,16 @@ fn a_server_listens_answers_and_ends_when_it_is_asked_to() {
 }
 
 #[test]
+fn an_adapter_with_the_base_models_name_is_refused_at_start() {
+    let tiny = Tiny::new();
+    let adapters = adapters();
+    let name = ["--port", "0", "--served-model-name", "lora"];
+    let output = flora([&["serve", "--model", &tiny.model, "--adapters", &adapters][..], &name].concat());
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("an adapter is called `lora`"), "{}", stderr(&output));
+}
+
+#[test]
 fn the_experiment_runs_and_its_page_is_drawn() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let model = golden("model").display().to_string();
