@@ -119,7 +119,7 @@ pub unsafe fn launch<R: Runtime>(
         return Err(OperandError::NoResidual.into());
     }
     let PreparedBatch { y, steps } = Site::of(hardware, layer).prepare(schedule)?;
-    Run::new(client, hardware, layer, sums, (schedule.tokens(), schedule.kept()), x, residual, allocate(client, y))
+    Run::new((client, sums), hardware, layer, (schedule.tokens(), schedule.kept()), x, residual, allocate(client, y))
         .steps(&steps)
 }
 
@@ -139,5 +139,5 @@ pub unsafe fn merge<R: Runtime>(
     check_recipe(step, (layer.in_pool.slots, layer.out_pool.slots))?;
     let made = Site::of(hardware, layer).merge(step)?;
     let (nothing, kept, sums) = (&layer.base_weight, Kept::default(), LowRankSums::default());
-    Ok(Run::new(client, hardware, layer, &sums, (0, &kept), nothing, None, nothing.clone()).made(&made))
+    Ok(Run::new((client, &sums), hardware, layer, (0, &kept), nothing, None, nothing.clone()).made(&made))
 }

@@ -70,10 +70,9 @@ struct Operands<'a> {
 
 impl<'a, R: Runtime> Run<'a, R> {
     pub(super) fn new(
-        client: &'a ComputeClient<R>,
+        (client, sums): (&'a ComputeClient<R>, &'a LowRankSums),
         hardware: &'a Hardware,
         layer: &'a LayerBuffers,
-        sums: &'a LowRankSums,
         (tokens, kept): (u32, &'a Kept),
         x: &'a Handle,
         residual: Option<&'a Handle>,

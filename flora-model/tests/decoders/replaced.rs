@@ -11,7 +11,9 @@ use std::thread;
 use std::time::Duration;
 
 use flora_checkpoint::{AdapterFolder, AdapterKinds, AdapterModule, Model, Operand};
-use flora_engine::{Engine, EngineHandle, Event, Options, Request, RequestError, Sampling, StopAt, Vocabulary};
+use flora_engine::{
+    Engine, EngineHandle, Event, LogitRules, Options, Request, RequestError, Sampling, StopAt, Vocabulary,
+};
 use flora_model::{AdapterDirectory, ServeOptions};
 
 use crate::served::golden;
@@ -90,7 +92,8 @@ fn other(version: usize, _: &mut fastrand::Rng) -> usize {
 fn ask(handle: &EngineHandle, adapter: &str) -> Option<Vec<u32>> {
     let stop = StopAt { max_tokens: 4, strings: Vec::new(), tokens: Vec::new() };
     let prompt = vec![5, 80, 3, 17, 90, 41, 9];
-    let request = Request { prompt, adapter: Some(adapter.to_owned()), sampling: Sampling::Greedy, stop };
+    let rules = LogitRules::default();
+    let request = Request { prompt, adapter: Some(adapter.to_owned()), sampling: Sampling::Greedy, rules, stop };
     let mut stream = handle.submit(request).expect("a request that can be run");
     let mut said = Vec::new();
     loop {
