@@ -129,7 +129,8 @@ impl Backend for Shelf {
 
 #[test]
 fn a_kind_of_device_of_ones_own() {
-    let info = DeviceInfo::unstarted("shelf".into(), "shelf".into(), BackendKind::Host, String::new(), true);
+    let mut info = DeviceInfo::unstarted("shelf".into(), "shelf".into(), BackendKind::Host, String::new(), true);
+    info.element_types.push("f32".to_owned());
     let shelf = Device::new(info, Shelf);
     let buffer = shelf.upload(&[1.0, 2.0, 3.0]).expect("a shelf holds numbers");
     assert_eq!(shelf.read(&buffer).expect("and gives them back"), [1.0, 2.0, 3.0]);
