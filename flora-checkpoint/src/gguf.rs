@@ -278,26 +278,21 @@ fn place(
 
 /// ggml's name of a type that has no decoder here, as far as it is known.
 fn ggml_name(id: u32) -> String {
-    const NAMES: [(u32, &str); 19] = [
+    const NAMES: [(u32, &str); 14] = [
         (9, "Q8_1"),
-        (10, "Q2_K"),
-        (11, "Q3_K"),
         (15, "Q8_K"),
         (16, "IQ2_XXS"),
         (17, "IQ2_XS"),
         (18, "IQ3_XXS"),
         (19, "IQ1_S"),
-        (20, "IQ4_NL"),
         (21, "IQ3_S"),
         (22, "IQ2_S"),
-        (23, "IQ4_XS"),
         (24, "I8"),
         (25, "I16"),
         (26, "I32"),
         (27, "I64"),
         (28, "F64"),
         (29, "IQ1_M"),
-        (39, "MXFP4"),
     ];
     NAMES.iter().find(|(number, _)| *number == id).map_or(format!("ggml type {id}"), |(_, name)| name.to_string())
 }

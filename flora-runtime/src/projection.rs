@@ -1,6 +1,8 @@
 //! One base weight on a device with the adapters that were loaded for it: the place where a batch of mixed adapters becomes
 //! launches.
 
+mod error;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,14 +14,15 @@ use flora_plan::cost::{LayerPrices, PricedLayer};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::pipeline::CompiledLayer;
 use flora_plan::plan::{Plan, plan};
-use flora_plan::schedule::{Materialised, Schedule, ScheduleError, schedule};
-use flora_plan::weight::{PackedWeight, WeightError};
+use flora_plan::schedule::{Materialised, Schedule, schedule};
+use flora_plan::weight::PackedWeight;
 
 use crate::batch::{Batch, BatchError};
 use crate::buffer::Buffer;
 use crate::device::{Device, DeviceError};
-use crate::operands::{LayerOperands, OperandError};
+use crate::operands::LayerOperands;
 use crate::pool::Pool;
+pub use error::ProjectionError;
 
 /// A frozen weight with its adapters, on a device.
 #[derive(Debug)]
@@ -72,60 +75,6 @@ impl Default for ProjectionOptions<'_> {
             fragments: true,
         }
     }
-}
-
-/// Why a projection can't be made or run.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ProjectionError {
-    /// A tensor of the wrong size.
-    #[error("{what} has {found} numbers where [{d}, {k}] wants {expected}")]
-    WrongSize {
-        /// Which tensor.
-        what: String,
-        /// Inputs.
-        d: u32,
-        /// Outputs.
-        k: u32,
-        /// What it should have.
-        expected: usize,
-        /// What it has.
-        found: usize,
-    },
-    /// A weight that can't be packed.
-    #[error(transparent)]
-    Weight(#[from] WeightError),
-    /// A name that is taken.
-    #[error("an adapter `{0}` is loaded already; give this one another name")]
-    DuplicateAdapter(String),
-    /// A position in the table of adapters that is taken, or the base's.
-    #[error("the position {0} in the table of adapters is taken; remove the adapter there first")]
-    TakenPosition(u32),
-    /// No room for an adapter's vectors.
-    #[error(
-        "an adapter of {in_vectors} and {out_vectors} vectors doesn't fit into what is free of the pools; remove others or reserve more"
-    )]
-    PoolFull {
-        /// In-vectors that it has.
-        in_vectors: u32,
-        /// Out-vectors that it has.
-        out_vectors: u32,
-    },
-    /// An adapter's own bias in front of an activation, which is applied where the outputs are written.
-    #[error("an adapter changes the bias of a layer that an activation follows, which is not supported")]
-    OffsetBeforeActivation,
-    /// The batch doesn't fit the adapters or the input.
-    #[error(transparent)]
-    Batch(#[from] BatchError),
-    /// The batch can't be scheduled.
-    #[error(transparent)]
-    Schedule(#[from] ScheduleError),
-    /// Parts that make no layer.
-    #[error(transparent)]
-    Operands(#[from] OperandError),
-    /// The device failed.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
 }
 
 impl Projection {

@@ -1,5 +1,5 @@
 //! `cargo xtask api`: the public items of every library as text, so that a change of what others build on is seen in review. The
-//! listings are in `docs/api`; they are compared, or written anew.
+//! listings are in `docs/api`; they are compared, or written anew. Documentation is checked on the way.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -104,7 +104,7 @@ fn difference(library: &str, listed: &str, found: &str) -> Vec<String> {
     gone.chain(found.difference(&listed).map(|line| format!("{library} + {line}"))).collect()
 }
 
-/// Has rustdoc describe the workspace as JSON; the folder of the descriptions.
+/// Has rustdoc describe the workspace as JSON; the folder of the descriptions. What is wrong with the documentation is an error.
 ///
 /// Stable Rust's rustdoc writes JSON when it is told to take unstable options. Whoever tells that to the compiler too builds every
 /// dependency again, so this program stands in for rustdoc alone.
@@ -116,7 +116,10 @@ fn describe() -> Result<PathBuf, ApiError> {
     let this = std::env::current_exe().map_err(failed(Path::new("xtask")))?;
     let rustdoc = std::env::var_os("RUSTDOC").unwrap_or_else(|| "rustdoc".into());
     let mut command = cargo::document();
-    command.env("RUSTDOC", &this).env(RUSTDOC, rustdoc).env("RUSTDOCFLAGS", "-Z unstable-options --output-format json");
+    command
+        .env("RUSTDOC", &this)
+        .env(RUSTDOC, rustdoc)
+        .env("RUSTDOCFLAGS", "-D warnings -Z unstable-options --output-format json");
     let status = command.status().map_err(failed(Path::new("cargo")))?;
     if !status.success() {
         return Err(ApiError::Failed);

@@ -1,0 +1,62 @@
+//! What can be wrong with a projection, its adapters and its batches.
+
+use flora_plan::schedule::ScheduleError;
+use flora_plan::weight::WeightError;
+
+use crate::batch::BatchError;
+use crate::device::DeviceError;
+use crate::operands::OperandError;
+
+/// Why a projection can't be made or run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProjectionError {
+    /// A tensor of the wrong size.
+    #[error("{what} has {found} numbers where [{d}, {k}] wants {expected}")]
+    WrongSize {
+        /// Which tensor.
+        what: String,
+        /// Inputs.
+        d: u32,
+        /// Outputs.
+        k: u32,
+        /// What it should have.
+        expected: usize,
+        /// What it has.
+        found: usize,
+    },
+    /// A weight that can't be packed.
+    #[error(transparent)]
+    Weight(#[from] WeightError),
+    /// A name that is taken.
+    #[error("an adapter `{0}` is loaded already; give this one another name")]
+    DuplicateAdapter(String),
+    /// A position in the table of adapters that is taken, or the base's.
+    #[error("the position {0} in the table of adapters is taken; remove the adapter there first")]
+    TakenPosition(u32),
+    /// No room for an adapter's vectors.
+    #[error(
+        "an adapter of {in_vectors} and {out_vectors} vectors doesn't fit into what is free of the pools; remove others or reserve more"
+    )]
+    PoolFull {
+        /// In-vectors that it has.
+        in_vectors: u32,
+        /// Out-vectors that it has.
+        out_vectors: u32,
+    },
+    /// An adapter's own bias in front of an activation, which is applied where the outputs are written.
+    #[error("an adapter changes the bias of a layer that an activation follows, which is not supported")]
+    OffsetBeforeActivation,
+    /// The batch doesn't fit the adapters or the input.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// The batch can't be scheduled.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// Parts that make no layer.
+    #[error(transparent)]
+    Operands(#[from] OperandError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
