@@ -90,7 +90,7 @@ impl AdapterFolder {
     /// Reads and checks a folder of one of `kinds` whole; nothing of it stays open. The adapter has the name that the folder is
     /// called by: a link's own.
     pub fn open(path: &Path, kinds: &AdapterKinds) -> Result<AdapterFolder, AdapterError> {
-        Self::parse(&AdapterFiles::read(path)?, kinds)
+        Self::parse(&AdapterFiles::read_at_once(path)?, kinds)
     }
 
     /// Checks files that were read, as an adapter of one of `kinds`.

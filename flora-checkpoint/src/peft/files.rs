@@ -111,13 +111,22 @@ impl AdapterFiles {
     /// # Errors
     /// A file that isn't there, is no file or can't be read, or a folder that keeps changing.
     pub fn read(folder: &Path) -> Result<Self, AdapterError> {
+        Self::read_when(folder, OpenFolder::unsettled)
+    }
+
+    /// The same for who won't compare the version: nothing is waited for until a later change would show in it.
+    pub(super) fn read_at_once(folder: &Path) -> Result<Self, AdapterError> {
+        Self::read_when(folder, |_| None)
+    }
+
+    fn read_when(folder: &Path, wait: impl Fn(&OpenFolder) -> Option<Duration>) -> Result<Self, AdapterError> {
         if !folder.is_dir() {
             let reason = "there is no such folder".to_string();
             return Err(AdapterError::NotAnAdapter { path: folder.to_owned(), reason });
         }
         for _ in 0..ATTEMPTS {
             let opened = OpenFolder::open(folder)?;
-            if let Some(wait) = opened.unsettled() {
+            if let Some(wait) = wait(&opened) {
                 std::thread::sleep(wait);
                 continue;
             }
