@@ -1,5 +1,6 @@
 //! What a client asks of `/v1/chat/completions`.
 
+pub use flora_tokenizer::Next;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -25,18 +26,6 @@ pub struct Conversation {
     pub next: Next,
     /// Further variables of the model's chat template.
     pub variables: Map<String, Value>,
-}
-
-/// How a conversation goes on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Next {
-    /// With the assistant's answer, whose head is written already.
-    #[default]
-    Answer,
-    /// With whatever the model thinks comes next.
-    Anything,
-    /// With the rest of the last message.
-    Rest,
 }
 
 /// What someone said.

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use flora_engine::{AdapterFailure, RequestError};
-use flora_tokenizer::{AdapterText, AdapterTexts, Content as SaidContent, Conversation as Said, Next as SaidNext};
+use flora_tokenizer::{AdapterText, AdapterTexts, Content as SaidContent, Conversation as Said};
 use flora_tokenizer::{Message as SaidMessage, Specials, Tokenizer};
 
-use crate::chat::{Content, Conversation, Next, Role};
+use crate::chat::{Content, Conversation, Role};
 use crate::error::ApiError;
 
 /// What a client wrote to the tokens of a prompt; the error is said to the client.
@@ -135,11 +135,7 @@ impl Reader<'_> {
                 name: message.name.as_deref(),
             })
             .collect();
-        let next = match conversation.next {
-            Next::Answer => SaidNext::Answer,
-            Next::Anything => SaidNext::Anything,
-            Next::Rest => SaidNext::Rest,
-        };
+        let next = conversation.next;
         let said = Said { messages: &messages, next, variables: &conversation.variables };
         match self.adapter.template() {
             Some(template) => template.render(&said),
@@ -167,7 +163,7 @@ mod tests {
     use serde_json::{Map, json};
 
     use super::*;
-    use crate::chat::Message;
+    use crate::chat::{Message, Next};
 
     fn read(text: &Text) -> Reader<'_> {
         text.reader(None).unwrap()
