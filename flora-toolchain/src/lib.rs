@@ -8,6 +8,7 @@
 
 mod cache;
 mod cuda;
+mod cxx;
 mod error;
 mod lavapipe;
 mod pip;
@@ -21,6 +22,7 @@ pub use cuda::{
     Architecture, Block, Class, CompileError, Compiled, CudaCompiler, Defect, Expectations, Limiter, MAX_WARPS,
     MainLoop, Mix, Occupancy, OccupancyError, UnknownArchitecture,
 };
+pub use cxx::{CxxCompiler, CxxError, Sanitizer, UnknownSanitizer};
 pub use error::FetchError;
 pub use lavapipe::Lavapipe;
 pub use pypi::{smollm2, smollm2_from_environment, smollm2_in};
