@@ -5,12 +5,14 @@
 //! kernels, or [`target::emit`] prints them.
 //!
 //! Features: `cuda` and `wgpu` bring the devices of these runtimes ([`runtime`]), `emit` the text for CUDA; WGSL and SPIR-V are
-//! emitted with `wgpu`.
+//! emitted with `wgpu`. `emulate` executes the CUDA text on the processor.
 
+#[cfg(feature = "emulate")]
+mod emulated;
 pub mod kernels;
 pub mod launch;
 pub mod routine;
-#[cfg(any(feature = "cuda", feature = "wgpu"))]
+#[cfg(any(feature = "cuda", feature = "wgpu", feature = "emulate"))]
 pub mod runtime;
 #[cfg(feature = "emit")]
 pub mod target;

@@ -1,7 +1,7 @@
 //! The devices of this machine that this build of flora has code for. The one place that knows which kinds there are: everything
 //! above it takes a [`Device`], and the crates below it know one kind each.
 //!
-//! The host is always there. The features `cuda` and `wgpu` bring GPUs. [`unsupported`] names those that are here and that this
+//! The host is always there. The features `cuda` and `wgpu` bring GPUs, `emulate` CUDA cards that the processor plays. [`unsupported`] names those that are here and that this
 //! build has no code for.
 
 mod seen;
@@ -9,18 +9,25 @@ mod seen;
 use flora_runtime::{Device, DeviceError, DeviceInfo, Found};
 pub use seen::{Unsupported, unsupported};
 
+/// Kinds of devices beside the host, the feature that brings each, and whether this build has it.
+const KINDS: [(&str, &str, bool); 3] = [
+    ("cuda", "cuda", cfg!(feature = "cuda")),
+    ("wgpu", "wgpu", cfg!(feature = "wgpu")),
+    ("cuda-emulated", "emulate", cfg!(feature = "emulate")),
+];
+
 /// This machine's processor.
 pub fn host() -> Device {
     flora_host::device()
 }
 
-/// The best device here: CUDA, else a GPU through wgpu, else the host. A software rasteriser is never chosen.
+/// The best device here: CUDA, else a GPU through wgpu, else the host. Software that plays a GPU is never chosen.
 pub fn auto() -> Device {
     let hardware = found().into_iter().filter(|found| !found.info().software);
     hardware.map(Found::start).find_map(Result::ok).unwrap_or_else(host)
 }
 
-/// The device with this id (see [`list`]); `cuda` and `wgpu` stand for the first of their kind, `auto` for the best.
+/// The device with this id (see [`list`]); `cuda`, `wgpu` and `cuda-emulated` stand for the first of their kind, `auto` for the best.
 ///
 /// # Errors
 /// There is none, it doesn't start, or this build has no code for its kind.
@@ -31,9 +38,9 @@ pub fn open(id: &str) -> Result<Device, DeviceError> {
         _ => {}
     }
     let kind = id.split(':').next().unwrap_or(id);
-    for (name, built) in [("cuda", cfg!(feature = "cuda")), ("wgpu", cfg!(feature = "wgpu"))] {
+    for (name, feature, built) in KINDS {
         if kind == name && !built {
-            return Err(DeviceError::NotBuilt { wanted: id.to_owned(), feature: name });
+            return Err(DeviceError::NotBuilt { wanted: id.to_owned(), feature });
         }
     }
     let mut found = found();
@@ -58,13 +65,13 @@ pub fn list() -> Vec<DeviceInfo> {
 }
 
 /// GPUs, best first.
-#[cfg(any(feature = "cuda", feature = "wgpu"))]
+#[cfg(any(feature = "cuda", feature = "wgpu", feature = "emulate"))]
 fn found() -> Vec<Found> {
     flora_codegen::runtime::found()
 }
 
 /// No GPU: this build has no code for any.
-#[cfg(not(any(feature = "cuda", feature = "wgpu")))]
+#[cfg(not(any(feature = "cuda", feature = "wgpu", feature = "emulate")))]
 fn found() -> Vec<Found> {
     Vec::new()
 }

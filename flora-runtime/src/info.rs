@@ -26,7 +26,7 @@ pub struct DeviceInfo {
     pub backend: BackendKind,
     /// Driver or compiler.
     pub driver: String,
-    /// Whether it is a rasteriser that runs on the processor; never chosen by itself.
+    /// Whether the processor plays it (a rasteriser, an emulated card); never chosen by itself.
     pub software: bool,
     /// Units that run in lockstep; `None` for the host.
     pub plane_size: Option<u32>,

@@ -4,7 +4,7 @@
 pub(crate) mod backend;
 #[cfg(feature = "cuda")]
 mod cuda;
-mod start;
+pub(crate) mod start;
 #[cfg(feature = "wgpu")]
 mod wgpu;
 
@@ -22,5 +22,7 @@ pub fn found() -> Vec<Found> {
     found.extend(cuda::found());
     #[cfg(feature = "wgpu")]
     found.extend(wgpu::found());
+    #[cfg(feature = "emulate")]
+    found.extend(crate::emulated::found());
     found
 }

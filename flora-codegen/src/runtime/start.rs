@@ -14,7 +14,7 @@ use flora_runtime::{Device, DeviceError, DeviceInfo, LayerOperands, PoolBuffer};
 
 use super::backend::CubeBackend;
 
-pub(super) fn start<R: Runtime>(info: DeviceInfo, device: &R::Device) -> Result<Device, DeviceError> {
+pub(crate) fn start<R: Runtime>(info: DeviceInfo, device: &R::Device) -> Result<Device, DeviceError> {
     let client = catch_unwind(AssertUnwindSafe(|| R::client(device))).map_err(|panic| {
         let words = panic.downcast_ref::<String>().map(String::as_str);
         let reason =

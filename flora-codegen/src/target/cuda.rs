@@ -19,7 +19,7 @@ use super::recorder::Dialect;
 
 impl Capability {
     /// 80, 90, 100.
-    pub(super) fn version(self) -> u16 {
+    pub(crate) fn version(self) -> u16 {
         match self {
             Capability::Sm80 => 80,
             Capability::Sm90 => 90,
@@ -29,7 +29,7 @@ impl Capability {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct Cuda;
+pub(crate) struct Cuda;
 
 impl Dialect for Cuda {
     type Compiler = CppCompiler<CudaDialect<CudaWmmaCompiler>>;

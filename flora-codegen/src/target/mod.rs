@@ -1,8 +1,8 @@
 //! Generated sources without a device: a target carries the properties of the device that it stands for, and a recorder takes
 //! the place of its driver, so that what is printed is what a launch there would compile.
 
-mod cuda;
-mod recorder;
+pub(crate) mod cuda;
+pub(crate) mod recorder;
 #[cfg(feature = "wgpu")]
 mod shader;
 mod stable;
@@ -46,6 +46,11 @@ pub enum Capability {
     Sm90,
     /// B200.
     Sm100,
+}
+
+impl Capability {
+    /// Every capability, with its name.
+    pub const ALL: [(&'static str, Self); 3] = [("sm_80", Self::Sm80), ("sm_90", Self::Sm90), ("sm_100", Self::Sm100)];
 }
 
 impl Target {

@@ -22,7 +22,6 @@ use cubecl_common::stream_id::StreamId;
 use cubecl_core::zspace::{Shape, Strides};
 use cubecl_runtime::allocator::ContiguousMemoryLayoutPolicy;
 use cubecl_runtime::compiler::CubeTask;
-use cubecl_runtime::kernel::KernelMetadata;
 use cubecl_runtime::logging::ServerLogger;
 use cubecl_runtime::memory_management::{ManagedMemoryHandle, MemoryAllocationMode, MemoryUsage};
 use cubecl_runtime::storage::{BytesStorage, ComputeStorage, ManagedResource};
@@ -30,7 +29,7 @@ use cubecl_runtime::storage::{BytesStorage, ComputeStorage, ManagedResource};
 use super::{EmitError, EmittedKernel};
 
 /// What stands in for a device: its compiler and its properties.
-pub(super) trait Dialect: Debug + Clone + Send + Sync + 'static {
+pub(crate) trait Dialect: Debug + Clone + Send + Sync + 'static {
     type Compiler: Compiler;
     const NAME: &'static str;
     const MAX_CUBE_COUNT: (u32, u32, u32);
@@ -44,8 +43,8 @@ pub(super) trait Dialect: Debug + Clone + Send + Sync + 'static {
 
 /// One variant of a dialect; for CUDA the compute capability.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct OfflineDevice {
-    pub(super) variant: u16,
+pub(crate) struct OfflineDevice {
+    pub(crate) variant: u16,
 }
 
 impl Device for OfflineDevice {
@@ -59,7 +58,7 @@ impl Device for OfflineDevice {
 
 /// What one device was asked for.
 #[derive(Debug, Default)]
-pub(super) struct Records {
+pub(crate) struct Records {
     /// The launches, in order.
     pub(super) kernels: Vec<Result<EmittedKernel, EmitError>>,
     /// Bytes of the largest buffer, rounded up as cubecl does.
@@ -70,7 +69,7 @@ pub(super) struct Records {
 
 /// The records of one device.
 #[derive(Debug, Default)]
-pub(super) struct Recording {
+pub(crate) struct Recording {
     records: Mutex<Records>,
     /// Held while one caller launches, because clients of one device share the recorder.
     turn: Mutex<()>,
@@ -91,8 +90,42 @@ impl Recording {
     }
 }
 
+/// The text of a kernel, and how it would be launched.
+pub(crate) fn emitted<D: Dialect>(
+    kernel: &dyn CubeTask<D::Compiler>,
+    options: &<D::Compiler as Compiler>::CompilationOptions,
+    count: &CubeCount,
+    mode: ExecutionMode,
+) -> Result<EmittedKernel, EmitError> {
+    // cubecl numbers CUDA temporaries by one counter that every compilation resets.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = lock(&ONE_AT_A_TIME);
+    let name = kernel.name().to_owned();
+    let mut compiler = D::compiler();
+    // The compilers of some dialects panic on operations that they lack.
+    let compiled =
+        catch_unwind(AssertUnwindSafe(|| kernel.compile(&mut compiler, options, mode, kernel.address_type())));
+    match compiled {
+        Ok(Ok(compiled)) => Ok(EmittedKernel {
+            name: compiled.entrypoint_name,
+            cube_dim: [compiled.cube_dim.x, compiled.cube_dim.y, compiled.cube_dim.z],
+            cube_count: match *count {
+                CubeCount::Static(x, y, z) => Some([x, y, z]),
+                CubeCount::Dynamic(_) => None,
+            },
+            source: D::stable_source(&compiled.source),
+        }),
+        Ok(Err(error)) => Err(EmitError::Compile { kernel: name, reason: first_line(&error.to_string()) }),
+        Err(panic) => {
+            let words = panic.downcast_ref::<String>().map(String::as_str);
+            let words = words.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("the compiler panicked");
+            Err(EmitError::Compile { kernel: name, reason: first_line(words) })
+        }
+    }
+}
+
 /// The server side: compiles every launch.
-pub(super) struct OfflineServer<D: Dialect> {
+pub(crate) struct OfflineServer<D: Dialect> {
     options: <D::Compiler as Compiler>::CompilationOptions,
     utilities: Arc<ServerUtilities<Self>>,
 }
@@ -171,32 +204,7 @@ impl<D: Dialect> ComputeServer for OfflineServer<D> {
         mode: ExecutionMode,
         _stream: StreamId,
     ) {
-        // cubecl numbers CUDA temporaries by one counter that every compilation resets.
-        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-        let _turn = lock(&ONE_AT_A_TIME);
-        let name = kernel.name().to_owned();
-        let mut compiler = D::compiler();
-        // The compilers of some dialects panic on operations that they lack.
-        let compiled = catch_unwind(AssertUnwindSafe(|| {
-            kernel.compile(&mut compiler, &self.options, mode, kernel.address_type())
-        }));
-        let record = match compiled {
-            Ok(Ok(compiled)) => Ok(EmittedKernel {
-                name: compiled.entrypoint_name,
-                cube_dim: [compiled.cube_dim.x, compiled.cube_dim.y, compiled.cube_dim.z],
-                cube_count: match count {
-                    CubeCount::Static(x, y, z) => Some([x, y, z]),
-                    CubeCount::Dynamic(_) => None,
-                },
-                source: D::stable_source(&compiled.source),
-            }),
-            Ok(Err(error)) => Err(EmitError::Compile { kernel: name, reason: first_line(&error.to_string()) }),
-            Err(panic) => {
-                let words = panic.downcast_ref::<String>().map(String::as_str);
-                let words = words.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("the compiler panicked");
-                Err(EmitError::Compile { kernel: name, reason: first_line(words) })
-            }
-        };
+        let record = emitted::<D>(&*kernel, &self.options, &count, mode);
         lock(&self.utilities.info.records).kernels.push(record);
     }
 
@@ -227,7 +235,7 @@ fn first_line(text: &str) -> String {
 
 /// The runtime of a dialect without a device.
 #[derive(Clone, Debug)]
-pub(super) struct Offline<D>(PhantomData<D>);
+pub(crate) struct Offline<D>(PhantomData<D>);
 
 impl<D: Dialect> Runtime for Offline<D> {
     type Compiler = D::Compiler;
