@@ -1,5 +1,7 @@
 //! A projection as the Burn module that users put in their models: what the suite runs goes through Burn's tensors, on the backend
-//! that shares the device's memory.
+//! that shares the device's memory. Burn has none for an emulated card, so there the projection runs by itself.
+
+use std::cell::RefCell;
 
 use flora::prelude::*;
 use flora_burn::{AdaptedLinear, BurnDevice, Cuda, FloraBackend, Host, LinearError, Planning, StepBatch, Wgpu};
@@ -9,15 +11,17 @@ pub(crate) enum OnBurn {
     Host(AdaptedLinear<Host>),
     Wgpu(AdaptedLinear<Wgpu>),
     Cuda(AdaptedLinear<Cuda>),
+    Emulated(RefCell<Projection>),
 }
 
-/// Runs an expression on the layer, whatever its backend.
+/// Runs an expression on the layer, whatever its backend, or one on the projection.
 macro_rules! on {
-    ($own:expr, $layer:ident => $do:expr) => {
+    ($own:expr, $layer:ident => $do:expr, $projection:ident => $otherwise:expr) => {
         match $own {
             OnBurn::Host($layer) => $do,
             OnBurn::Wgpu($layer) => $do,
             OnBurn::Cuda($layer) => $do,
+            OnBurn::Emulated($projection) => $otherwise,
         }
     };
 }
@@ -28,6 +32,7 @@ impl OnBurn {
         match projection.device().info().backend {
             BackendKind::Host => Self::Host(AdaptedLinear::from_projection(projection, planning)),
             BackendKind::Wgpu => Self::Wgpu(AdaptedLinear::from_projection(projection, planning)),
+            BackendKind::Cuda if projection.device().info().software => Self::Emulated(RefCell::new(projection)),
             BackendKind::Cuda => Self::Cuda(AdaptedLinear::from_projection(projection, planning)),
             other => panic!("{other:?} has no backend of Burn's here"),
         }
@@ -35,15 +40,23 @@ impl OnBurn {
 
     /// The projection in the module.
     pub(crate) fn with<T>(&self, change: impl FnOnce(&mut Projection) -> T) -> T {
-        on!(self, layer => layer.change(change))
+        on!(self, layer => layer.change(change), projection => change(&mut projection.borrow_mut()))
     }
 
     pub(crate) fn shape(&self) -> LayerShape {
-        on!(self, layer => layer.shape())
+        on!(self, layer => layer.shape(), projection => projection.borrow().shape())
     }
 
     pub(crate) fn forward(&self, batch: &Batch, plan: &Plan, x: &[f32], residual: Option<&[f32]>) -> Vec<f32> {
-        on!(self, layer => forward(layer, batch, plan, x, residual)).expect("a batch of loaded adapters runs")
+        let y = on!(
+            self,
+            layer => forward(layer, batch, plan, x, residual).map_err(|error| error.to_string()),
+            projection => {
+                let projection = projection.borrow();
+                projection.forward_with_residual(batch, plan, x, residual).map_err(|error| error.to_string())
+            }
+        );
+        y.expect("a batch of loaded adapters runs")
     }
 }
 

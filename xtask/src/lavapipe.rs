@@ -6,6 +6,8 @@ use std::process::ExitCode;
 
 use flora_toolchain::Lavapipe;
 
+use crate::program::become_program;
+
 /// The program to run and what to pass to it.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -18,21 +20,11 @@ pub(crate) struct Arguments {
 
 /// Becomes the program (or waits for it where a process can't become another).
 pub(crate) fn run(arguments: &Arguments) -> ExitCode {
-    let mut command = match Lavapipe::ensure() {
-        Ok(lavapipe) => lavapipe.command(&arguments.program),
+    match Lavapipe::ensure() {
+        Ok(lavapipe) => become_program(lavapipe.command(&arguments.program), &arguments.arguments),
         Err(error) => {
             eprintln!("error: {error}");
-            return ExitCode::FAILURE;
+            ExitCode::FAILURE
         }
-    };
-    command.args(&arguments.arguments);
-    #[cfg(unix)]
-    let error = std::os::unix::process::CommandExt::exec(&mut command);
-    #[cfg(not(unix))]
-    let error = match command.status() {
-        Ok(status) => return ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)),
-        Err(error) => error,
-    };
-    eprintln!("error: can't run {}: {error}", arguments.program.display());
-    ExitCode::FAILURE
+    }
 }

@@ -8,6 +8,8 @@ mod api;
 mod cargo;
 mod gpu;
 mod lavapipe;
+mod program;
+mod sanitize;
 mod test;
 
 use std::process::ExitCode;
@@ -32,6 +34,8 @@ enum Command {
     Api(api::Arguments),
     /// Runs a program with software Vulkan that has cooperative matrices; also usable as cargo's runner.
     Lavapipe(lavapipe::Arguments),
+    /// Runs a program in which kernels of emulated cards are watched for races or wrong accesses; also usable as cargo's runner.
+    Sanitize(sanitize::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -50,5 +54,6 @@ fn main() -> ExitCode {
         Command::Api(arguments) => api::run(&arguments),
         Command::Gpu(arguments) => gpu::run(&arguments),
         Command::Lavapipe(arguments) => lavapipe::run(&arguments),
+        Command::Sanitize(arguments) => sanitize::run(&arguments),
     }
 }

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::process::{Command, ExitCode};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use flora_toolchain::{Cache, CudaCompiler, FetchError, Lavapipe, openai_client, smollm2};
@@ -14,6 +15,33 @@ use crate::cargo::{self, Tally};
 
 /// Cases for each fuzz test, chosen so that all of them take about a minute.
 const FUZZ_CASES: &str = "20000";
+
+/// Tests once more on a device that this machine plays. A device compiles its kernels by one thread, so parts run side by side.
+struct Part {
+    suite: &'static str,
+    /// The task of this program that starts the test binary, where it needs one.
+    runner: &'static [&'static str],
+    device: &'static str,
+    /// Tests and filters.
+    arguments: &'static [&'static str],
+}
+
+const LAVAPIPE: &str = "conformance on lavapipe";
+const EMULATED: &str = "conformance on CUDA text";
+const SANITIZED: &str = "CUDA text, sanitized";
+
+/// The longest first.
+const PARTS: [Part; 9] = [
+    Part::on_lavapipe(&["--test", "conformance", "--", "oracle::"]),
+    Part::on_lavapipe(&["--test", "conformance", "--", "formats::", "golden::"]),
+    Part::on_lavapipe(&["--test", "conformance", "--", "isolation::"]),
+    Part::emulated("cuda-emulated:sm_90", &["--test", "conformance"]),
+    Part::on_lavapipe(&["--test", "decoders"]),
+    Part::emulated("cuda-emulated:sm_80", &["--test", "conformance"]),
+    Part::emulated("cuda-emulated:sm_100", &["--test", "conformance"]),
+    Part::sanitized(&["sanitize", "thread"], &["--test", "conformance", "--", "oracle::a_batch", "a_split"]),
+    Part::sanitized(&["sanitize", "address"], &["--test", "conformance", "--", "oracle::a_batch", "a_split"]),
+];
 
 /// How strict to be.
 #[derive(clap::Args)]
@@ -50,7 +78,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     let cuda = need("tests of generated CUDA", CudaCompiler::ensure());
     let model = need("tests on the real model", smollm2());
     let client = need("tests by the openai client", openai_client());
-    let lavapipe = need("conformance on lavapipe", Lavapipe::ensure());
+    let lavapipe = need(LAVAPIPE, Lavapipe::ensure());
 
     let mut workspace = cargo::test(&[]);
     // A relative FLORA_CACHE would mean another folder to each test, which runs in its package's.
@@ -61,10 +89,9 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
         workspace.env(variable, presence(thing));
     }
     let mut rows = vec![suite("workspace", workspace)];
-    rows.push(match lavapipe {
-        Ok(()) => suite("conformance on lavapipe", on_lavapipe()),
-        Err(row) => row,
-    });
+    let there = lavapipe.is_ok();
+    rows.extend(side_by_side(PARTS.iter().filter(|part| there || part.suite != LAVAPIPE)));
+    rows.extend(lavapipe.err());
     let mut fuzz = cargo::test(&["--tests", "fuzz"]);
     fuzz.env("FLORA_FUZZ_CASES", FUZZ_CASES);
     rows.push(suite("fuzz", fuzz));
@@ -85,17 +112,66 @@ fn presence(thing: &Result<(), Row>) -> &'static str {
     if thing.is_ok() { "required" } else { "absent" }
 }
 
-/// The conformance tests once more, each binary started through `cargo xtask lavapipe`.
-fn on_lavapipe() -> Command {
-    let mut command = cargo::test(&["--test", "conformance", "--test", "decoders"]);
-    if let Ok(xtask) = std::env::current_exe() {
-        // Rust's escapes are TOML's. A configuration, not the variable for it, because that is cut at spaces.
-        command
-            .arg("--config")
-            .arg(format!("target.'cfg(all())'.runner=[{:?}, \"lavapipe\", \"--\"]", xtask.display().to_string()));
+impl Part {
+    const fn on_lavapipe(arguments: &'static [&'static str]) -> Self {
+        Self { suite: LAVAPIPE, runner: &["lavapipe"], device: "wgpu", arguments }
     }
-    command.env("FLORA_TEST_DEVICE", "wgpu");
-    command
+
+    const fn emulated(device: &'static str, arguments: &'static [&'static str]) -> Self {
+        Self { suite: EMULATED, runner: &[], device, arguments }
+    }
+
+    const fn sanitized(runner: &'static [&'static str], arguments: &'static [&'static str]) -> Self {
+        Self { suite: SANITIZED, runner, device: "cuda-emulated:sm_90", arguments }
+    }
+
+    fn command(&self) -> Command {
+        let mut command = cargo::test(&[]);
+        if let (Ok(xtask), [_, ..]) = (std::env::current_exe(), self.runner) {
+            let words = [&[xtask.to_string_lossy().as_ref()], self.runner, &["--"]].concat();
+            // Rust's escapes are TOML's. A configuration, not the variable for it, because that is cut at spaces.
+            command.arg("--config").arg(format!("target.'cfg(all())'.runner={words:?}"));
+        }
+        command.args(self.arguments).env("FLORA_TEST_DEVICE", self.device);
+        command
+    }
+}
+
+/// Runs parts, as many at a time as this machine has processors, and adds up those of a suite; a suite's time is from its first start
+/// to its last end.
+fn side_by_side<'a>(parts: impl Iterator<Item = &'a Part>) -> Vec<Row> {
+    let start = Instant::now();
+    let waiting = Mutex::new(parts);
+    let done: Mutex<Vec<(&str, Duration, Row)>> = Mutex::default();
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let next = waiting.lock().map_or(None, |mut parts| parts.next());
+                    let Some(part) = next else { return };
+                    let began = start.elapsed();
+                    let row = suite(part.suite, part.command());
+                    if let Ok(mut done) = done.lock() {
+                        done.push((part.suite, began, row));
+                    }
+                }
+            });
+        }
+    });
+    let mut rows: Vec<(Duration, Row)> = Vec::new();
+    for (suite, began, row) in done.into_inner().unwrap_or_default() {
+        match rows.iter_mut().find(|(_, other)| other.suite == suite) {
+            None => rows.push((began, row)),
+            Some((first, sum)) => {
+                let end = (*first + sum.time).max(began + row.time);
+                *first = (*first).min(began);
+                sum.time = end - *first;
+                sum.failures.extend(row.failures);
+                sum.outcome = std::mem::replace(&mut sum.outcome, Outcome::Passed(0)).and(row.outcome);
+            }
+        }
+    }
+    rows.into_iter().map(|(_, row)| row).collect()
 }
 
 /// Runs one suite.
@@ -130,6 +206,15 @@ fn report(rows: &[Row], strict: bool) -> ExitCode {
 }
 
 impl Outcome {
+    /// Of two parts of one suite.
+    fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Passed(one), Self::Passed(other)) => Self::Passed(one + other),
+            (Self::Failed(reason), _) | (_, Self::Failed(reason)) => Self::Failed(reason),
+            (Self::NotRun(reason), _) | (_, Self::NotRun(reason)) => Self::NotRun(reason),
+        }
+    }
+
     fn of(tally: &Tally) -> Self {
         match *tally {
             Tally { failed: 1.., .. } => Self::Failed(format!("{} tests failed", tally.failed)),
