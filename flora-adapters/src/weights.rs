@@ -1,8 +1,9 @@
 //! Base weights from a model's files in the form in which a device keeps them.
 
+use flora_checkpoint::tensor::QuantisedBlock;
 use flora_checkpoint::{Encoding, Model, ModelError, StoredTensor, TensorProblem};
 use flora_plan::layer::{Element, LayerShape, WeightFormat};
-use flora_plan::weight::{PackedWeight, WeightError};
+use flora_plan::weight::{Block, BlockPacker, PackedWeight, WeightError};
 
 use flora_runtime::Device;
 
@@ -17,13 +18,23 @@ pub enum BaseForm {
 }
 
 /// The encodings that are kept as they are.
-const KEPT: [(Encoding, WeightFormat); 6] = [
+const KEPT: [(Encoding, WeightFormat); 16] = [
     (Encoding::F32, WeightFormat::Float(Element::F32)),
     (Encoding::F16, WeightFormat::Float(Element::F16)),
     (Encoding::BF16, WeightFormat::Float(Element::Bf16)),
     (Encoding::Q8_0, WeightFormat::Q8_0),
     (Encoding::Q4_0, WeightFormat::Q4_0),
     (Encoding::Q4_1, WeightFormat::Q4_1),
+    (Encoding::Q5_0, WeightFormat::Q5_0),
+    (Encoding::Q5_1, WeightFormat::Q5_1),
+    (Encoding::Q2_K, WeightFormat::Q2_K),
+    (Encoding::Q3_K, WeightFormat::Q3_K),
+    (Encoding::Q4_K, WeightFormat::Q4_K),
+    (Encoding::Q5_K, WeightFormat::Q5_K),
+    (Encoding::Q6_K, WeightFormat::Q6_K),
+    (Encoding::IQ4_NL, WeightFormat::IQ4_NL),
+    (Encoding::IQ4_XS, WeightFormat::IQ4_XS),
+    (Encoding::MXFP4, WeightFormat::MXFP4),
 ];
 
 /// Why a weight can't be had in a form.
@@ -101,11 +112,27 @@ impl BaseForm {
         let shape = shape(name, d, k)?;
         let format = self.format(tensor.encoding(), device);
         if format.quantisation().is_some() {
-            return PackedWeight::from_blocks(format, shape, tensor.bytes()).map_err(failed);
+            return pack_blocks(format, shape, tensor).map_err(failed);
         }
         let values = flora_checkpoint::tensor::transpose(&tensor.to_finite_f32().map_err(problem)?, k, d);
         PackedWeight::from_f32(format, shape, &values).map_err(failed)
     }
+}
+
+/// A tensor `[k, d]` whose encoding is kept in `format`.
+fn pack_blocks(format: WeightFormat, shape: LayerShape, tensor: &StoredTensor) -> Result<PackedWeight, WeightError> {
+    let blocks = tensor.bytes().chunks_exact(tensor.encoding().block_bytes());
+    let mut packer = BlockPacker::new(format, shape, blocks.len() as u64)?;
+    for block in blocks.filter_map(|bytes| QuantisedBlock::read(tensor.encoding(), bytes)) {
+        packer.push(Block {
+            scale: block.scale,
+            minimum: block.minimum,
+            scales: block.scales(),
+            minima: block.minima(),
+            stored: block.stored(),
+        })?;
+    }
+    packer.finish()
 }
 
 fn shape(name: &str, d: usize, k: usize) -> Result<LayerShape, BaseError> {

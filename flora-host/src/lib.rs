@@ -8,6 +8,7 @@
 //!
 //! The order of every sum depends on the layer alone, so that a row has the same bits whatever else is in its batch.
 
+mod block_scales;
 mod buffer;
 mod call_memory;
 mod check;
@@ -23,6 +24,7 @@ mod frame;
 mod gemm;
 mod kernel;
 mod layout;
+mod lookup;
 mod low_rank;
 mod materialise;
 mod memory;

@@ -9,6 +9,7 @@ use flora_plan::weight::{PackedWeight, WeightError, WeightValues};
 use half::{bf16, f16};
 use pulp::Simd;
 
+use crate::block_scales::BlockScales;
 use crate::buffer::Buffer;
 use crate::decode::{self, Words};
 use crate::layout::{STRIP, strips_len};
@@ -18,7 +19,7 @@ use crate::layout::{STRIP, strips_len};
 pub struct Weight {
     shape: LayerShape,
     format: WeightFormat,
-    /// `[strips, d, STRIP]`; of a quantised weight its words, `[strips, d / per_word, STRIP]`, rounded up.
+    /// `[strips, d, STRIP]`; of a quantised weight its words, `[strips, rows, STRIP]`.
     values: Buffer,
     /// `[strips, rows, STRIP]` with the rows of [`PackedWeight::scales`].
     scales: Buffer,
@@ -142,7 +143,10 @@ impl<'a> Strips<'a> {
             }
             Numbers::Words { words, scales, quantisation } => {
                 let strip = Words { words: self.strip(words, at), scales: self.strip(scales, at), quantisation };
-                strip.decode(simd, depth.clone(), out(decoded))
+                let len = depth.len() * STRIP;
+                let (out, scales) = decoded.floats(len + BlockScales::FLOATS).split_at_mut(len);
+                let scales: &mut [BlockScales] = bytemuck::cast_slice_mut(scales);
+                strip.decode(simd, depth.clone(), out, &mut scales[0])
             }
         }
     }
@@ -156,8 +160,8 @@ impl<'a> Strips<'a> {
             Numbers::F16(values) => bytemuck::cast_slice(&self.strip(values, at)[numbers]),
             Numbers::Bf16(values) => bytemuck::cast_slice(&self.strip(values, at)[numbers]),
             Numbers::Words { words, quantisation, .. } => {
-                let per_word = quantisation.per_word() as usize;
-                bytemuck::cast_slice(&self.strip(words, at)[start / per_word * STRIP..end.div_ceil(per_word) * STRIP])
+                let rows = quantisation.rows(start as u32) as usize..quantisation.rows(end as u32) as usize;
+                bytemuck::cast_slice(&self.strip(words, at)[rows.start * STRIP..rows.end * STRIP])
             }
         }
     }

@@ -1,5 +1,6 @@
 //! What a layer is made of, apart from its numbers: extents, element types, and what follows the products.
 
+pub use crate::weight::format::{Levels, Nested, Quantisation, ScaleKind, Scales, WeightFormat};
 use flora_ir::ElementType;
 pub use flora_ir::algebra::Epilogue;
 use serde::{Deserialize, Serialize};
@@ -76,121 +77,6 @@ impl Element {
 }
 
 impl std::fmt::Display for Element {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-/// How a base weight is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum WeightFormat {
-    /// As floats.
-    Float(Element),
-    /// 8 bits and one scale for each output.
-    Int8,
-    /// GGUF's 8 bits and one scale for each 32 inputs of an output.
-    Q8_0,
-    /// GGUF's 4 bits and one scale for each 32 inputs.
-    Q4_0,
-    /// GGUF's 4 bits, one scale and one minimum for each 32 inputs.
-    Q4_1,
-}
-
-/// How a quantised format decodes: value = scale · (stored − zero) + minimum, with `stored` an unsigned number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Quantisation {
-    /// Bits of a stored number: 8 or 4.
-    pub bits: u32,
-    /// What stands for 0.
-    pub zero: u32,
-    /// Inputs that share a scale; `None`: all of an output's.
-    pub block: Option<u32>,
-    /// Whether every scale has a minimum beside it.
-    pub minimum: bool,
-}
-
-impl Quantisation {
-    /// Stored numbers in a 32-bit word: consecutive inputs of one output, the first in the lowest bits.
-    pub fn per_word(self) -> u32 {
-        32 / self.bits
-    }
-}
-
-impl Default for WeightFormat {
-    fn default() -> Self {
-        WeightFormat::Float(Element::F32)
-    }
-}
-
-impl WeightFormat {
-    /// Every format, with its name in the command line, reports and errors.
-    pub const ALL: [(&'static str, Self); 7] = [
-        ("f32", WeightFormat::Float(Element::F32)),
-        ("f16", WeightFormat::Float(Element::F16)),
-        ("bf16", WeightFormat::Float(Element::Bf16)),
-        ("int8", WeightFormat::Int8),
-        ("q8_0", WeightFormat::Q8_0),
-        ("q4_0", WeightFormat::Q4_0),
-        ("q4_1", WeightFormat::Q4_1),
-    ];
-
-    /// How it decodes; `None` for floats.
-    pub fn quantisation(self) -> Option<Quantisation> {
-        match self {
-            WeightFormat::Float(_) => None,
-            WeightFormat::Int8 => Some(Quantisation { bits: 8, zero: 128, block: None, minimum: false }),
-            WeightFormat::Q8_0 => Some(Quantisation { bits: 8, zero: 128, block: Some(32), minimum: false }),
-            WeightFormat::Q4_0 => Some(Quantisation { bits: 4, zero: 8, block: Some(32), minimum: false }),
-            WeightFormat::Q4_1 => Some(Quantisation { bits: 4, zero: 0, block: Some(32), minimum: true }),
-        }
-    }
-
-    /// The name in the command line, reports and errors.
-    pub fn name(self) -> &'static str {
-        Self::ALL.iter().find(|(_, format)| *format == self).map_or("", |(name, _)| name)
-    }
-
-    /// The format of that name.
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.iter().find(|(known, _)| *known == name).map(|(_, format)| *format)
-    }
-
-    /// Whether a weight of this shape can be stored so: blocks are whole.
-    pub fn fits(self, shape: LayerShape) -> bool {
-        self.quantisation()
-            .and_then(|quantisation| quantisation.block)
-            .is_none_or(|block| shape.d.is_multiple_of(block))
-    }
-
-    /// 32-bit words or floats that hold a weight.
-    pub fn values(self, shape: LayerShape) -> u64 {
-        let per_value = self.quantisation().map_or(1, Quantisation::per_word);
-        u64::from(shape.d.div_ceil(per_value)) * u64::from(shape.k)
-    }
-
-    /// 32-bit words that hold its scales.
-    pub fn scale_words(self, shape: LayerShape) -> u64 {
-        let k = u64::from(shape.k);
-        match self.quantisation() {
-            None => 0,
-            Some(Quantisation { block: None, .. }) => k,
-            Some(Quantisation { block: Some(block), minimum: true, .. }) => u64::from(shape.d / block) * k,
-            Some(Quantisation { block: Some(block), minimum: false, .. }) => u64::from(shape.d.div_ceil(2 * block)) * k,
-        }
-    }
-
-    /// Bytes of a weight, scales included.
-    pub fn bytes(self, shape: LayerShape) -> u64 {
-        let value = match self {
-            WeightFormat::Float(element) => element.bytes(),
-            _ => 4,
-        };
-        value * self.values(shape) + 4 * self.scale_words(shape)
-    }
-}
-
-impl std::fmt::Display for WeightFormat {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.pad(self.name())
     }

@@ -54,9 +54,9 @@ pub(crate) enum CommandError {
     #[diagnostic(help("use --target cuda:sm_80, cuda:sm_90 or cuda:sm_100"))]
     NotCuda { option: &'static str, target: String },
     #[cfg(feature = "emit")]
-    #[error("{format} keeps blocks of 32 inputs and the layer has {d}")]
-    #[diagnostic(help("choose a --d that 32 divides, or --weight int8"))]
-    PartialBlock { format: flora::prelude::WeightFormat, d: u32 },
+    #[error("{format} keeps blocks of {block} inputs and the layer has {d}")]
+    #[diagnostic(help("choose a --d that {block} divides, or --weight int8"))]
+    PartialBlock { format: flora::prelude::WeightFormat, block: u32, d: u32 },
     #[cfg(feature = "emit")]
     #[error("the machine code has defects, {defects} in {kernels} of {launches} kernels")]
     #[diagnostic(help("they are in the answer, below each kernel's source, or as its `defects` in JSON"))]

@@ -110,7 +110,7 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
         ..format
     };
     if !format.weight.fits(shape) {
-        return Err(CommandError::PartialBlock { format: format.weight, d });
+        return Err(CommandError::PartialBlock { format: format.weight, block: format.weight.whole(1), d });
     }
     let kernels = emit_layer(&compiled, target, plan, (shape, format), EqualBatch { rank, segments, rows })?;
     let mut reports = Vec::new();

@@ -79,7 +79,7 @@ fn quantised_weights_run_as_they_are_stored() {
         // number of them here.
         form("Q4_1", "q4_1", 1, 2 * 12 * 20),
         form("Q8_0", "q8_0", 1, 2 * 6 * 34),
-        form("Q5_0", "f32", 1, 4 * 64 * 6),
+        form("Q5_0", "q5_0", 1, 2 * 6 * 22),
         form("Q4_0", "q4_0", 1, 2 * 32 * 18),
         form("F16", "f16", 1, 2 * 64 * 32),
         form("F32", "f32", 2, 4 * 64 * (12 + 32)),

@@ -5,7 +5,9 @@
 use cubecl::prelude::*;
 use flora_plan::layer::Quantisation;
 
-use super::decode::{minimum, scale, scale_word, stored};
+use super::decode::{
+    level, lower_row, minimum, nested, scale, scale_word, super_word, upper_bits, upper_from, upper_row,
+};
 use super::tables::{self, materialised_adapter};
 
 /// weight `[d, k]` or its words, in_pool `[slots, d]`, out_pool `[slots, k]`, tables: adapters, then from word
@@ -73,11 +75,22 @@ fn base_value<W: Numeric, N: Size>(
     } else {
         let quantisation = comptime!(quantisation.unwrap());
         let per_word = comptime!(quantisation.per_word());
-        let words = Vector::<u32, N>::cast_from(weight[(depth / per_word * columns + column) as usize]);
-        let shifted = words >> Vector::new(depth % per_word * comptime!(quantisation.bits));
-        let number = stored::<N>(shifted, 0u32, comptime!(quantisation.bits));
-        let zero = Vector::<f32, N>::new(comptime!(quantisation.zero as f32));
+        let line = lower_row(depth / per_word, quantisation);
+        let words = Vector::<u32, N>::cast_from(weight[(line * columns + column) as usize]);
+        let shifted = words >> Vector::new(depth % per_word * comptime!(quantisation.planes().0));
+        let mut upper = Vector::<u32, N>::new(0u32);
+        if comptime!(upper_bits(quantisation) > 0) {
+            let line = upper_row(depth, quantisation);
+            let word = Vector::<u32, N>::cast_from(weight[(line * columns + column) as usize]);
+            upper = upper_from::<N>(word, depth, quantisation);
+        }
         let scales = scale_word::<N>(weight_scales, depth, column, columns, quantisation);
-        scale::<N>(scales, depth, quantisation) * (number - zero) + minimum::<N>(scales, quantisation)
+        let mut of_all = Vector::<u32, N>::new(0u32);
+        if comptime!(nested(quantisation).is_some()) {
+            let nested = comptime!(nested(quantisation).unwrap());
+            of_all = super_word::<N>(weight_scales, depth, column, columns, nested);
+        }
+        let slope = scale::<N>(scales, of_all, depth, quantisation);
+        slope * level::<N>(shifted, upper, 0u32, quantisation) + minimum::<N>(scales, of_all, depth, quantisation)
     }
 }

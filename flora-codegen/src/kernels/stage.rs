@@ -8,7 +8,9 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{PAD, RANK_CHUNK, SUM_PAD, TileBlueprint};
-use super::decode::{minimum, scale, scale_word, stored};
+use super::decode::{
+    level, loads, lower_row, minimum, nested, scale, scale_word, super_word, upper_bits, upper_from, upper_row,
+};
 use super::item;
 use super::tables::{self, Layout, tile_row};
 use super::units::{staged_at, staged_column, staged_row, stages};
@@ -24,7 +26,8 @@ pub(crate) struct Fetched<N: Size, X: Size, A: Size, W: Size> {
     in_scales: Array<Vector<u32, A>>,
     /// Of w0, as it is stored; 0 outside of the matrix.
     weights: Array<Vector<u32, W>>,
-    /// Of the scales of a quantised w0.
+    /// What a quantised w0 is decoded with, as many of each as there are `weights`: words of its scales, of those of super-blocks, and
+    /// of its upper plane, as far as it has them.
     weight_scales: Array<Vector<u32, N>>,
     /// In-vectors of a chunk of the terms of W_i; 0 outside of it.
     vectors: Array<Vector<u32, A>>,
@@ -60,9 +63,20 @@ const MOST_AHEAD: u32 = 24;
 /// Single numbers, of sizes that are multiples of nothing, would be so many loads that the registers are short of room for sums.
 pub(crate) fn fetches_ahead(blueprint: TileBlueprint, row_width: usize, width: usize) -> bool {
     let rows = row_passes(blueprint, row_width) * if blueprint.scaled { 2 } else { 1 };
-    let weights = weight_passes(blueprint, width) * if blueprint.quantisation.is_some() { 2 } else { 1 };
+    let weights = weight_passes(blueprint, width) * blueprint.quantisation.map_or(1, loads);
     let vectors = if blueprint.on_chip { vector_passes(blueprint, row_width) } else { 0 };
     rows + weights + vectors <= MOST_AHEAD
+}
+
+/// Where the words of super-blocks' scales of a pass are kept.
+fn super_at(blueprint: TileBlueprint, width: usize, pass: u32) -> usize {
+    (weight_passes(blueprint, width) + pass) as usize
+}
+
+/// Where the words of the upper plane of a pass are kept.
+fn upper_at(blueprint: TileBlueprint, width: usize, pass: u32) -> usize {
+    let before = blueprint.quantisation.map_or(1, loads).saturating_sub(2);
+    (before * weight_passes(blueprint, width) + pass) as usize
 }
 
 /// As many as are `used`, or one, because there is no array of none.
@@ -82,7 +96,10 @@ pub(crate) fn nothing_fetched<M: Size, N: Size, X: Size, A: Size, W: Size>(
         inputs: Array::new(comptime!(room(row_passes(blueprint, row_width), true))),
         in_scales: Array::new(comptime!(room(row_passes(blueprint, row_width), blueprint.scaled))),
         weights: Array::new(comptime!(room(weight_passes(blueprint, width), true))),
-        weight_scales: Array::new(comptime!(room(weight_passes(blueprint, width), quantised))),
+        weight_scales: Array::new(comptime!(room(
+            weight_passes(blueprint, width) * (blueprint.quantisation.map_or(1, loads) - 1),
+            quantised
+        ))),
         vectors: Array::new(comptime!(room(vector_passes(blueprint, row_width), blueprint.on_chip))),
     }
 }
@@ -202,7 +219,7 @@ fn fetch_weight<W: Numeric, N: Size, XW: Size, AW: Size, WW: Size>(
     let column0 = item::column_tile(entry, blueprint) * line;
     let per_value = comptime!(per_value(blueprint));
     let lines = comptime!(blueprint.tile.depth / per_value);
-    // Which weight; the only one of a quantised layer is the first.
+    // Which weight; a quantised layer has one.
     let mut first = 0u32;
     if comptime!(blueprint.quantisation.is_none()) {
         first = item::weight(entry) * layout.d;
@@ -214,7 +231,12 @@ fn fetch_weight<W: Numeric, N: Size, XW: Size, AW: Size, WW: Size>(
         let inside = stages(pass, line, lines, units) && at * per_value < depth_end && column < columns;
         let mut words = Vector::<u32, WW>::new(0u32);
         if inside {
-            words = to_words::<W, N, WW>(weight[((first + at) * columns + column) as usize]);
+            if comptime!(blueprint.quantisation.is_some()) {
+                let line = lower_row(at, comptime!(blueprint.quantisation.unwrap()));
+                words = to_words::<W, N, WW>(weight[(line * columns + column) as usize]);
+            } else {
+                words = to_words::<W, N, WW>(weight[((first + at) * columns + column) as usize]);
+            }
         }
         fetched.weights[comptime!(pass as usize)] = words;
         if comptime!(blueprint.quantisation.is_some()) {
@@ -224,6 +246,22 @@ fn fetch_weight<W: Numeric, N: Size, XW: Size, AW: Size, WW: Size>(
                 scales = scale_word::<N>(weight_scales, at * per_value, column, columns, quantisation);
             }
             fetched.weight_scales[comptime!(pass as usize)] = scales;
+            if comptime!(nested(quantisation).is_some()) {
+                let mut of_all = Vector::<u32, N>::new(0u32);
+                if inside {
+                    let nested = comptime!(nested(quantisation).unwrap());
+                    of_all = super_word::<N>(weight_scales, at * per_value, column, columns, nested);
+                }
+                fetched.weight_scales[comptime!(super_at(blueprint, size, pass))] = of_all;
+            }
+            if comptime!(upper_bits(quantisation) > 0) {
+                let mut upper = Vector::<u32, N>::new(0u32);
+                if inside {
+                    let line = upper_row(at * per_value, quantisation);
+                    upper = Vector::cast_from(weight[(line * columns + column) as usize]);
+                }
+                fetched.weight_scales[comptime!(upper_at(blueprint, size, pass))] = upper;
+            }
         }
     }
 }
@@ -343,13 +381,20 @@ pub(crate) fn stage_weight<W: Numeric, S: Float, N: Size, XW: Size, AW: Size, WW
                 let words = Vector::<u32, N>::cast_from(raw);
                 let scales = fetched.weight_scales[comptime!(pass as usize)];
                 let depth = staged_row(depth0 / per_value, pass, line, units) * per_value;
-                let slope = scale::<N>(scales, depth, quantisation);
-                let least = minimum::<N>(scales, quantisation);
-                let zero = Vector::<f32, N>::new(comptime!(quantisation.zero as f32));
+                let mut of_all = Vector::<u32, N>::new(0u32);
+                if comptime!(nested(quantisation).is_some()) {
+                    of_all = fetched.weight_scales[comptime!(super_at(blueprint, size, pass))];
+                }
+                let mut upper = Vector::<u32, N>::new(0u32);
+                if comptime!(upper_bits(quantisation) > 0) {
+                    let word = fetched.weight_scales[comptime!(upper_at(blueprint, size, pass))];
+                    upper = upper_from::<N>(word, depth, quantisation);
+                }
+                let slope = scale::<N>(scales, of_all, depth, quantisation);
+                let least = minimum::<N>(scales, of_all, depth, quantisation);
                 #[unroll]
                 for position in 0..per_value {
-                    let number = stored::<N>(words, position, comptime!(quantisation.bits));
-                    let mut value = slope * (number - zero) + least;
+                    let mut value = slope * level::<N>(words, upper, position, quantisation) + least;
                     if comptime!(blueprint.on_chip) {
                         let at = staged_at(pass, line, comptime!(per_value * factor_pitch), units);
                         value *= factor[(at + position * factor_pitch) as usize];

@@ -183,9 +183,9 @@ impl<'a, R: Runtime> Run<'a, R> {
         let (lanes_d, lanes_k) =
             (self.hardware.vector_size(shape.d, *format), self.hardware.vector_size(shape.k, *format));
         let stage = storage(self.hardware.stage(*format));
-        let (weight_type, per_value) = match format.weight {
-            WeightFormat::Float(element) => (storage(element), 1),
-            _ => (word(), format.weight.quantisation().map_or(1, |quantisation| quantisation.per_word() as usize)),
+        let weight_type = match format.weight {
+            WeightFormat::Float(element) => storage(element),
+            _ => word(),
         };
         let partial = tiles.partial.map(|size| (self.allocate(size), size.elements()));
         let activations = storage(format.activations);
@@ -225,7 +225,7 @@ impl<'a, R: Runtime> Run<'a, R> {
                 lanes_d,
                 lanes_k,
                 array(x, x_rows * d / lanes_d),
-                array(weight, weights * d.div_ceil(per_value) * k / lanes_k),
+                array(weight, weights * format.weight.values(*shape) as usize / lanes_k),
                 self.optional(scales, format.weight.scale_words(*shape) as usize / lanes_k),
                 array(&self.layer.in_pool.handle, in_slots * d / lanes_d),
                 array(&self.layer.out_pool.handle, out_slots * k / lanes_k),

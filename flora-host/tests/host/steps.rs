@@ -44,7 +44,7 @@ proptest! {
         epilogue in epilogues(),
         seed in any::<u64>(),
     ) {
-        let d = if weight.fits(LayerShape { d, k }) { d } else { d.next_multiple_of(32) };
+        let d = weight.whole(d);
         let problem = Problem::new(LayerShape { d, k }, LayerFormat { activations, adapters, weight, ..LayerFormat::default() }, epilogue, seed);
         for engine in HostEngine::all() {
             check(&problem, &engine);

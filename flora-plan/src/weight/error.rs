@@ -19,7 +19,7 @@ pub enum WeightError {
         expected: u64,
         /// What it has.
         found: u64,
-        /// "numbers" or "bytes".
+        /// "numbers" or "blocks".
         unit: &'static str,
     },
     /// No inputs or no outputs.
@@ -46,6 +46,18 @@ pub enum WeightError {
         /// The value.
         value: f32,
         /// Which input.
+        input: usize,
+        /// Which output.
+        output: usize,
+    },
+    /// A block that a format doesn't have.
+    #[error(
+        "the block at input {input} of output {output} is none of {format}: another number of inputs or scales, or one that is too large"
+    )]
+    OtherBlock {
+        /// The format.
+        format: WeightFormat,
+        /// The block's first input.
         input: usize,
         /// Which output.
         output: usize,

@@ -2,12 +2,16 @@
 //! neighbours in memory, as the tiles of a matrix product want them. GGUF's blocks lie along an output's inputs; packing them
 //! moves bits and changes none.
 
+mod blocks;
 mod error;
+pub(crate) mod format;
+mod quantise;
 
+pub use blocks::{Block, BlockPacker};
 pub use error::WeightError;
 use half::{bf16, f16};
 
-use crate::layer::{Element, LayerShape, Quantisation, WeightFormat};
+use crate::layer::{LayerShape, ScaleKind, Scales, WeightFormat};
 
 /// W0 `[d, k]`.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,134 +31,12 @@ pub enum WeightValues {
     F16(Vec<f16>),
     /// `[d, k]`
     Bf16(Vec<bf16>),
-    /// `[d / per_word, k]`, rounded up: a word holds consecutive inputs of one output, the first in the lowest bits.
+    /// `[rows, k]`: a word holds consecutive inputs of one output, or some of their bits; see
+    /// [`Quantisation`](crate::layer::Quantisation).
     Words(Vec<u32>),
 }
 
 impl PackedWeight {
-    /// Rounds or quantises values `[d, k]`, row-major. Quantising takes the largest magnitude (or the range) of each block as GGUF
-    /// does, so that packing what was dequantised gives it back.
-    ///
-    /// # Errors
-    /// No inputs or outputs, a wrong number of values, an incomplete block, a value that isn't finite or too large for the format.
-    pub fn from_f32(format: WeightFormat, shape: LayerShape, values: &[f32]) -> Result<Self, WeightError> {
-        check_extents(shape)?;
-        check_size(format, shape, values.len(), u64::from(shape.d) * u64::from(shape.k), "numbers")?;
-        let k = shape.k as usize;
-        if let Some(position) = values.iter().position(|value| !value.is_finite()) {
-            let value = values[position];
-            return Err(WeightError::NotFinite { value, input: position / k, output: position % k });
-        }
-        let too_large = |position: usize| WeightError::TooLarge {
-            format,
-            value: values[position],
-            input: position / k,
-            output: position % k,
-        };
-        let Some(quantisation) = format.quantisation() else {
-            let values = match format {
-                WeightFormat::Float(Element::F16) => {
-                    WeightValues::F16(values.iter().map(|value| f16::from_f32(*value)).collect())
-                }
-                WeightFormat::Float(Element::Bf16) => {
-                    WeightValues::Bf16(values.iter().map(|value| bf16::from_f32(*value)).collect())
-                }
-                _ => WeightValues::F32(values.to_vec()),
-            };
-            let packed = Self { shape, format, values, scales: Vec::new() };
-            let overflow = packed.iter().position(|value| !value.is_finite());
-            return match overflow {
-                Some(position) => Err(too_large(position)),
-                None => Ok(packed),
-            };
-        };
-        check_blocks(format, shape)?;
-        let mut packed = Self::empty(format, shape);
-        let block = quantisation.block.unwrap_or(shape.d) as usize;
-        for output in 0..k {
-            for first in (0..shape.d as usize).step_by(block) {
-                let inputs = first..(first + block).min(shape.d as usize);
-                let block_values = || inputs.clone().map(|input| values[input * k + output]);
-                let (scale, minimum) = quantisation.scale_of(block_values());
-                if !(scale.is_finite() && minimum.is_finite()) {
-                    let magnitude = |input: &usize| values[input * k + output].abs();
-                    let largest = inputs.clone().max_by(|left, right| magnitude(left).total_cmp(&magnitude(right)));
-                    return Err(too_large(largest.unwrap_or(first) * k + output));
-                }
-                packed.set_scale(quantisation, first / block, output, scale, minimum);
-                let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-                let largest = (1u32 << quantisation.bits) - 1;
-                for (position, value) in block_values().enumerate() {
-                    let stored = ((value - minimum) * inverse).round() as i32 + quantisation.zero as i32;
-                    packed.set(quantisation, first + position, output, (stored.max(0) as u32).min(largest));
-                }
-            }
-        }
-        Ok(packed)
-    }
-
-    /// Packs GGUF blocks as the file has them: for each of k outputs, d / 32 blocks.
-    ///
-    /// # Errors
-    /// A format without blocks, no inputs or outputs, a wrong number of bytes, an incomplete block, a scale that isn't finite.
-    pub fn from_blocks(format: WeightFormat, shape: LayerShape, blocks: &[u8]) -> Result<Self, WeightError> {
-        let Some(quantisation @ Quantisation { block: Some(block), .. }) = format.quantisation() else {
-            return Err(WeightError::NoBlocks(format));
-        };
-        let header = if quantisation.minimum { 4 } else { 2 };
-        let block_bytes = header + (block * quantisation.bits / 8) as usize;
-        check_extents(shape)?;
-        check_blocks(format, shape)?;
-        let blocks_per_output = (shape.d / block) as usize;
-        let expected = (u64::from(shape.k) * blocks_per_output as u64).saturating_mul(block_bytes as u64);
-        check_size(format, shape, blocks.len(), expected, "bytes")?;
-        let mut packed = Self::empty(format, shape);
-        for (position, bytes) in blocks.chunks_exact(block_bytes).enumerate() {
-            let (output, at) = (position / blocks_per_output, position % blocks_per_output);
-            let half = |first: usize| f16::from_le_bytes([bytes[first], bytes[first + 1]]).to_f32();
-            let (scale, minimum) = (half(0), if quantisation.minimum { half(2) } else { 0.0 });
-            let input = at * block as usize;
-            if let Some(value) = [scale, minimum].into_iter().find(|value| !value.is_finite()) {
-                return Err(WeightError::NotFinite { value, input, output });
-            }
-            packed.set_scale(quantisation, at, output, scale, minimum);
-            for position in 0..block as usize {
-                let body = &bytes[header..];
-                let stored = match quantisation.bits {
-                    // The first half of a block lies in the low nibbles, the second in the high ones.
-                    4 => body[position % 16] >> (4 * (position / 16)) & 15,
-                    // Signed in the file.
-                    _ => body[position].wrapping_add(128),
-                };
-                packed.set(quantisation, input + position, output, u32::from(stored));
-            }
-        }
-        Ok(packed)
-    }
-
-    /// Of a quantised format. What was passed has been compared with the shape before: a wrong shape must not take memory.
-    fn empty(format: WeightFormat, shape: LayerShape) -> Self {
-        let values = WeightValues::Words(vec![0; format.values(shape) as usize]);
-        Self { shape, format, values, scales: vec![0; format.scale_words(shape) as usize] }
-    }
-
-    fn set(&mut self, quantisation: Quantisation, input: usize, output: usize, stored: u32) {
-        let (per_word, k) = (quantisation.per_word() as usize, self.shape.k as usize);
-        if let WeightValues::Words(words) = &mut self.values {
-            words[input / per_word * k + output] |= stored << (quantisation.bits as usize * (input % per_word));
-        }
-    }
-
-    fn set_scale(&mut self, quantisation: Quantisation, block: usize, output: usize, scale: f32, minimum: f32) {
-        let k = self.shape.k as usize;
-        let half = |value: f32| u32::from(f16::from_f32(value).to_bits());
-        match (quantisation.block, quantisation.minimum) {
-            (None, _) => self.scales[output] = scale.to_bits(),
-            (Some(_), true) => self.scales[block * k + output] = half(scale) | half(minimum) << 16,
-            (Some(_), false) => self.scales[block / 2 * k + output] |= half(scale) << (16 * (block % 2)),
-        }
-    }
-
     /// Extents.
     pub fn shape(&self) -> LayerShape {
         self.shape
@@ -170,28 +52,58 @@ impl PackedWeight {
         &self.values
     }
 
-    /// The scales of a quantised weight. Of `Int8`: the bits of an f32 for each output. Of blocks without a minimum: for each pair
-    /// of blocks and output two f16, the even block's in the low half. Of blocks with one: for each block and output the f16 scale
-    /// in the low half, the f16 minimum in the high one.
+    /// The scales of a quantised weight, `[scale_rows, k]`, as its [`Scales`] have them. Of outputs: the bits of an f32. Of blocks
+    /// without a minimum: for each pair of blocks two scales, the even block's in the low half. Of blocks with one: for each block
+    /// the f16 scale in the low half, the f16 minimum in the high one. Nested ones: see
+    /// [`Nested`](crate::layer::Nested).
     pub fn scales(&self) -> &[u32] {
         &self.scales
     }
 
     /// The scale and the minimum of an input of an output; (1, 0) for floats.
     pub fn scale(&self, input: usize, output: usize) -> (f32, f32) {
-        let k = self.shape.k as usize;
-        let half = |word: u32, high: bool| f16::from_bits((word >> (16 * u32::from(high))) as u16).to_f32();
-        match self.format.quantisation() {
-            None => (1.0, 0.0),
-            Some(Quantisation { block: None, .. }) => (f32::from_bits(self.scales[output]), 0.0),
-            Some(Quantisation { block: Some(block), minimum, .. }) => {
-                let block = input / block as usize;
-                if minimum {
-                    let word = self.scales[block * k + output];
-                    (half(word, false), half(word, true))
-                } else {
-                    (half(self.scales[block / 2 * k + output], block % 2 == 1), 0.0)
-                }
+        let Some(quantisation) = self.format.quantisation() else { return (1.0, 0.0) };
+        let word = |row: u32| self.scales[row as usize * self.shape.k as usize + output];
+        let half = |bits: u32| f16::from_bits(bits as u16).to_f32();
+        let input = input as u32;
+        match quantisation.scales {
+            Scales::Outputs => (f32::from_bits(word(0)), 0.0),
+            Scales::Blocks { inputs, minimum: true, .. } => {
+                let word = word(input / inputs);
+                (half(word), half(word >> 16))
+            }
+            Scales::Blocks { inputs, kind, minimum: false } => {
+                let block = input / inputs;
+                let bits = word(block / 2) >> (16 * (block % 2));
+                let scale = match kind {
+                    ScaleKind::F16 => half(bits),
+                    ScaleKind::PowerOfTwo => bf16::from_bits(bits as u16).to_f32(),
+                };
+                (scale, 0.0)
+            }
+            Scales::Nested(nested) => {
+                let of_all = word(nested.super_row(input));
+                let field = word(nested.field_row(input)) >> nested.field_shift(input);
+                let number = |first: u32| (field >> first & ((1 << nested.bits) - 1)) as f32;
+                let minimum = if nested.minimum { half(of_all >> 16) * number(nested.bits) } else { 0.0 };
+                (half(of_all) * (number(0) - nested.zero as f32), minimum)
+            }
+        }
+    }
+
+    /// The stored number of an input of an output; 0 for floats.
+    fn stored(&self, input: usize, output: usize) -> u32 {
+        let (WeightValues::Words(words), Some(quantisation)) = (&self.values, self.format.quantisation()) else {
+            return 0;
+        };
+        let (input, (lower, upper)) = (input as u32, quantisation.planes());
+        let word = |row: u32| words[row as usize * self.shape.k as usize + output];
+        let low = word(quantisation.row(input)) >> (lower * (input % quantisation.per_word())) & ((1 << lower) - 1);
+        match upper {
+            0 => low,
+            _ => {
+                low | (word(quantisation.upper_row(input)) >> quantisation.upper_shift(input) & ((1 << upper) - 1))
+                    << lower
             }
         }
     }
@@ -206,13 +118,9 @@ impl PackedWeight {
             (WeightValues::F32(values), _) => values[input * k + output],
             (WeightValues::F16(values), _) => values[input * k + output].to_f32(),
             (WeightValues::Bf16(values), _) => values[input * k + output].to_f32(),
-            (WeightValues::Words(words), Some(quantisation)) => {
-                let per_word = quantisation.per_word() as usize;
-                let word = words[input / per_word * k + output];
-                let mask = (1u32 << quantisation.bits) - 1;
-                let stored = word >> (quantisation.bits as usize * (input % per_word)) & mask;
+            (WeightValues::Words(_), Some(quantisation)) => {
                 let (scale, minimum) = self.scale(input, output);
-                scale * (stored as f32 - quantisation.zero as f32) + minimum
+                scale * quantisation.level(self.stored(input, output)) + minimum
             }
             (WeightValues::Words(_), None) => f32::NAN,
         }
@@ -238,7 +146,7 @@ fn check_extents(LayerShape { d, k }: LayerShape) -> Result<(), WeightError> {
 }
 
 fn check_blocks(format: WeightFormat, shape: LayerShape) -> Result<(), WeightError> {
-    match format.quantisation().and_then(|quantisation| quantisation.block) {
+    match format.quantisation().and_then(|quantisation| quantisation.unit()) {
         Some(block) if !format.fits(shape) => Err(WeightError::PartialBlock { format, block, d: shape.d }),
         _ => Ok(()),
     }
@@ -247,35 +155,12 @@ fn check_blocks(format: WeightFormat, shape: LayerShape) -> Result<(), WeightErr
 fn check_size(
     format: WeightFormat,
     shape: LayerShape,
-    found: usize,
+    found: u64,
     expected: u64,
     unit: &'static str,
 ) -> Result<(), WeightError> {
-    let (d, k, found) = (shape.d, shape.k, found as u64);
+    let LayerShape { d, k } = shape;
     if found == expected { Ok(()) } else { Err(WeightError::WrongSize { d, k, format, expected, found, unit }) }
-}
-
-impl Quantisation {
-    /// The scale and minimum of a block, rounded as they are stored.
-    fn scale_of(self, values: impl Iterator<Item = f32>) -> (f32, f32) {
-        let (mut least, mut most, mut extreme) = (f32::INFINITY, f32::NEG_INFINITY, 0.0f32);
-        for value in values {
-            (least, most) = (least.min(value), most.max(value));
-            if value.abs() > extreme.abs() {
-                extreme = value;
-            }
-        }
-        let stored = |value: f32| f16::from_f32(value).to_f32();
-        match (self.block, self.minimum, self.bits) {
-            // A subnormal scale has too few bits for half a step, its inverse may be infinite, and devices take it for 0. The
-            // column is 0 then: its largest value is below 2e-36.
-            (None, ..) => (Some(extreme.abs() / 127.0).filter(|scale| scale.is_normal()).unwrap_or(0.0), 0.0),
-            (Some(_), true, _) => (stored((most - least) / 15.0), stored(least)),
-            // The extreme value is −8 scales, so that all 16 numbers are of use.
-            (Some(_), false, 4) => (stored(extreme / -8.0), 0.0),
-            (Some(_), false, _) => (stored(extreme.abs() / 127.0), 0.0),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -80,7 +80,8 @@ fn draw(random: &mut fastrand::Rng, format: LayerFormat, effort: &Effort) -> (Pr
     // d and k differ by up to 4; whole blocks of a quantised weight.
     let aspect = 2f64.powf(2.0 * random.f64() - 1.0);
     let side = |length: f64| ((length / 32.0).round().max(1.0) * 32.0) as u32;
-    let shape = LayerShape { d: side(f64::from(extent) * aspect), k: side(f64::from(extent) / aspect) };
+    let d = format.weight.whole(side(f64::from(extent) * aspect));
+    let shape = LayerShape { d, k: side(f64::from(extent) / aspect) };
     let part = if random.bool() { Part::Multiplicative } else { Part::Additive };
     (PricedLayer { shape, format }, EqualSegments { part, adapters, rows, rank })
 }

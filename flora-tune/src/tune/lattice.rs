@@ -69,7 +69,7 @@ pub(super) fn measure(
         Kernel::TIMED.iter().map(|(_, kernel)| (*kernel, empty(*kernel, effort))).collect();
     let mut points_of = Vec::with_capacity(effort.extents.len());
     for (position, extent) in effort.extents.iter().enumerate() {
-        let layer = PricedLayer { shape: LayerShape { d: *extent, k: *extent }, format };
+        let layer = PricedLayer { shape: LayerShape { d: format.weight.whole(*extent), k: *extent }, format };
         points_of
             .push((layer, points(layer, position, &surfaces, effort, launch, device.info().largest_buffer_bytes)?));
     }
