@@ -84,11 +84,17 @@ impl BaseForm {
         }
     }
 
-    /// The weight of the projection at `path`.
+    /// The weight of the projection at `path`. What reading it took of a mapped file is given back to the system.
     ///
     /// # Errors
     /// There is none, or it can't be read.
     pub fn pack(self, model: &Model, path: &str, device: &Device) -> Result<PackedWeight, BaseError> {
+        let packed = self.packed(model, path, device)?;
+        model.release(path)?;
+        Ok(packed)
+    }
+
+    fn packed(self, model: &Model, path: &str, device: &Device) -> Result<PackedWeight, BaseError> {
         let stored = model.stored(path)?;
         let format = self.format(stored.tensor.encoding(), device);
         if format.quantisation().is_some() && !stored.rows_are_inputs {
@@ -101,7 +107,8 @@ impl BaseForm {
         PackedWeight::from_f32(format, shape, &weight.values).map_err(failed)
     }
 
-    /// A tensor `[k, d]` that is no projection's, such as an embedding `[vocabulary, d]` that also makes the logits.
+    /// A tensor `[k, d]` that is no projection's, such as an embedding `[vocabulary, d]` that also makes the logits; its memory is
+    /// given back likewise.
     ///
     /// # Errors
     /// It is no matrix, or its numbers aren't finite.
@@ -111,11 +118,14 @@ impl BaseForm {
         let (k, d) = tensor.matrix_shape().map_err(problem)?;
         let shape = shape(name, d, k)?;
         let format = self.format(tensor.encoding(), device);
-        if format.quantisation().is_some() {
-            return pack_blocks(format, shape, tensor).map_err(failed);
-        }
-        let values = flora_checkpoint::tensor::transpose(&tensor.to_finite_f32().map_err(problem)?, k, d);
-        PackedWeight::from_f32(format, shape, &values).map_err(failed)
+        let packed = if format.quantisation().is_some() {
+            pack_blocks(format, shape, tensor)
+        } else {
+            let values = flora_checkpoint::tensor::transpose(&tensor.to_finite_f32().map_err(problem)?, k, d);
+            PackedWeight::from_f32(format, shape, &values)
+        };
+        tensor.release();
+        packed.map_err(failed)
     }
 }
 

@@ -300,6 +300,15 @@ impl Model {
             rows_are_inputs: projection.source.layout == Layout::InputsByOutputs,
         })
     }
+
+    /// [`StoredTensor::release`] for the weight of the projection at `path`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn release(&self, path: &str) -> Result<(), ModelError> {
+        self.projection(path)?.source.weight.tensor()?.release();
+        Ok(())
+    }
 }
 
 impl Layout {

@@ -116,6 +116,12 @@ impl StoredTensor {
         self.bytes.as_slice()
     }
 
+    /// Lets the system have the memory that reading a mapped file's bytes took: to call when they have been copied into another form,
+    /// so that there is one copy of them. They can still be read.
+    pub fn release(&self) {
+        self.bytes.release();
+    }
+
     /// The number of elements.
     pub fn element_count(&self) -> usize {
         self.bytes().len() / self.encoding.block_bytes() * self.encoding.block_elements()

@@ -134,6 +134,9 @@ impl<O: Operations> Builder<'_, O> {
     fn llama(mut self, config: &LlamaConfig) -> Result<Parts<O>, ServeError> {
         let epsilon = config.norm_epsilon;
         let gated = Finish { activation: Activation::Silu, residual: false };
+        // First, as the largest: what packing it takes is given back before the others come.
+        let tokens = self.model.parameter("model.embed_tokens.weight")?;
+        let output = self.output(config.tied_embedding, &tokens)?;
         let mut blocks = Vec::with_capacity(config.layers);
         for (layer, window) in config.windows.iter().enumerate() {
             let path = |name: &str| format!("model.layers.{layer}.{name}");
@@ -162,11 +165,10 @@ impl<O: Operations> Builder<'_, O> {
                 },
             });
         }
-        let tokens = self.model.parameter("model.embed_tokens.weight")?;
         Ok(Parts {
             blocks,
             norm: self.rms_norm("model.norm", epsilon)?,
-            output: self.output(config.tied_embedding, &tokens)?,
+            output,
             embedding: Embedding { tokens, positions: None },
             context_length: config.context_length,
             vocabulary: config.vocabulary,
@@ -183,6 +185,9 @@ impl<O: Operations> Builder<'_, O> {
             Gelu::Exact => Activation::GeluErf,
             Gelu::Tanh => Activation::GeluTanh,
         };
+        // First, as the largest: what packing it takes is given back before the others come.
+        let tokens = self.model.parameter("transformer.wte.weight")?;
+        let output = self.output(config.tied_embedding, &tokens)?;
         let mut blocks = Vec::with_capacity(config.layers);
         for layer in 0..config.layers {
             let path = |name: &str| format!("transformer.h.{layer}.{name}");
@@ -198,11 +203,10 @@ impl<O: Operations> Builder<'_, O> {
                 },
             });
         }
-        let tokens = self.model.parameter("transformer.wte.weight")?;
         Ok(Parts {
             blocks,
             norm: self.layer_norm("transformer.ln_f", epsilon)?,
-            output: self.output(config.tied_embedding, &tokens)?,
+            output,
             embedding: Embedding { tokens, positions: Some(self.model.parameter("transformer.wpe.weight")?) },
             context_length: config.context_length,
             vocabulary: config.vocabulary,

@@ -74,6 +74,20 @@ impl SharedBytes {
         }
         Some(Self { source: self.source.clone(), range: self.range.start + start..self.range.start + end })
     }
+
+    /// Lets the system have the memory that reading the bytes took, where they are mapped; they are read from the file again when
+    /// they are touched.
+    pub(crate) fn release(&self) {
+        #[cfg(unix)]
+        if let Source::Mapped(mapped) = &self.source {
+            // What the system reads around a byte that is touched, and so brings back of a neighbour that was released.
+            const AROUND: usize = 64 << 10;
+            let start = self.range.start / AROUND * AROUND;
+            let end = self.range.end.next_multiple_of(AROUND).min(mapped.len());
+            // SAFETY: pages of a file that are only read come back as they were. A system that doesn't take the advice keeps them.
+            let _ = unsafe { mapped.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+        }
+    }
 }
 
 fn open_regular(path: &Path) -> Result<(File, u64), FileError> {
