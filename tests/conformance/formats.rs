@@ -8,11 +8,27 @@ use flora_runtime::{BackendKind, DeviceInfo};
 
 use super::case::{Adapter, Case, device, kinds};
 
-/// Every combination: activations, adapters in the same type and in f32, weights in every format.
+/// Weights that are decoded as others are: levels, scales and planes in the same forms.
+const ALIKE: [(WeightFormat, WeightFormat); 6] = [
+    (WeightFormat::Q5_0, WeightFormat::Q4_0),
+    (WeightFormat::Q5_1, WeightFormat::Q4_1),
+    (WeightFormat::Q2_K, WeightFormat::Q5_K),
+    (WeightFormat::Q4_K, WeightFormat::Q5_K),
+    (WeightFormat::Q3_K, WeightFormat::Q6_K),
+    (WeightFormat::IQ4_XS, WeightFormat::IQ4_NL),
+];
+
+/// Every combination: activations, adapters in the same type and in f32, weights in every format. On a rasteriser, where compiling
+/// takes most of the time, f32 is multiplied by all weights, and halves by those that aren't [`ALIKE`] another.
 fn formats() -> Vec<LayerFormat> {
     let mut formats = Vec::new();
     for activations in Element::ALL {
+        let every = activations == Element::F32 || !device().info().software;
         for (_, weight) in WeightFormat::ALL {
+            if let Some((_, other)) = ALIKE.iter().find(|(weight_alike, _)| !every && *weight_alike == weight) {
+                println!("NOT RUN on {}: {activations} by {weight}, decoded as {other} is", device().info().id);
+                continue;
+            }
             let fragments = if activations == Element::F32 { vec![false] } else { vec![false, true] };
             for fragments in fragments {
                 formats.push(LayerFormat { activations, adapters: activations, weight, fragments });
@@ -69,7 +85,7 @@ fn promised(info: &DeviceInfo) -> &'static [(Element, bool)] {
     }
 }
 
-/// Every kind, three ranks, segments of one row and of more than a tile's; d in whole blocks of the quantised formats.
+/// Every kind, three ranks, segments of one row and of more than a tile's; d rounded up to whole blocks of a quantised format.
 fn case(format: LayerFormat, d: usize, k: usize) -> Case {
     let ranks = [3, 17, 1, 8, 33, 2, 5, 16];
     let adapters: Vec<_> = kinds()
@@ -85,6 +101,8 @@ fn case(format: LayerFormat, d: usize, k: usize) -> Case {
     let order = (0..=adapters.len()).chain([0, 1, adapters.len()]);
     let segments = order.enumerate().map(|(position, adapter)| (adapter, rows[position % rows.len()])).collect();
     let activation = Activation::GeluTanh;
+    // Whole blocks.
+    let d = format.weight.whole(d as u32) as usize;
     Case { d, k, bias: true, activation, residual: true, format, adapters, segments, seed: (d + k) as u64 }
 }
 
