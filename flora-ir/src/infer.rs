@@ -1,7 +1,7 @@
 //! The type of one operation from the types of what it reads: the typing rules of the IR, and what breaks each of them.
 
 use crate::arena::Handle;
-use crate::layer::{Layer, Node, Operator};
+use crate::layer::{Backward, Layer, Node, Operator};
 use crate::types::{Dimension, ElementType, Scope, Shape, TensorType};
 
 /// A broken typing rule, before it is given a place.
@@ -12,6 +12,36 @@ pub(crate) struct Mistake {
 
 fn mistake<T>(message: impl Into<String>, help: impl Into<String>) -> Result<T, Mistake> {
     Err(Mistake { message: message.into(), help: help.into() })
+}
+
+/// Why `node` would mix the rows of different requests, or make a column of them. Gradients alone do so: they sum over the rows
+/// of one segment.
+pub(crate) fn mixes_rows<'t>(node: &Node, type_of: impl Fn(Handle<Node>) -> &'t TensorType) -> Option<Mistake> {
+    let has_rows = |node| matches!(type_of(node).shape, Shape::Matrix(Dimension::Tokens, _));
+    let has_columns = |node| matches!(type_of(node).shape, Shape::Matrix(_, Dimension::Tokens));
+    let adapter_matrix = |operation: &str| format!("take {operation} of an adapter matrix");
+    let (message, help) = match *node {
+        Node::MatMul { lhs, rhs, .. } if has_columns(lhs) && has_rows(rhs) => (
+            "a matmul over the tokens would mix the rows of different requests",
+            "contract over the dimensions of the weight or the rank".to_owned(),
+        ),
+        Node::ColumnNorm(value) if has_rows(value) => (
+            "a norm over the tokens would mix the rows of different requests",
+            "take the norm of a weight, such as column_norm(w0 + b @ a)".to_owned(),
+        ),
+        Node::Columns(value) if (has_rows(value) || has_columns(value)) && type_of(value).rank_axis.is_none() => (
+            "columns would make the tokens a vector, and rows of different requests would mix",
+            adapter_matrix("columns"),
+        ),
+        Node::Rows(value) if (has_rows(value) || has_columns(value)) && type_of(value).rank_axis.is_none() => {
+            ("rows would make the tokens a vector, and rows of different requests would mix", adapter_matrix("rows"))
+        }
+        Node::Transpose(value) if has_rows(value) || has_columns(value) => {
+            ("transpose would make columns of the tokens", "transpose an adapter matrix".to_owned())
+        }
+        _ => return None,
+    };
+    Some(Mistake { message: message.to_owned(), help })
 }
 
 /// The type of `node`, given the type of every node that it reads.
@@ -63,10 +93,6 @@ pub(crate) fn infer<'t>(
         Node::ColumnNorm(value) => {
             let ty = type_of(value);
             match &ty.shape {
-                Shape::Matrix(Dimension::Tokens, _) => mistake(
-                    "a norm over the tokens would mix the rows of different requests",
-                    "take the norm of a weight, such as column_norm(w0 + b @ a)",
-                ),
                 Shape::Matrix(_, columns) => Ok(TensorType { shape: Shape::Vector(columns.clone()), ..ty.clone() }),
                 other => mistake(
                     format!("column_norm needs a matrix, this is {other}"),
@@ -74,7 +100,46 @@ pub(crate) fn infer<'t>(
                 ),
             }
         }
+        Node::Transpose(value) => {
+            let ty = type_of(value);
+            match &ty.shape {
+                Shape::Matrix(m, n) => Ok(TensorType { shape: Shape::Matrix(n.clone(), m.clone()), ..ty.clone() }),
+                other => mistake(format!("transpose needs a matrix, this is {other}"), "leave vectors as they are"),
+            }
+        }
         Node::Activation { value, .. } => Ok(type_of(value).clone()),
+        Node::Backward(ref backward) => infer_backward(backward, type_of),
+    }
+}
+
+/// What an operation of gradients gives.
+fn infer_backward<'t>(
+    backward: &Backward,
+    type_of: impl Fn(Handle<Node>) -> &'t TensorType,
+) -> Result<TensorType, Mistake> {
+    match *backward {
+        Backward::Stack(value) => match type_of(value) {
+            TensorType { shape: Shape::Vector(n), rank_axis: Some(rank), element, scope } => Ok(TensorType {
+                shape: Shape::Matrix(rank.clone(), n.clone()),
+                rank_axis: None,
+                element: *element,
+                scope: *scope,
+            }),
+            other => mistake(format!("stack needs vectors over a rank axis, this is {other}"), "stack a gradient"),
+        },
+        Backward::SumLike { value: wide, like: narrow } | Backward::BroadcastLike { value: narrow, like: wide } => {
+            let (wide, narrow) = (type_of(wide), type_of(narrow));
+            let fits = broadcast(Operator::Multiply, wide, narrow).is_ok_and(|shape| shape == wide.shape)
+                && (narrow.rank_axis.is_none() || narrow.rank_axis == wide.rank_axis);
+            if !fits {
+                return mistake(format!("{narrow} does not broadcast to {wide}"), "sum over axes that are there");
+            }
+            Ok(if matches!(backward, Backward::SumLike { .. }) { narrow.clone() } else { wide.clone() })
+        }
+        Backward::Extent { value, .. } => {
+            Ok(TensorType { shape: Shape::Scalar, rank_axis: None, ..type_of(value).clone() })
+        }
+        Backward::Derivative { value, .. } => Ok(type_of(value).clone()),
     }
 }
 
@@ -98,12 +163,6 @@ fn matmul(l: &TensorType, r: &TensorType) -> Result<Shape, Mistake> {
             format!("the last dimension of the left side and the first of the right must be the same: {n} is not {o}")
         };
         return mistake(format!("{l} @ {r} does not meet: it would contract {n} with {o}"), help);
-    }
-    if *n == Dimension::Tokens {
-        return mistake(
-            "a matmul over the tokens would mix the rows of different requests",
-            "contract over the dimensions of the weight or the rank",
-        );
     }
     Ok(Shape::Matrix(m.clone(), p.clone()))
 }
@@ -174,10 +233,6 @@ fn split<'t>(ty: &'t TensorType, operation: &str) -> Result<(&'t Dimension, &'t 
         (_, Some(_)) => mistake(
             format!("{operation} of a value that already has a rank axis, {ty}"),
             "reduce the rank axis first, with sum_rank or mean_rank",
-        ),
-        (Shape::Matrix(Dimension::Tokens, _) | Shape::Matrix(_, Dimension::Tokens), None) => mistake(
-            format!("{operation} would make the tokens a vector, and rows of different requests would mix"),
-            format!("take {operation} of an adapter matrix"),
         ),
         (Shape::Matrix(m, n), None) => Ok((m, n)),
         (other, None) => mistake(

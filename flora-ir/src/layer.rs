@@ -146,6 +146,8 @@ pub enum Node {
     },
     /// `[d, k]` → `[k]`, the Euclidean norm of every column (DoRA's ‖·‖).
     ColumnNorm(Handle<Node>),
+    /// `[m, n]` → `[n, m]`, of a value known when the adapter is loaded. A rank axis is kept.
+    Transpose(Handle<Node>),
     /// φ(value), elementwise.
     Activation {
         /// φ
@@ -153,6 +155,73 @@ pub enum Node {
         /// `[tokens, k]`
         value: Handle<Node>,
     },
+    /// What only the gradients of an equation need. The verifier refuses it in a layer.
+    Backward(Backward),
+}
+
+/// An operation that occurs in gradients alone: what undoes a broadcast, a reduction or a `columns`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Backward {
+    /// r vectors `[n]` over the rank axis → `[r, n]`: undoes [`Node::Rows`].
+    Stack(Handle<Node>),
+    /// `value` summed over everything that `like` doesn't have (rank axis, rows, elements): undoes a broadcast.
+    SumLike {
+        /// A value that `like` broadcasts to.
+        value: Handle<Node>,
+        /// A value of the type of the result.
+        like: Handle<Node>,
+    },
+    /// `value` at every place of `like`: undoes a sum.
+    BroadcastLike {
+        /// A value that broadcasts to `like`.
+        value: Handle<Node>,
+        /// A value of the type of the result.
+        like: Handle<Node>,
+    },
+    /// How many values a mean is over, as a scalar.
+    Extent {
+        /// Of which axis.
+        axis: Axis,
+        /// The value with that axis.
+        value: Handle<Node>,
+    },
+    /// φ'(value), elementwise.
+    Derivative {
+        /// φ
+        function: Activation,
+        /// What φ was applied to.
+        value: Handle<Node>,
+    },
+}
+
+/// An axis that is averaged over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Axis {
+    /// The rank axis.
+    Rank,
+    /// The last dimension.
+    Columns,
+}
+
+impl Backward {
+    fn operands(&self) -> (Handle<Node>, Option<Handle<Node>>) {
+        match *self {
+            Backward::SumLike { value, like } | Backward::BroadcastLike { value, like } => (value, Some(like)),
+            Backward::Stack(value) | Backward::Extent { value, .. } | Backward::Derivative { value, .. } => {
+                (value, None)
+            }
+        }
+    }
+
+    fn map_operands(&self, mut f: impl FnMut(Handle<Node>) -> Handle<Node>) -> Backward {
+        match *self {
+            Backward::Stack(value) => Backward::Stack(f(value)),
+            Backward::SumLike { value, like } => Backward::SumLike { value: f(value), like: f(like) },
+            Backward::BroadcastLike { value, like } => Backward::BroadcastLike { value: f(value), like: f(like) },
+            Backward::Extent { axis, value } => Backward::Extent { axis, value: f(value) },
+            Backward::Derivative { function, value } => Backward::Derivative { function, value: f(value) },
+        }
+    }
 }
 
 impl Node {
@@ -162,7 +231,13 @@ impl Node {
             Node::Operand(_) | Node::Constant(_) => (None, None),
             Node::MatMul { lhs, rhs, .. } | Node::Elementwise { lhs, rhs, .. } => (Some(lhs), Some(rhs)),
             Node::Columns(value) | Node::Rows(value) | Node::ColumnNorm(value) => (Some(value), None),
-            Node::ReduceRank { value, .. } | Node::Activation { value, .. } => (Some(value), None),
+            Node::Transpose(value) | Node::ReduceRank { value, .. } | Node::Activation { value, .. } => {
+                (Some(value), None)
+            }
+            Node::Backward(ref backward) => {
+                let (first, second) = backward.operands();
+                (Some(first), second)
+            }
         };
         first.into_iter().chain(second)
     }
@@ -178,7 +253,9 @@ impl Node {
             Node::Rows(value) => Node::Rows(f(value)),
             Node::ReduceRank { reduce, value } => Node::ReduceRank { reduce, value: f(value) },
             Node::ColumnNorm(value) => Node::ColumnNorm(f(value)),
+            Node::Transpose(value) => Node::Transpose(f(value)),
             Node::Activation { function, value } => Node::Activation { function, value: f(value) },
+            Node::Backward(ref backward) => Node::Backward(backward.map_operands(f)),
         }
     }
 }

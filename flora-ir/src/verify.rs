@@ -11,15 +11,15 @@
 //! - every extent is positive, every constant finite;
 //! - the sides of a matmul are matrices that meet; elementwise operands broadcast; one value has at most one rank axis;
 //!   `columns` and `rows` take apart a matrix without rank axis, `sum_rank` and `mean_rank` reduce one that is there,
-//!   `column_norm` takes a matrix; nothing contracts, splits or takes a norm over the tokens, so that a request's rows
-//!   never meet another's;
+//!   `column_norm` and `transpose` take a matrix; nothing contracts, splits, transposes or takes a norm over the tokens, so
+//!   that a request's rows never meet another's; no operation belongs to gradients alone;
 //! - the root is `[tokens, k]` without a rank axis.
 
 use std::collections::HashMap;
 
 use crate::arena::Handle;
 use crate::diagnostic::Diagnostic;
-use crate::infer::infer;
+use crate::infer::{infer, mixes_rows};
 use crate::layer::{Layer, Node, Operand, Role, Span};
 use crate::types::{Dimension, Scope, Shape, TensorType};
 
@@ -103,6 +103,7 @@ pub fn verify(layer: Layer) -> Result<VerifiedLayer, Vec<Diagnostic>> {
     let base_weight = exactly_one(&layer, &BASE_WEIGHT, "w0: weight[D, K]", &mut diagnostics);
     let residual = at_most_one(&layer, &RESIDUAL, &mut diagnostics);
     let types = infer_types(&layer, &sound, &mut diagnostics);
+    check_operations(&layer, &mut diagnostics);
     let root = check_root(&layer, &types, input.is_some(), &mut diagnostics);
     if let Some(root) = root {
         check_use(&layer, root, &mut diagnostics);
@@ -140,7 +141,7 @@ pub(crate) fn infer_types(layer: &Layer, sound: &[bool], diagnostics: &mut Vec<D
             continue;
         }
         let type_of = |operand: Handle<Node>| types[operand.index()].as_ref().expect("checked above");
-        match infer(layer, node, type_of) {
+        match mixes_rows(node, type_of).map_or_else(|| infer(layer, node, type_of), Err) {
             Ok(ty) => types.push(Some(ty)),
             Err(mistake) => {
                 let mut diagnostic = Diagnostic::new(span, mistake.message, mistake.help);
@@ -153,6 +154,17 @@ pub(crate) fn infer_types(layer: &Layer, sound: &[bool], diagnostics: &mut Vec<D
         }
     }
     types
+}
+
+/// Reports operations that only gradients have.
+fn check_operations(layer: &Layer, diagnostics: &mut Vec<Diagnostic>) {
+    for (handle, _) in layer.nodes.iter().filter(|(_, node)| matches!(node, Node::Backward(_))) {
+        diagnostics.push(Diagnostic::new(
+            layer.node_span(handle),
+            "a layer can't have an operation of the backward pass",
+            "write the layer's own equation; its gradients are derived",
+        ));
+    }
 }
 
 /// Reports mistakes of the declarations; for each operand, whether its type can be relied on.

@@ -105,6 +105,42 @@ fn activations_at_known_points() {
 }
 
 #[test]
+fn derivatives_of_activations() {
+    use flora_ir::evaluate::activation_derivative;
+    let points = [
+        (Activation::Identity, -3.0, 1.0),
+        (Activation::Relu, -1.5, 0.0),
+        (Activation::Relu, 0.0, 0.0),
+        (Activation::Relu, 1.5, 1.0),
+        // Φ(1) + φ(1), from tables of the normal distribution
+        (Activation::GeluErf, 1.0, 0.841344746068543 + 0.241970724519143),
+        (Activation::GeluErf, -1.0, 0.158655253931457 - 0.241970724519143),
+        (Activation::GeluTanh, 0.0, 0.5),
+        (Activation::Silu, 0.0, 0.5),
+    ];
+    for (function, x, expected) in points {
+        assert!((activation_derivative(function, x) - expected).abs() < 1e-14, "{function:?}'({x})");
+    }
+    for function in Activation::ALL {
+        assert!(function == Activation::Identity || activation_derivative(function, f64::NAN).is_nan());
+        for far in [f64::INFINITY, f64::MAX, 1e200, 1e3] {
+            let left = if function == Activation::Identity { 1.0 } else { 0.0 };
+            let found = (activation_derivative(function, far), activation_derivative(function, -far));
+            assert_eq!(found, (1.0, left), "{function:?}' at {far}");
+        }
+        // A central difference is off by h²/6 of the third derivative, which is below 2, and by 8 roundings of at most 8 over h.
+        let h = 1.0 / 4096.0;
+        for x in (-800..=800).map(|x| f64::from(x) / 100.0 + 0.001) {
+            let apply = |x| apply_activation(function, x);
+            let difference = (apply(x + h) - apply(x - h)) / (2.0 * h);
+            let found = activation_derivative(function, x);
+            let bound = h * h / 3.0 + 64.0 * f64::EPSILON / h;
+            assert!((found - difference).abs() < bound, "{function:?}'({x}) is {found}, the difference {difference}");
+        }
+    }
+}
+
+#[test]
 fn bindings_that_do_not_fit() {
     let flora = builtin::builtin("flora").unwrap();
     let with = |name: &str, value: Value| {

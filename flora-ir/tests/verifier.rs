@@ -112,6 +112,15 @@ fn norms() {
 }
 
 #[test]
+fn transposes() {
+    let layer = |rest: &str| format!("layer f(x: input[tokens, D], w0: weight[D, K], {rest}");
+    let transposed = layer("a: adapter[K, R], b: adapter[D, R]) { x @ (w0 * (b @ transpose(a))) }");
+    assert!(verify(parse(&transposed).unwrap()).is_ok());
+    refuses(&layer("l: adapter[K]) { transpose(l) * (x @ w0) }"), "transpose(l)", "needs a matrix");
+    refuses(&layer("l: adapter[K]) { l * transpose(x @ w0) }"), "transpose(x @ w0)", "columns of the tokens");
+}
+
+#[test]
 fn the_number_of_inputs_and_base_weights() {
     refuses("layer f(w0: weight[D, K], w1: adapter[T, D]) { w1 @ w0 }", "", "no input");
     refuses("layer f(x: input[tokens, D], w0: adapter[D, K]) { x @ w0 }", "", "no base weight");
@@ -262,6 +271,24 @@ fn graphs_that_no_text_can_write() {
     let sum = Node::Elementwise { operator: Operator::Add, lhs: segmented.root.unwrap(), rhs };
     segmented.root = Some(segmented.push(sum, Span::default()));
     refuses_graph(segmented, "role and its scope");
+}
+
+#[test]
+fn what_belongs_to_gradients() {
+    use flora_ir::{Axis, Backward};
+    let value = linear("x", "w0").root.unwrap();
+    for backward in [
+        Backward::Extent { axis: Axis::Columns, value },
+        Backward::SumLike { value, like: value },
+        Backward::BroadcastLike { value, like: value },
+        Backward::Derivative { function: flora_ir::Activation::Silu, value },
+    ] {
+        let mut layer = linear("x", "w0");
+        let rhs = layer.push(Node::Backward(backward), Span::default());
+        layer.root =
+            Some(layer.push(Node::Elementwise { operator: Operator::Multiply, lhs: value, rhs }, Span::default()));
+        refuses_graph(layer, "operation of the backward pass");
+    }
 }
 
 #[test]

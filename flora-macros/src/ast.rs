@@ -87,6 +87,8 @@ pub(crate) enum Unary {
     ReduceRank(Reduce),
     /// `column_norm()`
     ColumnNorm,
+    /// `transpose()`
+    Transpose,
     /// `relu()` and its like
     Activation(Activation),
 }

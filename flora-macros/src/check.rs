@@ -97,6 +97,7 @@ impl Built {
                     Unary::Rows => Node::Rows(value),
                     Unary::ReduceRank(reduce) => Node::ReduceRank { reduce, value },
                     Unary::ColumnNorm => Node::ColumnNorm(value),
+                    Unary::Transpose => Node::Transpose(value),
                     Unary::Activation(function) => Node::Activation { function, value },
                 }
             }

@@ -215,6 +215,12 @@ impl Code<'_> {
                 let value = node_name(value);
                 quote!(ColumnNorm(#value))
             }
+            Node::Transpose(value) => {
+                let value = node_name(value);
+                quote!(Transpose(#value))
+            }
+            // The equation is verified, and the verifier refuses what gradients alone have.
+            Node::Backward(_) => return quote!(::core::compile_error!("an equation has no operation of gradients")),
             Node::Activation { function, value } => {
                 let value = node_name(value);
                 let function = match function {

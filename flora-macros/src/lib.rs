@@ -53,7 +53,7 @@ use quote::quote;
 ///
 /// `let` bindings, then the output: operands, numbers, `+ - * /`, unary minus, parentheses, and the methods `matmul(e)`,
 /// `matmul_mean(e)` (the mean over the contracted dimension), `columns()`, `rows()`, `sum_rank()`, `mean_rank()`,
-/// `column_norm()`, `relu()`, `gelu()` (by the error function), `gelu_tanh()` and `silu()`.
+/// `column_norm()`, `transpose()`, `relu()`, `gelu()` (by the error function), `gelu_tanh()` and `silu()`.
 ///
 /// # Errors
 ///

@@ -83,6 +83,7 @@ fn expression() -> impl Strategy<Value = (String, String)> {
             ("sum_rank", "sum_rank"),
             ("mean_rank", "mean_rank"),
             ("column_norm", "column_norm"),
+            ("transpose", "transpose"),
             ("gelu", "gelu_erf"),
             ("silu", "silu"),
         ];
@@ -105,6 +106,7 @@ fn output() -> impl Strategy<Value = (String, String)> {
         ("(w0 + s * b.matmul(a))", "(w0 + s * (b @ a))"),
         ("(w0 - w0 * b.matmul_mean(a))", "(w0 + -1 * (w0 * matmul_mean(b, a)))"),
         ("(w0 / w0.column_norm() * 0.5)", "(w0 / column_norm(w0) * 0.5)"),
+        ("(w0 + a.transpose().matmul(b.transpose()).transpose())", "(w0 + transpose(transpose(a) @ transpose(b)))"),
     ];
     // `$` is the value so far.
     const STEPS: &[(&str, &str)] = &[

@@ -12,7 +12,7 @@ use crate::layer::{Layer, Node, Operand};
 use crate::types::{Dimension, Shape, TensorType};
 use crate::verify::VerifiedLayer;
 
-pub use operations::apply_activation;
+pub use operations::{activation_derivative, apply_activation};
 pub use value::Value;
 
 /// The most elements of one value, 8 GiB of f64.

@@ -2,7 +2,7 @@
 
 use super::{EvaluateError, Value};
 use crate::arena::Handle;
-use crate::layer::{Activation, Node, Operator, Reduce};
+use crate::layer::{Activation, Axis, Backward, Node, Operator, Reduce};
 
 /// The value of `node`, which is not an operand, from the values of what it reads.
 pub(super) fn evaluate_node<'v>(
@@ -32,13 +32,69 @@ pub(super) fn evaluate_node<'v>(
                 (0..rows).map(|row| value.broadcast_at(rank, row, column).powi(2)).sum::<f64>().sqrt()
             })
         }
-        Node::Activation { function, value } => {
+        Node::Transpose(value) => {
             let value = value_of(value)?;
-            Value::from_fn(value.rank_extent(), value.shape().to_vec(), |rank, row, column| {
-                apply_activation(function, value.broadcast_at(rank, row, column))
+            let (rows, columns) = value.rows_and_columns();
+            Value::from_fn(value.rank_extent(), vec![columns, rows], |rank, row, column| {
+                value.broadcast_at(rank, column, row)
             })
         }
+        Node::Activation { function, value } => elements(value_of(value)?, |x| apply_activation(function, x)),
+        Node::Backward(ref backward) => evaluate_backward(backward, value_of),
     }
+}
+
+fn evaluate_backward<'v>(
+    backward: &Backward,
+    value_of: impl Fn(Handle<Node>) -> Result<&'v Value, EvaluateError>,
+) -> Result<Value, EvaluateError> {
+    match *backward {
+        Backward::Stack(value) => {
+            let value = value_of(value)?;
+            let (_, columns) = value.rows_and_columns();
+            let rank = value.rank_extent().unwrap_or(1);
+            Value::from_fn(None, vec![rank, columns], |_, row, column| value.broadcast_at(row, 0, column))
+        }
+        Backward::SumLike { value, like } => sum_like(value_of(value)?, value_of(like)?),
+        Backward::BroadcastLike { value, like } => {
+            let (value, like) = (value_of(value)?, value_of(like)?);
+            Value::from_fn(like.rank_extent(), like.shape().to_vec(), |rank, row, column| {
+                value.broadcast_at(rank, row, column)
+            })
+        }
+        Backward::Extent { axis, value } => {
+            let value = value_of(value)?;
+            let extent = match axis {
+                Axis::Rank => value.rank_extent().unwrap_or(1),
+                Axis::Columns => value.rows_and_columns().1,
+            };
+            Ok(Value::scalar(extent as f64))
+        }
+        Backward::Derivative { function, value } => elements(value_of(value)?, |x| activation_derivative(function, x)),
+    }
+}
+
+fn elements(value: &Value, f: impl Fn(f64) -> f64) -> Result<Value, EvaluateError> {
+    Value::new(value.rank_extent(), value.shape().to_vec(), value.data().iter().map(|x| f(*x)).collect())
+}
+
+/// The sum of all places of `value` at which an element of `like` would stand.
+fn sum_like(value: &Value, like: &Value) -> Result<Value, EvaluateError> {
+    let ((rows, columns), (like_rows, like_columns)) = (value.rows_and_columns(), like.rows_and_columns());
+    let mut sum = vec![0.0; like.data().len()];
+    for layer in 0..value.rank_extent().unwrap_or(1) {
+        let like_layer = if like.rank_extent().is_some() { layer } else { 0 };
+        for row in 0..rows {
+            let like_row = like_layer * like_rows + if like.shape().len() == 2 { row } else { 0 };
+            for (column, element) in value.row(layer, row).iter().enumerate().take(columns) {
+                let like_column = if like.shape().is_empty() { 0 } else { column };
+                if let Some(sum) = sum.get_mut(like_row * like_columns + like_column) {
+                    *sum += element;
+                }
+            }
+        }
+    }
+    Value::new(like.rank_extent(), like.shape().to_vec(), sum)
 }
 
 fn matmul(l: &Value, r: &Value, reduce: Reduce) -> Result<Value, EvaluateError> {
@@ -101,5 +157,32 @@ pub fn apply_activation(function: Activation, x: f64) -> f64 {
             0.5 * x * (1.0 + inner.tanh())
         }
         Activation::Silu => x / (1.0 + (-x).exp()),
+    }
+}
+
+/// φ' of one number, in f64. At 0, where `relu` has none, it is 0, as PyTorch has it.
+pub fn activation_derivative(function: Activation, x: f64) -> f64 {
+    match function {
+        Activation::Identity => 1.0,
+        _ if x.is_nan() => x,
+        // Each goes to 0 on the left and to 1 on the right; the formulas give 0 · ∞ there.
+        Activation::Relu => f64::from(x > 0.0),
+        _ if x.is_infinite() => f64::from(x > 0.0),
+        Activation::GeluErf => {
+            let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
+            0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2)) + x * density
+        }
+        Activation::GeluTanh => {
+            let root = (2.0 / std::f64::consts::PI).sqrt();
+            let tanh = (root * (x + 0.044715 * x.powi(3))).tanh();
+            let slope = 1.0 - tanh * tanh;
+            // Where tanh is ±1 the cube of x may be infinite.
+            let inner = if slope == 0.0 { 0.0 } else { slope * x * root * (1.0 + 3.0 * 0.044715 * x * x) };
+            0.5 * (1.0 + tanh + inner)
+        }
+        Activation::Silu => {
+            let sigmoid = 1.0 / (1.0 + (-x).exp());
+            sigmoid * (1.0 + x * (1.0 - sigmoid))
+        }
     }
 }

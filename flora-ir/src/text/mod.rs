@@ -12,8 +12,8 @@
 //!   `weight`, `bias`, `adapter` and `residual`; no dimension is a scalar, one a vector, two a matrix. A dimension is `tokens`, a name, or
 //!   a number.
 //! - `@`, `*` and `/` bind alike and from the left, as in Python; `+` binds weaker.
-//! - Functions: `columns`, `rows`, `sum_rank`, `mean_rank`, `column_norm`, `matmul_mean` (of two), and the activations
-//!   `identity`, `relu`, `gelu_erf`, `gelu_tanh`, `silu`.
+//! - Functions: `columns`, `rows`, `sum_rank`, `mean_rank`, `column_norm`, `transpose`, `matmul_mean` (of two), and the
+//!   activations `identity`, `relu`, `gelu_erf`, `gelu_tanh`, `silu`.
 //! - `let` names a value, used by that name any number of times; `//` starts a comment.
 
 mod lexer;
@@ -23,9 +23,13 @@ mod print;
 pub(crate) use parse::parse_pattern;
 pub use parse::{MAX_DEPTH, MAX_SOURCE_BYTES, ParseError, parse};
 pub(crate) use print::print_node;
+pub(crate) use print::print_values;
 pub use print::{print, print_equation};
 
-use crate::layer::{Activation, Node, Reduce, Role};
+use std::borrow::Cow;
+
+use crate::arena::Handle;
+use crate::layer::{Activation, Axis, Backward, Node, Reduce, Role};
 use crate::types::ElementType;
 
 const ROLES: [(&str, Role); 5] = [
@@ -44,11 +48,12 @@ fn role_name(role: Role) -> &'static str {
 }
 
 /// A function of one argument by its name.
-fn unary_function(name: &str) -> Option<fn(crate::Handle<Node>) -> Node> {
+fn unary_function(name: &str) -> Option<fn(Handle<Node>) -> Node> {
     Some(match name {
         "columns" => Node::Columns,
         "rows" => Node::Rows,
         "column_norm" => Node::ColumnNorm,
+        "transpose" => Node::Transpose,
         "sum_rank" => |value| Node::ReduceRank { reduce: Reduce::Sum, value },
         "mean_rank" => |value| Node::ReduceRank { reduce: Reduce::Mean, value },
         "identity" => |value| Node::Activation { function: Activation::Identity, value },
@@ -60,18 +65,48 @@ fn unary_function(name: &str) -> Option<fn(crate::Handle<Node>) -> Node> {
     })
 }
 
-/// The name of the function that `node` is written as, where it isn't an operand, a number or an infix operator.
-fn function_name(node: &Node) -> Option<&'static str> {
-    match node {
-        Node::MatMul { reduce: Reduce::Mean, .. } => Some("matmul_mean"),
-        Node::Columns(_) => Some("columns"),
-        Node::Rows(_) => Some("rows"),
-        Node::ColumnNorm(_) => Some("column_norm"),
-        Node::ReduceRank { reduce: Reduce::Sum, .. } => Some("sum_rank"),
-        Node::ReduceRank { reduce: Reduce::Mean, .. } => Some("mean_rank"),
-        Node::Activation { function, .. } => Some(function.name()),
-        Node::MatMul { reduce: Reduce::Sum, .. } | Node::Operand(_) | Node::Constant(_) | Node::Elementwise { .. } => {
-            None
+/// An operation of gradients by its name, as the rules of gradients are written with it.
+fn backward_function(name: &str, value: Handle<Node>, like: Option<Handle<Node>>) -> Option<Backward> {
+    Some(match (name, like) {
+        ("sum_like", Some(like)) => Backward::SumLike { value, like },
+        ("broadcast_like", Some(like)) => Backward::BroadcastLike { value, like },
+        ("stack", None) => Backward::Stack(value),
+        ("rank_extent", None) => Backward::Extent { axis: Axis::Rank, value },
+        ("width", None) => Backward::Extent { axis: Axis::Columns, value },
+        (_, None) => {
+            let activation = name.strip_suffix(DERIVATIVE)?;
+            let function = Activation::ALL.into_iter().find(|function| function.name() == activation)?;
+            Backward::Derivative { function, value }
         }
-    }
+        _ => return None,
+    })
+}
+
+/// What follows the name of an activation in that of its derivative.
+const DERIVATIVE: &str = "_derivative";
+
+/// The name of the function that `node` is written as, where it isn't an operand, a number or an infix operator.
+fn function_name(node: &Node) -> Option<Cow<'static, str>> {
+    let name = match node {
+        Node::MatMul { reduce: Reduce::Mean, .. } => "matmul_mean",
+        Node::Columns(_) => "columns",
+        Node::Rows(_) => "rows",
+        Node::ColumnNorm(_) => "column_norm",
+        Node::Transpose(_) => "transpose",
+        Node::ReduceRank { reduce: Reduce::Sum, .. } => "sum_rank",
+        Node::ReduceRank { reduce: Reduce::Mean, .. } => "mean_rank",
+        Node::Activation { function, .. } => function.name(),
+        Node::Backward(backward) => match backward {
+            Backward::Stack(_) => "stack",
+            Backward::SumLike { .. } => "sum_like",
+            Backward::BroadcastLike { .. } => "broadcast_like",
+            Backward::Extent { axis: Axis::Rank, .. } => "rank_extent",
+            Backward::Extent { axis: Axis::Columns, .. } => "width",
+            Backward::Derivative { function, .. } => return Some(format!("{}{DERIVATIVE}", function.name()).into()),
+        },
+        Node::MatMul { reduce: Reduce::Sum, .. } | Node::Operand(_) | Node::Constant(_) | Node::Elementwise { .. } => {
+            return None;
+        }
+    };
+    Some(name.into())
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use logos::Logos;
 
 use super::lexer::Token;
-use super::{ELEMENTS, ROLES, unary_function};
+use super::{ELEMENTS, ROLES, backward_function, unary_function};
 use crate::arena::Handle;
 use crate::diagnostic::Diagnostic;
 use crate::layer::{Layer, Node, Operand, Operator, Reduce, Role, Span};
@@ -345,9 +345,16 @@ impl<'s> Parser<'s> {
             let lhs = self.expression()?;
             self.expect(Token::Comma, "`,`")?;
             Node::MatMul { lhs, rhs: self.expression()?, reduce: Reduce::Mean }
+        } else if self.free_names {
+            let value = self.expression()?;
+            let like = if self.accept(Token::Comma) { Some(self.expression()?) } else { None };
+            match backward_function(text, value, like) {
+                Some(backward) => Node::Backward(backward),
+                None => return error(name, format!("there is no function `{text}`"), "see the functions of a layer"),
+            }
         } else {
-            let help = "the functions are columns, rows, sum_rank, mean_rank, column_norm, matmul_mean, identity, relu, \
-                        gelu_erf, gelu_tanh and silu";
+            let help = "the functions are columns, rows, sum_rank, mean_rank, column_norm, transpose, matmul_mean, \
+                        identity, relu, gelu_erf, gelu_tanh and silu";
             return error(name, format!("there is no function `{text}`"), help);
         };
         self.expect(Token::Close, "`)`")?;

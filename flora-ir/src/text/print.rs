@@ -33,35 +33,57 @@ pub fn print(layer: &Layer) -> String {
 /// The body of the layer: a line for each `let`, and the output.
 pub fn print_equation(layer: &Layer) -> String {
     let Some(root) = layer.root else { return String::new() };
+    let (lets, values) = print_values(layer, &[root]);
+    lets + &values.concat()
+}
+
+/// A line for each `let` of what is read more than once, by `roots` or as one of them, and each root's own text.
+pub(crate) fn print_values(layer: &Layer, roots: &[Handle<Node>]) -> (String, Vec<String>) {
     let mut uses = vec![0usize; layer.nodes.len()];
-    let reachable = layer.reachable_from(root);
+    let reachable = reachable_from(layer, roots);
     for (handle, node) in layer.nodes.iter().filter(|(handle, _)| reachable[handle.index()]) {
         for operand in node.operands().filter(|operand| *operand < handle) {
             uses[operand.index()] += 1;
         }
     }
-    print_from(layer, root, |node| uses[node.index()] > 1)
+    for root in roots {
+        if let Some(uses) = uses.get_mut(root.index()) {
+            *uses += 1;
+        }
+    }
+    print_from(layer, roots, |node| uses[node.index()] > 1)
+}
+
+/// Whether one of `roots` reads a node, directly or not, for each node.
+fn reachable_from(layer: &Layer, roots: &[Handle<Node>]) -> Vec<bool> {
+    let mut reachable = vec![false; layer.nodes.len()];
+    for root in roots {
+        reachable.iter_mut().zip(layer.reachable_from(*root)).for_each(|(reachable, reads)| *reachable |= reads);
+    }
+    reachable
 }
 
 /// The value of `node` on one line, whatever else reads its parts; long ones are cut.
 pub(crate) fn print_node(layer: &Layer, node: Handle<Node>) -> String {
-    let text = print_from(layer, node, |_| false);
-    match text.rsplit_once('\n') {
-        None => text,
-        Some((_, last)) => format!("{last} (abridged)"),
-    }
+    let (lets, values) = print_from(layer, &[node], |_| false);
+    values.concat() + if lets.is_empty() { "" } else { " (abridged)" }
 }
 
-fn print_from(layer: &Layer, root: Handle<Node>, is_shared: impl Fn(Handle<Node>) -> bool) -> String {
+fn print_from(
+    layer: &Layer,
+    roots: &[Handle<Node>],
+    is_shared: impl Fn(Handle<Node>) -> bool,
+) -> (String, Vec<String>) {
     let taken: HashSet<&str> = layer.operands.iter().map(|(_, operand)| operand.name.as_str()).collect();
     let mut fresh = (0..).map(|index| format!("t{index}")).filter(|name| !taken.contains(name.as_str()));
-    let reachable = layer.reachable_from(root);
+    let reachable = reachable_from(layer, roots);
     let mut out = String::new();
     let mut written: Vec<Written> = vec![Written::default(); layer.nodes.len()];
     for (handle, node) in layer.nodes.iter().filter(|(handle, _)| reachable[handle.index()]) {
         let this = write_node(layer, handle, node, &written);
         let is_leaf = matches!(node, Node::Operand(_) | Node::Constant(_));
-        let named = !is_leaf && handle != root && (is_shared(handle) || this.text.len() > MAX_INLINE_BYTES);
+        let is_long = !roots.contains(&handle) && this.text.len() > MAX_INLINE_BYTES;
+        let named = !is_leaf && (is_shared(handle) || is_long);
         let name = if named { fresh.next() } else { None };
         written[handle.index()] = match name {
             Some(name) => {
@@ -71,10 +93,9 @@ fn print_from(layer: &Layer, root: Handle<Node>, is_shared: impl Fn(Handle<Node>
             None => this,
         };
     }
-    if let Some(root) = written.get(root.index()) {
-        out.push_str(&root.text);
-    }
-    out
+    let text = |root: &Handle<Node>| written.get(root.index()).map_or_else(String::new, |root| root.text.clone());
+    let values = roots.iter().map(text).collect();
+    (out, values)
 }
 
 #[derive(Clone, Default)]

@@ -21,7 +21,7 @@ enum Method {
     Unary(Unary),
 }
 
-const METHODS: [(&str, Method); 11] = [
+const METHODS: [(&str, Method); 12] = [
     ("matmul", Method::MatMul(Reduce::Sum)),
     ("matmul_mean", Method::MatMul(Reduce::Mean)),
     ("columns", Method::Unary(Unary::Columns)),
@@ -29,6 +29,7 @@ const METHODS: [(&str, Method); 11] = [
     ("sum_rank", Method::Unary(Unary::ReduceRank(Reduce::Sum))),
     ("mean_rank", Method::Unary(Unary::ReduceRank(Reduce::Mean))),
     ("column_norm", Method::Unary(Unary::ColumnNorm)),
+    ("transpose", Method::Unary(Unary::Transpose)),
     ("relu", Method::Unary(Unary::Activation(Activation::Relu))),
     ("gelu", Method::Unary(Unary::Activation(Activation::GeluErf))),
     ("gelu_tanh", Method::Unary(Unary::Activation(Activation::GeluTanh))),
