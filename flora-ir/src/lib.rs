@@ -25,6 +25,7 @@ pub mod arena;
 pub mod builtin;
 pub mod diagnostic;
 pub mod evaluate;
+pub mod gradient;
 mod infer;
 pub mod layer;
 pub mod text;

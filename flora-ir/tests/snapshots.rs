@@ -1,7 +1,14 @@
 //! The text form and the derivation of every built-in adapter, as people see them. `cargo insta review` updates them.
 
 use flora_ir::algebra::normalize;
-use flora_ir::{builtin, parse, print, verify};
+use flora_ir::gradient::differentiate;
+use flora_ir::{VerifiedLayer, builtin, parse, print, verify};
+
+/// The layer that gives the input's gradient with its derivation, and the gradients of all operands.
+fn gradients(layer: &VerifiedLayer) -> String {
+    let adjoint = normalize(layer).unwrap().linear.adjoint().unwrap().derivation;
+    format!("{}\n{adjoint}\n{}", print(adjoint.start.layer()), differentiate(layer))
+}
 
 #[test]
 fn builtins() {
@@ -9,6 +16,7 @@ fn builtins() {
         let layer = builtin::builtin(name).expect(name);
         insta::assert_snapshot!(format!("{name}.text"), print(layer.layer()));
         insta::assert_snapshot!(format!("{name}.derivation"), normalize(layer).expect(name).derivation.to_string());
+        insta::assert_snapshot!(format!("{name}.gradient"), gradients(layer));
     }
 }
 
@@ -19,6 +27,7 @@ fn an_equation_in_the_form_of_eq5_with_scales_everywhere() {
     }";
     let layer = verify(parse(source).unwrap()).unwrap();
     insta::assert_snapshot!("eq5.derivation", normalize(&layer).unwrap().derivation.to_string());
+    insta::assert_snapshot!("eq5.gradient", gradients(&layer));
 }
 
 #[test]

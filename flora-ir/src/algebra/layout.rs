@@ -44,7 +44,7 @@ impl FoldedAdapter {
 }
 
 /// What terms become when they are folded, in the order of the folded vectors.
-pub(super) enum Folding<'a> {
+pub(crate) enum Folding<'a> {
     /// The base terms whose input is scaled by no vector: one virtual row, scaled by the sum of their scales
     /// unless the equation says that it is 1.
     SharedRow { terms: Vec<&'a Term>, out_scale: bool },
@@ -58,17 +58,17 @@ pub(super) enum Folding<'a> {
 
 /// The two factors of a term.
 #[derive(Clone, Copy)]
-pub(super) struct Pair {
+pub(crate) struct Pair {
     /// `[d, r]`
-    pub(super) b: Handle<Node>,
+    pub(crate) b: Handle<Node>,
     /// `[r, k]`
-    pub(super) a: Handle<Node>,
-    pub(super) reduce: Reduce,
+    pub(crate) a: Handle<Node>,
+    pub(crate) reduce: Reduce,
 }
 
 impl NormalForm {
     /// What [`fold`](Self::fold) makes of the terms.
-    pub(super) fn foldings(&self) -> Vec<Folding<'_>> {
+    pub(crate) fn foldings(&self) -> Vec<Folding<'_>> {
         let is_vector = |node: Handle<Node>| self.layer.type_of(node).shape != Shape::Scalar;
         let is_shared = |term: &&Term| term.core == Core::Base && !term.inner.is_some_and(is_vector);
         let shared: Vec<&Term> = self.terms.iter().filter(is_shared).collect();

@@ -12,6 +12,7 @@ pub mod rules;
 pub use derivation::{Derivation, Step};
 pub use fold::FoldError;
 pub use layout::{FoldedLayout, RowScales};
+pub(crate) use layout::{Folding, Pair};
 pub use normalize::{MAX_STEPS, Normalized, normalize};
 pub use obstacle::{NormalizeError, Obstacle};
 pub use read::MAX_TERMS;

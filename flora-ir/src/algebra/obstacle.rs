@@ -20,7 +20,7 @@ pub struct NormalizeError {
 }
 
 impl NormalizeError {
-    pub(super) fn at(layer: &VerifiedLayer, node: Handle<Node>, obstacle: Obstacle) -> Self {
+    pub(crate) fn at(layer: &VerifiedLayer, node: Handle<Node>, obstacle: Obstacle) -> Self {
         let layer = layer.layer();
         Self { obstacle, term: print_node(layer, node), span: layer.node_span(node) }
     }

@@ -65,6 +65,11 @@ impl Value {
             .ok_or_else(|| EvaluateError::TooLarge { extents: rank.iter().chain(shape).copied().collect() })
     }
 
+    /// As many zeros.
+    pub(crate) fn zeros(&self) -> Self {
+        Self { data: vec![0.0; self.data.len()], ..self.clone() }
+    }
+
     /// The extents without the rank axis: none for a scalar, one for a vector, two for a matrix.
     pub fn shape(&self) -> &[usize] {
         &self.shape

@@ -1,6 +1,9 @@
 //! What several test files need: seeded configurations, random graphs, random values.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub(crate) mod equations;
+pub(crate) mod loss;
+
 use std::collections::HashMap;
 
 use flora_ir::{
@@ -65,11 +68,12 @@ pub(crate) fn square_layer_from_choices(choices: &[[u8; 3]]) -> Layer {
         // Later nodes are likelier, so that the graph grows deep.
         let pick = |choice: u8| nodes[nodes.len() - 1 - usize::from(choice).min(nodes.len() - 1)];
         let (lhs, rhs) = (pick(first % 8), pick(second % 8));
-        let node = match operation % 7 {
+        let node = match operation % 8 {
             0 | 1 => Node::MatMul { lhs, rhs, reduce: Reduce::Sum },
             2 => Node::MatMul { lhs, rhs, reduce: Reduce::Mean },
             3 | 4 => multiply(lhs, rhs),
             5 => Node::Elementwise { operator: Operator::Divide, lhs, rhs },
+            6 => Node::Transpose(lhs),
             _ => add(lhs, rhs),
         };
         // What doesn't type-check is left out; what can't be a summand of the output is a part of later nodes.
@@ -117,7 +121,7 @@ pub(crate) fn layer_from_choices(choices: &[[u8; 3]]) -> Layer {
         } else {
             let lhs = nodes[usize::from(*first) % nodes.len()];
             let rhs = nodes[usize::from(*second) % nodes.len()];
-            match operation % 12 {
+            match operation % 13 {
                 0 => leaf,
                 1 => Node::Constant((f64::from(*first) - 100.0) * 0.37),
                 2 => Node::MatMul { lhs, rhs, reduce: Reduce::Sum },
@@ -129,6 +133,7 @@ pub(crate) fn layer_from_choices(choices: &[[u8; 3]]) -> Layer {
                 8 => Node::Rows(lhs),
                 9 => Node::ReduceRank { reduce: [Reduce::Sum, Reduce::Mean][usize::from(*second) % 2], value: lhs },
                 10 => Node::ColumnNorm(lhs),
+                11 => Node::Transpose(lhs),
                 _ => Node::Activation { function: Activation::ALL[usize::from(*second) % 5], value: lhs },
             }
         };
@@ -178,13 +183,17 @@ fn same_node(
         && one_node.operands().zip(other_node.operands()).all(|(a, b)| same_node(one, a, other, b, forth, back))
 }
 
-/// Values for every operand of `layer`, with the extents `[tokens, D, K, R]`, drawn from `seed`.
-pub(crate) fn bindings(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> Bindings {
-    let extent = |dimension: &Dimension| match dimension {
+/// The extent of a dimension, for the extents `[tokens, D, K, R]`.
+pub(crate) fn extent(dimension: &Dimension, sizes: [usize; 4]) -> usize {
+    match dimension {
         Dimension::Tokens => sizes[0],
         Dimension::Symbol(name) => sizes[1 + "DKR".find(name.as_str()).expect("D, K or R")],
         Dimension::Fixed(extent) => *extent as usize,
-    };
+    }
+}
+
+/// Values for every operand of `layer`, with the extents `[tokens, D, K, R]`, drawn from `seed`.
+pub(crate) fn bindings(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> Bindings {
     let mut state = seed.wrapping_mul(2).wrapping_add(1);
     let mut number = || {
         // A linear congruential generator: the test's own, so that a seed gives the same values for ever.
@@ -196,9 +205,9 @@ pub(crate) fn bindings(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> B
         let mut numbers = |count| (0..count).map(|_| number()).collect::<Vec<f64>>();
         let value = match &operand.ty.shape {
             Shape::Scalar => Value::scalar(numbers(1)[0]),
-            Shape::Vector(n) => Value::vector(numbers(extent(n))),
+            Shape::Vector(n) => Value::vector(numbers(extent(n, sizes))),
             Shape::Matrix(m, n) => {
-                let (m, n) = (extent(m), extent(n));
+                let (m, n) = (extent(m, sizes), extent(n, sizes));
                 Value::matrix(m, n, numbers(m * n)).expect("m * n numbers")
             }
         };
