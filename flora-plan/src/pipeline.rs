@@ -2,10 +2,13 @@
 //!
 //! ```text
 //! Layer ──verify──▶ VerifiedLayer ──normalize──▶ NormalForm ──parts──▶ [Lowering]      once a layer
+//! NormalForm ──adjoint──▶ VerifiedLayer over w0ᵀ ──normalize──▶ as above, for dx        once a layer
+//!            ──unfolding──▶ Unfolding ◀── gradients of folded vectors, for the adapter  once a step
 //! segments ──shape──▶ BatchShape ──plan──▶ Plan ──schedule──▶ Schedule                    once a batch
 //! ```
 
 use flora_ir::algebra::{Derivation, NormalForm, NormalizeError, Normalized, normalize};
+use flora_ir::gradient::{Gradient, Unfolding, differentiate};
 use flora_ir::{Activation, ElementType, Layer, Role, VerifiedLayer, verify};
 
 use crate::batch::AdapterSlots;
@@ -50,12 +53,42 @@ pub fn compile(layer: Layer) -> Result<CompiledLayer, CompileError> {
 /// # Errors
 /// A term that keeps the equation from its normal form.
 pub fn compile_verified(written: VerifiedLayer) -> Result<CompiledLayer, NormalizeError> {
-    let Normalized { linear, derivation } = normalize(&written)?;
+    let normalized = normalize(&written)?;
+    Ok(with_parts(written, normalized))
+}
+
+fn with_parts(written: VerifiedLayer, Normalized { linear, derivation }: Normalized) -> CompiledLayer {
     let parts = parts_of(&linear);
-    Ok(CompiledLayer { written, linear, derivation, parts })
+    CompiledLayer { written, linear, derivation, parts }
+}
+
+/// What a compiled layer's backward pass is made of.
+#[derive(Clone, Debug)]
+pub struct CompiledGradient {
+    /// What gives dx, from g, the gradient of the sum before bias, activation and residual: a layer over w0ᵀ, `[k, d]`. It is planned
+    /// and run like any other, by the same kernels.
+    pub adjoint: CompiledLayer,
+    /// What makes the gradients of an adapter's operands of those of its folded vectors.
+    pub unfolding: Unfolding,
+    /// The gradients of all operands as equations, from that of the output: of the layer as it was written, where a multiplicative
+    /// pair's are (xᵀ g ∘ w0) aᵀ and bᵀ (xᵀ g ∘ w0). What the oracle evaluates.
+    pub written: Gradient,
+    /// The same of the normal form, where they are sums over rows of what virtual rows and low-rank pairs give.
+    pub normal: Gradient,
 }
 
 impl CompiledLayer {
+    /// The backward pass, derived from the equation.
+    ///
+    /// # Errors
+    /// A layer whose adjoint is beyond the verifier's limits.
+    pub fn gradient(&self) -> Result<CompiledGradient, NormalizeError> {
+        let adjoint = self.linear.adjoint()?;
+        let adjoint = with_parts(adjoint.derivation.start.clone(), adjoint);
+        let (written, normal) = (differentiate(&self.written), differentiate(&self.linear.layer));
+        Ok(CompiledGradient { adjoint, unfolding: self.linear.unfolding(), written, normal })
+    }
+
     /// What the layer applies to the sum of its terms.
     pub fn epilogue(&self) -> Epilogue {
         self.linear.epilogue()

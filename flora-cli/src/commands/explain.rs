@@ -3,9 +3,11 @@
 use clap::Args;
 use flora::prelude::*;
 use flora_ir::algebra::{Core, NormalForm, Term};
-use flora_ir::text::print_equation;
-use flora_ir::{Handle, Node, Reduce};
+use flora_ir::gradient::Gradient;
+use flora_ir::text::{print, print_equation};
+use flora_ir::{Activation, Handle, Node, Reduce};
 use flora_plan::lowering::{Part, lowerings_of};
+use flora_plan::pipeline::CompiledGradient;
 use serde::Serialize;
 
 use super::error::CommandError;
@@ -17,6 +19,9 @@ use super::output;
 pub(crate) struct Arguments {
     /// A built-in layer (linear, flora, flora_mean, hira, lora, ia3, ia3_feedforward, dora) or a file in the text form
     layer: String,
+    /// Show the gradients that follow from the equation instead: the layer that gives the input's, and those of the operands
+    #[arg(long)]
+    gradient: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -52,8 +57,53 @@ struct LegalLowering {
     summary: &'static str,
 }
 
+/// What follows from an equation by differentiation.
+#[derive(Serialize)]
+struct GradientReport {
+    layer: String,
+    source: String,
+    /// The layer that gives the input's gradient.
+    adjoint: Report,
+    /// What the gradient of the output is called in what follows.
+    output: String,
+    /// Of the equation as it was written.
+    written: Equations,
+    /// Of its normal form.
+    normal: Equations,
+}
+
+#[derive(Serialize)]
+struct Equations {
+    rules: Vec<GradientStep>,
+    /// What the gradients share, a `let` each.
+    shared: String,
+    gradients: Vec<OperandGradient>,
+}
+
+#[derive(Serialize)]
+struct GradientStep {
+    operation: &'static str,
+    gradients: &'static [&'static str],
+    words: &'static str,
+}
+
+#[derive(Serialize)]
+struct OperandGradient {
+    operand: String,
+    equation: String,
+}
+
 pub(crate) fn explain(arguments: &Arguments) -> Result<(), CommandError> {
     let NamedLayer { source, compiled } = layer::open(&arguments.layer)?;
+    if arguments.gradient {
+        let gradient =
+            compiled.gradient().map_err(|error| layer::in_source(&arguments.layer, &source, &[error.diagnostic()]))?;
+        let report = gradient_report(&compiled, &gradient, source);
+        return match arguments.json {
+            true => output::print_json(&report),
+            false => output::print(&gradient_text(&report, compiled.activation(), &gradient)),
+        };
+    }
     let report = report(source, &compiled);
     if arguments.json { output::print_json(&report) } else { output::print(&human(&report, &compiled)) }
 }
@@ -88,6 +138,30 @@ fn report(source: String, compiled: &CompiledLayer) -> Report {
     }
 }
 
+fn gradient_report(compiled: &CompiledLayer, gradient: &CompiledGradient, source: String) -> GradientReport {
+    let CompiledGradient { adjoint, written, normal, .. } = gradient;
+    GradientReport {
+        layer: compiled.written.layer().name.clone(),
+        source,
+        adjoint: report(print(adjoint.written.layer()), adjoint),
+        output: written.output.clone(),
+        written: equations(written),
+        normal: equations(normal),
+    }
+}
+
+fn equations(gradient: &Gradient) -> Equations {
+    let (shared, gradients) = gradient.equations();
+    let rules = gradient.rules.iter().map(|rule| GradientStep {
+        operation: rule.operation,
+        gradients: rule.gradients,
+        words: rule.words,
+    });
+    let gradients =
+        gradients.into_iter().map(|(operand, equation)| OperandGradient { operand: operand.to_owned(), equation });
+    Equations { rules: rules.collect(), shared, gradients: gradients.collect() }
+}
+
 fn part_name(part: Part) -> &'static str {
     match part {
         Part::Multiplicative => "multiplicative",
@@ -105,7 +179,33 @@ fn human(report: &Report, compiled: &CompiledLayer) -> String {
     for term in &report.terms {
         text += &format!("  {}\n", term.replace('\n', "\n  "));
     }
-    text += "\nLowerings\n";
+    text + &lowerings_text(report)
+}
+
+/// The input's gradient as a layer, and those of all operands as equations.
+fn gradient_text(report: &GradientReport, activation: Activation, gradient: &CompiledGradient) -> String {
+    let GradientReport { source, adjoint, output, .. } = report;
+    let linear = &gradient.adjoint.linear;
+    let g = &linear.layer.layer().operands[linear.input].name;
+    let of_g = match activation {
+        Activation::Identity => format!("{g} = {output}"),
+        function => format!("{g} = {}_derivative(sum before it) * {output}", function.name()),
+    };
+    let mut text = format!("{source}\nInput, where {of_g} is the gradient of the sum of the terms\n{}", adjoint.source);
+    if !gradient.adjoint.derivation.steps.is_empty() {
+        text += &format!("\nDerivation\n{}", gradient.adjoint.derivation);
+    }
+    text += "\nNormal form: sum of the terms\n";
+    for term in &adjoint.terms {
+        text += &format!("  {}\n", term.replace('\n', "\n  "));
+    }
+    text += &lowerings_text(adjoint);
+    text += &format!("\nOperands, where {output} is the gradient of the output\n{}", gradient.written);
+    text + &format!("\nThe same from the normal form\n{}", gradient.normal)
+}
+
+fn lowerings_text(report: &Report) -> String {
+    let mut text = "\nLowerings\n".to_owned();
     if report.lowerings.is_empty() {
         text += "  the base GEMM: nothing is adapted\n";
     }

@@ -42,7 +42,8 @@ fn compiled(name: &str, source: String, written: flora_ir::VerifiedLayer) -> Res
     }
 }
 
-fn in_source(name: &str, source: &str, mistakes: &[Diagnostic]) -> CommandError {
+/// Mistakes, shown in the source of `name`.
+pub(crate) fn in_source(name: &str, source: &str, mistakes: &[Diagnostic]) -> CommandError {
     let rendered = mistakes.iter().map(|mistake| mistake.render(name, source)).collect::<Vec<_>>().join("\n");
     CommandError::Layer { path: name.into(), rendered }
 }
