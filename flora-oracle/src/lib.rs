@@ -1,7 +1,7 @@
 //! Holds a device's output against the f64 oracle: the equation as it was written, on some rows and columns of a batch.
 
 use flora_ir::algebra::{FoldError, FoldedAdapter};
-use flora_ir::{Activation, Bindings, EvaluateError, Role, Shape, Value, VerifiedLayer, evaluate_root};
+use flora_ir::{Activation, Bindings, EvaluateError, Node, Role, Shape, Value, VerifiedLayer, evaluate_root};
 use flora_plan::layer::{Element, LayerFormat, LayerShape, WeightFormat};
 
 /// How far sampled outputs are from the oracle's.
@@ -111,8 +111,8 @@ pub enum OracleError {
     Fold(#[from] FoldError),
 }
 
-/// Evaluates `layer` on the sampled columns alone, which is exact: every operation of a verified layer keeps its output columns
-/// apart. `operands` are the adapter's, by name; `folded` is the same adapter, for the size of the products.
+/// Evaluates `layer` on the sampled columns alone, which is exact where its operations keep output columns apart, and on all
+/// columns elsewhere. `operands` are the adapter's, by name; `folded` is the same adapter, for the size of the products.
 ///
 /// # Errors
 /// Operands that don't fit the layer.
@@ -135,6 +135,9 @@ pub fn check(
     {
         return Err(OracleError::Sample { d, k });
     }
+    let every: Vec<usize> = (0..width).collect();
+    let columns = if keeps_columns_apart(layer) { sample.columns } else { &every };
+    let sample = &Sample { columns, ..*sample };
     let base_weight = columns_of(sample.base_weight, k as usize, sample.columns);
     let base_weight = Value::matrix(d as usize, sample.columns.len(), base_weight)?;
     let x = Value::matrix(1, d as usize, sample.x.iter().map(|value| f64::from(*value)).collect())?;
@@ -191,7 +194,22 @@ pub fn check(
     Ok(Deviation { relative_error, rounding_units: units })
 }
 
-/// The sampled columns of an adapter's operand, where its last extent is the layer's k.
+/// Whether no operation of `layer` sums over the outputs, as a matmul with a transposed factor may, or takes them for ranks.
+fn keeps_columns_apart(layer: &VerifiedLayer) -> bool {
+    let Shape::Matrix(_, outputs) = &layer.layer().operands[layer.base_weight()].ty.shape else { return false };
+    layer.layer().nodes.iter().all(|(handle, node)| {
+        let sums = match *node {
+            Node::MatMul { lhs: value, .. } => {
+                matches!(&layer.type_of(value).shape, Shape::Matrix(_, n) if n == outputs)
+            }
+            Node::ColumnNorm(value) => matches!(&layer.type_of(value).shape, Shape::Matrix(m, _) if m == outputs),
+            _ => false,
+        };
+        !sums && layer.type_of(handle).rank_axis.as_ref() != Some(outputs)
+    })
+}
+
+/// The sampled outputs of an adapter's operand, where one of its extents is the layer's k.
 fn sampled(layer: &VerifiedLayer, shape: &Shape, value: &Value, sample: &Sample) -> Result<Value, EvaluateError> {
     let base_weight = &layer.layer().operands[layer.base_weight()].ty.shape;
     let Shape::Matrix(_, outputs) = base_weight else { return Ok(value.clone()) };
@@ -202,6 +220,10 @@ fn sampled(layer: &VerifiedLayer, shape: &Shape, value: &Value, sample: &Sample)
         }
         (Shape::Matrix(_, extent), [rows, width]) if extent == outputs && *width == k => {
             Value::matrix(*rows, sample.columns.len(), columns_of(value.data(), k, sample.columns))
+        }
+        (Shape::Matrix(extent, _), [height, width]) if extent == outputs && *height == k => {
+            let rows = sample.columns.iter().flat_map(|row| &value.data()[row * width..][..*width]);
+            Value::matrix(sample.columns.len(), *width, rows.copied().collect())
         }
         _ => Ok(value.clone()),
     }
@@ -260,6 +282,46 @@ mod tests {
         let folded = FoldedAdapter { virtual_rows: vec![VirtualRow::default()], low_rank: Vec::new() };
         let layer = builtin("linear").expect("a built-in layer");
         check(layer, &Bindings::new(), &folded, &sample).expect("a sample that fits")
+    }
+
+    /// Of a layer whose adapter's operands are `a`, `[3, 2]`, and `c`, `[2, 3]`, columns 0 and 2 of what it gives.
+    #[test]
+    fn outputs_may_lie_in_rows_and_be_summed_over() {
+        let operands = "x: input[tokens, D], w0: weight[D, K], a: adapter[K, R], c: adapter[R, K], b: adapter[D, R]";
+        let numbers = |count: u32| (1..=count).map(|number| (f64::from(number) * 0.7).sin()).collect::<Vec<_>>();
+        let bindings = Bindings::from_iter([
+            ("a", Value::matrix(3, 2, numbers(6)).unwrap()),
+            ("c", Value::matrix(2, 3, numbers(6)).unwrap()),
+            ("b", Value::matrix(2, 2, numbers(4)).unwrap()),
+        ]);
+        let (x, base_weight) = ([1.0, 10.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        for equation in ["x @ (w0 * (b @ (transpose(a) + c)))", "x @ (w0 * (b @ (c @ a) @ c))"] {
+            let source = format!("layer f({operands}) {{ {equation} }}");
+            let layer = flora_ir::verify(flora_ir::parse(&source).unwrap()).unwrap();
+            let normal = flora_ir::algebra::normalize(&layer).unwrap().linear;
+            let folded = normal.fold(&bindings).unwrap();
+            let of = |numbers: &[f32]| numbers.iter().map(|number| f64::from(*number)).collect::<Vec<_>>();
+            let mut all = bindings.clone();
+            all.insert("x", Value::matrix(1, 2, of(&x)).unwrap());
+            all.insert("w0", Value::matrix(2, 3, of(&base_weight)).unwrap());
+            let y: Vec<f32> = evaluate_root(&layer, &all).unwrap().data().iter().map(|y| *y as f32).collect();
+            let deviation = |y: &[f32]| {
+                let sample = Sample {
+                    shape: LayerShape { d: 2, k: 3 },
+                    format: LayerFormat::default(),
+                    base_weight: &base_weight,
+                    bias: None,
+                    residual: None,
+                    activation: Activation::Identity,
+                    x: &x,
+                    y,
+                    columns: &[0, 2],
+                };
+                check(&layer, &bindings, &folded, &sample).unwrap()
+            };
+            assert!(deviation(&y).is_rounding(), "{equation}");
+            assert!(!deviation(&[y[0], y[1], y[2] * 1.001]).is_rounding(), "{equation}");
+        }
     }
 
     #[test]
