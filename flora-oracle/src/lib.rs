@@ -1,5 +1,7 @@
 //! Holds a device's output against the f64 oracle: the equation as it was written, on some rows and columns of a batch.
 
+pub mod backward;
+
 use flora_ir::algebra::{FoldError, FoldedAdapter};
 use flora_ir::{Activation, Bindings, EvaluateError, Node, Role, Shape, Value, VerifiedLayer, evaluate_root};
 use flora_plan::layer::{Element, LayerFormat, LayerShape, WeightFormat};
