@@ -122,6 +122,43 @@ fn explain_derives_every_built_in_layer() {
     assert!(text.contains("y = silu( sum of the terms + c ) + before"), "{text}");
 }
 
+#[test]
+fn explain_derives_gradients() {
+    for layer in flora_ir::builtin::names() {
+        let explained = answer(["explain", layer, "--gradient", "--json"]);
+        has_keys(&explained, &["layer", "source", "adjoint", "output", "written", "normal"]);
+        let forward = answer(["explain", layer, "--json"]);
+        assert_eq!(explained["adjoint"]["lowerings"], forward["lowerings"], "the same kernels compute it");
+        let operands = flora_ir::builtin::builtin(layer).expect("built in").layer().operands.iter();
+        let operands = operands.map(|(_, operand)| operand.name.as_str()).filter(|name| *name != "w0");
+        let operands: Vec<&str> = operands.collect();
+        for equations in [&explained["written"], &explained["normal"]] {
+            has_keys(equations, &["rules", "shared", "gradients"]);
+            let found: Vec<_> = array(&equations["gradients"]).iter().map(|row| row["operand"].as_str()).collect();
+            assert_eq!(found, operands.iter().map(|name| Some(*name)).collect::<Vec<_>>());
+        }
+    }
+    let text = String::from_utf8_lossy(&flora(["explain", "flora", "--gradient"]).stdout).into_owned();
+    for line in [
+        "Input, where g = dy is the gradient of the sum of the terms",
+        "  Σ_r transpose(b)_r ∘ ((transpose(a)_r ∘ g) @ w0_transposed)",
+        "  multiplicative  on_chip   one GEMM",
+        "Operands, where dy is the gradient of the output",
+        "  db = t0 @ transpose(a)",
+        "  da = transpose(b) @ t0",
+        "The same from the normal form",
+    ] {
+        assert!(text.contains(line), "no `{line}` in\n{text}");
+    }
+    let world = World::new();
+    let operands = "x: input[tokens, D], w0: weight[D, K], l: adapter[K], c: bias[K], g: residual[tokens, K]";
+    let source = format!("layer mine({operands}) {{ silu(l * (x @ w0) + c) + g }}");
+    let file = world.write("mine.flora", &source).to_string_lossy().into_owned();
+    let text = String::from_utf8_lossy(&flora(["explain", &file, "--gradient"]).stdout).into_owned();
+    assert!(text.contains("g1 = silu_derivative(sum before it) * dy"), "{text}");
+    assert!(text.contains("  dg = dy\n"), "{text}");
+}
+
 const RUN_KEYS: [&str; 9] =
     ["device", "layers", "rows", "segments", "adapters", "max_relative_error", "seconds", "base_seconds", "right"];
 
