@@ -70,7 +70,7 @@ impl<'l> Adjoint<'l> {
         for term in terms {
             let term = self.term(term)?;
             self.layer.root = Some(match self.layer.root {
-                Some(sum) => self.multiply_or_add(Operator::Add, sum, term),
+                Some(sum) => self.elementwise(Operator::Add, sum, term),
                 None => term,
             });
         }
@@ -81,7 +81,7 @@ impl<'l> Adjoint<'l> {
         self.layer.push(node, Span::default())
     }
 
-    fn multiply_or_add(&mut self, operator: Operator, lhs: Handle<Node>, rhs: Handle<Node>) -> Handle<Node> {
+    fn elementwise(&mut self, operator: Operator, lhs: Handle<Node>, rhs: Handle<Node>) -> Handle<Node> {
         self.push(Node::Elementwise { operator, lhs, rhs })
     }
 
@@ -96,10 +96,10 @@ impl<'l> Adjoint<'l> {
             Core::Multiplicative { b, a, reduce } => {
                 let (columns, rows) = (self.transposed(a)?, self.transposed(b)?);
                 let (columns, rows) = (self.push(Node::Columns(columns)), self.push(Node::Rows(rows)));
-                let lhs = self.multiply_or_add(Operator::Multiply, columns, g);
+                let lhs = self.elementwise(Operator::Multiply, columns, g);
                 let rhs = self.push(Node::Operand(self.base_weight));
                 let projected = self.push(Node::MatMul { lhs, rhs, reduce: Reduce::Sum });
-                let value = self.multiply_or_add(Operator::Multiply, rows, projected);
+                let value = self.elementwise(Operator::Multiply, rows, projected);
                 self.push(Node::ReduceRank { reduce, value })
             }
             Core::Additive { b, a, reduce } => {
@@ -114,7 +114,7 @@ impl<'l> Adjoint<'l> {
     fn scaled(&mut self, scale: Option<Handle<Node>>, value: Handle<Node>) -> Option<Handle<Node>> {
         let Some(scale) = scale else { return Some(value) };
         let scale = self.copy(scale)?;
-        Some(self.multiply_or_add(Operator::Multiply, scale, value))
+        Some(self.elementwise(Operator::Multiply, scale, value))
     }
 
     /// The forward's `node`, transposed; what is transposed already as it was before.
