@@ -9,6 +9,7 @@ mod tiles;
 use flora_plan::layer::{Epilogue, LayerFormat, LayerShape};
 use flora_plan::schedule::{Gemm, Materialised, SPLIT_DEPTH, Scale};
 
+use crate::kernels::decode::loads;
 use crate::kernels::tables::{Item, ShrinkTask, TileRow, Words};
 use crate::kernels::{Tile, TileBlueprint};
 
@@ -145,8 +146,9 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
     let chosen = hardware.blueprints.tile(format.activations, on_chip, longest);
     let chosen = chosen.filter(|tile| table(blueprint.multiply).contains(tile));
     let mut capacity = hidden;
+    let weight_loads = blueprint.quantisation.map_or(1, loads);
     let blueprint = loop {
-        let own = tiles(blueprint.multiply, on_chip, longest);
+        let own = tiles(blueprint.multiply, on_chip, longest, weight_loads);
         let found = chosen.into_iter().chain(own).map(|tile| with(tile, capacity)).find(fits);
         match found {
             Some(found) => break found,

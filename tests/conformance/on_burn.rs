@@ -11,7 +11,7 @@ pub(crate) enum OnBurn {
     Host(AdaptedLinear<Host>),
     Wgpu(AdaptedLinear<Wgpu>),
     Cuda(AdaptedLinear<Cuda>),
-    Emulated(RefCell<Projection>),
+    Emulated(Box<RefCell<Projection>>),
 }
 
 /// Runs an expression on the layer, whatever its backend, or one on the projection.
@@ -32,7 +32,9 @@ impl OnBurn {
         match projection.device().info().backend {
             BackendKind::Host => Self::Host(AdaptedLinear::from_projection(projection, planning)),
             BackendKind::Wgpu => Self::Wgpu(AdaptedLinear::from_projection(projection, planning)),
-            BackendKind::Cuda if projection.device().info().software => Self::Emulated(RefCell::new(projection)),
+            BackendKind::Cuda if projection.device().info().software => {
+                Self::Emulated(Box::new(RefCell::new(projection)))
+            }
             BackendKind::Cuda => Self::Cuda(AdaptedLinear::from_projection(projection, planning)),
             other => panic!("{other:?} has no backend of Burn's here"),
         }

@@ -128,7 +128,8 @@ impl Part {
     fn command(&self) -> Command {
         let mut command = cargo::test(&[]);
         if let (Ok(xtask), [_, ..]) = (std::env::current_exe(), self.runner) {
-            let words = [&[xtask.to_string_lossy().as_ref()], self.runner, &["--"]].concat();
+            let xtask = xtask.to_string_lossy();
+            let words = [&[&*xtask], self.runner, &["--"]].concat();
             // Rust's escapes are TOML's. A configuration, not the variable for it, because that is cut at spaces.
             command.arg("--config").arg(format!("target.'cfg(all())'.runner={words:?}"));
         }
@@ -139,7 +140,7 @@ impl Part {
 
 /// Runs parts, as many at a time as this machine has processors, and adds up those of a suite; a suite's time is from its first start
 /// to its last end.
-fn side_by_side<'a>(parts: impl Iterator<Item = &'a Part>) -> Vec<Row> {
+fn side_by_side<'a>(parts: impl Iterator<Item = &'a Part> + Send) -> Vec<Row> {
     let start = Instant::now();
     let waiting = Mutex::new(parts);
     let done: Mutex<Vec<(&str, Duration, Row)>> = Mutex::default();

@@ -43,6 +43,9 @@ fn kernels(target: Target) -> Vec<Kernel> {
         (Box::new(served), quantised(WeightFormat::Q8_0), DECODE),
         (Box::new(served), quantised(WeightFormat::Q4_0), DECODE),
         (Box::new(served), quantised(WeightFormat::Q4_1), PREFILL),
+        (Box::new(served), quantised(WeightFormat::Q5_K), DECODE),
+        (Box::new(served), quantised(WeightFormat::Q6_K), DECODE),
+        (Box::new(served), quantised(WeightFormat::IQ4_NL), DECODE),
     ];
     let mut found: BTreeMap<String, Kernel> = BTreeMap::new();
     for (chosen, format, load) in sets {

@@ -60,6 +60,10 @@ fn printed(name: &str) -> Vec<(&'static str, LayerFormat, Load)> {
             ("lora fused", half, SMALL),
             ("lora segmented", half, SMALL),
             ("linear gemm", quantised(WeightFormat::Q8_0), SMALL),
+            // Of each way to decode one: two planes of bits with minima, scales of 16 inputs, a codebook.
+            ("linear gemm", quantised(WeightFormat::Q5_K), Load { d: 512, ..SMALL }),
+            ("linear gemm", quantised(WeightFormat::Q6_K), Load { d: 512, ..SMALL }),
+            ("linear gemm", quantised(WeightFormat::IQ4_NL), SMALL),
         ]);
     }
     printed

@@ -120,7 +120,7 @@ impl TileBlueprint {
             bytes += stage * RANK_CHUNK * (depth + columns + 2 * PAD) + 4 * depth * (columns + SUM_PAD);
         }
         if self.carries {
-            bytes += 4 * columns;
+            bytes += 2 * 4 * columns;
         }
         if self.hidden > 0 {
             bytes += shrink_shared_bytes(self.multiply, self.units(), stage);

@@ -1,7 +1,7 @@
 //! The cubecl kernels, one source for CUDA, WGSL and SPIR-V.
 
 pub(crate) mod blueprint;
-mod decode;
+pub(crate) mod decode;
 mod epilogue;
 pub(crate) mod expand;
 mod item;

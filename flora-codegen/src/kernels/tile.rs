@@ -182,9 +182,10 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
     let mut row_tile = SharedMemory::<Vector<S, M>>::new_aligned(row_elements, ALIGNMENT);
     let mut weight_tile = SharedMemory::<Vector<S, N>>::new_aligned(weight_elements, ALIGNMENT);
     let mut sum_tile = SharedMemory::<Vector<f32, N>>::new_aligned(sum_elements, ALIGNMENT);
-    // The sum of the output row that the last chunk broke off in.
+    // The sum of the output row that the last chunk broke off in, and of the one that this chunk breaks off in: one unit takes the
+    // first while another may be at the second.
     let mut carry = SharedMemory::<Vector<f32, N>>::new(comptime!(if blueprint.carries {
-        (tile.columns / width) as usize
+        (2 * tile.columns / width) as usize
     } else {
         1
     }));
@@ -381,6 +382,13 @@ fn write_strip<A: Float, Y: Float, N: Size>(
     let lane = unit / line;
     let tile_column = strip_column(unit % line * width, strip, blueprint) / width;
     let column = column0 + tile_column;
+    let mut taken = tile_column;
+    let mut left = tile_column;
+    if comptime!(blueprint.carries) {
+        let is_odd = (chunk - item::first(entry)) / tile.rows % 2;
+        taken += is_odd * comptime!(tile.columns / width);
+        left += (1 - is_odd) * comptime!(tile.columns / width);
+    }
     let mut row = lane;
     while lane < lanes && column < columns && row < tile.rows && chunk + row < end {
         let mut at = chunk + row;
@@ -392,8 +400,11 @@ fn write_strip<A: Float, Y: Float, N: Size>(
             let mut value = Vector::<f32, N>::new(0.0);
             if comptime!(blueprint.carries) {
                 let first = item::first(entry);
-                if row == 0 && chunk > first && tile_row::last(tables, (at - 1) * tile_row::WORDS) == 0 {
-                    value = carry[tile_column as usize];
+                if row == 0 && chunk > first {
+                    // Within, because a kernel evaluates both sides of `&&`, and the first row has none before it.
+                    if tile_row::last(tables, (at - 1) * tile_row::WORDS) == 0 {
+                        value = carry[taken as usize];
+                    }
                 }
             }
             let mut open = true;
@@ -425,7 +436,7 @@ fn write_strip<A: Float, Y: Float, N: Size>(
                 if comptime!(blueprint.carries) {
                     let breaks_off = open && at + 1 == chunk + tile.rows;
                     if breaks_off {
-                        carry[tile_column as usize] = value;
+                        carry[left as usize] = value;
                         open = false;
                     }
                 }

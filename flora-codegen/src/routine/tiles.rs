@@ -31,14 +31,16 @@ pub fn table(multiply: Multiply) -> Vec<Tile> {
     }
 }
 
-/// Tiles for `rows` virtual rows that share a weight, the best first, down to one that every device holds.
-pub(super) fn tiles(multiply: Multiply, on_chip: bool, rows: u32) -> impl Iterator<Item = Tile> {
+/// Tiles for `rows` virtual rows that share a weight, the best first, down to one that every device holds. A word of the weight takes
+/// so many `loads`: with four, the tile of most rows has no registers left for them.
+pub(super) fn tiles(multiply: Multiply, on_chip: bool, rows: u32, loads: u32) -> impl Iterator<Item = Tile> {
+    let decode = if loads < 4 { 512 } else { 256 };
     let (fit, most): (&[Tile], u32) = match multiply {
         Multiply::Fma => (&BY_UNITS, 64),
-        Multiply::Cmma { .. } => (&BY_FRAGMENTS, if on_chip { 128 } else { 512 }),
+        Multiply::Cmma { .. } => (&BY_FRAGMENTS, if on_chip { 128 } else { decode }),
     };
     let mut own: Vec<Tile> = Vec::new();
-    if matches!(multiply, Multiply::Cmma { .. }) && rows > most.min(if on_chip { 64 } else { 512 }) {
+    if matches!(multiply, Multiply::Cmma { .. }) && rows > if on_chip { 64 } else { 512 } {
         own.push(PREFILL);
     }
     let enough = fit.iter().position(|tile| tile.rows >= rows.min(most)).unwrap_or(0);

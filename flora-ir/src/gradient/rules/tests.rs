@@ -40,7 +40,7 @@ fn instances(rule: &GradientRule) -> Vec<Graph> {
     for _ in rule.pattern.operands.iter() {
         choices = choices
             .iter()
-            .flat_map(|choice| types.iter().map(move |ty| [&choice[..], &[ty.clone()]].concat()))
+            .flat_map(|choice| types.iter().map(move |ty| [&choice[..], std::slice::from_ref(ty)].concat()))
             .collect();
     }
     let typed = |choice: Vec<TensorType>| {
