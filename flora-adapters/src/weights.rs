@@ -133,7 +133,9 @@ impl BaseForm {
 fn pack_blocks(format: WeightFormat, shape: LayerShape, tensor: &StoredTensor) -> Result<PackedWeight, WeightError> {
     let blocks = tensor.bytes().chunks_exact(tensor.encoding().block_bytes());
     let mut packer = BlockPacker::new(format, shape, blocks.len() as u64)?;
-    for block in blocks.filter_map(|bytes| QuantisedBlock::read(tensor.encoding(), bytes)) {
+    let Some(mut block) = QuantisedBlock::empty(tensor.encoding()) else { return packer.finish() };
+    for bytes in blocks {
+        let Some(block) = block.read(bytes) else { break };
         packer.push(Block {
             scale: block.scale,
             minimum: block.minimum,

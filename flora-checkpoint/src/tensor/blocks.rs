@@ -23,6 +23,8 @@ pub struct QuantisedBlock {
     stored: [u8; MOST_ELEMENTS],
     groups: usize,
     elements: usize,
+    bytes: usize,
+    fill: fn(&mut Self, &[u8]),
 }
 
 /// What stored numbers stand for, in scales.
@@ -77,8 +79,8 @@ impl Encoding {
 }
 
 impl QuantisedBlock {
-    /// Reads a block of `encoding`; `None` of a plain type, or where `bytes` are not as many as a block has.
-    pub fn read(encoding: Encoding, bytes: &[u8]) -> Option<Self> {
+    /// Room for a block of `encoding`, which all blocks of a tensor are read into; `None` of a plain type.
+    pub fn empty(encoding: Encoding) -> Option<Self> {
         let fill: fn(&mut QuantisedBlock, &[u8]) = match encoding {
             Encoding::F32 | Encoding::F16 | Encoding::BF16 => return None,
             Encoding::Q4_0 | Encoding::IQ4_NL => |block, bytes| block.small(half_at(bytes, 0), 0.0, None, &bytes[2..]),
@@ -140,7 +142,7 @@ impl QuantisedBlock {
             },
         };
         let (elements, groups) = (encoding.block_elements(), encoding.groups());
-        let mut block = Self {
+        Some(Self {
             scale: 0.0,
             minimum: 0.0,
             scales: [1; MOST_GROUPS],
@@ -148,9 +150,15 @@ impl QuantisedBlock {
             stored: [0; MOST_ELEMENTS],
             groups,
             elements,
-        };
-        (bytes.len() == encoding.block_bytes()).then(|| fill(&mut block, bytes))?;
-        Some(block)
+            bytes: encoding.block_bytes(),
+            fill,
+        })
+    }
+
+    /// Reads a block; `None` where `bytes` are not as many as a block has.
+    pub fn read(&mut self, bytes: &[u8]) -> Option<&Self> {
+        (bytes.len() == self.bytes).then(|| (self.fill)(self, bytes))?;
+        Some(self)
     }
 
     /// The scale of each group, in units of `scale`.

@@ -14,21 +14,24 @@ pub(super) fn to_f32(encoding: Encoding, bytes: &[u8]) -> Vec<f32> {
         }
         Encoding::F16 => values.extend(blocks.map(|block| f16::from_le_bytes([block[0], block[1]]).to_f32())),
         Encoding::BF16 => values.extend(blocks.map(|block| bf16::from_le_bytes([block[0], block[1]]).to_f32())),
-        _ => blocks.for_each(|block| quantised(encoding, block, &mut values)),
+        _ => quantised(encoding, blocks, &mut values),
     }
     values
 }
 
-fn quantised(encoding: Encoding, bytes: &[u8], values: &mut Vec<f32>) {
-    let (Some(levels), Some(block)) = (encoding.levels(), QuantisedBlock::read(encoding, bytes)) else { return };
-    let group = block.stored().len() / block.scales().len();
-    for ((stored, scale), minimum) in block.stored().chunks_exact(group).zip(block.scales()).zip(block.minima()) {
-        let (scale, minimum) = (block.scale * f32::from(*scale), block.minimum * f32::from(*minimum));
-        let products = stored.iter().map(|stored| scale * levels.level(*stored));
-        // Adding 0 to −0 would change it.
-        match encoding.has_minima() {
-            true => values.extend(products.map(|product| product + minimum)),
-            false => values.extend(products),
+fn quantised<'a>(encoding: Encoding, blocks: impl Iterator<Item = &'a [u8]>, values: &mut Vec<f32>) {
+    let (Some(levels), Some(mut block)) = (encoding.levels(), QuantisedBlock::empty(encoding)) else { return };
+    for bytes in blocks {
+        let Some(block) = block.read(bytes) else { return };
+        let group = block.stored().len() / block.scales().len();
+        for ((stored, scale), minimum) in block.stored().chunks_exact(group).zip(block.scales()).zip(block.minima()) {
+            let (scale, minimum) = (block.scale * f32::from(*scale), block.minimum * f32::from(*minimum));
+            let products = stored.iter().map(|stored| scale * levels.level(*stored));
+            // Adding 0 to −0 would change it.
+            match encoding.has_minima() {
+                true => values.extend(products.map(|product| product + minimum)),
+                false => values.extend(products),
+            }
         }
     }
 }

@@ -115,6 +115,10 @@ impl PackedWeight {
         let (lower, upper) = quantisation.planes();
         let mut words = [0; 8];
         for (word, stored) in words.iter_mut().zip(stored.chunks(quantisation.per_word() as usize)) {
+            if let ([one, two, three, four], 8) = (stored, lower) {
+                *word = u32::from_le_bytes([*one, *two, *three, *four]);
+                continue;
+            }
             let low = |stored: &u8| u32::from(*stored) & ((1 << lower) - 1);
             *word = stored.iter().rev().fold(0, |word, stored| word << lower | low(stored));
         }
