@@ -6,8 +6,8 @@ use bytemuck::{Pod, Zeroable};
 use flora_plan::layer::{Levels, Nested, Quantisation, ScaleKind, Scales};
 use half::f16;
 
-use crate::decode::{base, widen_f16};
 use crate::layout::STRIP;
+use crate::widen::widen_f16;
 
 /// The most inputs whose blocks' scales are found at a time: few enough for their scales to lie in the first-level cache beside what
 /// is decoded.
@@ -140,4 +140,10 @@ impl SuperBlock {
 #[inline(always)]
 fn half(word: u32) -> f32 {
     widen_f16(f16::from_bits(word as u16))
+}
+
+/// 2 to the bits of a stored number.
+#[inline(always)]
+pub(crate) fn base(bits: u32) -> f32 {
+    (1u32 << bits) as f32
 }

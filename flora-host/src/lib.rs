@@ -38,6 +38,7 @@ mod tiles;
 mod values;
 mod vectorise;
 mod weight;
+mod widen;
 
 pub use device::{HostPlace, describe, device};
 pub use engine::HostEngine;

@@ -11,8 +11,9 @@ use pulp::Simd;
 
 use crate::block_scales::BlockScales;
 use crate::buffer::Buffer;
-use crate::decode::{self, Words};
+use crate::decode::Words;
 use crate::layout::{STRIP, strips_len};
+use crate::widen::{widen, widen_bf16, widen_f16};
 
 /// W0 `[d, k]` in strips: as many numbers as it has, but for the last strip's padding.
 #[derive(Debug)]
@@ -135,12 +136,8 @@ impl<'a> Strips<'a> {
         let out = |decoded: &'b mut Buffer| decoded.floats(depth.len() * STRIP);
         match self.numbers {
             Numbers::F32(values) => &self.strip(values, at)[numbers],
-            Numbers::F16(values) => {
-                decode::widen(simd, &self.strip(values, at)[numbers], decode::widen_f16, out(decoded))
-            }
-            Numbers::Bf16(values) => {
-                decode::widen(simd, &self.strip(values, at)[numbers], decode::widen_bf16, out(decoded))
-            }
+            Numbers::F16(values) => widen(simd, &self.strip(values, at)[numbers], widen_f16, out(decoded)),
+            Numbers::Bf16(values) => widen(simd, &self.strip(values, at)[numbers], widen_bf16, out(decoded)),
             Numbers::Words { words, scales, quantisation } => {
                 let strip = Words { words: self.strip(words, at), scales: self.strip(scales, at), quantisation };
                 let len = depth.len() * STRIP;

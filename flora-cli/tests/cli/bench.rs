@@ -156,7 +156,7 @@ fn what_cannot_be_measured_is_refused() {
     refused(&["--shape", "64"], 2, "there is no `,` in it");
     refused(&["--tokens", "0x8"], 2, "from 1 to 4096");
     refused(&["--dtype", "f8"], 2, "bf16");
-    refused(&["--weight", "q5_0"], 2, "q4_1");
+    refused(&["--weight", "q5_9"], 2, "q4_1");
     refused(&["--lowerings", "quickly"], 2, "on_chip");
     refused(&["--device", "abacus"], 1, "no device `abacus`");
     refused(&["--peer", ""], 1, "is no command");
