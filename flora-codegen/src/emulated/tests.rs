@@ -38,6 +38,15 @@ pub(super) fn broken(source: String) -> String {
     }
 }
 
+/// Whether there is a compiler to run a test with; said aloud where there is none.
+fn there_is_a_compiler() -> bool {
+    let found = CxxCompiler::from_environment().expect("FLORA_CXX=required: GCC with its sanitizers");
+    if found.is_none() {
+        println!("NOT RUN: there is no C++ compiler with GCC's sanitizers");
+    }
+    found.is_some()
+}
+
 fn device(name: &str) -> Device {
     let id = format!("cuda-emulated:{name}");
     let found = super::found().into_iter().find(|found| found.info().id == id).expect("there is a C++ compiler");
@@ -121,6 +130,9 @@ fn tolerance(element: Element) -> f64 {
 
 #[test]
 fn every_lowering_is_right_on_every_card() {
+    if !there_is_a_compiler() {
+        return;
+    }
     for name in ["sm_80", "sm_90", "sm_100"] {
         let device = device(name);
         for element in Element::ALL {
@@ -135,6 +147,9 @@ fn every_lowering_is_right_on_every_card() {
 /// What a child process runs under a sanitizer; by itself one more test.
 #[test]
 fn batches_by_fragments() {
+    if !there_is_a_compiler() {
+        return;
+    }
     println!("watched by {:?}", Sanitizer::of_process());
     let device = device("sm_90");
     for plan in Plan::unmerged() {
@@ -160,6 +175,9 @@ fn words(output: &Output) -> String {
 
 #[test]
 fn sanitizers_find_nothing_in_whole_kernels() {
+    if !there_is_a_compiler() {
+        return;
+    }
     for (_, sanitizer) in Sanitizer::ALL {
         let output = watched(sanitizer, None);
         assert!(output.status.success(), "{sanitizer}: {}", words(&output));
@@ -169,6 +187,9 @@ fn sanitizers_find_nothing_in_whole_kernels() {
 
 #[test]
 fn a_barrier_taken_out_is_a_race() {
+    if !there_is_a_compiler() {
+        return;
+    }
     let output = watched(Sanitizer::Thread, Some("barrier 2"));
     assert!(words(&output).contains("ThreadSanitizer: data race"), "{}", words(&output));
     assert!(!output.status.success());
@@ -176,6 +197,9 @@ fn a_barrier_taken_out_is_a_race() {
 
 #[test]
 fn an_index_one_too_far_is_caught() {
+    if !there_is_a_compiler() {
+        return;
+    }
     let output = watched(Sanitizer::Address, Some("index"));
     assert!(words(&output).contains("AddressSanitizer"), "{}", words(&output));
     assert!(!output.status.success());
