@@ -41,8 +41,8 @@ namespace emulation {
 constexpr unsigned warp_size = 32;
 constexpr size_t stack_bytes = 256 * 1024;
 constexpr size_t guard_bytes = 4096;
-// Turns of one block in which its threads did nothing but ask for what another block has not written.
-constexpr unsigned long patience = 1u << 22;
+// Turns of a block between two barriers. A thread that asks for what others write takes one for each question.
+constexpr unsigned long patience = 1u << 16;
 
 enum class State { ready, at_warp_barrier, at_block_barrier, done };
 
@@ -86,7 +86,7 @@ struct Block {
     void (*body)(void**);
     void** arguments;
     const char* failure;
-    unsigned long idle_turns;
+    unsigned long turns;
     bool backwards;
     // What barriers are to a sanitizer: two for each, used in turn, because who leaves one may be at the next before others have left.
     char block_barriers[2], warp_barriers[32][2], launch_end;
@@ -172,46 +172,43 @@ FLORA_UNCHECKED inline void go_on(Fiber& fiber) {
 #endif
 }
 
-// Lets every lane of a warp run until each waits for the whole block or is done.
+// Lanes that meet have taken part in as many of their warp's operations; those that are done, in less.
+FLORA_UNCHECKED inline void compare_lanes(unsigned first, unsigned end) {
+    const Fiber* other = nullptr;
+    for (unsigned thread = first; thread < end; ++thread) {
+        const Fiber& fiber = block.fibers[thread];
+        if (fiber.state == State::done) continue;
+        if (other != nullptr && other->collectives != fiber.collectives)
+            fail("lanes of a warp meet after different numbers of its fragments' operations");
+        other = &fiber;
+    }
+}
+
+// Lets every lane of a warp run until each waits for the whole block, is done, or asks for what others have to write.
 FLORA_UNCHECKED inline void run_warp(unsigned first, unsigned end) {
     while (block.failure == nullptr) {
         unsigned ready = 0, at_warp = 0, at_block = 0;
         for (unsigned turn = first; turn < end; ++turn) {
             Fiber& fiber = block.fibers[block.backwards ? first + end - 1 - turn : turn];
             if (fiber.state == State::ready) go_on(fiber);
+            if (block.failure != nullptr) return;
             ready += fiber.state == State::ready;
             at_warp += fiber.state == State::at_warp_barrier;
             at_block += fiber.state == State::at_block_barrier;
-            if (block.failure != nullptr) return;
         }
-        const bool met = ready == 0;
-        if (met || at_warp + at_block + ready == 0) {
-            // Lanes that are done took part in less than those that go on.
-            const Fiber* other = nullptr;
-            for (unsigned thread = first; thread < end; ++thread) {
-                const Fiber& fiber = block.fibers[thread];
-                if (fiber.state == State::done) continue;
-                if (other != nullptr && other->collectives != fiber.collectives)
-                    fail("lanes of a warp meet after different numbers of its fragments' operations");
-                other = &fiber;
-            }
-        }
-        if (at_warp != 0 && met) {
-            if (at_block != 0) fail("lanes of a warp wait at a barrier of the warp and at one of the block");
-            for (unsigned thread = first; thread < end; ++thread)
-                if (block.fibers[thread].state == State::at_warp_barrier) block.fibers[thread].state = State::ready;
-            block.warp_turns[first / warp_size] ^= 1;
-            continue;
-        }
-        if (met) return;
-        // A lane asked again and again for a number that another warp or block has to write.
-        return;
+        if (ready != 0) return;
+        compare_lanes(first, end);
+        if (at_warp == 0) return;
+        if (at_block != 0) fail("lanes of a warp wait at a barrier of the warp and at one of the block");
+        for (unsigned thread = first; thread < end; ++thread)
+            if (block.fibers[thread].state == State::at_warp_barrier) block.fibers[thread].state = State::ready;
+        block.warp_turns[first / warp_size] ^= 1;
     }
 }
 
 FLORA_UNCHECKED inline void run_block() {
     while (block.failure == nullptr) {
-        unsigned waiting = 0, done = 0, ready = 0;
+        unsigned waiting = 0, done = 0;
         const unsigned warps = (block.threads + warp_size - 1) / warp_size;
         for (unsigned turn = 0; turn < warps; ++turn) {
             const unsigned warp = block.backwards ? warps - 1 - turn : turn;
@@ -222,7 +219,6 @@ FLORA_UNCHECKED inline void run_block() {
         for (unsigned thread = 0; thread < block.threads; ++thread) {
             waiting += block.fibers[thread].state == State::at_block_barrier;
             done += block.fibers[thread].state == State::done;
-            ready += block.fibers[thread].state == State::ready;
         }
         if (done == block.threads) return;
         if (waiting + done == block.threads) {
@@ -230,8 +226,8 @@ FLORA_UNCHECKED inline void run_block() {
                 if (block.fibers[thread].state == State::at_block_barrier) block.fibers[thread].state = State::ready;
             block.block_turn ^= 1;
             block.backwards = !block.backwards;
-            block.idle_turns = 0;
-        } else if (ready != 0 && ++block.idle_turns > patience) {
+            block.turns = 0;
+        } else if (++block.turns > patience) {
             fail("threads wait for a number that no block writes");
         }
     }
@@ -303,7 +299,7 @@ FLORA_UNCHECKED inline const char* run(void (*body)(void**), const Launch& launc
         for (unsigned y = 0; y < launch.grid[1]; ++y)
             for (unsigned x = 0; x < launch.grid[0] && block.failure == nullptr; ++x) {
                 blockIdx = {x, y, z};
-                block.idle_turns = 0;
+                block.turns = 0;
                 // Stacks and shared memory of a block are no other block's: to a sanitizer they are new.
                 block.shared = static_cast<unsigned char*>(map(shared_bytes));
                 if (stacks == nullptr) {
