@@ -6,6 +6,7 @@ use flora::prelude::*;
 use flora_ir::algebra::FoldedAdapter;
 use flora_ir::builtin;
 use flora_oracle::{Deviation, Sample, check};
+use flora_runtime::BackendKind;
 use proptest::prelude::*;
 
 use super::on_burn::OnBurn;
@@ -17,6 +18,12 @@ pub(crate) fn device() -> &'static Device {
         devices::open(&wanted).unwrap_or_else(|error| panic!("FLORA_TEST_DEVICE={wanted}: {error}"))
     });
     &DEVICE
+}
+
+/// Whether it is lavapipe, which takes seconds to compile a kernel.
+pub(crate) fn is_rasteriser() -> bool {
+    let info = device().info();
+    info.software && info.backend == BackendKind::Wgpu
 }
 
 /// Every plan there is.

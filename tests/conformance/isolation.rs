@@ -5,7 +5,7 @@ use flora_ir::algebra::FoldedAdapter;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
-use super::case::{Adapter, Case, Loaded, device, kinds, plans};
+use super::case::{Adapter, Case, Loaded, device, is_rasteriser, kinds, plans};
 
 /// A batch with adapters of every kind; the rows in question are in the middle, split over two segments.
 fn crowd(format: LayerFormat, d: usize, seed: u64, own: Adapter, others: Vec<(usize, u32)>) -> Case {
@@ -97,7 +97,11 @@ fn nan_in_every_other_adapter_changes_no_bit() {
 /// always holds a multiplicative and an additive adapter, so that the plan's every step is there.
 #[test]
 fn the_rest_of_the_batch_changes_no_bit() {
-    let cases = if device().info().id == "host" { 60 } else { 10 };
+    let cases = match device().info().id.as_str() {
+        "host" => 60,
+        _ if is_rasteriser() => 4,
+        _ => 10,
+    };
     let config =
         ProptestConfig { cases, rng_seed: RngSeed::Fixed(21), failure_persistence: None, ..ProptestConfig::default() };
     let mut runner = proptest::test_runner::TestRunner::new(config);
