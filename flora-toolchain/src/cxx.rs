@@ -146,23 +146,28 @@ impl CxxCompiler {
         Ok(Self { program, version, folder: root.join(ENTRY) })
     }
 
+    /// As [`Self::find`], with the runtime of every sanitizer.
+    ///
+    /// # Errors
+    /// One of these isn't there.
+    pub fn ensure() -> Result<Self, CxxError> {
+        let compiler = Self::find()?;
+        for (_, sanitizer) in Sanitizer::ALL {
+            compiler.watched(sanitizer, Path::new(""))?;
+        }
+        Ok(compiler)
+    }
+
     /// The compiler as tests get it, with its sanitizers: `FLORA_CXX` says whether it has to be there (`required`) or is not (`absent`);
     /// without the variable there is what is installed.
     ///
     /// # Errors
     /// What is required isn't there.
     pub fn from_environment() -> Result<Option<Self>, CxxError> {
-        let found = || {
-            let compiler = Self::find()?;
-            for (_, sanitizer) in Sanitizer::ALL {
-                compiler.watched(sanitizer, Path::new(""))?;
-            }
-            Ok(compiler)
-        };
         match std::env::var("FLORA_CXX").as_deref() {
-            Ok("required") => found().map(Some),
+            Ok("required") => Self::ensure().map(Some),
             Ok("absent") => Ok(None),
-            _ => Ok(found().ok()),
+            _ => Ok(Self::ensure().ok()),
         }
     }
 

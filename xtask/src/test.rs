@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use flora_toolchain::{Cache, CudaCompiler, FetchError, Lavapipe, openai_client, smollm2};
+use flora_toolchain::{Cache, CudaCompiler, CxxCompiler, Lavapipe, openai_client, smollm2};
 
 use crate::cargo::{self, Tally};
 
@@ -33,10 +33,10 @@ const SANITIZED: &str = "CUDA text, sanitized";
 /// The longest first. An emulated card is slow: every format on one of them, and on the others and under sanitizers a few of each.
 /// `docs/gpu.md` says how to run the rest.
 const PARTS: [Part; 9] = [
-    Part::on_lavapipe(&["--test", "conformance", "--", "oracle::"]),
-    Part::on_lavapipe(&["--test", "conformance", "--", "formats::", "golden::"]),
     Part::on_lavapipe(&["--test", "conformance", "--", "isolation::"]),
+    Part::on_lavapipe(&["--test", "conformance", "--", "formats::", "golden::"]),
     Part::emulated("cuda-emulated:sm_90", &["--test", "conformance", "--", "formats::", "a_batch", "wrong_batches"]),
+    Part::on_lavapipe(&["--test", "conformance", "--", "oracle::"]),
     Part::on_lavapipe(&["--test", "decoders"]),
     Part::emulated("cuda-emulated:sm_80", &["--test", "conformance", "--", "a_merged", "a_split", "a_batch"]),
     Part::emulated("cuda-emulated:sm_100", &["--test", "conformance", "--", "a_merged", "a_split", "a_batch"]),
@@ -80,19 +80,22 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     let model = need("tests on the real model", smollm2());
     let client = need("tests by the openai client", openai_client());
     let lavapipe = need(LAVAPIPE, Lavapipe::ensure());
+    let cxx = need(EMULATED, CxxCompiler::ensure());
 
     let mut workspace = cargo::test(&[]);
     // A relative FLORA_CACHE would mean another folder to each test, which runs in its package's.
     if let Ok(cache) = Cache::open() {
         workspace.env("FLORA_CACHE", cache.root());
     }
-    for (variable, thing) in [("FLORA_CUDA", &cuda), ("FLORA_MODEL", &model), ("FLORA_OPENAI", &client)] {
+    for (variable, thing) in
+        [("FLORA_CUDA", &cuda), ("FLORA_MODEL", &model), ("FLORA_OPENAI", &client), ("FLORA_CXX", &cxx)]
+    {
         workspace.env(variable, presence(thing));
     }
     let mut rows = vec![suite("workspace", workspace)];
-    let there = lavapipe.is_ok();
-    rows.extend(side_by_side(PARTS.iter().filter(|part| there || part.suite != LAVAPIPE)));
-    rows.extend(lavapipe.err());
+    let there = |part: &&Part| if part.suite == LAVAPIPE { lavapipe.is_ok() } else { cxx.is_ok() };
+    rows.extend(side_by_side(PARTS.iter().filter(there)));
+    rows.extend([lavapipe, cxx].into_iter().filter_map(Result::err));
     let mut fuzz = cargo::test(&["--tests", "fuzz"]);
     fuzz.env("FLORA_FUZZ_CASES", FUZZ_CASES);
     rows.push(suite("fuzz", fuzz));
@@ -100,8 +103,8 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     report(&rows, strict)
 }
 
-/// Fetches what `suite` needs; the row that says it did not run where that fails.
-fn need<T>(suite: &'static str, fetched: Result<T, FetchError>) -> Result<(), Row> {
+/// Whether what `suite` needs was had; the row that says it did not run where that fails.
+fn need<T>(suite: &'static str, fetched: Result<T, impl fmt::Display>) -> Result<(), Row> {
     fetched.map(drop).map_err(|error| {
         eprintln!("warning: {error}");
         Row { suite, outcome: Outcome::NotRun(error.to_string()), failures: Vec::new(), time: Duration::ZERO }
