@@ -3,8 +3,8 @@
 //! flora needs four things that are not Rust crates: a real model to run on, a Vulkan device with cooperative matrices
 //! where there is no GPU, the CUDA compilers that say what generated CUDA costs, and a client that others wrote, to test
 //! its server with. Each is fetched once, on first use, into the [`Cache`], pinned and checked; each failure is a
-//! [`FetchError`] that says what to do, and a caller goes on without the thing. Nothing here knows of layers, kernels or
-//! devices.
+//! [`FetchError`] that says what to do, and a caller goes on without the thing. A fifth, a C++ compiler for text that is to
+//! be executed, is the system's ([`CxxCompiler`]). Nothing here knows of layers, kernels or devices.
 
 mod cache;
 mod cuda;

@@ -1,6 +1,7 @@
 //! A kernel's text as a library of the processor's: what is added to it, what it is linked to, and how it is called.
 
 use std::ffi::{CStr, c_char, c_void};
+use std::sync::{Mutex, PoisonError};
 
 use flora_toolchain::{CxxCompiler, CxxError, Sanitizer};
 use libloading::Library;
@@ -129,6 +130,9 @@ impl Program {
             shared_array_count: self.shared.len(),
             shared_bytes: last.map_or(0, |last| last.offset + last.bytes),
         };
+        // A library's block is one, whichever devices have loaded it.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the layout is that of `emulation.h`, and what it points to lives until the call returns.
         let failure = unsafe { (self.launch)(&raw const launch) };
         if failure.is_null() {
