@@ -147,7 +147,7 @@ impl Part {
 fn side_by_side<'a>(parts: impl Iterator<Item = &'a Part> + Send) -> Vec<Row> {
     let start = Instant::now();
     let waiting = Mutex::new(parts);
-    let done: Mutex<Vec<(&str, Duration, Row)>> = Mutex::default();
+    let done: Mutex<Vec<(Duration, Row)>> = Mutex::default();
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
@@ -157,15 +157,15 @@ fn side_by_side<'a>(parts: impl Iterator<Item = &'a Part> + Send) -> Vec<Row> {
                     let began = start.elapsed();
                     let row = suite(part.suite, part.command());
                     if let Ok(mut done) = done.lock() {
-                        done.push((part.suite, began, row));
+                        done.push((began, row));
                     }
                 }
             });
         }
     });
     let mut rows: Vec<(Duration, Row)> = Vec::new();
-    for (suite, began, row) in done.into_inner().unwrap_or_default() {
-        match rows.iter_mut().find(|(_, other)| other.suite == suite) {
+    for (began, row) in done.into_inner().unwrap_or_default() {
+        match rows.iter_mut().find(|(_, other)| other.suite == row.suite) {
             None => rows.push((began, row)),
             Some((first, sum)) => {
                 let end = (*first + sum.time).max(began + row.time);
