@@ -85,6 +85,18 @@ impl AdapterSlots {
         Self { virtual_rows, low_rank: LowRankSlots { shrink: slot, expand: slot, rank } }
     }
 
+    /// Where the adjoint's vectors lie, over w0ᵀ and with the two pools exchanged: what reads the same numbers for the gradient of
+    /// the input.
+    #[must_use]
+    pub fn adjoint(&self) -> Self {
+        let exchanged = |row: &VirtualRowSlots| VirtualRowSlots { in_scale: row.out_scale, out_scale: row.in_scale };
+        let LowRankSlots { shrink, expand, rank } = self.low_rank;
+        Self {
+            virtual_rows: self.virtual_rows.iter().map(exchanged).collect(),
+            low_rank: LowRankSlots { shrink: expand, expand: shrink, rank },
+        }
+    }
+
     /// One past the largest in-vector slot.
     pub fn in_slots(&self) -> u32 {
         let scales = self.virtual_rows.iter().filter_map(|scales| scales.in_scale);

@@ -14,6 +14,14 @@ pub struct LayerShape {
     pub k: u32,
 }
 
+impl LayerShape {
+    /// Of the transposed weight.
+    #[must_use]
+    pub fn transposed(self) -> Self {
+        Self { d: self.k, k: self.d }
+    }
+}
+
 /// The type of the numbers in a buffer. Sums are f32 whatever the buffers hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -7,6 +7,7 @@
 pub mod batch;
 pub mod blueprints;
 pub mod cost;
+pub mod gradient;
 pub mod layer;
 pub mod lowering;
 pub mod model_planner;

@@ -18,7 +18,7 @@ pub fn most_splits(shape: LayerShape) -> u32 {
     (shape.d / SPLIT_DEPTH).clamp(1, 8)
 }
 
-fn fits(what: &'static str, elements: u64) -> Result<(), ScheduleError> {
+pub(super) fn fits(what: &'static str, elements: u64) -> Result<(), ScheduleError> {
     if elements <= INDEX_LIMIT { Ok(()) } else { Err(ScheduleError::TooLarge { what, elements }) }
 }
 

@@ -1,12 +1,14 @@
 //! From a plan and a batch to the steps that run it: which rows, which vectors, in which order. Index tables, no tensor data;
 //! the host backend and every kernel read the same ones.
 
+mod backward;
 mod error;
 mod kept;
 mod lay_out;
 mod limits;
 mod steps;
 
+pub use backward::{AdapterGradient, BackwardSchedule, RowRun, backward_schedule};
 pub use error::ScheduleError;
 pub use kept::Kept;
 pub use lay_out::{Schedule, schedule};
