@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use flora_plan::blueprints::{Blueprints, Tile};
 use flora_plan::layer::{Element, LayerFormat, WeightFormat};
-use flora_plan::schedule::{Materialised, Schedule};
+use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
 use flora_plan::weight::PackedWeight;
 
 use crate::device::DeviceError;
@@ -47,6 +47,40 @@ impl fmt::Debug for Storage {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("Storage")
     }
+}
+
+/// Which gradients a backward pass gives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Wanted {
+    /// dx and those of the adapters.
+    #[default]
+    All,
+    /// dx alone: of a layer without adapters.
+    Input,
+    /// Those of the adapters alone: of a layer whose input nothing trained has made.
+    Adapters,
+}
+
+impl Wanted {
+    /// Whether dx is among them.
+    pub fn has_input(self) -> bool {
+        matches!(self, Self::All | Self::Input)
+    }
+
+    /// Whether those of the adapters are among them.
+    pub fn has_adapters(self) -> bool {
+        matches!(self, Self::All | Self::Adapters)
+    }
+}
+
+/// The gradients of a batch: what was wanted of them.
+#[derive(Clone, Debug)]
+pub struct Gradients<T> {
+    /// dx `[tokens, d]`, in the type of the activations.
+    pub input: Option<T>,
+    /// Those of the adapters' in-vectors `[in_vectors, d]` and out-vectors `[out_vectors, k]`, in f32 and in the order of
+    /// [`BackwardSchedule::adapters`].
+    pub vectors: Option<[T; 2]>,
 }
 
 /// Queues something on a device.
@@ -96,6 +130,20 @@ pub trait Backend: Send + Sync {
         x: &Storage,
         residual: Option<&Storage>,
     ) -> Result<Storage, DeviceError>;
+
+    /// Queues a backward pass: x `[tokens, d]` and g `[tokens, k]`, the gradient of the sum before bias, activation and residual.
+    /// `None`, and nothing done, where the backend has none.
+    fn backward(
+        &self,
+        layer: &LayerOperands,
+        schedule: &BackwardSchedule,
+        x: &Storage,
+        g: &Storage,
+        wanted: Wanted,
+    ) -> Option<Result<Gradients<Storage>, DeviceError>> {
+        let _ = (layer, schedule, x, g, wanted);
+        None
+    }
 
     /// Makes the W_i that `step` describes, and says in which format it is.
     ///

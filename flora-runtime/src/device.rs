@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use flora_plan::blueprints::{Blueprints, Tile};
 use flora_plan::layer::{Element, LayerFormat, WeightFormat};
-use flora_plan::schedule::{Materialised, Schedule};
+use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
 use flora_plan::weight::PackedWeight;
 
-use crate::backend::{Backend, Queueing, Storage};
+use crate::backend::{Backend, Gradients, Queueing, Storage, Wanted};
 use crate::buffer::{Buffer, PoolBuffer, WeightBuffer};
 use crate::info::DeviceInfo;
 use crate::operands::{LayerOperands, OperandError, check_recipe};
@@ -66,6 +66,12 @@ pub enum DeviceError {
     ForeignMemory {
         /// The type.
         element: Element,
+        /// Which device.
+        device: String,
+    },
+    /// A backward pass on a device that has no kernels for it.
+    #[error("the device `{device}` computes no gradients; train on `host`")]
+    NoBackward {
         /// Which device.
         device: String,
     },
@@ -238,6 +244,36 @@ impl Device {
         let residual = residual.map(|residual| &residual.storage);
         let y = self.backend.execute(layer, schedule, &x.storage, residual)?;
         Ok(self.buffer(y, tokens * k, activations))
+    }
+
+    /// Queues a backward pass; x `[tokens, d]` and the gradient g `[tokens, k]` of the sum before bias, activation and residual, both
+    /// in the type of the layer's activations.
+    ///
+    /// # Errors
+    /// As [`Self::execute`], and [`DeviceError::NoBackward`].
+    pub fn backward(
+        &self,
+        layer: &LayerOperands,
+        schedule: &BackwardSchedule,
+        (x, g): (&Buffer, &Buffer),
+        wanted: Wanted,
+    ) -> Result<Gradients<Buffer>, DeviceError> {
+        let (shape, tokens) = (layer.shape(), schedule.tokens() as usize);
+        let (d, k) = (shape.d as usize, shape.k as usize);
+        let activations = layer.format().activations;
+        self.check_owner(&layer.base_weight().owner)?;
+        layer.check()?;
+        layer.check_buffer("x", x, tokens * d, activations)?;
+        layer.check_buffer("the output's gradient", g, tokens * k, activations)?;
+        layer.check_backward(schedule)?;
+        let queued = self.backend.backward(layer, schedule, &x.storage, &g.storage, wanted);
+        let Gradients { input, vectors } =
+            queued.ok_or_else(|| DeviceError::NoBackward { device: self.info.id.clone() })??;
+        let vectors = vectors.map(|[in_vectors, out_vectors]| {
+            let (in_count, out_count) = (schedule.in_vectors() as usize, schedule.out_vectors() as usize);
+            [self.buffer(in_vectors, in_count * d, Element::F32), self.buffer(out_vectors, out_count * k, Element::F32)]
+        });
+        Ok(Gradients { input: input.map(|input| self.buffer(input, tokens * d, activations)), vectors })
     }
 
     /// Makes the W_i that `step` describes.

@@ -4,6 +4,7 @@
 //! of device does is behind [`backend::Backend`]; what a kernel trusts is checked in [`operands`], once for all of them.
 
 pub mod backend;
+mod backward;
 pub mod batch;
 pub mod buffer;
 pub mod device;
@@ -15,7 +16,8 @@ mod pool;
 pub mod projection;
 pub mod step;
 
-pub use backend::{Backend, Storage};
+pub use backend::{Backend, Gradients, Storage, Wanted};
+pub use backward::ProjectionGradient;
 pub use batch::{Batch, BatchError, BatchSegment};
 pub use buffer::{Buffer, PoolBuffer, WeightBuffer};
 pub use device::{Device, DeviceError};

@@ -2,7 +2,7 @@
 //! once for all backends.
 
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
-use flora_plan::schedule::{Materialised, Schedule, ScheduleError};
+use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule, ScheduleError};
 
 use crate::buffer::{Buffer, PoolBuffer, WeightBuffer};
 
@@ -241,19 +241,37 @@ impl LayerOperands {
             Some(_) | None => Ok(()),
         }
     }
+
+    /// Whether this layer can run a backward pass, likewise.
+    pub(crate) fn check_backward(&self, schedule: &BackwardSchedule) -> Result<(), OperandError> {
+        let shape = self.shape();
+        schedule.fits(shape)?;
+        check_pools(shape, (schedule.in_slots(), schedule.out_slots()), (self.in_pool.slots, self.out_pool.slots))?;
+        match schedule.input().merged_adapter() {
+            Some(wanted) if self.merged_adapter() != Some(wanted) => {
+                Err(OperandError::NotMerged { wanted, found: self.merged_adapter() })
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
 }
 
 /// Whether a layer of this shape whose pools have so many in-slots and out-slots can run a schedule.
 ///
 /// # Errors
 /// A schedule that is too large for the shape or of slots that the pools lack; pools that kernels can't index.
-pub fn check_slots(
-    schedule: &Schedule,
+pub fn check_slots(schedule: &Schedule, shape: LayerShape, slots: (u32, u32)) -> Result<(), OperandError> {
+    schedule.fits(shape)?;
+    check_pools(shape, (schedule.in_slots(), schedule.out_slots()), slots)
+}
+
+/// Whether pools of so many in-slots and out-slots have those that are needed, and kernels can index them.
+fn check_pools(
     shape: LayerShape,
+    (needed_in, needed_out): (u32, u32),
     (in_slots, out_slots): (u32, u32),
 ) -> Result<(), OperandError> {
-    schedule.fits(shape)?;
-    let pools = [("in", schedule.in_slots(), in_slots, shape.d), ("out", schedule.out_slots(), out_slots, shape.k)];
+    let pools = [("in", needed_in, in_slots, shape.d), ("out", needed_out, out_slots, shape.k)];
     for (pool, needed, slots, width) in pools {
         if needed > slots {
             return Err(OperandError::Slots { pool, needed, slots });

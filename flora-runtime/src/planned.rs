@@ -9,6 +9,8 @@ use flora_plan::layer::{Element, LayerShape};
 use flora_plan::plan::{Plan, plan};
 use flora_plan::weight::PackedWeight;
 
+use crate::backend::Wanted;
+use crate::backward::{BackwardPass, ProjectionGradient};
 use crate::buffer::Buffer;
 use crate::device::Device;
 use crate::projection::{Projection, ProjectionError, ProjectionOptions, run};
@@ -113,6 +115,21 @@ impl PlannedProjection {
         // Without the lock: a thread of a pool that waits for a part of this batch may start another batch of the same projection.
         let y = run(&self.device, &operands, &schedule, x, residual)?;
         if offsets.is_empty() { Ok(y) } else { self.with_offsets(&y, &offsets) }
+    }
+
+    /// [`Projection::backward`] of a batch, without keeping the projection from changing meanwhile.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn backward(
+        &self,
+        batch: &StepBatch,
+        x: &Buffer,
+        g: &Buffer,
+        wanted: Wanted,
+    ) -> Result<ProjectionGradient, ProjectionError> {
+        let pass = BackwardPass::of(&self.read().projection, batch)?;
+        pass.run(&self.device, (x, g), wanted)
     }
 
     /// y with the offsets of some rows added. Adapters with biases of their own are few, so this goes by way of the host, and by no

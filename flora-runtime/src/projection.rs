@@ -45,6 +45,8 @@ pub struct Projection {
 struct Places {
     in_slots: Range<u32>,
     out_slots: Range<u32>,
+    /// Whether it has no virtual row of its own, but one that is scaled by zeros.
+    is_additive_alone: bool,
 }
 
 /// What a projection has beside its weight.
@@ -327,7 +329,7 @@ impl Projection {
             self.adapters.resize(at + 1, AdapterSlots::base());
         }
         self.adapters[at] = adapter.slots(in_slots.start, out_slots.start);
-        self.places[at] = Some(Places { in_slots, out_slots });
+        self.places[at] = Some(Places { in_slots, out_slots, is_additive_alone: adapter.is_additive_alone });
         Ok(())
     }
 
@@ -355,7 +357,8 @@ impl Projection {
             let out_scale = row.out_scale.as_ref().map(|scale| append(&mut out_vectors, "out-scale", scale, k));
             virtual_rows.push(VirtualRowSlots { in_scale: in_scale.transpose()?, out_scale: out_scale.transpose()? });
         }
-        if virtual_rows.is_empty() {
+        let is_additive_alone = virtual_rows.is_empty();
+        if is_additive_alone {
             // An additive part alone: the product with the base weight counts for nothing, but the rows have to be written.
             let out_scale = append(&mut out_vectors, "out-scale", &vec![0.0; k as usize], k)?;
             virtual_rows.push(VirtualRowSlots { in_scale: None, out_scale: Some(out_scale) });
@@ -367,7 +370,8 @@ impl Projection {
             append(&mut out_vectors, "expand vector", &pair.expand, k)?;
         }
         let low_rank = LowRankSlots { shrink, expand, rank: adapter.low_rank.len() as u32 };
-        Ok(AdapterVectors { shape: self.operands.shape(), in_vectors, out_vectors, virtual_rows, low_rank })
+        let shape = self.operands.shape();
+        Ok(AdapterVectors { shape, in_vectors, out_vectors, virtual_rows, low_rank, is_additive_alone })
     }
 
     /// Extents.
@@ -404,6 +408,13 @@ impl Projection {
     pub fn slots_at(&self, position: u32) -> Option<&AdapterSlots> {
         self.places.get(position as usize)?.as_ref()?;
         self.adapters.get(position as usize)
+    }
+
+    /// The same without a virtual row that stands for none.
+    pub(crate) fn own_slots_at(&self, position: u32) -> Option<(&[VirtualRowSlots], LowRankSlots)> {
+        let places = self.places.get(position as usize)?.as_ref()?;
+        let AdapterSlots { virtual_rows, low_rank } = self.adapters.get(position as usize)?;
+        Some((if places.is_additive_alone { &[] } else { virtual_rows }, *low_rank))
     }
 
     /// The batch's segments with their adapters looked up.
@@ -532,6 +543,7 @@ struct AdapterVectors {
     out_vectors: Vec<f32>,
     virtual_rows: Vec<VirtualRowSlots>,
     low_rank: LowRankSlots,
+    is_additive_alone: bool,
 }
 
 impl AdapterVectors {

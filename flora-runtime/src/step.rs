@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flora_plan::batch::{AdapterSlots, BatchShape, Segment};
 use flora_plan::plan::Plan;
-use flora_plan::schedule::{Schedule, ScheduleError, schedule};
+use flora_plan::schedule::{BackwardSchedule, Schedule, ScheduleError, backward_schedule, schedule};
 
 use crate::projection::Projection;
 
@@ -40,6 +40,8 @@ struct View {
     shape: BatchShape,
     /// By the plan and whether the layer has an epilogue.
     schedules: Vec<(Plan, bool, Arc<Schedule>)>,
+    /// By the plan of the input's gradient.
+    backward: Vec<(Plan, Arc<BackwardSchedule>)>,
 }
 
 /// Views that are kept. A model has one for each set of projections whose adapters lie alike; more come together only where one
@@ -82,14 +84,7 @@ impl StepBatch {
     ) -> Result<Arc<Schedule>, ScheduleError> {
         let mut laid_out = self.laid_out();
         let LaidOut { views, schedules } = &mut *laid_out;
-        let at = views.iter().position(|view| view.is_of(&self.positions, projection)).unwrap_or_else(|| {
-            if views.len() == MOST_VIEWS {
-                views.clear();
-            }
-            views.push(View::of(self, projection));
-            views.len() - 1
-        });
-        let view = &mut views[at];
+        let view = self.view(views, projection);
         let finishes = !projection.operands().epilogue().is_identity();
         let plan = choose(&view.shape);
         let known = view.schedules.iter().find(|(own, own_finishes, _)| (*own, *own_finishes) == (plan, finishes));
@@ -102,6 +97,43 @@ impl StepBatch {
         view.schedules.push((plan, finishes, laid_out.clone()));
         *schedules += 1;
         Ok(laid_out)
+    }
+
+    /// The backward pass of this batch for a projection, shared likewise.
+    pub(crate) fn backward_schedule(
+        &self,
+        projection: &Projection,
+        plan: Plan,
+    ) -> Result<Arc<BackwardSchedule>, ScheduleError> {
+        let mut laid_out = self.laid_out();
+        let LaidOut { views, schedules } = &mut *laid_out;
+        let view = self.view(views, projection);
+        if let Some((_, schedule)) = view.backward.iter().find(|(own, _)| *own == plan) {
+            schedule.fits(projection.shape())?;
+            return Ok(schedule.clone());
+        }
+        let laid_out = backward_schedule(&plan, projection.shape(), &view.segments, projection.adapters())?;
+        let laid_out = Arc::new(laid_out);
+        view.backward.push((plan, laid_out.clone()));
+        *schedules += 1;
+        Ok(laid_out)
+    }
+
+    /// The positions that have rows, rising.
+    pub(crate) fn positions(&self) -> &[u32] {
+        &self.positions
+    }
+
+    /// The batch as a projection sees it.
+    fn view<'v>(&self, views: &'v mut Vec<View>, projection: &Projection) -> &'v mut View {
+        let at = views.iter().position(|view| view.is_of(&self.positions, projection)).unwrap_or_else(|| {
+            if views.len() == MOST_VIEWS {
+                views.clear();
+            }
+            views.push(View::of(self, projection));
+            views.len() - 1
+        });
+        &mut views[at]
     }
 
     // A panic of another holder leaves what is laid out as whole as any error does.
@@ -135,7 +167,7 @@ impl View {
         let segments: Vec<_> = segments.map(resolved).collect();
         let adapters = batch.positions.iter().map(|position| projection.slots_at(*position).cloned()).collect();
         let shape = BatchShape::of(&segments, projection.adapters());
-        Self { adapters, segments, shape, schedules: Vec::new() }
+        Self { adapters, segments, shape, schedules: Vec::new(), backward: Vec::new() }
     }
 
     /// Whether a projection sees the batch so.
