@@ -2,6 +2,7 @@
 
 use flora_plan::schedule::{LowRankRows, ScheduledRow};
 
+use crate::backward::OuterAdapter;
 use crate::buffer::Buffer;
 use crate::low_rank::Shrink;
 
@@ -25,5 +26,28 @@ pub(crate) struct Lent {
     /// Rows of a pass that the schedule doesn't list.
     pub(crate) rows: Vec<ScheduledRow>,
     /// Low-rank sums that the schedule lists in another form.
+    pub(crate) runs: Vec<LowRankRows>,
+    /// What a backward pass needs beside these.
+    pub(crate) gradient: GradientMemory,
+}
+
+/// What the gradients of adapters' vectors are computed with.
+#[derive(Default)]
+pub(crate) struct GradientMemory {
+    /// Products of stacked rows that are to be reduced.
+    pub(crate) products: Buffer,
+    /// The rows of the batch that they are products of.
+    pub(crate) sources: Vec<u32>,
+    /// Rows of g in strips.
+    pub(crate) strips: Buffer,
+    /// Out-vectors in slices.
+    pub(crate) vectors: Buffer,
+    /// Sums over a part of the inputs.
+    pub(crate) partial: Buffer,
+    /// Adapters whose tiles are made at the same time.
+    pub(crate) group: Vec<OuterAdapter>,
+    /// Shrunk rows, rank by rank.
+    pub(crate) turned: Buffer,
+    /// Low-rank gradients.
     pub(crate) runs: Vec<LowRankRows>,
 }

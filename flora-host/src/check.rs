@@ -1,7 +1,9 @@
 //! Whether a schedule and its operands belong together. Everything after this indexes without asking again.
 
 use flora_plan::layer::LayerShape;
-use flora_plan::schedule::{Gemm, LowRankRows, Materialised, NO_ROW, Packing, Scale, Schedule, Step};
+use flora_plan::schedule::{
+    AdapterGradient, BackwardSchedule, Gemm, LowRankRows, Materialised, NO_ROW, Packing, Scale, Schedule, Step,
+};
 
 use crate::error::HostError;
 use crate::operands::Operands;
@@ -32,30 +34,31 @@ pub(crate) fn check(
     if operands.epilogue.residual {
         length("the residual", residual.ok_or(HostError::Missing { what: "a residual" })?, tokens.saturating_mul(k))?;
     }
+    Limits::of(operands, tokens as u64)?.check_steps(operands, schedule)
+}
+
+/// Compares all lengths and indices of a backward pass; lengths of what isn't wanted are `None`.
+pub(crate) fn check_backward(
+    operands: &Operands<'_>,
+    schedule: &BackwardSchedule,
+    (x, g): (usize, usize),
+    (dx, vectors): (Option<usize>, Option<[usize; 2]>),
+) -> Result<(), HostError> {
+    let shape = operands.weight.shape();
+    schedule.fits(shape)?;
+    let (d, k, tokens) = (shape.d as usize, shape.k as usize, schedule.tokens() as usize);
+    length("x", x, tokens.saturating_mul(d))?;
+    length("the output's gradient", g, tokens.saturating_mul(k))?;
     let limits = Limits::of(operands, tokens as u64)?;
-    for step in schedule.steps() {
-        match step {
-            Step::Gemm(gemm) => limits.check_gemm(gemm)?,
-            Step::Materialised(step) => limits.check_materialised(step)?,
-            Step::Merged { .. } => {
-                let merged = operands.merged.ok_or(HostError::Missing { what: "a merged weight" })?;
-                check_shape("the merged weight", merged, shape)?;
-            }
-            Step::Segmented { items, .. } => {
-                for item in items {
-                    limits.rows(item.first_row, item.rows)?;
-                    limits.low_rank(item.shrink, item.expand, item.rank)?;
-                }
-            }
-            Step::LowRankBmm(step) => {
-                limits.packing("row", limits.tokens, &step.rows)?;
-                limits.packing("in-vector", limits.in_slots, &step.shrink)?;
-                limits.packing("out-vector", limits.out_slots, &step.expand)?;
-                consecutive("shrink slots", &step.shrink, &step.expand)?;
-                consecutive("expand slots", &step.expand, &step.shrink)?;
-            }
-            Step::Finish => {}
-        }
+    if let Some(dx) = dx {
+        length("dx", dx, tokens.saturating_mul(d))?;
+        let exchanged = Limits { in_slots: limits.out_slots, out_slots: limits.in_slots, ..limits };
+        exchanged.check_steps(operands, schedule.input())?;
+    }
+    if let Some([in_vectors, out_vectors]) = vectors {
+        length("the gradients of in-vectors", in_vectors, (schedule.in_vectors() as usize).saturating_mul(d))?;
+        length("the gradients of out-vectors", out_vectors, (schedule.out_vectors() as usize).saturating_mul(k))?;
+        schedule.adapters().iter().try_for_each(|adapter| limits.check_gradient(adapter))?;
     }
     Ok(())
 }
@@ -180,6 +183,43 @@ impl Limits {
         }
         let adapters = step.adapters.len() as u64;
         step.runs.iter().try_for_each(|run| within("materialised weight", u64::from(run.weight) + 1, adapters))
+    }
+
+    fn check_steps(&self, operands: &Operands<'_>, schedule: &Schedule) -> Result<(), HostError> {
+        for step in schedule.steps() {
+            match step {
+                Step::Gemm(gemm) => self.check_gemm(gemm)?,
+                Step::Materialised(step) => self.check_materialised(step)?,
+                Step::Merged { .. } => {
+                    let merged = operands.merged.ok_or(HostError::Missing { what: "a merged weight" })?;
+                    check_shape("the merged weight", merged, operands.weight.shape())?;
+                }
+                Step::Segmented { items, .. } => {
+                    for item in items {
+                        self.rows(item.first_row, item.rows)?;
+                        self.low_rank(item.shrink, item.expand, item.rank)?;
+                    }
+                }
+                Step::LowRankBmm(step) => {
+                    self.packing("row", self.tokens, &step.rows)?;
+                    self.packing("in-vector", self.in_slots, &step.shrink)?;
+                    self.packing("out-vector", self.out_slots, &step.expand)?;
+                    consecutive("shrink slots", &step.shrink, &step.expand)?;
+                    consecutive("expand slots", &step.expand, &step.shrink)?;
+                }
+                Step::Finish => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// What the gradients of an adapter are made of. Where they are written is the schedule's own.
+    fn check_gradient(&self, adapter: &AdapterGradient) -> Result<(), HostError> {
+        let AdapterGradient { runs, in_scales, out_scales, low_rank, .. } = adapter;
+        self.runs("rows of an adapter", runs.iter().map(|run| (run.first_row, run.rows)))?;
+        in_scales.iter().try_for_each(|slot| self.scale(Scale { in_slot: 0, out_slot: *slot }))?;
+        out_scales.iter().try_for_each(|slot| self.scale(Scale { in_slot: *slot, out_slot: 0 }))?;
+        self.low_rank(low_rank.shrink, low_rank.expand, low_rank.rank)
     }
 
     fn packing(&self, what: &'static str, count: u64, packing: &Packing) -> Result<(), HostError> {

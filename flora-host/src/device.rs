@@ -6,14 +6,16 @@ use std::sync::Arc;
 
 use flora_plan::blueprints::{Blueprints, Tile};
 use flora_plan::layer::{Element, LayerFormat, WeightFormat};
-use flora_plan::schedule::{Materialised, Schedule};
+use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
 use flora_plan::weight::PackedWeight;
 use flora_runtime::backend::{Backend, Queueing};
 use flora_runtime::{
-    BackendKind, Device, DeviceError, DeviceInfo, LayerOperands, OperandError, PoolBuffer, Storage, WeightBuffer,
+    BackendKind, Device, DeviceError, DeviceInfo, Gradients, LayerOperands, OperandError, PoolBuffer, Storage, Wanted,
+    WeightBuffer,
 };
 use half::slice::HalfFloatSliceExt;
 
+use crate::backward::GradientsMut;
 use crate::engine::HostEngine;
 use crate::error::HostError;
 use crate::memory::{HostMemory, OwnedValues, foreign};
@@ -89,6 +91,34 @@ fn operands(layer: &LayerOperands) -> Result<Operands<'_>, DeviceError> {
     })
 }
 
+impl HostBackend {
+    fn gradients(
+        &self,
+        layer: &LayerOperands,
+        schedule: &BackwardSchedule,
+        (x, g): (&Storage, &Storage),
+        wanted: Wanted,
+    ) -> Result<Gradients<Storage>, DeviceError> {
+        let activations = layer.format().activations;
+        let (tokens, d, k) = (schedule.tokens() as usize, layer.shape().d as usize, layer.shape().k as usize);
+        let (x, g) = (values(x, activations)?.first(tokens * d), values(g, activations)?.first(tokens * k));
+        let mut input = wanted.has_input().then(|| OwnedValues::zeros(tokens * d, activations));
+        let zeros = |vectors: u32, width: usize| vec![0.0; vectors as usize * width];
+        let mut vectors =
+            wanted.has_adapters().then(|| [zeros(schedule.in_vectors(), d), zeros(schedule.out_vectors(), k)]);
+        let gradients = GradientsMut {
+            input: input.as_mut().map(OwnedValues::values_mut),
+            vectors: vectors.as_mut().map(|vectors| vectors.each_mut().map(Vec::as_mut_slice)),
+        };
+        self.engine.backward(&operands(layer)?, schedule, x, g, gradients)?;
+        let storage = |values| Storage::new(HostMemory::Owned(values));
+        Ok(Gradients {
+            input: input.map(storage),
+            vectors: vectors.map(|vectors| vectors.map(|vectors| storage(OwnedValues::F32(vectors)))),
+        })
+    }
+}
+
 impl Backend for HostBackend {
     fn upload(&self, values: &[f32], element: Element) -> Storage {
         Storage::new(HostMemory::Owned(OwnedValues::rounded(values, element)))
@@ -145,6 +175,17 @@ impl Backend for HostBackend {
         let residual = residual.map(|residual| residual.first(tokens * shape.k as usize));
         self.engine.execute(&operands(layer)?, schedule, x, y.values_mut(), residual)?;
         Ok(Storage::new(HostMemory::Owned(y)))
+    }
+
+    fn backward(
+        &self,
+        layer: &LayerOperands,
+        schedule: &BackwardSchedule,
+        x: &Storage,
+        g: &Storage,
+        wanted: Wanted,
+    ) -> Option<Result<Gradients<Storage>, DeviceError>> {
+        Some(self.gradients(layer, schedule, (x, g), wanted))
     }
 
     fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<Storage, DeviceError> {

@@ -1,6 +1,5 @@
 //! A schedule's steps, one after the other, on the processor.
 
-use flora_plan::layer::LayerShape;
 use flora_plan::schedule::{
     Gemm, LowRankBmm, LowRankRows, Materialised, NO_ROW, Packing, Schedule, ScheduledRow, SegmentItem, Step,
 };
@@ -16,7 +15,7 @@ use crate::gemm::{self, Pass, Rows};
 use crate::layout::strips_len;
 use crate::low_rank::{self, Shrink};
 use crate::materialise::{self, Recipe};
-use crate::operands::Operands;
+use crate::operands::{Layer, Operands};
 use crate::pack::Vectors;
 use crate::pool::Pool;
 use crate::scratch::Scratch;
@@ -27,8 +26,8 @@ use crate::weight::{Strips, Weight};
 /// call needed is kept until the engine is dropped, and calls that need no more allocate nothing.
 pub struct HostEngine {
     arch: Arch,
-    calls: Pool<CallMemory>,
-    scratches: Pool<Scratch>,
+    pub(crate) calls: Pool<CallMemory>,
+    pub(crate) scratches: Pool<Scratch>,
 }
 
 impl Default for HostEngine {
@@ -144,10 +143,8 @@ impl WithSimd for Making<'_> {
     type Output = ();
 
     fn with_simd<S: Simd>(self, simd: S) {
-        let LayerShape { d, k } = self.operands.weight.shape();
-        let in_pool = Vectors { values: self.operands.in_pool, width: d as usize };
-        let out_pool = Vectors { values: self.operands.out_pool, width: k as usize };
-        let recipe = Recipe::of(self.step, self.position, self.operands.weight.strips(), (in_pool, out_pool));
+        let Layer { weight, in_pool, out_pool, .. } = self.operands.layer();
+        let recipe = Recipe::of(self.step, self.position, weight, (in_pool, out_pool));
         materialise::make(simd, recipe, self.out, &self.engine.scratches);
     }
 }
@@ -163,36 +160,26 @@ struct Call<'a> {
     memory: &'a mut CallMemory,
 }
 
-/// What the steps of a call read.
-struct Sources<'a, S> {
-    simd: S,
-    tokens: u32,
-    operands: &'a Operands<'a>,
-    x: Vectors<'a>,
-    in_pool: Vectors<'a>,
-    out_pool: Vectors<'a>,
-    finish: Finish<'a>,
-    scratches: &'a Pool<Scratch>,
+/// What the steps of a schedule read.
+#[derive(Clone, Copy)]
+pub(crate) struct Sources<'a, S> {
+    pub(crate) simd: S,
+    pub(crate) layer: Layer<'a>,
+    pub(crate) x: Vectors<'a>,
+    pub(crate) finish: Finish<'a>,
+    pub(crate) scratches: &'a Pool<Scratch>,
 }
 
 impl WithSimd for Call<'_> {
     type Output = ();
 
     fn with_simd<S: Simd>(self, simd: S) {
-        let Call { engine, operands, schedule, x, mut y, residual, memory } = self;
-        let (shape, tokens) = (operands.weight.shape(), schedule.tokens());
-        let (d, k) = (shape.d as usize, shape.k as usize);
-        if tokens == 0 || k == 0 {
-            return;
-        }
+        let Call { engine, operands, schedule, x, y, residual, memory } = self;
         let epilogue = operands.epilogue;
         let sources = Sources {
             simd,
-            tokens,
-            operands,
-            x: Vectors { values: x, width: d },
-            in_pool: Vectors { values: operands.in_pool, width: d },
-            out_pool: Vectors { values: operands.out_pool, width: k },
+            layer: operands.layer(),
+            x: Vectors { values: x, width: operands.weight.shape().d as usize },
             finish: Finish {
                 bias: operands.bias.filter(|_| epilogue.bias),
                 activation: epilogue.activation,
@@ -200,24 +187,7 @@ impl WithSimd for Call<'_> {
             },
             scratches: &engine.scratches,
         };
-        let CallMemory { stage, lent } = memory;
-        if schedule.steps().iter().all(writes) && !schedule.steps().is_empty() {
-            let sink = Sink::new(&mut y);
-            return schedule.steps().iter().for_each(|step| sources.write(step, sink, lent));
-        }
-        // Later steps add to y, so that it has to hold f32 until the last of them.
-        match y {
-            ValuesMut::F32(y) => sources.write_and_add(schedule.steps(), y, lent),
-            mut y => {
-                let stage = stage.floats(tokens as usize * k);
-                sources.write_and_add(schedule.steps(), stage, lent);
-                let sink = Sink::new(&mut y);
-                stage.par_chunks(k).enumerate().for_each(|(row, values)| {
-                    // SAFETY: y outlives the loop, and rows don't overlap.
-                    unsafe { sink.write(row * k, values) }
-                });
-            }
-        }
+        sources.run(schedule, y, memory);
     }
 }
 
@@ -230,13 +200,40 @@ fn writes(step: &Step) -> bool {
 }
 
 impl<S: Simd> Sources<'_, S> {
-    fn write_and_add(&self, steps: &[Step], stage: &mut [f32], lent: &mut Lent) {
+    /// Runs a schedule that has been checked, and writes y `[tokens, k]`.
+    pub(crate) fn run(&self, schedule: &Schedule, mut y: ValuesMut<'_>, memory: &mut CallMemory) {
+        let (tokens, k) = (schedule.tokens() as usize, self.layer.out_pool.width);
+        if tokens == 0 || k == 0 {
+            return;
+        }
+        let CallMemory { stage, lent } = memory;
+        if schedule.steps().iter().all(writes) && !schedule.steps().is_empty() {
+            let sink = Sink::new(&mut y);
+            return schedule.steps().iter().for_each(|step| self.write(step, schedule.tokens(), sink, lent));
+        }
+        // Later steps add to y, so that it has to hold f32 until the last of them.
+        match y {
+            ValuesMut::F32(y) => self.write_and_add(schedule, y, lent),
+            mut y => {
+                let stage = stage.floats(tokens * k);
+                self.write_and_add(schedule, stage, lent);
+                let sink = Sink::new(&mut y);
+                stage.par_chunks(k).enumerate().for_each(|(row, values)| {
+                    // SAFETY: y outlives the loop, and rows don't overlap.
+                    unsafe { sink.write(row * k, values) }
+                });
+            }
+        }
+    }
+
+    fn write_and_add(&self, schedule: &Schedule, stage: &mut [f32], lent: &mut Lent) {
+        let steps = schedule.steps();
         if !steps.first().is_some_and(writes) {
             stage.fill(0.0);
         }
         for step in steps {
             if writes(step) {
-                self.write(step, Sink::F32(Shared::new(stage)), lent);
+                self.write(step, schedule.tokens(), Sink::F32(Shared::new(stage)), lent);
             } else {
                 self.add(step, stage, lent);
             }
@@ -244,19 +241,19 @@ impl<S: Simd> Sources<'_, S> {
     }
 
     /// Runs a step of those that write.
-    fn write(&self, step: &Step, sink: Sink, lent: &mut Lent) {
-        let weight = self.operands.weight.strips();
+    fn write(&self, step: &Step, tokens: u32, sink: Sink, lent: &mut Lent) {
+        let weight = self.layer.weight;
         match step {
             Step::Gemm(gemm) => {
                 let hidden = self.shrink(&gemm.low_rank, &mut lent.shrinks, &mut lent.hidden);
                 let Gemm { rows, segments, scales, low_rank, .. } = gemm;
-                self.pass(weight, Rows { rows, segments, scales, low_rank }, hidden, gemm.finishes, sink);
+                self.pass(weight, Rows { rows, segments, scales, low_rank, sources: &[] }, hidden, gemm.finishes, sink);
             }
             Step::Merged { .. } => {
-                if let Some(merged) = self.operands.merged {
+                if let Some(merged) = self.layer.merged {
                     lent.rows.clear();
-                    plain_rows(0..self.tokens, &mut lent.rows);
-                    self.pass(merged.strips(), Rows::plain(&lent.rows), &[], true, sink);
+                    plain_rows(0..tokens, &mut lent.rows);
+                    self.pass(merged, Rows::plain(&lent.rows), &[], true, sink);
                 }
             }
             Step::Materialised(step) => self.materialised(weight, step, sink, lent),
@@ -265,7 +262,7 @@ impl<S: Simd> Sources<'_, S> {
     }
 
     fn pass(&self, weight: Strips<'_>, rows: Rows<'_>, hidden: &[f32], finishes: bool, sink: Sink) {
-        let Self { x, in_pool, out_pool, .. } = *self;
+        let (x, Layer { in_pool, out_pool, .. }) = (self.x, self.layer);
         let finish = finishes.then_some(self.finish);
         let pass = Pass { weight, x, in_pool, out_pool, rows, hidden, finish, sink };
         gemm::run(self.simd, pass, self.scratches);
@@ -273,7 +270,7 @@ impl<S: Simd> Sources<'_, S> {
 
     /// One weight after the other is made in the same memory.
     fn materialised(&self, weight: Strips<'_>, step: &Materialised, sink: Sink, lent: &mut Lent) {
-        let Self { in_pool, out_pool, .. } = *self;
+        let Layer { in_pool, out_pool, .. } = self.layer;
         let size = strips_len(in_pool.width, out_pool.width);
         for at in 0..step.adapters.len() {
             lent.rows.clear();
@@ -302,7 +299,7 @@ impl<S: Simd> Sources<'_, S> {
                 self.add_low_rank(outputs, lent);
             }
             Step::Finish => {
-                let k = self.out_pool.width;
+                let k = self.layer.out_pool.width;
                 outputs.par_chunks_mut(k).enumerate().for_each(|(row, outputs)| {
                     self.scratches.lend(|scratch| {
                         self.finish.apply(self.simd, (row, 0, k), outputs, scratch.row.floats(k));
@@ -316,13 +313,13 @@ impl<S: Simd> Sources<'_, S> {
     /// The h of runs of rows, one run after the other.
     fn shrink<'h>(&self, runs: &[LowRankRows], tasks: &mut Vec<Shrink>, hidden: &'h mut Buffer) -> &'h [f32] {
         let hidden = hidden.floats(low_rank::tasks(runs, tasks));
-        low_rank::shrink(self.simd, self.x, self.in_pool, tasks, hidden, self.scratches);
+        low_rank::shrink(self.simd, self.x, self.layer.in_pool, tasks, hidden, self.scratches);
         hidden
     }
 
     fn add_low_rank(&self, outputs: &mut [f32], lent: &mut Lent) {
         let hidden = self.shrink(&lent.runs, &mut lent.shrinks, &mut lent.hidden);
-        let pools = (self.in_pool, self.out_pool);
+        let pools = (self.layer.in_pool, self.layer.out_pool);
         low_rank::expand_all(self.simd, pools, &lent.runs, hidden, outputs, self.scratches);
     }
 }

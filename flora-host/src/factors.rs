@@ -57,7 +57,7 @@ impl<'a> Factors<'a> {
         let Terms { range, offset } = terms;
         let inner = self.inner.get(range.start * X_PITCH + depth.start..).unwrap_or_default();
         let outer = &self.outer[(strip * self.count + range.start) * STRIP..];
-        Compose { inner, outer, terms: range.len(), offset: *offset, weight, out }.run(simd);
+        Compose { inner, pitch: X_PITCH, outer, terms: range.len(), offset: *offset, weight, out }.run(simd);
     }
 }
 

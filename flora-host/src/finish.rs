@@ -7,7 +7,7 @@ use crate::values::Values;
 use crate::vectorise::vectorised;
 
 /// An epilogue and its operands.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Finish<'a> {
     /// `[k]`
     pub(crate) bias: Option<&'a [f32]>,

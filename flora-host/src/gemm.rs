@@ -33,6 +33,8 @@ pub(crate) struct Rows<'a> {
     pub(crate) segments: &'a [OnChipSegment],
     pub(crate) scales: &'a [Scale],
     pub(crate) low_rank: &'a [LowRankRows],
+    /// The row of x that each of `rows` reads, by its own row; none: they read their own.
+    pub(crate) sources: &'a [u32],
 }
 
 impl<'a> Rows<'a> {
@@ -182,7 +184,8 @@ impl<S: Simd> Panel<'_, S> {
         let Scratch { decoded, x, scales, sums, products, places, scale_places, .. } = scratch;
         let (simd, pitch) = (self.frame.simd, self.frame.pitch());
         let x = x.floats(rows.len() * X_PITCH);
-        let sources = rows.iter().map(|row| (row.row, row.in_slot));
+        let source = |row: u32| self.pass.rows.sources.get(row as usize).copied().unwrap_or(row);
+        let sources = rows.iter().map(|row| (source(row.row), row.in_slot));
         pack_rows(simd, self.pass.x, self.pass.in_pool, sources, depth.clone(), x);
         places.clear();
         places.extend(rows.iter().map(|row| (row.row as usize - block.range.start) * pitch));

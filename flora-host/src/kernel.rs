@@ -7,6 +7,7 @@ use pulp::{Simd, WithSimd};
 
 use crate::fetch::{Ahead, fetch_near};
 use crate::layout::{STRIP, X_PITCH};
+use crate::partition::even_tiles;
 
 /// The most rows of a tile on any instruction set.
 pub(crate) const MOST_TILE_ROWS: usize = 14;
@@ -182,8 +183,10 @@ fn multiply<S: Simd, const ROWS: usize>(simd: S, work: Multiply<'_>) {
 
 /// A strip of W0 ∘ (offset + Σ_v in_v out_vᵀ); without W0, the sum is added to what is there.
 pub(crate) struct Compose<'a> {
-    /// in_v along the depth, [`X_PITCH`] apart.
+    /// in_v along the depth.
     pub(crate) inner: &'a [f32],
+    /// Floats from one in_v to the next.
+    pub(crate) pitch: usize,
     /// out_v, `[terms, STRIP]`.
     pub(crate) outer: &'a [f32],
     /// How many v.
@@ -206,7 +209,7 @@ impl Compose<'_> {
         let depth = self.out.len() / STRIP;
         assert!(self.out.len() == depth * STRIP && self.weight.is_none_or(|weight| weight.len() == self.out.len()));
         assert!(self.outer.len() >= self.terms * STRIP);
-        assert!(depth <= X_PITCH && (self.terms == 0 || self.inner.len() >= (self.terms - 1) * X_PITCH + depth));
+        assert!(self.terms == 0 || self.inner.len() >= (self.terms - 1) * self.pitch + depth);
         simd.vectorize(self);
     }
 }
@@ -215,22 +218,23 @@ impl WithSimd for Compose<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { inner, outer, terms, offset, weight, out } = self;
+        let Self { inner, pitch, outer, terms, offset, weight, out } = self;
         let strip = ComposedStrip {
             inner: inner.as_ptr(),
+            pitch,
             outer: outer.as_ptr(),
             terms,
             offset: simd.splat_f32s(offset),
             // What is there is what is added to, or multiplied.
             source: weight.map_or(out.as_ptr(), <[f32]>::as_ptr),
             out: out.as_mut_ptr(),
+            is_weighted: weight.is_some(),
         };
         let depth = out.len() / STRIP;
-        match (weight, tile_rows::<S>()) {
-            (Some(_), MOST_TILE_ROWS) => compose::<S, MOST_TILE_ROWS, true>(simd, strip, depth),
-            (Some(_), _) => compose::<S, 6, true>(simd, strip, depth),
-            (None, MOST_TILE_ROWS) => compose::<S, MOST_TILE_ROWS, false>(simd, strip, depth),
-            (None, _) => compose::<S, 6, false>(simd, strip, depth),
+        for column in (0..STRIP).step_by(tile_columns::<S>()) {
+            for rows in even_tiles(depth, tile_rows::<S>()) {
+                with_rows!(rows.len(), compose_rows, simd, strip, rows.start, column);
+            }
         }
     }
 }
@@ -239,43 +243,28 @@ impl WithSimd for Compose<'_> {
 #[derive(Clone, Copy)]
 struct ComposedStrip<S: Simd> {
     inner: *const f32,
+    pitch: usize,
     outer: *const f32,
     terms: usize,
     offset: S::f32s,
     source: *const f32,
     out: *mut f32,
+    /// Whether the source is multiplied, not added.
+    is_weighted: bool,
 }
 
 #[inline(always)]
-fn compose<S: Simd, const ROWS: usize, const WEIGHTED: bool>(simd: S, strip: ComposedStrip<S>, depth: usize) {
-    let whole = depth / ROWS * ROWS;
-    for column in (0..STRIP).step_by(tile_columns::<S>()) {
-        for first in (0..whole).step_by(ROWS) {
-            compose_rows::<S, ROWS, WEIGHTED>(simd, strip, first, column);
-        }
-        for first in whole..depth {
-            compose_rows::<S, 1, WEIGHTED>(simd, strip, first, column);
-        }
-    }
-}
-
-#[inline(always)]
-fn compose_rows<S: Simd, const ROWS: usize, const WEIGHTED: bool>(
-    simd: S,
-    strip: ComposedStrip<S>,
-    first: usize,
-    column: usize,
-) {
-    let ComposedStrip { inner, outer, terms, offset, source, out } = strip;
+fn compose_rows<S: Simd, const ROWS: usize>(simd: S, strip: ComposedStrip<S>, first: usize, column: usize) {
+    let ComposedStrip { inner, pitch, outer, terms, offset, source, out, is_weighted } = strip;
     // SAFETY: `Compose::run` has compared every extent with its slice, and `first + ROWS` is within the depth.
     unsafe {
         let outer = Operand { values: outer.add(column), pitch: STRIP };
-        let sums = accumulate::<S, ROWS, false>(simd, [[offset; 2]; ROWS], inner.add(first), 1, X_PITCH, outer, terms);
+        let sums = accumulate::<S, ROWS, false>(simd, [[offset; 2]; ROWS], inner.add(first), 1, pitch, outer, terms);
         for (row, sums) in sums.into_iter().enumerate() {
             for (half, sum) in sums.into_iter().enumerate() {
                 let at = (first + row) * STRIP + column + half * S::F32_LANES;
                 let there = load::<S>(source.add(at));
-                let value = if WEIGHTED { simd.mul_f32s(sum, there) } else { simd.add_f32s(sum, there) };
+                let value = if is_weighted { simd.mul_f32s(sum, there) } else { simd.add_f32s(sum, there) };
                 store::<S>(out.add(at), value);
             }
         }

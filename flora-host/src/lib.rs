@@ -8,6 +8,7 @@
 //!
 //! The order of every sum depends on the layer alone, so that a row has the same bits whatever else is in its batch.
 
+mod backward;
 mod block_scales;
 mod buffer;
 mod call_memory;
@@ -35,11 +36,13 @@ mod pool;
 mod scratch;
 mod terms;
 mod tiles;
+mod transpose;
 mod values;
 mod vectorise;
 mod weight;
 mod widen;
 
+pub use backward::GradientsMut;
 pub use device::{HostPlace, describe, device};
 pub use engine::HostEngine;
 pub use error::HostError;

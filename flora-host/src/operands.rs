@@ -2,8 +2,9 @@
 
 use flora_plan::layer::Epilogue;
 
+use crate::pack::Vectors;
 use crate::values::Values;
-use crate::weight::Weight;
+use crate::weight::{Strips, Weight};
 
 /// What a layer computes with, apart from the batch.
 #[derive(Clone, Copy, Debug)]
@@ -20,4 +21,39 @@ pub struct Operands<'a> {
     pub epilogue: Epilogue,
     /// W_i `[d, k]` of the adapter that a `Merged` step names.
     pub merged: Option<&'a Weight>,
+}
+
+/// A layer as passes read it, or its adjoint.
+#[derive(Clone, Copy)]
+pub(crate) struct Layer<'a> {
+    pub(crate) weight: Strips<'a>,
+    pub(crate) merged: Option<Strips<'a>>,
+    /// `[slots, d]`
+    pub(crate) in_pool: Vectors<'a>,
+    /// `[slots, k]`
+    pub(crate) out_pool: Vectors<'a>,
+}
+
+impl<'a> Operands<'a> {
+    pub(crate) fn layer(&self) -> Layer<'a> {
+        let shape = self.weight.shape();
+        Layer {
+            weight: self.weight.strips(),
+            merged: self.merged.map(Weight::strips),
+            in_pool: Vectors { values: self.in_pool, width: shape.d as usize },
+            out_pool: Vectors { values: self.out_pool, width: shape.k as usize },
+        }
+    }
+}
+
+impl Layer<'_> {
+    /// The layer over the transposed weight, with the pools exchanged: it gives the gradient of the input.
+    pub(crate) fn adjoint(self) -> Self {
+        Self {
+            weight: self.weight.transposed(),
+            merged: self.merged.map(Strips::transposed),
+            in_pool: self.out_pool,
+            out_pool: self.in_pool,
+        }
+    }
 }

@@ -13,6 +13,7 @@ use crate::block_scales::BlockScales;
 use crate::buffer::Buffer;
 use crate::decode::Words;
 use crate::layout::{STRIP, strips_len};
+use crate::transpose::transpose;
 use crate::widen::{widen, widen_bf16, widen_f16};
 
 /// W0 `[d, k]` in strips: as many numbers as it has, but for the last strip's padding.
@@ -74,7 +75,8 @@ impl Weight {
             (WeightFormat::Float(Element::Bf16), None) => Numbers::Bf16(self.values.numbers()),
             _ => Numbers::F32(self.values.numbers()),
         };
-        Strips { count: (self.shape.k as usize).div_ceil(STRIP), numbers }
+        let inputs = self.shape.d as usize;
+        Strips { count: (self.shape.k as usize).div_ceil(STRIP), inputs, numbers, walk: Walk::Along }
     }
 }
 
@@ -92,12 +94,24 @@ fn cut<T: Pod>(values: &[T], k: usize) -> Buffer {
     buffer
 }
 
-/// Strips to read.
+/// Strips to read: those of W0, or of its transposed, whose inputs are W0's outputs.
 #[derive(Clone, Copy)]
 pub(crate) struct Strips<'a> {
-    /// How many.
+    /// How many W0 has.
     count: usize,
+    /// Of W0.
+    inputs: usize,
     numbers: Numbers<'a>,
+    walk: Walk,
+}
+
+/// The order in which strips are read.
+#[derive(Clone, Copy)]
+enum Walk {
+    /// As they lie.
+    Along,
+    /// Across: a strip of the transposed is [`STRIP`] inputs of every strip of W0, turned while they are in cache.
+    Across,
 }
 
 /// Their numbers, one strip after the other.
@@ -112,12 +126,26 @@ enum Numbers<'a> {
 impl<'a> Strips<'a> {
     /// Strips of floats with `k` columns, [`strips_len`] of them.
     pub(crate) fn floats(k: usize, values: &'a [f32]) -> Self {
-        Self { count: k.div_ceil(STRIP), numbers: Numbers::F32(values) }
+        let count = k.div_ceil(STRIP);
+        let inputs = values.len().checked_div(count * STRIP).unwrap_or(0);
+        Self { count, inputs, numbers: Numbers::F32(values), walk: Walk::Along }
     }
 
-    /// Whether numbers have to be decoded before they are multiplied.
+    /// Those of the transposed weight, over the same memory.
+    pub(crate) fn transposed(self) -> Self {
+        let walk = match self.walk {
+            Walk::Along => Walk::Across,
+            Walk::Across => Walk::Along,
+        };
+        Self { walk, ..self }
+    }
+
+    /// Whether numbers have to be decoded or turned before they are multiplied.
     pub(crate) fn are_encoded(&self) -> bool {
-        !matches!(self.numbers, Numbers::F32(_))
+        match (self.walk, self.numbers) {
+            (Walk::Along, Numbers::F32(_)) => false,
+            (Walk::Along | Walk::Across, _) => true,
+        }
     }
 
     /// Inputs `depth` of strip `at`, `[depth, STRIP]`: where they lie, or decoded into `decoded`. Of an encoded weight the first
@@ -132,24 +160,69 @@ impl<'a> Strips<'a> {
     where
         'a: 'b,
     {
-        let numbers = depth.start * STRIP..depth.end * STRIP;
-        let out = |decoded: &'b mut Buffer| decoded.floats(depth.len() * STRIP);
-        match self.numbers {
-            Numbers::F32(values) => &self.strip(values, at)[numbers],
-            Numbers::F16(values) => widen(simd, &self.strip(values, at)[numbers], widen_f16, out(decoded)),
-            Numbers::Bf16(values) => widen(simd, &self.strip(values, at)[numbers], widen_bf16, out(decoded)),
-            Numbers::Words { words, scales, quantisation } => {
-                let strip = Words { words: self.strip(words, at), scales: self.strip(scales, at), quantisation };
-                let len = depth.len() * STRIP;
+        match self.walk {
+            Walk::Along => {
+                let len = if self.are_encoded() { depth.len() * STRIP } else { 0 };
                 let (out, scales) = decoded.floats(len + BlockScales::FLOATS).split_at_mut(len);
-                let scales: &mut [BlockScales] = bytemuck::cast_slice_mut(scales);
-                strip.decode(simd, depth.clone(), out, &mut scales[0])
+                self.read_along(simd, at, depth, out, scales)
+            }
+            Walk::Across => {
+                let (len, block) = (depth.len() * STRIP, STRIP * STRIP);
+                let (out, rest) = decoded.floats(len + block + BlockScales::FLOATS).split_at_mut(len);
+                let (block, scales) = rest.split_at_mut(block);
+                self.read_across(simd, at, depth, out, (block, scales))
             }
         }
     }
 
-    /// The memory of inputs `depth` of strip `at`, but for scales.
+    /// [`Self::read`] of W0 itself. `out` holds the numbers where they have to be decoded.
+    fn read_along<'b, S: Simd>(
+        &self,
+        simd: S,
+        at: usize,
+        depth: Range<usize>,
+        out: &'b mut [f32],
+        scales: &mut [f32],
+    ) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        let numbers = depth.start * STRIP..depth.end * STRIP;
+        match self.numbers {
+            Numbers::F32(values) => &self.strip(values, at)[numbers],
+            Numbers::F16(values) => widen(simd, &self.strip(values, at)[numbers], widen_f16, out),
+            Numbers::Bf16(values) => widen(simd, &self.strip(values, at)[numbers], widen_bf16, out),
+            Numbers::Words { words, scales: all, quantisation } => {
+                let strip = Words { words: self.strip(words, at), scales: self.strip(all, at), quantisation };
+                let scales: &mut [BlockScales] = bytemuck::cast_slice_mut(scales);
+                strip.decode(simd, depth, out, &mut scales[0])
+            }
+        }
+    }
+
+    /// [`Self::read`] of the transposed: block after block of W0, turned.
+    fn read_across<'b, S: Simd>(
+        &self,
+        simd: S,
+        at: usize,
+        depth: Range<usize>,
+        out: &'b mut [f32],
+        (block, scales): (&mut [f32], &mut [f32]),
+    ) -> &'b [f32] {
+        let inputs = at * STRIP..self.inputs.min((at + 1) * STRIP);
+        let strips = depth.start / STRIP..depth.end.div_ceil(STRIP);
+        for (strip, out) in strips.zip(out.chunks_mut(STRIP * STRIP)) {
+            let numbers = self.read_along(simd, strip, inputs.clone(), &mut block[..inputs.len() * STRIP], scales);
+            transpose(simd, numbers, out);
+        }
+        out
+    }
+
+    /// The memory of inputs `depth` of strip `at`, but for scales; nothing where it isn't in one piece.
     pub(crate) fn stored(&self, at: usize, depth: Range<usize>) -> &'a [u8] {
+        if let Walk::Across = self.walk {
+            return &[];
+        }
         let Range { start, end } = depth;
         let numbers = start * STRIP..end * STRIP;
         match self.numbers {

@@ -1,8 +1,10 @@
 //! The host's steps and operations against the sums that define them, in f64; isolation; refusals.
 
 mod attention;
+mod gradients;
 mod isolation;
 mod problem;
+mod projections;
 mod refusals;
 mod rows;
 mod steps;
