@@ -12,6 +12,7 @@ use pulp::Simd;
 
 use crate::buffer::Buffer;
 use crate::factors::Factors;
+use crate::fetch::Pieces;
 use crate::finish::Finish;
 use crate::frame::Frame;
 use crate::kernel::{Columns, NO_SCALES, OutScales};
@@ -205,7 +206,7 @@ impl<S: Simd> Panel<'_, S> {
             for first in slice.clone().step_by(most) {
                 let inputs = first..slice.end.min(first + most);
                 let next = strip + 1;
-                let ahead = if next < strips.end { weight.stored(next, inputs.clone()) } else { &[] };
+                let ahead = if next < strips.end { weight.stored(next, inputs.clone()) } else { Pieces::default() };
                 let depth = inputs.start - slice.start..inputs.end - slice.start;
                 let values = weight.read(self.frame.simd, strip, inputs, decoded);
                 work(StripPart { weight: Columns { values, pitch: STRIP }, depth, column: at * STRIP, ahead });

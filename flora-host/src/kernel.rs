@@ -5,7 +5,7 @@
 
 use pulp::{Simd, WithSimd};
 
-use crate::fetch::{Ahead, fetch_near};
+use crate::fetch::{Ahead, Pieces, fetch_near};
 use crate::layout::{STRIP, X_PITCH};
 use crate::partition::even_tiles;
 
@@ -73,7 +73,7 @@ pub(crate) struct Multiply<'a> {
     /// `None`: the depth is a whole slice.
     pub(crate) part: Option<Part<'a>>,
     /// What will be needed next.
-    pub(crate) ahead: &'a [u8],
+    pub(crate) ahead: Pieces<'a>,
 }
 
 /// Calls a function with the number of rows as a constant.

@@ -8,6 +8,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::factors::scatter;
+use crate::fetch::Pieces;
 use crate::frame::Frame;
 use crate::kernel::{Columns, tile_rows};
 use crate::layout::{SLICE, STRIP, X_PITCH};
@@ -124,7 +125,7 @@ pub(crate) fn expand<S: Simd>(
                 None => Columns { values: &in_place[strip * STRIP..], pitch: frame.out_pool.width },
                 Some(at) => Columns { values: &packed[at * ranks.len() * STRIP..], pitch: STRIP },
             };
-            let strip = StripPart { weight, depth: 0..ranks.len(), column: strip * STRIP, ahead: &[] };
+            let strip = StripPart { weight, depth: 0..ranks.len(), column: strip * STRIP, ahead: Pieces::default() };
             tiles.multiply(frame.simd, &strip, &mut [], sums);
         }
     }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use pulp::Simd;
 
+use crate::fetch::Pieces;
 use crate::kernel::{Columns, Multiply, OutScales, Part, tile_columns, tile_rows};
 use crate::layout::{STRIP, X_PITCH};
 use crate::partition::even_tiles;
@@ -30,7 +31,7 @@ pub(crate) struct StripPart<'a> {
     /// The strip's first column, counted from the places.
     pub(crate) column: usize,
     /// What the products after these will need.
-    pub(crate) ahead: &'a [u8],
+    pub(crate) ahead: Pieces<'a>,
 }
 
 impl Tiles<'_> {
@@ -46,9 +47,9 @@ impl Tiles<'_> {
     pub(crate) fn multiply<S: Simd>(self, simd: S, strip: &StripPart<'_>, products: &mut [f32], sums: &mut [f32]) {
         let Range { start, end } = strip.depth;
         let (is_first, is_last) = (start == 0, end == self.depth);
-        let rows = self.places.len().max(1);
+        let rows = self.places.len();
         for tile in even_tiles(self.places.len(), tile_rows::<S>()) {
-            let ahead = &strip.ahead[strip.ahead.len() * tile.start / rows..strip.ahead.len() * tile.end / rows];
+            let ahead = strip.ahead.part(&tile, rows);
             let Tiles { x, places, scales, .. } = self.rows(tile.clone());
             let products = products.get_mut(tile.start * STRIP..tile.end * STRIP).unwrap_or_default();
             for column in (0..STRIP).step_by(tile_columns::<S>()) {

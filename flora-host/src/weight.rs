@@ -12,6 +12,7 @@ use pulp::Simd;
 use crate::block_scales::BlockScales;
 use crate::buffer::Buffer;
 use crate::decode::Words;
+use crate::fetch::Pieces;
 use crate::layout::{STRIP, strips_len};
 use crate::transpose::transpose;
 use crate::widen::{widen, widen_bf16, widen_f16};
@@ -218,22 +219,35 @@ impl<'a> Strips<'a> {
         out
     }
 
-    /// The memory of inputs `depth` of strip `at`, but for scales; nothing where it isn't in one piece.
-    pub(crate) fn stored(&self, at: usize, depth: Range<usize>) -> &'a [u8] {
-        if let Walk::Across = self.walk {
-            return &[];
-        }
-        let Range { start, end } = depth;
-        let numbers = start * STRIP..end * STRIP;
+    /// The memory of inputs `depth` of strip `at`, but for scales.
+    pub(crate) fn stored(&self, at: usize, depth: Range<usize>) -> Pieces<'a> {
         match self.numbers {
-            Numbers::F32(values) => bytemuck::cast_slice(&self.strip(values, at)[numbers]),
-            Numbers::F16(values) => bytemuck::cast_slice(&self.strip(values, at)[numbers]),
-            Numbers::Bf16(values) => bytemuck::cast_slice(&self.strip(values, at)[numbers]),
+            Numbers::F32(values) => self.pieces(values, (at, depth), |input| input),
+            Numbers::F16(values) => self.pieces(values, (at, depth), |input| input),
+            Numbers::Bf16(values) => self.pieces(values, (at, depth), |input| input),
             Numbers::Words { words, quantisation, .. } => {
-                let rows = quantisation.rows(start as u32) as usize..quantisation.rows(end as u32) as usize;
-                bytemuck::cast_slice(&self.strip(words, at)[rows.start * STRIP..rows.end * STRIP])
+                self.pieces(words, (at, depth), |input| quantisation.rows(input as u32) as usize)
             }
         }
+    }
+
+    /// The same of numbers that have so many rows up to an input of W0.
+    fn pieces<T: Pod>(
+        &self,
+        values: &'a [T],
+        (at, depth): (usize, Range<usize>),
+        rows: impl Fn(usize) -> usize,
+    ) -> Pieces<'a> {
+        let (inputs, strips) = match self.walk {
+            Walk::Along => (depth, at..at + 1),
+            Walk::Across => {
+                let inputs = at * STRIP..self.inputs.min((at + 1) * STRIP);
+                (inputs, depth.start / STRIP..depth.end.div_ceil(STRIP))
+            }
+        };
+        let (pitch, numbers) = (values.len() / self.count, rows(inputs.start) * STRIP..rows(inputs.end) * STRIP);
+        let all = &values[strips.start * pitch + numbers.start..(strips.end - 1) * pitch + numbers.end];
+        Pieces::new(bytemuck::cast_slice(all), strips.len(), size_of::<T>() * numbers.len(), size_of::<T>() * pitch)
     }
 
     fn strip<'v, T>(&self, values: &'v [T], at: usize) -> &'v [T] {

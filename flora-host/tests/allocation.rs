@@ -3,12 +3,12 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use flora_host::{HostEngine, Operands, Values, ValuesMut, Weight};
+use flora_host::{GradientsMut, HostEngine, Operands, Values, ValuesMut, Weight};
 use flora_ir::Activation;
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Epilogue, LayerShape, WeightFormat};
 use flora_plan::plan::Plan;
-use flora_plan::schedule::schedule;
+use flora_plan::schedule::{backward_schedule, schedule};
 use flora_plan::weight::PackedWeight;
 use half::f16;
 
@@ -62,11 +62,17 @@ fn a_warm_engine_allocates_nothing() {
     };
     let schedules: Vec<_> =
         Plan::unmerged().map(|plan| schedule(&plan, shape, &segments, &adapters, true).unwrap()).collect();
+    let backward = backward_schedule(&Plan::default().with_on_chip_from(4), shape, &segments, &adapters).unwrap();
+    let (mut dx, mut ins) = (vec![f16::ZERO; tokens * d], vec![0.0; backward.in_vectors() as usize * d]);
+    let mut outs = vec![0.0; backward.out_vectors() as usize * k];
     let engine = HostEngine::new();
     let mut run = |times: usize| {
         for schedule in schedules.iter().cycle().take(times * schedules.len()) {
             let y = ValuesMut::F16(&mut y);
             engine.execute(&operands, schedule, Values::F16(&x), y, Some(Values::F16(&residual))).unwrap();
+            let gradients = GradientsMut { input: Some(ValuesMut::F16(&mut dx)), vectors: Some([&mut ins, &mut outs]) };
+            let g = Values::F16(&residual);
+            engine.backward(&operands, &backward, Values::F16(&x), g, gradients).unwrap();
         }
     };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();

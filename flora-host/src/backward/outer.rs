@@ -19,27 +19,38 @@ use rayon::prelude::*;
 use super::{Inputs, rows_of};
 use crate::buffer::Buffer;
 use crate::call_memory::GradientMemory;
-use crate::kernel::{Columns, Compose};
+use crate::fetch::{Ahead, Pieces};
+use crate::kernel::{Columns, Compose, MOST_TILE_ROWS, tile_rows};
 use crate::layout::{SLICE, STRIP, X_PITCH};
 use crate::pack::Vectors;
-use crate::partition::even_part;
+use crate::partition::{even_part, even_tiles};
 use crate::scratch::Scratch;
 use crate::tiles::{StripPart, Tiles};
 use crate::transpose::transpose;
 use crate::values::Shared;
 use crate::vectorise::vectorised;
 
-/// Inputs of a tile of M, in strips: a first-level cache's share beside the rows that it is made of.
+/// Inputs of a tile of M, in strips: a first-level cache's share.
 const TILE_STRIPS: usize = 3;
+
+/// Rows that a tile of M is made of at a time. Fixed, because its bits depend on it.
+const ROWS: usize = 192;
 
 /// The most tasks that share the inputs.
 const MOST_TASKS: usize = 32;
 
-/// Floats from one row's inputs of a tile to the next's: not a multiple of the cache's period.
+/// Strips of M that are turned before they are multiplied: a product of fewer columns is hardly worth its call. They are within one
+/// slice. Fixed, because sums depend on it.
+const TURNED: usize = 4;
+
+/// Floats of [`STRIP`] inputs of them.
+const TURNED_LEN: usize = TURNED * STRIP * STRIP;
+
+/// Floats from one in-vector's sums to the next's: not a multiple of the cache's period.
 const PITCH: usize = TILE_STRIPS * STRIP + 16;
 
 /// Floats of partial sums, beyond which adapters take turns.
-const GROUP_FLOATS: usize = 4 << 20;
+const GROUP_FLOATS: usize = 1 << 20;
 
 /// An adapter of a group: where its parts lie in the group's memory.
 #[derive(Clone, Copy, Debug)]
@@ -187,6 +198,90 @@ fn partner_vector(pool: Vectors<'_>, slot: u32, first: usize, out: &mut [f32]) {
     }
 }
 
+/// Floats from one packed row to the next on the widest instruction set: a cache line.
+const MOST_PITCH: usize = MOST_TILE_ROWS.next_power_of_two();
+
+/// How an adapter's rows of x lie within the inputs of a tile of M: `[tiles, rows, pitch]`, where a tile is as many inputs as have
+/// their sums in registers, so that a product reads one line after the other.
+#[derive(Clone, Copy)]
+struct PackedRows {
+    inputs: usize,
+    rows: usize,
+    /// Inputs in registers.
+    most: usize,
+    pitch: usize,
+}
+
+impl PackedRows {
+    fn of<S: Simd>(inputs: usize, rows: usize) -> Self {
+        Self { inputs, rows, most: tile_rows::<S>(), pitch: tile_rows::<S>().next_power_of_two() }
+    }
+
+    fn tiles(self) -> impl Iterator<Item = Range<usize>> {
+        even_tiles(self.inputs, self.most)
+    }
+
+    fn len(self) -> usize {
+        self.inputs.div_ceil(self.most) * self.rows * self.pitch
+    }
+
+    fn pack(self, x: Vectors<'_>, rows: impl Iterator<Item = u32>, first: usize, out: &mut [f32]) {
+        // What is copied beyond a tile's inputs is not read.
+        let mut numbers = [0.0; TILE_STRIPS * STRIP + MOST_PITCH];
+        for (at, row) in rows.enumerate() {
+            x.widen(row as usize, first, &mut numbers[..self.inputs]);
+            for (tile, inputs) in self.tiles().enumerate() {
+                let (numbers, out) = (&numbers[inputs.start..], &mut out[(tile * self.rows + at) * self.pitch..]);
+                // Of a length that the compiler knows, a copy is an instruction or two.
+                match (self.pitch, numbers.first_chunk::<MOST_PITCH>(), out.first_chunk_mut::<MOST_PITCH>()) {
+                    (MOST_PITCH, Some(numbers), Some(out)) => *out = *numbers,
+                    _ => out[..self.pitch].copy_from_slice(&numbers[..self.pitch]),
+                }
+            }
+        }
+    }
+
+    /// A strip of M `[inputs, STRIP]`, of these rows, those of g `[rows, STRIP]` and a strip of W0.
+    fn compose<S: Simd>(
+        self,
+        simd: S,
+        (packed, g): (&[f32], &[f32]),
+        weight: &[f32],
+        out: &mut [f32],
+        ahead: Pieces<'_>,
+    ) {
+        let tiles = self.inputs.div_ceil(self.most) * self.rows.div_ceil(ROWS);
+        let mut ahead = Ahead::new(ahead, tiles);
+        let is_whole = self.rows <= ROWS;
+        if !is_whole {
+            out.fill(0.0);
+        }
+        for (first, g) in (0..self.rows).step_by(ROWS).zip(g.chunks(ROWS * STRIP)) {
+            for (tile, inputs) in self.tiles().enumerate() {
+                ahead.fetch();
+                let numbers = inputs.start * STRIP..inputs.end * STRIP;
+                Compose {
+                    inner: &packed[(tile * self.rows + first) * self.pitch..],
+                    pitch: self.pitch,
+                    outer: g,
+                    terms: g.len() / STRIP,
+                    offset: 0.0,
+                    weight: is_whole.then_some(&weight[numbers.clone()]),
+                    out: &mut out[numbers],
+                }
+                .run(simd);
+            }
+        }
+        if !is_whole {
+            vectorised(
+                simd,
+                #[inline(always)]
+                || out.iter_mut().zip(weight).for_each(|(out, weight)| *out *= weight),
+            );
+        }
+    }
+}
+
 /// The tasks of a group.
 struct TileSums<'a, S> {
     inputs: &'a Inputs<'a, S>,
@@ -226,13 +321,12 @@ impl<S: Simd> TileSums<'_, S> {
         out_sums: &mut [f32],
         scratch: &mut Scratch,
     ) {
-        let Scratch { decoded, composed, x, inner, sums, products, places, scale_places, .. } = scratch;
+        let Scratch { decoded, composed, x: packed, inner, sums, products, places, scale_places, .. } = scratch;
         let Inputs { simd, layer, x: rows, .. } = *self.inputs;
         let (outs, ins) = (adapter.out_scales.len(), adapter.in_scales.len());
-        let x = x.floats(own.rows * PITCH);
-        for (row, out) in rows_of(adapter).zip(x.chunks_exact_mut(PITCH)) {
-            rows.widen(row as usize, inputs.start, &mut out[..inputs.len()]);
-        }
+        let x = PackedRows::of::<S>(inputs.len(), own.rows);
+        let packed = packed.floats(x.len());
+        x.pack(rows, rows_of(adapter), inputs.start, packed);
         let partners = inner.floats(outs * X_PITCH);
         for (partner, out) in adapter.out_scales.iter().zip(partners.chunks_exact_mut(X_PITCH)) {
             partner_vector(layer.in_pool, *partner, inputs.start, &mut out[..inputs.len()]);
@@ -243,13 +337,14 @@ impl<S: Simd> TileSums<'_, S> {
         for strip in 0..self.extents.strips {
             let weight = layer.weight.read(simd, strip, inputs.clone(), decoded);
             let tile = composed.floats(weight.len());
-            let outer = &self.strips[own.strips + strip * own.rows * STRIP..];
-            let weight = Some(weight);
-            Compose { inner: x, pitch: PITCH, outer, terms: own.rows, offset: 0.0, weight, out: tile }.run(simd);
+            let outer = &self.strips[own.strips + strip * own.rows * STRIP..][..own.rows * STRIP];
             let next = strip + 1;
-            let ahead = if next < self.extents.strips { layer.weight.stored(next, inputs.clone()) } else { &[] };
+            let stored = || layer.weight.stored(next, inputs.clone());
+            let ahead = if next < self.extents.strips { stored() } else { Pieces::default() };
+            x.compose(simd, (packed, outer), weight, tile, ahead);
             let weight = Columns { values: tile, pitch: STRIP };
-            let part = StripPart { weight, depth: 0..inputs.len(), column: strip * STRIP, ahead };
+            let (column, ahead) = (strip * STRIP, Pieces::default());
+            let part = StripPart { weight, depth: 0..inputs.len(), column, ahead };
             by_inputs.multiply(simd, &part, &mut [], out_sums);
             if ins > 0 {
                 self.add_turned(own, ins, strip, (tile, products), (places, in_sums));
@@ -263,7 +358,7 @@ impl<S: Simd> TileSums<'_, S> {
         }
     }
 
-    /// Adds the products of a strip's tile of M `[inputs, STRIP]` with the out-vectors.
+    /// Turns a strip's tile of M `[inputs, STRIP]`, and adds the products with the out-vectors once there are [`TURNED`] strips.
     fn add_turned(
         &self,
         own: &OuterAdapter,
@@ -272,17 +367,24 @@ impl<S: Simd> TileSums<'_, S> {
         (tile, turned): (&[f32], &mut Buffer),
         (places, in_sums): (&[usize], &mut [f32]),
     ) {
-        let Extents { k, .. } = self.extents;
+        let Extents { k, strips, .. } = self.extents;
         let simd = self.inputs.simd;
-        let columns = strip * STRIP..k.min((strip + 1) * STRIP);
+        let columns = strip / TURNED * TURNED * STRIP..k.min((strip + 1) * STRIP);
+        let first = strip % TURNED * STRIP;
+        let blocks = tile.chunks(STRIP * STRIP);
+        let turned = turned.floats(blocks.len() * TURNED_LEN);
+        for (block, turned) in blocks.zip(turned.chunks_exact_mut(TURNED_LEN)) {
+            transpose(simd, block, &mut turned[first * STRIP..columns.len() * STRIP]);
+        }
+        if strip % TURNED + 1 < TURNED && strip + 1 < strips {
+            return;
+        }
         let slice = columns.start / SLICE * ins * X_PITCH;
         let vectors = &self.vectors[own.vectors + slice..][..ins * X_PITCH];
         let by_columns = Tiles { x: &vectors[columns.start % SLICE..], depth: columns.len(), places, scales: None };
-        let turned = turned.floats(columns.len() * STRIP);
-        for (at, block) in tile.chunks(STRIP * STRIP).enumerate() {
-            transpose(simd, block, turned);
-            let weight = Columns { values: turned, pitch: STRIP };
-            let part = StripPart { weight, depth: 0..columns.len(), column: at * STRIP, ahead: &[] };
+        for (at, turned) in turned.chunks_exact(TURNED_LEN).enumerate() {
+            let (weight, column) = (Columns { values: turned, pitch: STRIP }, at * STRIP);
+            let part = StripPart { weight, depth: 0..columns.len(), column, ahead: Pieces::default() };
             by_columns.multiply(simd, &part, &mut [], in_sums);
         }
     }

@@ -1,4 +1,4 @@
-//! A row's bits depend on its own x and adapter alone.
+//! A row's bits depend on its own x and adapter alone, and an adapter's gradients on its own rows.
 
 use flora_host::HostEngine;
 use flora_plan::batch::{AdapterSlots, Segment};
@@ -6,6 +6,7 @@ use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat
 use flora_plan::plan::Plan;
 use proptest::prelude::*;
 
+use crate::gradients::{Found, chosen};
 use crate::problem::{Problem, config, elements, epilogues, random_values};
 
 /// The rows of one segment.
@@ -64,6 +65,121 @@ fn check_on(problem: &Problem, engine: &HostEngine) {
             assert_eq!(&poisoned[first..first + rows], expected, "{plan}, beside NaN");
             first += rows;
         }
+    }
+}
+
+impl Problem {
+    /// The first row of every segment.
+    fn first_rows(&self) -> Vec<usize> {
+        let rows = self.segments.iter().map(|segment| segment.rows as usize);
+        rows.scan(0, |first, rows| Some(std::mem::replace(first, *first + rows))).collect()
+    }
+
+    /// The rows of an adapter, of values that have so many numbers a row.
+    fn rows_of<T: Clone>(&self, adapter: usize, values: &[T], width: u32) -> Vec<T> {
+        let segments = self.segments.iter().zip(self.first_rows());
+        let own = segments.filter(|(segment, _)| segment.adapter as usize == adapter);
+        let numbers = |(segment, first): (&Segment, usize)| {
+            values[first * width as usize..(first + segment.rows as usize) * width as usize].to_vec()
+        };
+        own.flat_map(numbers).collect()
+    }
+
+    /// The segments of an adapter.
+    fn of_adapter(&self, adapter: usize) -> Self {
+        let own = self.segments.iter().filter(|segment| segment.adapter as usize == adapter);
+        Self {
+            segments: own.copied().collect(),
+            x: self.rows_of(adapter, &self.x, self.shape.d),
+            residual: self.rows_of(adapter, &self.residual, self.shape.k),
+            ..self.clone()
+        }
+    }
+
+    /// NaN in every row and every vector that isn't the adapter's.
+    fn beside_nan(&self, adapter: usize) -> Self {
+        let mut poisoned = poisoned(self, &self.adapters[adapter]);
+        let (d, k) = (self.shape.d as usize, self.shape.k as usize);
+        for (segment, first) in self.segments.iter().zip(self.first_rows()) {
+            if segment.adapter as usize != adapter {
+                let rows = first..first + segment.rows as usize;
+                poisoned.x[rows.start * d..rows.end * d].fill(f32::NAN);
+                poisoned.residual[rows.start * k..rows.end * k].fill(f32::NAN);
+            }
+        }
+        poisoned
+    }
+}
+
+impl Found {
+    /// The bits of an adapter's gradients.
+    fn bits_of(&self, adapter: usize, problem: &Problem) -> Vec<u32> {
+        let Some(own) = self.schedule.adapters().iter().find(|own| own.adapter as usize == adapter) else {
+            return Vec::new();
+        };
+        let part = |vectors: &[f32], first: u32, count: u32, width: u32| {
+            let (first, end) = (first as usize * width as usize, (first + count) as usize * width as usize);
+            vectors[first..end].iter().map(|number| number.to_bits()).collect::<Vec<_>>()
+        };
+        let ins = part(&self.in_vectors, own.first_in, own.in_vectors(), problem.shape.d);
+        let outs = part(&self.out_vectors, own.first_out, own.out_vectors(), problem.shape.k);
+        [ins, outs].concat()
+    }
+}
+
+/// Every adapter's gradients and rows of dx: in the batch, alone, beside NaN, and on other numbers of threads.
+fn check_gradients(problem: &Problem, engine: &HostEngine) {
+    let whole = problem.gradients(engine, &chosen());
+    let dx = whole.dx.bits();
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let other = pool.install(|| problem.gradients(engine, &chosen()));
+        assert_eq!(other.dx.bits(), dx, "{threads} threads");
+        for adapter in 0..problem.adapters.len() {
+            assert_eq!(other.bits_of(adapter, problem), whole.bits_of(adapter, problem), "{threads} threads");
+        }
+    }
+    for adapter in 0..problem.adapters.len() {
+        let (expected, expected_dx) = (whole.bits_of(adapter, problem), problem.rows_of(adapter, &dx, problem.shape.d));
+        let alone = problem.of_adapter(adapter).gradients(engine, &chosen());
+        assert_eq!(alone.bits_of(adapter, problem), expected, "adapter {adapter}, alone");
+        assert_eq!(alone.dx.bits(), expected_dx, "adapter {adapter}, alone");
+        let poisoned = problem.beside_nan(adapter).gradients(engine, &chosen());
+        assert_eq!(poisoned.bits_of(adapter, problem), expected, "adapter {adapter}, beside NaN");
+        let beside = problem.rows_of(adapter, &poisoned.dx.bits(), problem.shape.d);
+        assert_eq!(beside, expected_dx, "adapter {adapter}, beside NaN");
+    }
+}
+
+proptest! {
+    #![proptest_config(config(24))]
+
+    #[test]
+    fn other_rows_and_adapters_change_no_bit_of_a_gradient(
+        d in 1u32..400,
+        k in 1u32..200,
+        activations in elements(),
+        (_, weight) in prop::sample::select(WeightFormat::ALL.to_vec()),
+        seed in any::<u64>(),
+    ) {
+        let format = LayerFormat { activations, weight, ..LayerFormat::default() };
+        let problem = Problem::new(LayerShape { d: weight.whole(d), k }, format, Epilogue::default(), seed);
+        for engine in HostEngine::all() {
+            check_gradients(&problem, &engine);
+        }
+    }
+}
+
+/// Segments that are cut, several of an adapter, of both lowerings; partial sums of several groups.
+#[test]
+fn gradients_of_long_batches_are_their_own() {
+    for (shape, rows) in [(LayerShape { d: 150, k: 33 }, 700), (LayerShape { d: 1030, k: 2100 }, 60)] {
+        let mut problem = Problem::new(shape, LayerFormat::default(), Epilogue::default(), 9);
+        let mut random = fastrand::Rng::with_seed(9);
+        problem.segments = (0..24).map(|at| Segment { rows: random.u32(0..rows / 6), adapter: at % 8 }).collect();
+        problem.x = random_values(problem.tokens() * shape.d as usize, &mut random);
+        problem.residual = random_values(problem.tokens() * shape.k as usize, &mut random);
+        check_gradients(&problem, &HostEngine::new());
     }
 }
 

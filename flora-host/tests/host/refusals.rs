@@ -1,11 +1,11 @@
 //! What doesn't fit together is refused, and y stays as it was.
 
-use flora_host::{HostEngine, HostError, Operands, Values, ValuesMut, Weight};
+use flora_host::{GradientsMut, HostEngine, HostError, Operands, Values, ValuesMut, Weight};
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Epilogue, LayerShape, WeightFormat};
 use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
 use flora_plan::plan::Plan;
-use flora_plan::schedule::schedule;
+use flora_plan::schedule::{backward_schedule, schedule};
 use flora_plan::weight::PackedWeight;
 
 const SHAPE: LayerShape = LayerShape { d: 4, k: 3 };
@@ -71,4 +71,48 @@ fn what_does_not_fit_is_refused() {
     let wrong = Operands { merged: Some(&other), ..right };
     assert!(matches!(run(Plan::MERGED, wrong, 8, 6), Err(HostError::WrongShape { .. })));
     assert_eq!(run(Plan::MERGED, Operands { merged: Some(&fits), ..right }, 8, 6), Ok(()));
+}
+
+/// The gradients of two rows of such an adapter, of x, g, dx and vectors of these lengths.
+fn run_backward(operands: Operands<'_>, [x, g, dx, ins, outs]: [usize; 5]) -> Result<(), HostError> {
+    let adapter = AdapterSlots {
+        virtual_rows: vec![VirtualRowSlots { in_scale: Some(2), out_scale: Some(2) }; 2],
+        low_rank: LowRankSlots { shrink: 2, expand: 2, rank: 1 },
+    };
+    let plan = Plan::new(MultiplicativeLowering::OnChip, AdditiveLowering::Fused);
+    let schedule = backward_schedule(&plan, SHAPE, &[Segment { rows: 2, adapter: 0 }], &[adapter]).unwrap();
+    let (x, g) = (vec![1.0; x], vec![1.0; g]);
+    let (mut dx, mut ins, mut outs) = (vec![7.0; dx], vec![7.0; ins], vec![7.0; outs]);
+    let gradients = GradientsMut { input: Some(ValuesMut::F32(&mut dx)), vectors: Some([&mut ins, &mut outs]) };
+    let result = HostEngine::new().backward(&operands, &schedule, Values::F32(&x), Values::F32(&g), gradients);
+    assert!(result.is_ok() || [dx, ins, outs].concat().iter().all(|number| *number == 7.0), "{result:?}");
+    result
+}
+
+#[test]
+fn gradients_of_what_does_not_fit_are_refused() {
+    let (fits, other) = (weight(SHAPE), weight(LayerShape { d: 3, k: 4 }));
+    let (in_pool, out_pool) = ([0.5; 12], [0.5; 9]);
+    let right = Operands {
+        weight: &fits,
+        bias: None,
+        in_pool: Values::F32(&in_pool),
+        out_pool: Values::F32(&out_pool),
+        epilogue: Epilogue::default(),
+        merged: None,
+    };
+    let lengths = [8, 6, 8, 12, 9];
+    assert_eq!(run_backward(right, lengths), Ok(()));
+    let refused = |operands, lengths| run_backward(operands, lengths).unwrap_err().to_string();
+    let names = ["x", "the output's gradient", "dx", "the gradients of in-vectors", "the gradients of out-vectors"];
+    for (at, name) in names.into_iter().enumerate() {
+        let mut wrong = lengths;
+        wrong[at] += 1;
+        assert_eq!(refused(right, wrong), format!("{name} has {} numbers and takes {}", wrong[at], lengths[at]));
+    }
+    assert!(refused(Operands { weight: &other, ..right }, lengths).starts_with("x has 8 numbers and takes 6"));
+    let few = Operands { in_pool: Values::F32(&in_pool[..8]), ..right };
+    assert!(refused(few, lengths).contains("vector 2 and there are 2;"));
+    let few = Operands { out_pool: Values::F32(&out_pool[..6]), ..right };
+    assert!(refused(few, lengths).contains("vector 2 and there are 2;"));
 }
