@@ -1,4 +1,5 @@
-//! What is left of an adapter that the device failed to write: nothing, and its room is free again.
+//! A device that can do little: what is left of an adapter that it failed to write is nothing, and its room is free again; gradients
+//! that it doesn't compute are an error.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -10,7 +11,10 @@ use flora_plan::layer::{Element, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::schedule::{Materialised, Schedule};
 use flora_plan::weight::PackedWeight;
 use flora_runtime::backend::{Backend, Queueing};
-use flora_runtime::{Device, DeviceError, LayerOperands, Projection, ProjectionError, ProjectionOptions, Storage};
+use flora_runtime::{
+    Device, DeviceError, LayerOperands, OperandError, Projection, ProjectionError, ProjectionOptions, StepBatch,
+    Storage, Wanted,
+};
 
 /// A device of memory alone whose writes fail once a countdown is over.
 struct Failing {
@@ -111,4 +115,26 @@ fn a_failed_write_leaks_no_room() {
         good_writes.store(usize::MAX, Ordering::Relaxed);
         projection.place(1, &adapter).unwrap();
     }
+}
+
+#[test]
+fn a_device_without_gradients_says_so() {
+    let device = Device::new(flora_host::describe(), Failing { good_writes: Arc::new(AtomicUsize::new(usize::MAX)) });
+    let weight = PackedWeight::from_f32(WeightFormat::default(), LayerShape { d: 3, k: 2 }, &[1.0; 6]).unwrap();
+    let projection = Projection::from_packed(&device, &weight, ProjectionOptions::default()).unwrap();
+    let (x, g) = (device.upload(&[1.0; 12]).unwrap(), device.upload(&[1.0; 8]).unwrap());
+    let refused = projection.backward(&StepBatch::new([(0, 4)]), &x, &g, Wanted::All);
+    let error = refused.unwrap_err();
+    assert!(matches!(error, ProjectionError::Device(DeviceError::NoBackward { .. })), "{error:?}");
+    // What doesn't fit is found first.
+    let refused = projection.backward(&StepBatch::new([(0, 4)]), &x, &x, Wanted::All);
+    let what = match refused {
+        Err(ProjectionError::Device(DeviceError::Operands(OperandError::WrongSize {
+            what,
+            expected: 8,
+            found: 12,
+        }))) => what,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(what, "the output's gradient");
 }
