@@ -70,12 +70,13 @@ pub mod planning {
 /// Runs: a device, projections with their adapters, the operands below them, and what a kind of device implements.
 pub mod runtime {
     pub use flora_plan::blueprints::{Blueprints, Tile};
-    pub use flora_plan::schedule::Materialised;
+    pub use flora_plan::schedule::{BackwardSchedule, Materialised};
     pub use flora_plan::weight::{PackedWeight, WeightError, WeightValues};
     pub use flora_runtime::backend::Queueing;
     pub use flora_runtime::{
-        Backend, BackendKind, Batch, BatchError, BatchSegment, Buffer, Device, DeviceError, DeviceInfo, LayerOperands,
-        OperandError, PoolBuffer, Projection, ProjectionError, ProjectionOptions, Storage, WeightBuffer,
+        Backend, BackendKind, Batch, BatchError, BatchSegment, Buffer, Device, DeviceError, DeviceInfo, Gradients,
+        LayerOperands, OperandError, PoolBuffer, Projection, ProjectionError, ProjectionGradient, ProjectionOptions,
+        StepBatch, Storage, Wanted, WeightBuffer,
     };
 }
 

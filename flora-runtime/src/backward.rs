@@ -26,7 +26,7 @@ pub struct ProjectionGradient {
 }
 
 /// The rows of a segment from which W_i is made on chip for the input's gradient: r virtual rows of t tokens cost r · t products,
-/// and t + r + 1 on chip, which is less from t = 4 on for every r.
+/// and t + r + 1 on chip, which is less from t = 4 on for every r but 1.
 const ON_CHIP_FROM: u32 = 4;
 
 /// How the input's gradient is computed. Fixed, so that a row of it has the same bits in any company.
