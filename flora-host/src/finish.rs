@@ -51,8 +51,9 @@ fn add(outputs: &mut [f32], values: &[f32]) {
     outputs.iter_mut().zip(values).for_each(|(out, value)| *out += value);
 }
 
+/// φ of every number.
 #[inline(always)]
-fn activate(outputs: &mut [f32], activation: Activation) {
+pub(crate) fn activate(outputs: &mut [f32], activation: Activation) {
     match activation {
         Activation::Identity => {}
         // NaN stays, and says that something is wrong.

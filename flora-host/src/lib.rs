@@ -28,6 +28,7 @@ mod layout;
 mod lookup;
 mod low_rank;
 mod materialise;
+mod matmul;
 mod memory;
 mod operands;
 mod pack;

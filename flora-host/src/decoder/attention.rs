@@ -20,7 +20,7 @@ use crate::decoder::rotary::RotaryRows;
 use crate::decoder::softmax::Softmax;
 use crate::kernel::{MOST_TILE_ROWS, Operand, accumulate, load, store, tile_columns, tile_rows, with_rows};
 use crate::partition::{PARALLEL_MACS, even_part, even_tiles};
-use crate::values::{Sink, ValuesMut};
+use crate::values::{Shared, Sink, ValuesMut};
 use crate::vectorise::vectorised;
 
 /// What attention reads, apart from the caches.
@@ -66,38 +66,72 @@ impl HostEngine {
         mut out: ValuesMut<'_>,
     ) -> Result<(), OperationError> {
         check(attention, segments, out.len())?;
-        let sink = Sink::new(&mut out);
-        self.arch().dispatch(Step { attention, segments, sink });
+        let out = Outputs { attended: Sink::new(&mut out), log_sums: None };
+        self.arch().dispatch(Step { attention, segments, out });
+        Ok(())
+    }
+
+    /// The same, and ln Σ exp(query · key / √size) of every row and query head, `[rows, query heads]`: what
+    /// [`HostEngine::attend_adjoint`] makes the weights of again.
+    ///
+    /// # Errors
+    /// As [`HostEngine::attend`].
+    pub fn attend_with_log_sums(
+        &self,
+        attention: &Attention<'_>,
+        segments: &mut [AttentionSegment<'_>],
+        mut out: ValuesMut<'_>,
+        log_sums: &mut [f32],
+    ) -> Result<(), OperationError> {
+        check(attention, segments, out.len())?;
+        OperationError::length("attention's sums", log_sums.len(), attention.queries.rows() * attention.heads.queries)?;
+        let out = Outputs { attended: Sink::new(&mut out), log_sums: Some(Shared::new(log_sums)) };
+        self.arch().dispatch(Step { attention, segments, out });
         Ok(())
     }
 }
 
+/// What a step writes.
+#[derive(Clone, Copy)]
+struct Outputs {
+    attended: Sink,
+    log_sums: Option<Shared<f32>>,
+}
+
+impl Attention<'_> {
+    /// Whether the operands belong together.
+    pub(super) fn check(&self) -> Result<(), OperationError> {
+        let Attention { heads, queries, keys, values, rotary, window } = self;
+        let Heads { queries: query_heads, keys: key_heads, size } = *heads;
+        if size == 0 || query_heads == 0 || query_heads.checked_rem(key_heads) != Some(0) {
+            return Err(self.wrong_heads(Layout { heads: key_heads, size }));
+        }
+        let rows = queries.rows();
+        OperationError::length("a row of queries", queries.columns(), query_heads * size)?;
+        for (what, matrix) in [("the keys", keys), ("the values", values)] {
+            OperationError::length(what, matrix.rows() * matrix.columns(), rows * key_heads * size)?;
+            OperationError::length(what, matrix.columns(), key_heads * size)?;
+        }
+        if *window == Some(0) {
+            return Err(OperationError::EmptyWindow);
+        }
+        match rotary {
+            Some(rotary) => rotary.check(size, rows),
+            None => Ok(()),
+        }
+    }
+
+    fn wrong_heads(&self, cached: Layout) -> OperationError {
+        let Heads { queries, keys, size } = self.heads;
+        OperationError::WrongHeads { queries, keys, size, cached_keys: cached.heads, cached_size: cached.size }
+    }
+}
+
 fn check(attention: &Attention<'_>, segments: &[AttentionSegment<'_>], out: usize) -> Result<(), OperationError> {
-    let Attention { heads, queries, keys, values, rotary, window } = attention;
-    let Heads { queries: query_heads, keys: key_heads, size } = *heads;
-    let wrong_heads = |cached_keys, cached_size| OperationError::WrongHeads {
-        queries: query_heads,
-        keys: key_heads,
-        size,
-        cached_keys,
-        cached_size,
-    };
-    if size == 0 || query_heads == 0 || query_heads.checked_rem(key_heads) != Some(0) {
-        return Err(wrong_heads(key_heads, size));
-    }
-    let rows = queries.rows();
-    OperationError::length("a row of queries", queries.columns(), query_heads * size)?;
-    for (what, matrix) in [("the keys", keys), ("the values", values)] {
-        OperationError::length(what, matrix.rows() * matrix.columns(), rows * key_heads * size)?;
-        OperationError::length(what, matrix.columns(), key_heads * size)?;
-    }
+    attention.check()?;
+    let Attention { heads: Heads { queries: query_heads, keys: key_heads, size }, keys, values, .. } = attention;
+    let rows = attention.queries.rows();
     OperationError::length("attention's result", out, rows * query_heads * size)?;
-    if *window == Some(0) {
-        return Err(OperationError::EmptyWindow);
-    }
-    if let Some(rotary) = rotary {
-        rotary.check(size, rows)?;
-    }
     let mut next = 0;
     for AttentionSegment { rows, cache } in segments {
         if rows.start != next || rows.end < rows.start {
@@ -105,8 +139,8 @@ fn check(attention: &Attention<'_>, segments: &[AttentionSegment<'_>], out: usiz
         }
         next = rows.end;
         let layout = cache.layout();
-        if layout != (Layout { heads: key_heads, size }) {
-            return Err(wrong_heads(layout.heads, layout.size));
+        if layout != (Layout { heads: *key_heads, size: *size }) {
+            return Err(attention.wrong_heads(layout));
         }
         for found in [keys.element(), values.element()] {
             if found != cache.element() {
@@ -121,14 +155,14 @@ fn check(attention: &Attention<'_>, segments: &[AttentionSegment<'_>], out: usiz
 struct Step<'a, 's> {
     attention: &'a Attention<'a>,
     segments: &'a mut [AttentionSegment<'s>],
-    sink: Sink,
+    out: Outputs,
 }
 
 impl WithSimd for Step<'_, '_> {
     type Output = ();
 
     fn with_simd<S: Simd>(self, simd: S) {
-        let Step { attention, segments, sink } = self;
+        let Step { attention, segments, out } = self;
         let first_positions: Vec<_> = segments.iter().map(|segment| segment.cache.tokens()).collect();
         let append = |segment: &mut AttentionSegment<'_>| append(simd, attention, segment);
         let sums = |(segment, first): (&AttentionSegment<'_>, &usize)| {
@@ -157,7 +191,7 @@ impl WithSimd for Step<'_, '_> {
                 tasks.push(Task { attention, cache, first_row, first_position, head, group, rows });
             }
         }
-        let run = |memory: &mut Memory, task: &Task<'_>| task.run(simd, memory, sink);
+        let run = |memory: &mut Memory, task: &Task<'_>| task.run(simd, memory, out);
         if parallel {
             tasks.par_iter().with_max_len(1).for_each_init(Memory::default, run);
         } else {
@@ -214,7 +248,7 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
-    fn run<S: Simd>(&self, simd: S, memory: &mut Memory, sink: Sink) {
+    fn run<S: Simd>(&self, simd: S, memory: &mut Memory, out: Outputs) {
         let layout = self.cache.layout();
         let (size, pitch, rows) = (layout.size, layout.pitch(), self.rows.len());
         let Memory { queries, scores, sums, softmaxes, wide } = memory;
@@ -269,15 +303,20 @@ impl Task<'_> {
             simd,
             #[inline(always)]
             || {
-                for (sums, softmax) in sums.chunks_exact_mut(pitch).zip(softmaxes) {
+                for (sums, softmax) in sums.chunks_exact_mut(pitch).zip(&*softmaxes) {
                     sums.iter_mut().for_each(|sum| *sum /= softmax.sum);
                 }
             },
         );
-        for (at, sums) in memory.sums.chunks_exact(pitch).enumerate() {
+        for (at, (sums, softmax)) in memory.sums.chunks_exact(pitch).zip(&memory.softmaxes).enumerate() {
             let (row, query_head) = self.place(at);
-            // SAFETY: the output outlives the step, and a row's head is one task's.
-            unsafe { sink.write(row * width + query_head * size, &sums[..size]) };
+            // SAFETY: the outputs outlive the step, and a row's head is one task's.
+            unsafe {
+                out.attended.write(row * width + query_head * size, &sums[..size]);
+                if let Some(log_sums) = &out.log_sums {
+                    log_sums.slice(row * self.attention.heads.queries + query_head, 1)[0] = softmax.log_sum();
+                }
+            }
         }
     }
 

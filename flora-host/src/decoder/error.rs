@@ -67,6 +67,14 @@ pub enum OperationError {
         /// Where it begins, or how many rows there are.
         found: usize,
     },
+    /// A target that there is no logit of.
+    #[error("the target {target} of a vocabulary of {vocabulary}")]
+    NoTarget {
+        /// The target.
+        target: u32,
+        /// Logits of a row.
+        vocabulary: usize,
+    },
     /// A window that no key is in.
     #[error("a window of 0 tokens was asked for; a token sees itself at least")]
     EmptyWindow,

@@ -4,6 +4,7 @@
 //! Sums are f32 in a fixed order whatever the types are, and results are rounded once. A row's bits depend on its own numbers
 //! alone, and in attention on its own sequence's tokens up to its own.
 
+mod adjoint;
 mod attention;
 mod cache;
 mod error;
@@ -14,6 +15,7 @@ mod product;
 mod rotary;
 mod softmax;
 
+pub use adjoint::AttentionAdjoint;
 pub use attention::{Attention, AttentionSegment};
 pub use cache::KeyValueCache;
 pub use error::OperationError;

@@ -10,7 +10,7 @@ use crate::values::{Sink, Values, ValuesMut};
 use crate::vectorise::vectorised;
 
 /// Sums that are kept side by side: two vectors of the widest registers.
-const LANES: usize = 32;
+pub(super) const LANES: usize = 32;
 
 impl HostEngine {
     /// x / √(mean(x²) + epsilon) ∘ gamma for every row of x `[rows, d]`, where d is the length of gamma.
@@ -119,13 +119,19 @@ impl Norm<'_> {
 
 /// Sums in lanes, then halves on halves.
 #[inline(always)]
-fn sum(row: &[f32], of: impl Fn(f32) -> f32) -> f32 {
+pub(super) fn sum(row: &[f32], of: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
         lanes.iter_mut().zip(chunk).for_each(|(lane, number)| *lane += of(*number));
     }
     lanes.iter_mut().zip(rest).for_each(|(lane, number)| *lane += of(*number));
+    halves(lanes)
+}
+
+/// All lanes in one.
+#[inline(always)]
+pub(super) fn halves(mut lanes: [f32; LANES]) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for lane in 0..half {

@@ -92,4 +92,15 @@ impl RotaryRows {
             (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
         }
     }
+
+    /// The gradient of what [`Self::rotate`] made of a head becomes that of the head, in place: the transposed turn.
+    #[inline(always)]
+    pub(super) fn rotate_adjoint(&self, row: usize, head: &mut [f32]) {
+        let own = row * self.pairs..(row + 1) * self.pairs;
+        let (first, second) = head.split_at_mut(self.pairs);
+        let angles = self.cosines[own.clone()].iter().zip(&self.sines[own]);
+        for ((a, b), (cosine, sine)) in first.iter_mut().zip(second).zip(angles) {
+            (*a, *b) = (*a * cosine + *b * sine, *b * cosine - *a * sine);
+        }
+    }
 }

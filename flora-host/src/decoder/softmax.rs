@@ -18,6 +18,11 @@ impl Softmax {
     /// Of no scores.
     pub(super) const NONE: Self = Self { largest: f32::NEG_INFINITY, sum: 0.0 };
 
+    /// ln Σ exp(score)
+    pub(super) fn log_sum(&self) -> f32 {
+        self.largest + self.sum.ln()
+    }
+
     /// Turns the next scores, of which those in `seen` are keys that the row sees, at least one, into their weights:
     /// exp(score − largest), 0 for the others. The result is what sums over the keys before have to be multiplied by. NaN among the
     /// scores stays NaN.

@@ -1,5 +1,6 @@
 //! The host's steps and operations against the sums that define them, in f64; isolation; refusals.
 
+mod adjoint;
 mod attention;
 mod gradients;
 mod isolation;
