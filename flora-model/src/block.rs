@@ -1,7 +1,7 @@
 //! One layer of a decoder, as data: families differ in which norms, which projections and which feed-forward network a block has and
 //! how far it sees, and a further one is another way to fill the same fields.
 
-use flora_runtime::{Buffer, PlannedProjection, StepBatch};
+use flora_runtime::StepBatch;
 
 use crate::error::ServeError;
 use crate::operations::{AttentionInputs, Operations, SegmentRows};
@@ -13,31 +13,31 @@ pub(crate) struct Block<O: Operations> {
     /// How many tokens a token attends to, itself and those before it; `None`: all.
     pub(crate) window: Option<usize>,
     /// Adds the residual in its epilogue.
-    pub(crate) attention_output: PlannedProjection,
+    pub(crate) attention_output: O::Linear,
     pub(crate) feed_forward_norm: O::Norm,
-    pub(crate) feed_forward: FeedForward,
+    pub(crate) feed_forward: FeedForward<O>,
 }
 
 /// What makes queries, keys and values.
 pub(crate) enum InputProjections<O: Operations> {
     /// A projection for each.
     Separate {
-        queries: PlannedProjection,
-        keys: PlannedProjection,
-        values: PlannedProjection,
+        queries: O::Linear,
+        keys: O::Linear,
+        values: O::Linear,
         /// Of every head of queries, and of every head of keys.
         norms: Option<[O::Norm; 2]>,
     },
     /// One projection, whose output is the queries, then the keys, then the values.
-    Joined(PlannedProjection),
+    Joined(O::Linear),
 }
 
-/// Both add the residual in their last projection's epilogue; activations are in the epilogue of the first.
-pub(crate) enum FeedForward {
+/// Both add the residual in their last projection's epilogue; activations follow the first.
+pub(crate) enum FeedForward<O: Operations> {
     /// down(activated gate(x) ∘ up(x))
-    Gated { gate: PlannedProjection, up: PlannedProjection, down: PlannedProjection },
+    Gated { gate: O::Linear, up: O::Linear, down: O::Linear },
     /// down(activated up(x))
-    Plain { up: PlannedProjection, down: PlannedProjection },
+    Plain { up: O::Linear, down: O::Linear },
 }
 
 /// What every block of one step sees.
@@ -52,25 +52,30 @@ impl<O: Operations> Block<O> {
     /// x `[rows, d]`, the result the same.
     pub(crate) fn forward(
         &self,
-        x: &Buffer,
+        x: &O::Matrix,
         step: &Step<'_, O>,
         caches: &mut [&mut O::Cache],
-    ) -> Result<Buffer, ServeError> {
+    ) -> Result<O::Matrix, ServeError> {
         let Step { operations, batch, segments, positions } = step;
         let normed = operations.normalise(&self.attention_norm, x)?;
-        let inputs = self.inputs.forward(*operations, &normed, batch)?;
-        let attended = operations.attend(&inputs, self.window, segments, positions, caches)?;
-        let x = self.attention_output.forward(&attended, batch, Some(x))?;
+        let inputs = self.inputs.forward(operations, &normed, batch)?;
+        let attended = operations.attend(inputs, self.window, segments, positions, caches)?;
+        let x = operations.project(&self.attention_output, &attended, batch, Some(x))?;
         let normed = operations.normalise(&self.feed_forward_norm, &x)?;
-        self.feed_forward.forward(*operations, &normed, &x, batch)
+        self.feed_forward.forward(operations, &normed, &x, batch)
     }
 }
 
 impl<O: Operations> InputProjections<O> {
-    fn forward(&self, operations: &O, x: &Buffer, batch: &StepBatch) -> Result<AttentionInputs, ServeError> {
+    fn forward(
+        &self,
+        operations: &O,
+        x: &O::Matrix,
+        batch: &StepBatch,
+    ) -> Result<AttentionInputs<O::Matrix>, ServeError> {
         Ok(match self {
             Self::Separate { queries, keys, values, norms } => {
-                let of = |projection: &PlannedProjection| projection.forward(x, batch, None);
+                let of = |linear: &O::Linear| operations.project(linear, x, batch, None);
                 let (queries, (keys, values)) = O::both(|| of(queries), || O::both(|| of(keys), || of(values)));
                 let (mut queries, mut keys) = (queries?, keys?);
                 if let Some([of_queries, of_keys]) = norms {
@@ -80,26 +85,27 @@ impl<O: Operations> InputProjections<O> {
                 }
                 AttentionInputs::Separate { queries, keys, values: values? }
             }
-            Self::Joined(joined) => AttentionInputs::Joined(joined.forward(x, batch, None)?),
+            Self::Joined(joined) => AttentionInputs::Joined(operations.project(joined, x, batch, None)?),
         })
     }
 }
 
-impl FeedForward {
-    fn forward<O: Operations>(
+impl<O: Operations> FeedForward<O> {
+    fn forward(
         &self,
         operations: &O,
-        x: &Buffer,
-        residual: &Buffer,
+        x: &O::Matrix,
+        residual: &O::Matrix,
         batch: &StepBatch,
-    ) -> Result<Buffer, ServeError> {
+    ) -> Result<O::Matrix, ServeError> {
+        let of = |linear: &O::Linear| operations.project(linear, x, batch, None);
         let (inner, down) = match self {
             Self::Gated { gate, up, down } => {
-                let (gate, up) = O::both(|| gate.forward(x, batch, None), || up.forward(x, batch, None));
+                let (gate, up) = O::both(|| of(gate), || of(up));
                 (operations.multiply(gate?, up?)?, down)
             }
-            Self::Plain { up, down } => (up.forward(x, batch, None)?, down),
+            Self::Plain { up, down } => (of(up)?, down),
         };
-        Ok(down.forward(&inner, batch, Some(residual))?)
+        operations.project(down, &inner, batch, Some(residual))
     }
 }

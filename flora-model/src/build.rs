@@ -6,14 +6,18 @@ use flora_checkpoint::model::{DecoderConfig, Gelu, GptBigCodeConfig, LlamaConfig
 use flora_checkpoint::{DecoderEnds, Model};
 use flora_host::decoder::{Heads, RotaryFrequencies};
 use flora_ir::Activation;
+use flora_plan::weight::PackedWeight;
 use flora_runtime::{Device, PlannedProjection};
 
 use crate::block::{Block, FeedForward, InputProjections};
 use crate::embedding::Embedding;
 use crate::error::ServeError;
 use crate::form::{Finish, ProjectionForm};
-use crate::operations::{AttentionConfig, NormParameters, Operations};
+use crate::operations::{AttentionConfig, Linear, NormParameters, Operations};
 use crate::options::ServeOptions;
+
+/// The module path of the output matrix.
+pub(crate) const OUTPUT: &str = "lm_head";
 
 /// A decoder's parts.
 pub(crate) struct Parts<O: Operations> {
@@ -22,7 +26,7 @@ pub(crate) struct Parts<O: Operations> {
     pub(crate) blocks: Vec<Block<O>>,
     pub(crate) norm: O::Norm,
     /// d to the vocabulary.
-    pub(crate) output: PlannedProjection,
+    pub(crate) output: O::Linear,
     pub(crate) context_length: usize,
     pub(crate) vocabulary: usize,
     /// How projections are made.
@@ -62,8 +66,6 @@ impl std::fmt::Display for Adaptable {
 fn last(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)
 }
-
-const ADDED: Finish = Finish { activation: Activation::Identity, residual: true };
 
 /// Makes the parts of one model.
 struct Builder<'a, O> {
@@ -133,7 +135,7 @@ impl<O: Operations> Builder<'_, O> {
     /// Llama, and the families that differ from it in fields.
     fn llama(mut self, config: &LlamaConfig) -> Result<Parts<O>, ServeError> {
         let epsilon = config.norm_epsilon;
-        let gated = Finish { activation: Activation::Silu, residual: false };
+        let gated = Finish::Activation(Activation::Silu);
         // First, as the largest: what packing it takes is given back before the others come.
         let tokens = self.model.parameter("model.embed_tokens.weight")?;
         let output = self.output(config.tied_embedding, &tokens)?;
@@ -150,18 +152,18 @@ impl<O: Operations> Builder<'_, O> {
             blocks.push(Block {
                 attention_norm: self.rms_norm(&path("input_layernorm"), epsilon)?,
                 inputs: InputProjections::Separate {
-                    queries: self.linear(&path("self_attn.q_proj"), Finish::default())?,
-                    keys: self.linear(&path("self_attn.k_proj"), Finish::default())?,
-                    values: self.linear(&path("self_attn.v_proj"), Finish::default())?,
+                    queries: self.linear(&path("self_attn.q_proj"), Finish::Nothing)?,
+                    keys: self.linear(&path("self_attn.k_proj"), Finish::Nothing)?,
+                    values: self.linear(&path("self_attn.v_proj"), Finish::Nothing)?,
                     norms,
                 },
                 window: *window,
-                attention_output: self.linear(&path("self_attn.o_proj"), ADDED)?,
+                attention_output: self.linear(&path("self_attn.o_proj"), Finish::Residual)?,
                 feed_forward_norm: self.rms_norm(&path("post_attention_layernorm"), epsilon)?,
                 feed_forward: FeedForward::Gated {
                     gate: self.linear(&path("mlp.gate_proj"), gated)?,
-                    up: self.linear(&path("mlp.up_proj"), Finish::default())?,
-                    down: self.linear(&path("mlp.down_proj"), ADDED)?,
+                    up: self.linear(&path("mlp.up_proj"), Finish::Nothing)?,
+                    down: self.linear(&path("mlp.down_proj"), Finish::Residual)?,
                 },
             });
         }
@@ -193,13 +195,13 @@ impl<O: Operations> Builder<'_, O> {
             let path = |name: &str| format!("transformer.h.{layer}.{name}");
             blocks.push(Block {
                 attention_norm: self.layer_norm(&path("ln_1"), epsilon)?,
-                inputs: InputProjections::Joined(self.linear(&path("attn.c_attn"), Finish::default())?),
+                inputs: InputProjections::Joined(self.linear(&path("attn.c_attn"), Finish::Nothing)?),
                 window: None,
-                attention_output: self.linear(&path("attn.c_proj"), ADDED)?,
+                attention_output: self.linear(&path("attn.c_proj"), Finish::Residual)?,
                 feed_forward_norm: self.layer_norm(&path("ln_2"), epsilon)?,
                 feed_forward: FeedForward::Plain {
-                    up: self.linear(&path("mlp.c_fc"), Finish { activation, residual: false })?,
-                    down: self.linear(&path("mlp.c_proj"), ADDED)?,
+                    up: self.linear(&path("mlp.c_fc"), Finish::Activation(activation))?,
+                    down: self.linear(&path("mlp.c_proj"), Finish::Residual)?,
                 },
             });
         }
@@ -218,23 +220,29 @@ impl<O: Operations> Builder<'_, O> {
     }
 
     /// The projection at `path`.
-    fn linear(&mut self, path: &str, finish: Finish) -> Result<PlannedProjection, ServeError> {
+    fn linear(&mut self, path: &str, finish: Finish) -> Result<O::Linear, ServeError> {
         let weight = self.form.base.pack(self.model, path, &self.form.device)?;
         let bias = self.model.bias(path)?;
-        let linear = self.form.projection(&weight, bias.as_deref(), finish)?;
-        self.adapt(path, &linear);
+        self.adaptable(path, &weight, bias.as_deref(), finish)
+    }
+
+    /// A projection that adapters adapt, where they may.
+    fn adaptable(
+        &mut self,
+        path: &str,
+        weight: &PackedWeight,
+        bias: Option<&[f32]>,
+        finish: Finish,
+    ) -> Result<O::Linear, ServeError> {
+        let linear = O::Linear::of(&self.form, path, weight, bias, finish)?;
+        if self.adaptable.has(path) {
+            self.projections.insert(path.to_owned(), linear.projection().clone());
+        }
         Ok(linear)
     }
 
-    /// Lets adapters adapt a projection, where they may.
-    fn adapt(&mut self, path: &str, linear: &PlannedProjection) {
-        if self.adaptable.has(path) {
-            self.projections.insert(path.to_owned(), linear.clone());
-        }
-    }
-
     /// The output matrix, which makes logits.
-    fn output(&mut self, tied: bool, tokens: &Parameter) -> Result<PlannedProjection, ServeError> {
+    fn output(&mut self, tied: bool, tokens: &Parameter) -> Result<O::Linear, ServeError> {
         let own;
         let matrix = if tied {
             tokens
@@ -243,9 +251,7 @@ impl<O: Operations> Builder<'_, O> {
             &own
         };
         let weight = self.form.base.pack_rows("the output matrix", matrix.stored(), &self.form.device)?;
-        let linear = self.form.projection(&weight, None, Finish::default())?;
-        self.adapt("lm_head", &linear);
-        Ok(linear)
+        self.adaptable(OUTPUT, &weight, None, Finish::Nothing)
     }
 
     fn rms_norm(&self, path: &str, epsilon: f32) -> Result<O::Norm, ServeError> {

@@ -12,12 +12,12 @@ use crate::build::{Parts, build};
 use crate::error::ServeError;
 use crate::head::OwnHead;
 use crate::memory::make_room;
-use crate::operations::{Operations, SegmentRows};
+use crate::operations::{SegmentRows, Serving};
 use crate::options::ServeOptions;
 use crate::source::PreparedAdapter;
 
 /// A model on a device.
-pub(crate) struct ServedModel<O: Operations> {
+pub(crate) struct ServedModel<O: Serving> {
     device: Device,
     parts: Parts<O>,
     activations: Element,
@@ -28,7 +28,7 @@ pub(crate) struct ServedModel<O: Operations> {
 }
 
 /// What is kept of one sequence.
-struct Sequence<O: Operations> {
+struct Sequence<O: Serving> {
     /// Tokens whose keys and values are there.
     length: usize,
     /// One a block.
@@ -91,7 +91,7 @@ impl From<ProjectionError> for PlaceFault {
     }
 }
 
-impl<O: Operations> ServedModel<O> {
+impl<O: Serving> ServedModel<O> {
     /// Puts a model on a device.
     ///
     /// # Errors
@@ -182,7 +182,7 @@ impl<O: Operations> ServedModel<O> {
     }
 }
 
-impl<O: Operations> ServedModel<O> {
+impl<O: Serving> ServedModel<O> {
     fn resident(&self, adapter: Option<AdapterId>) -> Option<&Resident> {
         self.adapters.of.get(&adapter?)
     }
@@ -276,7 +276,7 @@ impl<O: Operations> ServedModel<O> {
     }
 }
 
-impl<O: Operations> Decoder for ServedModel<O> {
+impl<O: Serving> Decoder for ServedModel<O> {
     type Prepared = PreparedAdapter;
     type Error = ServeError;
 

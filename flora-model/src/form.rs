@@ -28,9 +28,12 @@ enum FormPlanning {
 
 /// What follows a projection's product.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Finish {
-    pub(crate) activation: Activation,
-    pub(crate) residual: bool,
+pub(crate) enum Finish {
+    #[default]
+    Nothing,
+    Activation(Activation),
+    /// The step's residual is added.
+    Residual,
 }
 
 impl ProjectionForm {
@@ -47,9 +50,14 @@ impl ProjectionForm {
         &self,
         weight: &PackedWeight,
         bias: Option<&[f32]>,
-        Finish { activation, residual }: Finish,
+        finish: Finish,
     ) -> Result<PlannedProjection, ProjectionError> {
         let Self { activations, adapters, .. } = *self;
+        let (activation, residual) = match finish {
+            Finish::Nothing => (Activation::Identity, false),
+            Finish::Activation(activation) => (activation, false),
+            Finish::Residual => (Activation::Identity, true),
+        };
         let options = ProjectionOptions { bias, activation, residual, activations, adapters, fragments: true };
         let planning = match &self.planning {
             FormPlanning::Fixed(plan) => Planning::Fixed(*plan),

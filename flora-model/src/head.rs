@@ -41,7 +41,7 @@ impl OwnHead {
     ) -> Result<Self, HeadError> {
         let whole = head.weight.as_ref().map(|tensor| {
             let weight = form.base.pack_rows(&head.path, tensor, &form.device)?;
-            let linear = form.projection(&weight, None, Finish::default())?;
+            let linear = form.projection(&weight, None, Finish::Nothing)?;
             let position = if folded.is_some() { OWN } else { 0 };
             linear.change(|projection| {
                 if let Some(folded) = folded {
@@ -59,7 +59,7 @@ impl OwnHead {
             let values = flora_checkpoint::tensor::transpose(&rows.values, rows.rows.len(), rows.width());
             let weight = PackedWeight::from_f32(Default::default(), shape, &values)
                 .map_err(|source| BaseError::Pack { name: head.path.clone(), source })?;
-            Ok::<_, HeadError>((form.projection(&weight, None, Finish::default())?, rows.rows.clone()))
+            Ok::<_, HeadError>((form.projection(&weight, None, Finish::Nothing)?, rows.rows.clone()))
         });
         Ok(Self { whole: whole.transpose()?, rows: rows.transpose()? })
     }

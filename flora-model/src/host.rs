@@ -4,10 +4,10 @@
 use flora_host::decoder::{Attention, AttentionSegment, Heads, KeyValueCache, Matrix, RotaryFrequencies, RotaryRows};
 use flora_host::{HostEngine, HostPlace, OwnedValues, Values, ValuesMut};
 use flora_plan::layer::Element;
-use flora_runtime::{Buffer, Device};
+use flora_runtime::{Buffer, Device, PlannedProjection, StepBatch};
 
 use crate::error::ServeError;
-use crate::operations::{AttentionConfig, AttentionInputs, NormParameters, Operations, SegmentRows};
+use crate::operations::{AttentionConfig, AttentionInputs, NormParameters, Operations, SegmentRows, Serving};
 
 /// The operations of a model on the host.
 pub(crate) struct HostOperations {
@@ -20,7 +20,11 @@ pub(crate) struct HostOperations {
 
 impl HostOperations {
     /// A buffer of `count` numbers that `fill` writes.
-    fn filled<E>(&self, count: usize, fill: impl FnOnce(ValuesMut<'_>) -> Result<(), E>) -> Result<Buffer, ServeError>
+    fn filled<E>(
+        &self,
+        count: usize,
+        fill: impl FnOnce(ValuesMut<'_>) -> Result<(), E>,
+    ) -> Result<Buffer, ServeError>
     where
         ServeError: From<E>,
     {
@@ -30,7 +34,39 @@ impl HostOperations {
     }
 }
 
+impl HostOperations {
+    /// Attention over queries, keys and values where they lie.
+    fn attention<'a>(
+        &self,
+        inputs: &'a AttentionInputs<Buffer>,
+        window: Option<usize>,
+        rotary: Option<&'a RotaryRows>,
+    ) -> Result<Attention<'a>, ServeError> {
+        let Heads { queries, keys, size } = self.heads;
+        let (query_width, key_width) = (queries * size, keys * size);
+        let [queries, keys, values] = match inputs {
+            AttentionInputs::Separate { queries, keys, values } => {
+                let whole =
+                    |buffer, width| Ok::<_, ServeError>(Matrix::new(flora_host::values(buffer)?, width, 0..width)?);
+                [whole(queries, query_width)?, whole(keys, key_width)?, whole(values, key_width)?]
+            }
+            AttentionInputs::Joined(joined) => {
+                let (values_at, width) = (query_width + key_width, query_width + 2 * key_width);
+                let joined = flora_host::values(joined)?;
+                [
+                    Matrix::new(joined, width, 0..query_width)?,
+                    Matrix::new(joined, width, query_width..values_at)?,
+                    Matrix::new(joined, width, values_at..width)?,
+                ]
+            }
+        };
+        Ok(Attention { heads: self.heads, queries, keys, values, rotary, window })
+    }
+}
+
 impl Operations for HostOperations {
+    type Matrix = Buffer;
+    type Linear = PlannedProjection;
     type Norm = NormParameters;
     type Cache = KeyValueCache;
     type Positions = Option<RotaryRows>;
@@ -41,6 +77,16 @@ impl Operations for HostOperations {
         }
         let AttentionConfig { heads, rotary, .. } = attention;
         Ok(Self { device: device.clone(), engine: HostEngine::new(), heads, rotary, element })
+    }
+
+    fn project(
+        &self,
+        linear: &PlannedProjection,
+        x: &Buffer,
+        batch: &StepBatch,
+        residual: Option<&Buffer>,
+    ) -> Result<Buffer, ServeError> {
+        Ok(linear.forward(x, batch, residual)?)
     }
 
     fn norm(&self, parameters: NormParameters) -> Result<NormParameters, ServeError> {
@@ -74,14 +120,6 @@ impl Operations for HostOperations {
         Ok(flora_host::buffer(&self.device, values)?)
     }
 
-    fn cache(&self) -> KeyValueCache {
-        KeyValueCache::new(self.heads, self.element)
-    }
-
-    fn cache_bytes_per_token(&self) -> u64 {
-        KeyValueCache::bytes_per_token(self.heads, self.element)
-    }
-
     fn positions(&self, segments: &[SegmentRows]) -> Result<Option<RotaryRows>, ServeError> {
         let Some(rotary) = &self.rotary else { return Ok(None) };
         let positions: Vec<_> = segments.iter().flat_map(SegmentRows::positions).collect();
@@ -90,45 +128,38 @@ impl Operations for HostOperations {
 
     fn attend(
         &self,
-        inputs: &AttentionInputs,
+        inputs: AttentionInputs<Buffer>,
         window: Option<usize>,
         segments: &[SegmentRows],
         rotary: &Option<RotaryRows>,
         caches: &mut [&mut KeyValueCache],
     ) -> Result<Buffer, ServeError> {
-        let Heads { queries, keys, size } = self.heads;
-        let (query_width, key_width) = (queries * size, keys * size);
-        let [queries, keys, values] = match inputs {
-            AttentionInputs::Separate { queries, keys, values } => {
-                let whole =
-                    |buffer, width| Ok::<_, ServeError>(Matrix::new(flora_host::values(buffer)?, width, 0..width)?);
-                [whole(queries, query_width)?, whole(keys, key_width)?, whole(values, key_width)?]
-            }
-            AttentionInputs::Joined(joined) => {
-                let (values_at, width) = (query_width + key_width, query_width + 2 * key_width);
-                let joined = flora_host::values(joined)?;
-                [
-                    Matrix::new(joined, width, 0..query_width)?,
-                    Matrix::new(joined, width, query_width..values_at)?,
-                    Matrix::new(joined, width, values_at..width)?,
-                ]
-            }
-        };
-        let attention = Attention { heads: self.heads, queries, keys, values, rotary: rotary.as_ref(), window };
+        let attention = self.attention(&inputs, window, rotary.as_ref())?;
         let of_caches = segments.iter().zip(caches.iter_mut());
         let segments = of_caches.map(|(segment, cache)| AttentionSegment { rows: segment.rows.clone(), cache });
         let mut segments: Vec<_> = segments.collect();
-        self.filled(queries.rows() * query_width, |out| self.engine.attend(&attention, &mut segments, out))
+        let numbers = attention.queries.rows() * self.heads.queries * self.heads.size;
+        self.filled(numbers, |out| self.engine.attend(&attention, &mut segments, out))
+    }
+
+    /// Threads that finish one early help with the other, where they would wait at the end of each.
+    fn both<X: Send, Y: Send>(one: impl FnOnce() -> X + Send, other: impl FnOnce() -> Y + Send) -> (X, Y) {
+        rayon::join(one, other)
+    }
+}
+
+impl Serving for HostOperations {
+    fn cache(&self) -> KeyValueCache {
+        KeyValueCache::new(self.heads, self.element)
+    }
+
+    fn cache_bytes_per_token(&self) -> u64 {
+        KeyValueCache::bytes_per_token(self.heads, self.element)
     }
 
     /// On a thread of the pool, which works along with the others; any other would sleep through every operation and be woken after
     /// it.
     fn run<R: Send>(step: impl FnOnce() -> R + Send) -> R {
         rayon::scope(|_| step())
-    }
-
-    /// Threads that finish one early help with the other, where they would wait at the end of each.
-    fn both<X: Send, Y: Send>(one: impl FnOnce() -> X + Send, other: impl FnOnce() -> Y + Send) -> (X, Y) {
-        rayon::join(one, other)
     }
 }

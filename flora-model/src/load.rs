@@ -11,7 +11,7 @@ use crate::error::ServeError;
 use crate::host::HostOperations;
 #[cfg(feature = "burn")]
 use crate::on_burn::BurnOperations;
-use crate::operations::Operations;
+use crate::operations::Serving;
 use crate::options::ServeOptions;
 use crate::source::PreparedAdapter;
 
@@ -47,7 +47,7 @@ pub fn load_on_burn<B: FloraBackend>(
     on::<BurnOperations<B>>(&device.flora, model, options)
 }
 
-fn on<O: Operations + 'static>(
+fn on<O: Serving + 'static>(
     device: &Device,
     model: &Model,
     options: &ServeOptions<'_>,

@@ -1,19 +1,26 @@
-//! What a decoder computes beside its projections, as a trait: natively on the host, and through Burn on the devices that it has
-//! backends for. Numbers are buffers of the device, matrices in row-major order, so that projections take them as they are.
+//! What a decoder computes, as a trait: natively on the host, through Burn on the devices that it has backends for, and in training
+//! recorded beside being computed. In serving, numbers are buffers of the device, matrices in row-major order, so that projections
+//! take them as they are.
 
 use std::ops::Range;
 
 use flora_host::decoder::{Heads, RotaryFrequencies};
 use flora_plan::layer::Element;
-use flora_runtime::{Buffer, Device};
+use flora_plan::weight::PackedWeight;
+use flora_runtime::{Buffer, Device, PlannedProjection, StepBatch};
 
 use crate::error::ServeError;
+use crate::form::{Finish, ProjectionForm};
 
 /// The operations of one model on one device.
 pub(crate) trait Operations: Sized + Send + Sync {
+    /// A matrix that they read and make.
+    type Matrix: Send + Sync;
+    /// A projection and what follows it.
+    type Linear: Linear;
     /// A norm with its parameters.
     type Norm: Send + Sync;
-    /// Keys and values of one sequence in one layer.
+    /// What is kept of one sequence in one layer.
     type Cache: Send + Sync;
     /// What attention of all layers of a step shares.
     type Positions: Send + Sync;
@@ -21,47 +28,91 @@ pub(crate) trait Operations: Sized + Send + Sync {
     /// For a model with this attention, whose activations, keys and values are kept in `element`.
     fn new(device: &Device, attention: AttentionConfig, element: Element) -> Result<Self, ServeError>;
 
+    /// x `[rows, d]`, the result `[rows, k]`, with a residual `[rows, k]` where the projection adds one.
+    fn project(
+        &self,
+        linear: &Self::Linear,
+        x: &Self::Matrix,
+        batch: &StepBatch,
+        residual: Option<&Self::Matrix>,
+    ) -> Result<Self::Matrix, ServeError>;
+
     /// A norm of rows of as many numbers as gamma has.
     fn norm(&self, parameters: NormParameters) -> Result<Self::Norm, ServeError>;
 
     /// x `[rows, d]`, the result the same.
-    fn normalise(&self, norm: &Self::Norm, x: &Buffer) -> Result<Buffer, ServeError>;
+    fn normalise(&self, norm: &Self::Norm, x: &Self::Matrix) -> Result<Self::Matrix, ServeError>;
 
     /// one ∘ other
-    fn multiply(&self, one: Buffer, other: Buffer) -> Result<Buffer, ServeError>;
+    fn multiply(&self, one: Self::Matrix, other: Self::Matrix) -> Result<Self::Matrix, ServeError>;
 
     /// Some rows of x `[of, d]`, in that order.
-    fn select(&self, x: &Buffer, of: usize, rows: &[usize]) -> Result<Buffer, ServeError>;
+    fn select(&self, x: &Self::Matrix, of: usize, rows: &[usize]) -> Result<Self::Matrix, ServeError>;
 
+    /// Prepares a step's attention.
+    fn positions(&self, segments: &[SegmentRows]) -> Result<Self::Positions, ServeError>;
+
+    /// Rotates queries and keys where the model does and attends: the result is `[rows, query heads · size]`. A row's numbers depend
+    /// on its own sequence alone, and on no more of it than the last `window` tokens up to its own. In serving, keys and values are
+    /// appended to the segments' caches; in training there are none, because segments are whole.
+    fn attend(
+        &self,
+        inputs: AttentionInputs<Self::Matrix>,
+        window: Option<usize>,
+        segments: &[SegmentRows],
+        positions: &Self::Positions,
+        caches: &mut [&mut Self::Cache],
+    ) -> Result<Self::Matrix, ServeError>;
+
+    /// Both results, computed at the same time where that gets further.
+    fn both<X: Send, Y: Send>(one: impl FnOnce() -> X + Send, other: impl FnOnce() -> Y + Send) -> (X, Y) {
+        (one(), other())
+    }
+}
+
+/// A projection of a decoder, and what follows it.
+pub(crate) trait Linear: Sized + Send + Sync {
+    /// Of the module at `path`.
+    fn of(
+        form: &ProjectionForm,
+        path: &str,
+        weight: &PackedWeight,
+        bias: Option<&[f32]>,
+        finish: Finish,
+    ) -> Result<Self, ServeError>;
+
+    /// The projection itself, with the adapters of its module.
+    fn projection(&self) -> &PlannedProjection;
+}
+
+/// All of it in the projection's epilogue.
+impl Linear for PlannedProjection {
+    fn of(
+        form: &ProjectionForm,
+        _path: &str,
+        weight: &PackedWeight,
+        bias: Option<&[f32]>,
+        finish: Finish,
+    ) -> Result<Self, ServeError> {
+        Ok(form.projection(weight, bias, finish)?)
+    }
+
+    fn projection(&self) -> &PlannedProjection {
+        self
+    }
+}
+
+/// What serving asks beside that.
+pub(crate) trait Serving: Operations<Matrix = Buffer, Linear = PlannedProjection> {
     /// A cache without tokens.
     fn cache(&self) -> Self::Cache;
 
     /// Bytes that a token takes in a cache.
     fn cache_bytes_per_token(&self) -> u64;
 
-    /// Prepares a step's attention.
-    fn positions(&self, segments: &[SegmentRows]) -> Result<Self::Positions, ServeError>;
-
-    /// Rotates queries and keys where the model does, appends keys and values to the segments' caches, and attends: the result is
-    /// `[rows, query heads · size]`. A row's numbers depend on its own sequence alone, and on no more of it than the last `window`
-    /// tokens up to its own.
-    fn attend(
-        &self,
-        inputs: &AttentionInputs,
-        window: Option<usize>,
-        segments: &[SegmentRows],
-        positions: &Self::Positions,
-        caches: &mut [&mut Self::Cache],
-    ) -> Result<Buffer, ServeError>;
-
     /// Runs a whole step where its operations are best started from.
     fn run<R: Send>(step: impl FnOnce() -> R + Send) -> R {
         step()
-    }
-
-    /// Both results, computed at the same time where that gets further.
-    fn both<X: Send, Y: Send>(one: impl FnOnce() -> X + Send, other: impl FnOnce() -> Y + Send) -> (X, Y) {
-        (one(), other())
     }
 }
 
@@ -86,11 +137,11 @@ pub(crate) struct NormParameters {
 }
 
 /// Queries, keys and values of a step's rows.
-pub(crate) enum AttentionInputs {
+pub(crate) enum AttentionInputs<M> {
     /// `[rows, its heads · size]` each.
-    Separate { queries: Buffer, keys: Buffer, values: Buffer },
+    Separate { queries: M, keys: M, values: M },
     /// A row has its queries, then its keys, then its values.
-    Joined(Buffer),
+    Joined(M),
 }
 
 /// The rows of one segment.

@@ -11,12 +11,12 @@ use burn::tensor::{Int, Shape, Tensor, TensorData, TensorPrimitive};
 use flora_burn::{BurnDevice, FloraBackend};
 use flora_host::decoder::{Heads, RotaryFrequencies};
 use flora_plan::layer::Element;
-use flora_runtime::{Buffer, Device};
+use flora_runtime::{Buffer, Device, PlannedProjection, StepBatch};
 
 use crate::error::ServeError;
 use crate::on_burn::cache::LayerCache;
 use crate::on_burn::rotary::RotaryRows;
-use crate::operations::{AttentionConfig, AttentionInputs, NormParameters, Operations, SegmentRows};
+use crate::operations::{AttentionConfig, AttentionInputs, NormParameters, Operations, SegmentRows, Serving};
 
 /// The operations of a model on a Burn backend.
 pub(crate) struct BurnOperations<B: FloraBackend> {
@@ -53,7 +53,7 @@ impl<B: FloraBackend> BurnOperations<B> {
     }
 
     /// Queries, keys and values, each `[rows, its heads, size]`.
-    fn inputs(&self, inputs: &AttentionInputs) -> Result<[Tensor<B, 3>; 3], ServeError> {
+    fn inputs(&self, inputs: &AttentionInputs<Buffer>) -> Result<[Tensor<B, 3>; 3], ServeError> {
         let Heads { queries: query_heads, keys: key_heads, size } = self.heads;
         let by_head = |tensor: Tensor<B, 2>, heads: usize| {
             let rows = tensor.dims()[0];
@@ -77,6 +77,8 @@ impl<B: FloraBackend> BurnOperations<B> {
 }
 
 impl<B: FloraBackend> Operations for BurnOperations<B> {
+    type Matrix = Buffer;
+    type Linear = PlannedProjection;
     type Norm = Norm<B>;
     type Cache = LayerCache<B>;
     type Positions = Option<RotaryRows<B>>;
@@ -85,6 +87,16 @@ impl<B: FloraBackend> Operations for BurnOperations<B> {
         let device = BurnDevice::of(device).ok_or_else(|| ServeError::NoDecoder(device.info().id.clone()))?;
         let AttentionConfig { heads, rotary, block_tokens } = attention;
         Ok(Self { device, heads, rotary, element, block_tokens })
+    }
+
+    fn project(
+        &self,
+        linear: &PlannedProjection,
+        x: &Buffer,
+        batch: &StepBatch,
+        residual: Option<&Buffer>,
+    ) -> Result<Buffer, ServeError> {
+        Ok(linear.forward(x, batch, residual)?)
     }
 
     fn norm(&self, NormParameters { gamma, beta, epsilon }: NormParameters) -> Result<Norm<B>, ServeError> {
@@ -117,14 +129,6 @@ impl<B: FloraBackend> Operations for BurnOperations<B> {
         self.buffer(x.select(0, indices(rows, &self.device)))
     }
 
-    fn cache(&self) -> LayerCache<B> {
-        LayerCache::new()
-    }
-
-    fn cache_bytes_per_token(&self) -> u64 {
-        (2 * self.heads.keys * self.heads.size) as u64 * self.element.bytes()
-    }
-
     fn positions(&self, segments: &[SegmentRows]) -> Result<Self::Positions, ServeError> {
         let Some(frequencies) = &self.rotary else { return Ok(None) };
         let positions: Vec<_> = segments.iter().flat_map(SegmentRows::positions).collect();
@@ -133,19 +137,29 @@ impl<B: FloraBackend> Operations for BurnOperations<B> {
 
     fn attend(
         &self,
-        inputs: &AttentionInputs,
+        inputs: AttentionInputs<Buffer>,
         window: Option<usize>,
         segments: &[SegmentRows],
         positions: &Self::Positions,
         caches: &mut [&mut LayerCache<B>],
     ) -> Result<Buffer, ServeError> {
-        let [queries, keys, values] = self.inputs(inputs)?;
+        let [queries, keys, values] = self.inputs(&inputs)?;
         let (queries, keys) = match positions {
             Some(rotary) => rotary.rotate(queries, keys),
             None => (queries, keys),
         };
         let sizes = attention::Sizes { heads: self.heads, window, block_tokens: self.block_tokens };
         self.buffer(attention::attend(sizes, [queries, keys, values], segments, caches))
+    }
+}
+
+impl<B: FloraBackend> Serving for BurnOperations<B> {
+    fn cache(&self) -> LayerCache<B> {
+        LayerCache::new()
+    }
+
+    fn cache_bytes_per_token(&self) -> u64 {
+        (2 * self.heads.keys * self.heads.size) as u64 * self.element.bytes()
     }
 }
 
