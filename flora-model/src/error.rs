@@ -3,6 +3,7 @@
 use flora_adapters::BaseError;
 use flora_checkpoint::ModelError;
 use flora_host::decoder::OperationError;
+use flora_plan::layer::Element;
 use flora_runtime::{DeviceError, ProjectionError};
 
 use crate::embedding::EmbeddingError;
@@ -46,6 +47,9 @@ pub enum ServeError {
     /// A token whose first numbers can't be looked up.
     #[error(transparent)]
     Embedding(#[from] EmbeddingError),
+    /// Numbers of a type that no gradients are computed of.
+    #[error("activations in {0}, of which no gradients are computed; train in f32")]
+    NotFloats(Element),
     /// A segment that names what isn't there: a defect of the engine.
     #[error("a step names {0}")]
     Step(String),

@@ -11,16 +11,16 @@ use crate::operations::{AttentionConfig, AttentionInputs, NormParameters, Operat
 
 /// The operations of a model on the host.
 pub(crate) struct HostOperations {
-    device: Device,
-    engine: HostEngine,
-    heads: Heads,
+    pub(crate) device: Device,
+    pub(crate) engine: HostEngine,
+    pub(crate) heads: Heads,
     rotary: Option<RotaryFrequencies>,
     element: Element,
 }
 
 impl HostOperations {
     /// A buffer of `count` numbers that `fill` writes.
-    fn filled<E>(
+    pub(crate) fn filled<E>(
         &self,
         count: usize,
         fill: impl FnOnce(ValuesMut<'_>) -> Result<(), E>,
@@ -36,7 +36,7 @@ impl HostOperations {
 
 impl HostOperations {
     /// Attention over queries, keys and values where they lie.
-    fn attention<'a>(
+    pub(crate) fn attention<'a>(
         &self,
         inputs: &'a AttentionInputs<Buffer>,
         window: Option<usize>,

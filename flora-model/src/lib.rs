@@ -20,6 +20,7 @@ mod on_burn;
 mod operations;
 pub mod options;
 pub mod source;
+pub mod training;
 
 pub use build::adapted_in_the_paper;
 pub use error::ServeError;
@@ -28,3 +29,4 @@ pub use load::load_on_burn;
 pub use load::{DeviceModel, load};
 pub use options::{PlanningChoice, ServeOptions};
 pub use source::{AdapterDirectory, DirectoryError, PreparedAdapter};
+pub use training::{TrainError, TrainOptions, TrainedModel};

@@ -144,6 +144,26 @@ pub(crate) enum AttentionInputs<M> {
     Joined(M),
 }
 
+impl<M> AttentionInputs<M> {
+    /// The same of something else that each has.
+    pub(crate) fn map<N>(&self, of: impl Fn(&M) -> N) -> AttentionInputs<N> {
+        match self {
+            Self::Separate { queries, keys, values } => {
+                AttentionInputs::Separate { queries: of(queries), keys: of(keys), values: of(values) }
+            }
+            Self::Joined(joined) => AttentionInputs::Joined(of(joined)),
+        }
+    }
+
+    /// Whether something is so of one of them.
+    pub(crate) fn any(&self, is: impl Fn(&M) -> bool) -> bool {
+        match self {
+            Self::Separate { queries, keys, values } => is(queries) || is(keys) || is(values),
+            Self::Joined(joined) => is(joined),
+        }
+    }
+}
+
 /// The rows of one segment.
 #[derive(Clone, Debug)]
 pub(crate) struct SegmentRows {

@@ -49,14 +49,20 @@ pub(crate) fn load_by(
     element: Element,
     load: impl FnOnce(&Model, &ServeOptions<'_>) -> Result<DeviceModel, ServeError>,
 ) -> Served {
+    let folder = folder(case);
+    // The files are mapped: they stay as long as something reads them, though their names go.
+    load_files(case, &files(case, folder.path()), element, load)
+}
+
+/// The model of a case.
+pub(crate) fn folder(case: &str) -> tempfile::TempDir {
     let families = golden("families");
     let folder = tempfile::tempdir().expect("a temporary folder");
     let weights = families.join("weights").join(weights(case)).with_extension("safetensors");
     let copy = |from, name: &str| std::fs::copy(from, folder.path().join(name)).expect("copying a golden file");
     copy(families.join(case).join("config.json"), "config.json");
     copy(weights, "model.safetensors");
-    // The files are mapped: they stay as long as something reads them, though their names go.
-    load_files(case, &files(case, folder.path()), element, load)
+    folder
 }
 
 #[test]

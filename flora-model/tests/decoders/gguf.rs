@@ -109,6 +109,28 @@ fn family(case: &str, architecture: &str, rotary: &[(&str, Value)], divisors: Op
     File { version: 3, metadata, tensors }
 }
 
+/// A case of `families` in Q8_0, but for the matrices whose rows aren't whole blocks.
+pub(crate) fn in_blocks(case: &str, architecture: &str) -> Vec<u8> {
+    const BLOCK: usize = 32;
+    let mut file = family(case, architecture, &[], None);
+    let matrices = file.tensors.iter_mut().filter(|tensor| tensor.shape.len() == 2);
+    for tensor in matrices.filter(|tensor| tensor.shape[1].is_multiple_of(BLOCK as u64)) {
+        let values = tensor.bytes.chunks_exact(4);
+        let values: Vec<_> = values.map(|bytes| f32::from_le_bytes(bytes.try_into().expect("4 bytes"))).collect();
+        let mut bytes = Vec::new();
+        for block in values.chunks_exact(BLOCK) {
+            let largest = block.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+            // A power of two, which f16 has.
+            let scale = (largest / 127.0).log2().ceil().max(-14.0).exp2();
+            let exponent = 15 + scale.log2() as i32;
+            bytes.extend(((exponent as u16) << 10).to_le_bytes());
+            bytes.extend(block.iter().flat_map(|value| ((value / scale).round() as i8).to_le_bytes()));
+        }
+        (tensor.ggml_type, tensor.bytes) = (flora_checkpoint::Encoding::Q8_0.ggml_id(), bytes);
+    }
+    file.bytes().0
+}
+
 fn load(name: &str, file: &File, of: impl FnOnce(&Path) -> Files) -> Served {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("model.gguf");

@@ -11,18 +11,18 @@ use crate::served::{Served, load, load_in, smollm2};
 use crate::{device, is_host};
 
 /// One prompt of a golden file.
-struct Prompt {
+pub(crate) struct Prompt {
     name: String,
-    tokens: Vec<u32>,
+    pub(crate) tokens: Vec<u32>,
     continuation: Vec<u32>,
     /// The ids whose logits are kept.
-    vocabulary: Vec<usize>,
+    pub(crate) vocabulary: Vec<usize>,
     /// `[tokens, vocabulary]`
-    logits: Vec<f32>,
+    pub(crate) logits: Vec<f32>,
 }
 
 /// The prompts of NAME in a folder of outputs, and the adapter that they were run with.
-fn prompts(folder: &Path, name: &str) -> (Vec<Prompt>, Option<String>) {
+pub(crate) fn prompts(folder: &Path, name: &str) -> (Vec<Prompt>, Option<String>) {
     let read = |extension: &str| std::fs::read(folder.join(format!("{name}.{extension}"))).expect("a golden file");
     let about: Value = serde_json::from_slice(&read("json")).expect("JSON");
     let bytes = read("safetensors");

@@ -15,8 +15,10 @@ mod invariance;
 mod memory;
 #[cfg(feature = "flex")]
 mod on_burn;
+mod reference;
 mod replaced;
 mod served;
+mod training;
 
 use flora_runtime::Device;
 
