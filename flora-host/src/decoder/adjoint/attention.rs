@@ -3,8 +3,8 @@
 //! keys, and p with g for the values.
 //!
 //! Weights are made again, a block of keys at a time, as exp(score − log-sum), so that a matrix `[tokens, tokens]` is nowhere. A
-//! task has one key-value head of one segment, with all the query heads that read it: nothing is shared between tasks, and sums
-//! over keys and over rows are in rising order.
+//! task has some of the query heads that read one key-value head in one segment: nothing is shared between tasks, and sums over
+//! keys and over rows are in rising order. What several tasks give a key-value head is added in the order of its query heads.
 
 use std::ops::Range;
 
@@ -19,7 +19,7 @@ use crate::decoder::heads::Heads;
 use crate::finish::exp;
 use crate::layout::STRIP;
 use crate::matmul::{Left, MatMulAdd, Right};
-use crate::partition::PARALLEL_MACS;
+use crate::partition::{PARALLEL_MACS, even_part};
 use crate::values::Shared;
 use crate::vectorise::vectorised;
 
@@ -38,6 +38,9 @@ pub struct AttentionAdjoint<'a> {
     pub g: &'a [f32],
 }
 
+/// The most query heads of a task: as many as pay for packing the keys. Fixed, because sums are cut by it.
+const TASK_HEADS: usize = 4;
+
 /// Rows of a task that are taken through a block of keys together: their scores, queries and gradients stay in the second-level cache.
 const ROWS: usize = 84;
 
@@ -49,7 +52,7 @@ impl HostEngine {
     /// Operands that don't belong together; nothing is written then.
     pub fn attend_adjoint(&self, adjoint: &AttentionAdjoint<'_>, out: &mut [f32]) -> Result<(), OperationError> {
         adjoint.check(out.len())?;
-        self.arch().dispatch(Step { adjoint, out: Shared::new(out) });
+        self.arch().dispatch(Step { adjoint, out });
         Ok(())
     }
 }
@@ -77,7 +80,7 @@ impl AttentionAdjoint<'_> {
 /// Operands that have been checked.
 struct Step<'a> {
     adjoint: &'a AttentionAdjoint<'a>,
-    out: Shared<f32>,
+    out: &'a mut [f32],
 }
 
 impl WithSimd for Step<'_> {
@@ -86,21 +89,69 @@ impl WithSimd for Step<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { adjoint, out } = self;
         let Heads { queries, keys, size } = adjoint.attention.heads;
-        let segments = adjoint.segments.iter().filter(|rows| !rows.is_empty());
-        let task = |rows: &Range<usize>| {
-            let rows = rows.clone();
-            (0..keys).map(move |head| Task { adjoint, rows: rows.clone(), head, group: queries / keys })
-        };
-        let mut tasks: Vec<_> = segments.flat_map(task).collect();
+        let (rows, group) = (adjoint.attention.queries.rows(), queries / keys);
+        let parts = group.div_ceil(TASK_HEADS);
+        // What each part of a group gives its key and value, `[rows, key-value heads, parts, 2 · size]`.
+        let mut given = vec![0.0; rows * keys * parts * 2 * size];
+        let sinks = Sinks { out: Shared::new(out), given: Shared::new(&mut given) };
+
+        let mut tasks = Vec::new();
+        for rows in adjoint.segments.iter().filter(|rows| !rows.is_empty()) {
+            for (head, part) in (0..keys).flat_map(|head| (0..parts).map(move |part| (head, part))) {
+                let own = even_part(group, parts, part);
+                let queries = head * group + own.start..head * group + own.end;
+                tasks.push(Task { adjoint, rows: rows.clone(), head, queries, at: head * parts + part });
+            }
+        }
         // The longest first, so that none of them is left for the end.
         tasks.sort_by_key(|task| std::cmp::Reverse(task.rows.len()));
         let products: u64 = adjoint.segments.iter().map(|rows| (rows.len() * rows.len()) as u64).sum();
-        let run = |memory: &mut Memory, task: &Task<'_>| task.run(simd, memory, out);
+        let run = |memory: &mut Memory, task: &Task<'_>| task.run(simd, memory, sinks);
+        let add = |row: usize| adjoint.add_given(row, parts, sinks);
         if 5 * products * (queries * size) as u64 / 2 >= PARALLEL_MACS {
             tasks.par_iter().with_max_len(1).for_each_init(Memory::default, run);
+            (0..rows).into_par_iter().for_each(add);
         } else {
             let mut memory = Memory::default();
             tasks.iter().for_each(|task| run(&mut memory, task));
+            (0..rows).for_each(add);
+        }
+    }
+}
+
+/// Where gradients are written.
+#[derive(Clone, Copy)]
+struct Sinks {
+    out: Shared<f32>,
+    /// What tasks give keys and values.
+    given: Shared<f32>,
+}
+
+impl AttentionAdjoint<'_> {
+    /// Adds what the parts of a group give the keys and values of a row, and turns the keys' back.
+    fn add_given(&self, row: usize, parts: usize, Sinks { out, given }: Sinks) {
+        let Heads { queries, keys, size } = self.attention.heads;
+        let width = (queries + 2 * keys) * size;
+        for head in 0..keys {
+            let own = row * width + (queries + head) * size;
+            // SAFETY: the outputs outlive the step, a row's head is one call's, and all tasks are done.
+            let (key, value, given) = unsafe {
+                let given = given.slice((row * keys + head) * parts * 2 * size, parts * 2 * size);
+                (out.slice(own, size), out.slice(own + keys * size, size), given)
+            };
+            for (part, given) in given.chunks_exact(2 * size).enumerate() {
+                let (of_key, of_value) = given.split_at(size);
+                if part == 0 {
+                    key.copy_from_slice(of_key);
+                    value.copy_from_slice(of_value);
+                } else {
+                    key.iter_mut().zip(of_key).for_each(|(sum, given)| *sum += given);
+                    value.iter_mut().zip(of_value).for_each(|(sum, given)| *sum += given);
+                }
+            }
+            if let Some(rotary) = self.attention.rotary {
+                rotary.rotate_adjoint(row, key);
+            }
         }
     }
 }
@@ -140,12 +191,15 @@ struct Block {
     score_gradients: Vec<f32>,
 }
 
-/// A key-value head of one segment. Row r is query head r mod `group` of the head's, at position r / `group` of the segment.
+/// Some query heads of one key-value head in one segment. Row r is its query head r mod their number, at position r / their number of
+/// the segment.
 struct Task<'a> {
     adjoint: &'a AttentionAdjoint<'a>,
     rows: Range<usize>,
     head: usize,
-    group: usize,
+    queries: Range<usize>,
+    /// Where what it gives lies among that of a row's tasks.
+    at: usize,
 }
 
 /// So many zeros.
@@ -155,29 +209,25 @@ fn zeros(memory: &mut Vec<f32>, count: usize) {
 }
 
 impl Task<'_> {
-    fn run<S: Simd>(&self, simd: S, memory: &mut Memory, out: Shared<f32>) {
+    fn run<S: Simd>(&self, simd: S, memory: &mut Memory, Sinks { out, given }: Sinks) {
         let Heads { queries: query_heads, keys: key_heads, size } = self.adjoint.attention.heads;
         let width = (query_heads + 2 * key_heads) * size;
         let (tokens, pitch) = (self.rows.len(), self.pitch());
         self.pack(simd, memory);
-        zeros(&mut memory.query_gradients, tokens * self.group * pitch);
+        zeros(&mut memory.query_gradients, tokens * self.queries.len() * pitch);
+        let row_tasks = key_heads * (query_heads / key_heads).div_ceil(TASK_HEADS);
         for first in (0..tokens).step_by(KEYS) {
             let keys = first..tokens.min(first + KEYS);
             self.pack_block(simd, keys.clone(), &mut memory.block);
             self.block(simd, keys.clone(), memory);
-            let block = &mut memory.block;
-            let gradients = block.key_gradients.chunks_exact_mut(pitch).zip(block.value_gradients.chunks_exact(pitch));
+            let block = &memory.block;
+            let gradients = block.key_gradients.chunks_exact(pitch).zip(block.value_gradients.chunks_exact(pitch));
             for (token, (key, value)) in keys.zip(gradients) {
-                let row = self.rows.start + token;
-                if let Some(rotary) = self.adjoint.attention.rotary {
-                    rotary.rotate_adjoint(row, &mut key[..size]);
-                }
-                let own = row * width + (query_heads + self.head) * size;
-                // SAFETY: the output outlives the step, and a row's head is one task's.
-                unsafe {
-                    out.slice(own, size).copy_from_slice(&key[..size]);
-                    out.slice(own + key_heads * size, size).copy_from_slice(&value[..size]);
-                }
+                let own = ((self.rows.start + token) * row_tasks + self.at) * 2 * size;
+                // SAFETY: the output outlives the step, and no other task has this place.
+                let given = unsafe { given.slice(own, 2 * size) };
+                given[..size].copy_from_slice(&key[..size]);
+                given[size..].copy_from_slice(&value[..size]);
             }
         }
         let scale = 1.0 / (size as f32).sqrt();
@@ -188,7 +238,7 @@ impl Task<'_> {
             if let Some(rotary) = self.adjoint.attention.rotary {
                 rotary.rotate_adjoint(row, query);
             }
-            // SAFETY: as above.
+            // SAFETY: as above; a row's head is one task's.
             unsafe { out.slice(row * width + head * size, size).copy_from_slice(query) };
         }
     }
@@ -199,13 +249,13 @@ impl Task<'_> {
 
     /// The row of the batch and the query head of the task's row `at`.
     fn place(&self, at: usize) -> (usize, usize) {
-        (self.rows.start + at / self.group, self.head * self.group + at % self.group)
+        (self.rows.start + at / self.queries.len(), self.queries.start + at % self.queries.len())
     }
 
     /// Queries, gradients and what is known of the rows' weights.
     fn pack<S: Simd>(&self, simd: S, memory: &mut Memory) {
         let Attention { heads: Heads { queries: query_heads, size, .. }, queries, rotary, .. } = self.adjoint.attention;
-        let (rows, pitch) = (self.rows.len() * self.group, self.pitch());
+        let (rows, pitch) = (self.rows.len() * self.queries.len(), self.pitch());
         let Memory { queries: packed, g: packed_g, means, log_sums, .. } = memory;
         zeros(packed, rows * pitch);
         zeros(packed_g, rows * pitch);
@@ -271,7 +321,8 @@ impl Task<'_> {
         let window = self.adjoint.attention.window.unwrap_or(usize::MAX);
         let end = (keys.end - 1).saturating_add(window).min(self.rows.len());
         let Memory { queries, g, means, log_sums, query_gradients, block } = memory;
-        let (first_row, end_row) = (keys.start * self.group, end * self.group);
+        let group = self.queries.len();
+        let (first_row, end_row) = (keys.start * group, end * group);
         for first in (first_row..end_row).step_by(ROWS) {
             let rows = first..end_row.min(first + ROWS);
             let own = rows.start * pitch..rows.end * pitch;
@@ -289,7 +340,7 @@ impl Task<'_> {
             }
             let known = means[rows.clone()].iter().zip(&log_sums[rows.clone()]);
             let seen = |row: usize| {
-                let position = row / self.group;
+                let position = row / group;
                 let (first, end) = ((position + 1).saturating_sub(window), position + 1);
                 first.saturating_sub(keys.start).min(KEYS)..end.min(keys.end) - keys.start
             };

@@ -5,11 +5,14 @@ use rayon::prelude::*;
 
 use crate::HostEngine;
 use crate::decoder::error::OperationError;
-use crate::partition::PARALLEL_MACS;
 use crate::vectorise::vectorised;
 
 /// Numbers that a task has: two operands stay in the first-level cache.
 const CHUNK: usize = 2048;
+
+/// Numbers from which threads share them: those of some tens of rows. Each takes far more than a product does, most of it waiting for
+/// memory.
+pub(super) const PARALLEL_NUMBERS: usize = 1 << 15;
 
 impl HostEngine {
     /// sum += term
@@ -51,7 +54,7 @@ impl<W: Fn(&mut [f32], &[f32]) + Sync> WithSimd for Chunks<'_, W> {
                 || work(out, read),
             );
         };
-        if (out.len() as u64) < PARALLEL_MACS {
+        if out.len() < PARALLEL_NUMBERS {
             chunk((out, read));
         } else {
             out.par_chunks_mut(CHUNK).zip(read.par_chunks(CHUNK)).for_each(chunk);

@@ -3,11 +3,11 @@
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::elements::PARALLEL_NUMBERS;
 use crate::HostEngine;
 use crate::decoder::error::OperationError;
 use crate::decoder::norm::{LANES, sum};
 use crate::finish::exp;
-use crate::partition::PARALLEL_MACS;
 use crate::vectorise::vectorised;
 
 impl HostEngine {
@@ -54,7 +54,7 @@ impl WithSimd for Rows<'_> {
                 || row(logits, *target as usize),
             );
         };
-        if (logits.len() as u64) < PARALLEL_MACS {
+        if logits.len() < PARALLEL_NUMBERS {
             logits.chunks_exact_mut(vocabulary).zip(targets).zip(losses).for_each(one);
         } else {
             logits.par_chunks_exact_mut(vocabulary).zip(targets).zip(losses).for_each(one);

@@ -4,10 +4,10 @@
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::elements::PARALLEL_NUMBERS;
 use crate::HostEngine;
 use crate::decoder::error::OperationError;
 use crate::decoder::norm::{LANES, halves, sum};
-use crate::partition::PARALLEL_MACS;
 use crate::vectorise::vectorised;
 
 impl HostEngine {
@@ -81,7 +81,7 @@ impl<const CENTRED: bool> WithSimd for Rows<'_, CENTRED> {
                 || row::<CENTRED>(x, gamma, epsilon, centred, g),
             );
         };
-        if (x.len() as u64) < PARALLEL_MACS {
+        if x.len() < PARALLEL_NUMBERS {
             let mut own = Vec::new();
             x.chunks_exact(width).zip(g.chunks_exact_mut(width)).for_each(|rows| one(&mut own, rows));
         } else {
