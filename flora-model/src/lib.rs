@@ -3,7 +3,8 @@
 //!
 //! A decoder is written once, over projections ([`flora_runtime::PlannedProjection`]) and the few operations beside them. On the
 //! host these are `flora-host`'s own; with the feature `burn` (which `cuda` and `wgpu` bring) they are Burn's on other devices. What
-//! one row computes depends on its own sequence and adapter alone, and on nothing else that is in its batch.
+//! one row computes depends on its own sequence and adapter alone, and on nothing else that is in its batch. The same decoder gives
+//! losses and gradients of many adapters in one batch ([`training`]).
 
 mod block;
 mod build;

@@ -7,8 +7,8 @@
 //!                        tape ◀──────────────── backward, block by block ◀───────────────────────────┘
 //! ```
 //!
-//! The decoder is the one that serves: its operations are recorded as they run ([`recorder`]), and the backward pass goes over the
-//! records ([`tape`]). Blocks whose records don't fit the memory for them are computed again when the backward pass comes to
+//! The decoder is the one that serves: its operations are recorded as they run (`recorder`), and the backward pass goes over the
+//! records (`tape`). Blocks whose records don't fit the memory for them are computed again when the backward pass comes to
 //! them, to the same bits.
 
 mod batch;
@@ -16,6 +16,8 @@ mod error;
 mod output;
 mod recorder;
 mod tape;
+
+use std::sync::{Mutex, PoisonError};
 
 use flora_adapters::BaseForm;
 use flora_checkpoint::Model;
@@ -27,8 +29,7 @@ use rustc_hash::FxHashMap;
 
 use crate::block::Step;
 use crate::build::{OUTPUT, Parts, build};
-use crate::host::HostOperations;
-use crate::operations::{Operations, Serving};
+use crate::operations::Operations;
 use crate::options::ServeOptions;
 use crate::training::batch::Rows;
 use crate::training::recorder::{Recorded, Recorder};
@@ -241,6 +242,24 @@ impl TrainedModel {
     }
 }
 
+/// What `step` gives, on the first thread of the pool. An allocator keeps for a thread what that gave back, so the results of steps on
+/// any thread would be in memory as often as there are threads.
+fn on_first_thread<R: Send>(step: impl FnOnce() -> R + Send) -> R {
+    let (step, result) = (Mutex::new(Some(step)), Mutex::new(None));
+    rayon::broadcast(|context| {
+        let own = if context.index() == 0 { take(&step) } else { None };
+        if let Some(step) = own {
+            let made = step();
+            *result.lock().unwrap_or_else(PoisonError::into_inner) = Some(made);
+        }
+    });
+    take(&result).expect("a pool has a first thread")
+}
+
+fn take<T>(from: &Mutex<Option<T>>) -> Option<T> {
+    from.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
 impl Trainee for TrainedModel {
     type Error = TrainError;
 
@@ -274,10 +293,12 @@ impl Trainee for TrainedModel {
     }
 
     fn gradients(&mut self, batch: &[TrainSegment<'_>]) -> Result<BatchGradients, TrainError> {
-        HostOperations::run(|| self.run(batch, true))
+        let this = &*self;
+        on_first_thread(|| this.run(batch, true))
     }
 
     fn losses(&mut self, batch: &[TrainSegment<'_>]) -> Result<Vec<SegmentLoss>, TrainError> {
-        HostOperations::run(|| Ok(self.run(batch, false)?.losses))
+        let this = &*self;
+        on_first_thread(|| Ok(this.run(batch, false)?.losses))
     }
 }

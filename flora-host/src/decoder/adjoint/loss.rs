@@ -11,7 +11,7 @@ use crate::finish::exp;
 use crate::vectorise::vectorised;
 
 impl HostEngine {
-    /// −ln softmax(logits)[target] of every row of `logits` `[rows, vocabulary]`, in nats, with a target for each row. The logits
+    /// −ln softmax(logits) at the target of every row of `logits` `[rows, vocabulary]`, in nats, with a target for each row. The logits
     /// become the gradient of the sum of these losses, softmax(logits) − one-hot(target).
     ///
     /// # Errors
