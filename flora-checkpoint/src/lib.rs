@@ -13,6 +13,7 @@ mod safetensors_file;
 pub mod tensor;
 pub mod tensors;
 
+pub use atomic::write_file;
 pub use error::FileError;
 pub use model::{
     BaseWeight, DecoderConfig, Gelu, GptBigCodeConfig, LlamaConfig, Model, ModelError, Parameter, Projection,
@@ -24,4 +25,4 @@ pub use peft::{
 };
 pub use safetensors_file::SafetensorsProblem;
 pub use tensor::{Encoding, SharedBytes, StoredTensor, TensorProblem};
-pub use tensors::{Matrix, read_matrices, write_matrices};
+pub use tensors::{Matrix, TensorFile, read_matrices, write_matrices};

@@ -92,16 +92,26 @@ pub(crate) fn parse(path: &Path, bytes: SharedBytes) -> Result<TensorTable, File
     Ok(TensorTable::new(path, entries))
 }
 
+/// What the header of a file that [`parse`] has read says beside its tensors.
+pub(crate) fn notes(path: &Path, bytes: &SharedBytes) -> Result<BTreeMap<String, String>, FileError> {
+    let (_, metadata) = SafeTensors::read_metadata(bytes.as_slice()).map_err(|error| FileError::Safetensors {
+        path: path.to_owned(),
+        problem: SafetensorsProblem::Header(error),
+    })?;
+    Ok(metadata.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect())
+}
+
 /// The bytes of a safetensors file that holds `tensors`: name → (shape, row-major values), as F32.
 pub(crate) fn to_bytes<'a>(
     tensors: impl IntoIterator<Item = (String, Vec<usize>, &'a [f32])>,
+    notes: impl IntoIterator<Item = (String, String)>,
 ) -> Result<Vec<u8>, SafetensorsProblem> {
     let tensors = tensors.into_iter().map(|(name, shape, values)| {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         (name, F32Tensor { shape, bytes })
     });
     // Loaders of Hugging Face look for this entry.
-    let metadata = [("format".to_string(), "pt".to_string())].into();
+    let metadata = notes.into_iter().chain([("format".to_string(), "pt".to_string())]).collect();
     safetensors::serialize(tensors, Some(metadata)).map_err(SafetensorsProblem::Header)
 }
 

@@ -15,7 +15,44 @@ impl AdapterFolder {
     ///
     /// The folder appears whole or not at all, and only after reading it back gave the same adapter. A folder of that name must
     /// not exist.
+    ///
+    /// # Errors
+    /// The name is taken or no name, the adapter can't be said in PEFT's layout, or the operating system refuses.
     pub fn write(&self, parent: &Path) -> Result<PathBuf, AdapterError> {
+        let path = parent.join(&self.name);
+        let written = self.write_beside(parent, |path| match path.symlink_metadata() {
+            Ok(_) => Err(AdapterError::Exists { path: path.to_owned() }),
+            Err(_) => Ok(()),
+        })?;
+        std::fs::rename(&written.folder, &path).map_err(|source| FileError::io(&path, "create", source))?;
+        atomic::sync_folder(parent)?;
+        Ok(path)
+    }
+
+    /// [`write`](Self::write), in place of the folder of that name if there is one: a reader sees the old adapter or the new one.
+    ///
+    /// Where the system can't exchange two folders, there is none for a moment.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write); what has the name is then as it was. What isn't an adapter's folder isn't replaced.
+    pub fn replace(&self, parent: &Path) -> Result<PathBuf, AdapterError> {
+        let path = parent.join(&self.name);
+        let written = self.write_beside(parent, |path| {
+            let is_free = path.symlink_metadata().is_err();
+            let is_adapter = path.join(CONFIG).symlink_metadata().is_ok();
+            if is_free || is_adapter { Ok(()) } else { Err(AdapterError::Exists { path: path.to_owned() }) }
+        })?;
+        atomic::replace_folder(&written.folder, &path)?;
+        atomic::sync_folder(parent)?;
+        Ok(path)
+    }
+
+    /// The adapter in a folder of `parent` that goes when it is dropped; `check` may refuse the path that it should have.
+    fn write_beside(
+        &self,
+        parent: &Path,
+        check: impl FnOnce(&Path) -> Result<(), AdapterError>,
+    ) -> Result<Written, AdapterError> {
         let mut components = Path::new(&self.name).components();
         let is_plain = matches!((components.next(), components.next()), (Some(std::path::Component::Normal(_)), None));
         if !is_plain {
@@ -25,13 +62,10 @@ impl AdapterFolder {
             let problem = "it replaces weights of the base model, which only PEFT writes".to_string();
             return Err(self.unwritable("", problem));
         }
-        let path = parent.join(&self.name);
         let config = self.config()?;
         let tensors = self.tensors()?;
         std::fs::create_dir_all(parent).map_err(|source| FileError::io(parent, "create", source))?;
-        if path.symlink_metadata().is_ok() {
-            return Err(AdapterError::Exists { path });
-        }
+        check(&parent.join(&self.name))?;
         let temporary = tempfile::Builder::new().prefix(".adapter-").tempdir_in(parent);
         let temporary = temporary.map_err(|source| FileError::io(parent, "write in", source))?;
         let folder = temporary.path().join(&self.name);
@@ -46,8 +80,7 @@ impl AdapterFolder {
                 self.unwritable(module, "its layer, rank or operands can't be said in PEFT's layout".to_string())
             );
         }
-        std::fs::rename(&folder, &path).map_err(|source| FileError::io(&path, "create", source))?;
-        Ok(path)
+        Ok(Written { folder, _temporary: temporary })
     }
 
     fn unwritable(&self, module: &str, problem: String) -> AdapterError {
@@ -135,9 +168,16 @@ impl AdapterFolder {
             }
         }
         let borrowed = tensors.iter().map(|(name, shape, values)| (name.clone(), shape.clone(), &values[..]));
-        safetensors_file::to_bytes(borrowed)
+        safetensors_file::to_bytes(borrowed, [])
             .map_err(|problem| FileError::Safetensors { path: PathBuf::from(&self.name), problem }.into())
     }
+}
+
+/// A folder that was written beside the place where it belongs.
+struct Written {
+    folder: PathBuf,
+    /// Holds `folder`, or what it was exchanged with, and is removed with it.
+    _temporary: tempfile::TempDir,
 }
 
 /// The option that a scalar comes from. The product of an f32 and a rank is exact in f64, so reading it back gives the same

@@ -1,7 +1,7 @@
 //! Plain tensor files, and safetensors files that are damaged on purpose.
 
 use crate::file;
-use flora_checkpoint::{FileError, Matrix, SafetensorsProblem, read_matrices, write_matrices};
+use flora_checkpoint::{FileError, Matrix, Operand, SafetensorsProblem, TensorFile, read_matrices, write_matrices};
 use std::collections::BTreeMap;
 
 fn damaged(header: &str, data: usize) -> FileError {
@@ -97,4 +97,33 @@ fn only_finite_matrices_are_read() {
     assert!(damaged(header, 8).to_string().contains("tensor `v` has the shape [2] where a matrix is needed"));
     let header = r#"{"v": {"dtype": "I64", "shape": [1, 1], "data_offsets": [0, 8]}}"#;
     assert!(damaged(header, 8).to_string().contains("element type I64"));
+}
+
+#[test]
+fn state_is_read_back_bit_for_bit_with_its_notes() {
+    let (_folder, path) = file("x.safetensors", b"old");
+    let tensor = |shape: &[usize], values: &[f32]| Operand { shape: shape.to_vec(), values: values.to_vec() };
+    let nan = f32::from_bits(0x7fc1_2345);
+    let tensors = [
+        ("s".to_owned(), tensor(&[], &[-0.0])),
+        ("v".to_owned(), tensor(&[3], &[nan, f32::NEG_INFINITY, 1e-42])),
+        ("m".to_owned(), tensor(&[2, 1], &[1.0, 2.0])),
+    ];
+    let notes = [("state".to_owned(), r#"{"step": 3, "name": "ö"}"#.to_owned())];
+    let written = TensorFile { tensors: tensors.into(), notes: notes.into() };
+    written.write(&path).expect("a writable file");
+    let again = TensorFile::read(&path).expect("what was written");
+    assert_eq!(again.notes, written.notes);
+    for (name, tensor) in &written.tensors {
+        let bits = |tensor: &Operand| tensor.values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        assert_eq!((&again.tensors[name].shape, bits(&again.tensors[name])), (&tensor.shape, bits(tensor)), "{name}");
+    }
+    let wrong = TensorFile { tensors: [("w".to_owned(), tensor(&[2], &[1.0]))].into(), ..TensorFile::default() };
+    assert!(wrong.write(&path).is_err());
+    assert!(TensorFile::read(&path).is_ok(), "the old content");
+    let bytes = std::fs::read(&path).expect("what was written");
+    for length in 0..bytes.len() {
+        std::fs::write(&path, &bytes[..length]).expect("writing a cut file");
+        assert!(TensorFile::read(&path).is_err(), "cut at byte {length}");
+    }
 }
