@@ -20,6 +20,7 @@ mod kinds;
 mod modules;
 mod options;
 mod replaced;
+mod settings;
 mod targets;
 mod write;
 
@@ -30,6 +31,7 @@ pub use files::{AdapterFiles, FolderVersion};
 pub use kind_error::{KindError, KindProblem};
 pub use kinds::{AdapterKind, AdapterKinds};
 pub use replaced::{ReplacedRows, ReplacedWeight, Replacements};
+pub use settings::{AdapterRequest, AdapterSettings, ModuleSettings};
 
 use crate::error::FileError;
 use crate::json::Json;

@@ -1,6 +1,8 @@
 //! Whether a description of a kind makes sense by itself.
 
-use super::description::{Choice, Divisor, Extent, KindDescription, LayerDescription, OptionRule, READ};
+use super::description::{
+    Choice, ComponentFillings, Divisor, Extent, Filling, Initial, KindDescription, LayerDescription, OptionRule, READ,
+};
 use super::kind_error::{KindError, KindProblem};
 use super::options;
 use std::collections::{BTreeMap, BTreeSet};
@@ -137,6 +139,23 @@ impl KindDescription {
     }
 }
 
+/// Why an operand of this shape can't start so.
+fn misfilled(initial: Initial, shape: &[Extent]) -> Option<&'static str> {
+    let has_rank = shape.contains(&Extent::Rank);
+    let fillings = match initial {
+        Initial::All(filling) => [filling; 2],
+        Initial::ByComponent(_) if !has_rank => return Some("starts by component of the rank, but has no extent R"),
+        Initial::ByComponent(ComponentFillings { first, others }) => [first, others],
+    };
+    match () {
+        () if fillings.contains(&Filling::Rank) && !has_rank => Some("starts from the rank, but has no extent R"),
+        () if fillings.contains(&Filling::ColumnNorms) && shape != [Extent::Outputs] => {
+            Some("starts from the norms of the base weight's columns, but isn't [K]")
+        }
+        () => None,
+    }
+}
+
 fn name(what: &'static str, name: &str) -> Result<(), KindProblem> {
     let is_plain = |character: char| character.is_ascii_alphanumeric() || character == '_';
     match !name.is_empty() && name.len() <= 64 && name.chars().all(is_plain) {
@@ -165,6 +184,11 @@ fn check_layer(layer: &LayerDescription) -> Result<(), KindProblem> {
         let shape = tensor.shape();
         if shape.len() > 2 || tensor.stored.len() > 4 || tensor.transposed && shape.len() != 2 {
             return Err(KindProblem::Shape { layer: layer_name(), operand: operand() });
+        }
+        for initial in tensor.init.iter().chain(&tensor.reference) {
+            if let Some(problem) = misfilled(*initial, &shape) {
+                return Err(KindProblem::Number { layer: layer_name(), operand: operand(), problem });
+            }
         }
         let unknown = |extent: &&Extent| !matches!(extent, Extent::Fixed(_)) && !shown.contains(extent);
         if let Some(extent) = shape.iter().find(unknown) {

@@ -1,6 +1,6 @@
 //! `adapter_config.json` as typed values.
 
-use super::description::{Choice, KindDescription, LayerDescription, RankDescription};
+use super::description::{Choice, Divisor, KindDescription, LayerDescription, RankDescription, ScalarDescription};
 use super::options;
 use super::targets::{Names, Pattern, PatternProblem, Targets};
 use super::{AdapterError, AdapterKind, AdapterKinds};
@@ -61,6 +61,13 @@ pub(super) struct RankSetting {
 
 /// Values by pattern, in the order of the file: the first pattern that matches holds.
 pub(super) struct Patterns<T>(Vec<(Pattern, T)>);
+
+impl<T: Copy> Setting<T> {
+    /// The value for `module`.
+    pub(super) fn of(&self, module: &str) -> Result<T, PatternProblem> {
+        Ok(self.patterns.find(module)?.unwrap_or(self.common))
+    }
+}
 
 impl<T: Copy> Patterns<T> {
     pub(super) fn find(&self, module: &str) -> Result<Option<T>, PatternProblem> {
@@ -148,6 +155,25 @@ impl Config {
     /// The layers that a module can be of.
     pub(super) fn layers(&self) -> impl Iterator<Item = &LayerDescription> {
         self.layers.iter().filter_map(|index| self.kind.description().layers.get(*index))
+    }
+
+    /// A number of the config for `module`, over r or √r where the kind says so.
+    pub(super) fn scalar(&self, scalar: &ScalarDescription, module: &str, rank: usize) -> Result<f32, AdapterError> {
+        let missing = || self.invalid(&scalar.option, "missing".to_string(), "it must be a number".to_string());
+        let setting = self.numbers.get(&scalar.option).ok_or_else(missing)?;
+        let number = setting.of(module).map_err(self.pattern_error())?;
+        let is_root = scalar.root.as_ref().and_then(|root| self.roots.get(root)).copied().unwrap_or(false);
+        let divisor = match (scalar.over, is_root) {
+            (None, _) => 1.0,
+            (Some(Divisor::Rank), false) => rank as f64,
+            (Some(Divisor::Rank), true) | (Some(Divisor::RootRank), _) => (rank as f64).sqrt(),
+        };
+        let value = (number / divisor) as f32;
+        if !value.is_finite() {
+            let expected = format!("the scale of module `{module}` exceeds the range of f32");
+            return Err(self.invalid(&scalar.option, number.to_string(), expected));
+        }
+        Ok(value)
     }
 
     /// How many patterns are tried on each module.

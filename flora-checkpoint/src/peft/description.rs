@@ -116,6 +116,48 @@ pub struct TensorDescription {
     pub transposed: bool,
     /// What the operand is filled with where the file doesn't have the tensor. Without it, the tensor has to be there.
     pub default: Option<f32>,
+    /// What training starts from. Without it, adapters of the kind can't be trained.
+    pub init: Option<Initial>,
+    /// What it starts from in the code of the kind's authors, where that is another start.
+    pub reference: Option<Initial>,
+}
+
+/// What an operand is filled with before training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum Initial {
+    /// Alike in all of its places.
+    All(Filling),
+    /// By component of the rank.
+    ByComponent(ComponentFillings),
+}
+
+/// The fillings of a factor's components.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ComponentFillings {
+    /// Of the first component.
+    pub first: Filling,
+    /// Of all others.
+    pub others: Filling,
+}
+
+/// Where the numbers of an operand come from before training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Filling {
+    /// 0
+    Zeros,
+    /// 1
+    Ones,
+    /// r: a mean over the rank of which the other components are 0 is then 1.
+    Rank,
+    /// Normal numbers of mean 0 and deviation 1.
+    Normal,
+    /// Uniform between ±1/√n, n the last extent of the stored tensor: PyTorch's start of a linear layer, and PEFT's of a first factor.
+    KaimingUniform,
+    /// The norm of each of the base weight's columns, `[k]`.
+    ColumnNorms,
 }
 
 impl TensorDescription {

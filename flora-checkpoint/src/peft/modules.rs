@@ -1,7 +1,7 @@
 //! The tensors of an adapter file → the operands of each module.
 
 use super::config::Config;
-use super::description::{Divisor, Extent, LayerDescription, ScalarDescription, TensorDescription};
+use super::description::{Extent, LayerDescription, TensorDescription};
 use super::replaced::{self, Part, Replacements};
 use super::{AdapterError, AdapterModule, Operand};
 use crate::tensor::{StoredTensor, TensorProblem, TensorTable, transpose};
@@ -138,7 +138,7 @@ impl<'a> Reader<'a> {
         }
         let rank = self.extent(Extent::Rank).unwrap_or(0);
         for scalar in &layer.scalars {
-            let values = vec![self.scalar(scalar, rank)?];
+            let values = vec![self.config.scalar(scalar, self.module, rank)?];
             operands.insert(scalar.operand.clone(), Operand { shape: Vec::new(), values });
         }
         Ok(AdapterModule { layer: layer.name.clone(), rank, operands })
@@ -324,26 +324,6 @@ impl<'a> Reader<'a> {
         };
         let values = vec![default; shape.iter().product()];
         Ok(Operand { shape, values })
-    }
-
-    /// A number of the config, over r or √r where the kind says so.
-    fn scalar(&self, scalar: &ScalarDescription, rank: usize) -> Result<f32, AdapterError> {
-        let missing = || self.config.invalid(&scalar.option, "missing".to_string(), "it must be a number".to_string());
-        let setting = self.config.numbers.get(&scalar.option).ok_or_else(missing)?;
-        let by_pattern = setting.patterns.find(self.module).map_err(self.config.pattern_error())?;
-        let number = by_pattern.unwrap_or(setting.common);
-        let is_root = scalar.root.as_ref().and_then(|root| self.config.roots.get(root)).copied().unwrap_or(false);
-        let divisor = match (scalar.over, is_root) {
-            (None, _) => 1.0,
-            (Some(Divisor::Rank), false) => rank as f64,
-            (Some(Divisor::Rank), true) | (Some(Divisor::RootRank), _) => (rank as f64).sqrt(),
-        };
-        let value = (number / divisor) as f32;
-        if !value.is_finite() {
-            let expected = format!("the scale of module `{}` exceeds the range of f32", self.module);
-            return Err(self.config.invalid(&scalar.option, number.to_string(), expected));
-        }
-        Ok(value)
     }
 }
 

@@ -37,7 +37,7 @@ fn rule<'a>(kind: &'a KindDescription, option: &str) -> Rule<'a> {
 }
 
 /// Whether a rank, a number, a choice or a list of modules comes from `option`.
-fn is_read(kind: &KindDescription, option: &str) -> bool {
+pub(super) fn is_read(kind: &KindDescription, option: &str) -> bool {
     let is = |name: &String| name == option;
     kind.rank.as_ref().is_some_and(|rank| is(&rank.option) || rank.patterns.as_ref().is_some_and(is))
         || kind.layers.iter().any(|layer| {

@@ -162,6 +162,18 @@ impl Targets {
         Ok(self.included.is_some() && self.allow(module)?)
     }
 
+    /// Whether an adapter that is yet to be made adapts `module`.
+    pub(super) fn adapt(&self, module: &str) -> Result<bool, PatternProblem> {
+        self.allow(module)
+    }
+
+    /// The first listed name that none of `modules` is called by.
+    pub(super) fn unmatched<'a>(&self, modules: impl Iterator<Item = &'a str> + Clone) -> Option<&str> {
+        let Some(Names::List(names)) = &self.included else { return None };
+        let is_meant = |name: &str| modules.clone().any(|module| ends(module).any(|end| end == name));
+        names.iter().map(String::as_str).find(|name| !is_meant(name))
+    }
+
     /// Checks that the modules that the file has tensors for are targeted. Whether a target without tensors is a module at all, only
     /// a model tells.
     pub(super) fn check_modules<'a>(

@@ -150,6 +150,14 @@ fn contradictions_in_a_description_are_named() {
         P::UnknownExtent { .. } | P::Number { .. }
     ));
     assert!(matches!(problem("over = \"rank\", root", "root"), P::Number { .. }));
+    for start in ["\"column_norms\"", "{ first = \"ones\", others = \"column_norms\" }"] {
+        let stored = format!("[\"R\", \"K\"], init = {start} }}");
+        assert!(matches!(problem("[\"R\", \"K\"] }", &stored), P::Number { .. }));
+    }
+    for start in ["init = \"rank\"", "reference = { first = \"ones\", others = \"zeros\" }"] {
+        let stored = format!("stored = [1], {start} }}");
+        assert!(matches!(problem("stored = [1] }", &stored), P::Number { .. }));
+    }
     assert!(matches!(problem("option = \"offset\"", "option = \"r\""), P::OptionTwice { .. }));
     assert!(matches!(problem("option = \"offset\"", "option = \"target_modules\""), P::OptionTwice { .. }));
     assert!(matches!(problem("epochs =", "tied ="), P::OptionTwice { .. }));

@@ -13,6 +13,7 @@ mod model;
 mod mutation;
 mod peft;
 mod rotary;
+mod settings;
 mod split;
 mod tensors;
 
