@@ -87,6 +87,11 @@ impl Layers {
         &self.base
     }
 
+    /// The layer called `name` that modules of some kind can be of.
+    pub fn compiled(&self, name: &str) -> Option<&CompiledLayer> {
+        self.compiled.get(name)
+    }
+
     /// Whether folding `module` reads the base weight.
     pub(crate) fn read_base(&self, module: &AdapterModule) -> bool {
         self.compiled.get(&module.layer).is_some_and(|layer| layer.linear.reads_base_weight())
@@ -115,8 +120,13 @@ impl Layers {
 
     /// Whether `module` scales the base layer's bias along with its output.
     pub(crate) fn scales_bias(&self, module: &AdapterModule) -> bool {
-        let scales = self.compiled.get(&module.layer).is_some_and(|layer| layer.linear.scales_base_output());
-        scales && self.kinds.layer(&module.layer).is_some_and(|layer| layer.bias == Some(BiasRule::Scaled))
+        self.layer_scales_bias(&module.layer)
+    }
+
+    /// Whether modules of the layer called `name` scale the base layer's bias along with its output, as IA3's do.
+    pub fn layer_scales_bias(&self, name: &str) -> bool {
+        let scales = self.compiled.get(name).is_some_and(|layer| layer.linear.scales_base_output());
+        scales && self.kinds.layer(name).is_some_and(|layer| layer.bias == Some(BiasRule::Scaled))
     }
 
     /// The refusal of an adapter that would scale a bias.
@@ -249,8 +259,11 @@ pub(crate) fn base_value(base: &BaseWeight) -> Result<Value, EvaluateError> {
     Value::matrix(base.d, base.k, base.values.iter().map(|value| f64::from(*value)).collect())
 }
 
-/// The operands as values of the IR.
-fn bindings(operands: &BTreeMap<String, Operand>) -> Result<Bindings, EvaluateError> {
+/// An adapter's operands as what [`NormalForm::fold`] takes.
+///
+/// # Errors
+/// An operand whose values are not as many as its extents say.
+pub fn bindings(operands: &BTreeMap<String, Operand>) -> Result<Bindings, EvaluateError> {
     let mut bindings = Bindings::new();
     for (name, operand) in operands {
         let mut values = operand.values.iter().map(|value| f64::from(*value));

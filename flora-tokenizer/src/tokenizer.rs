@@ -218,6 +218,11 @@ impl Tokenizer {
         ends
     }
 
+    /// The token that ends a text, where the model has one: what templates call `eos_token`.
+    pub fn end_token(&self) -> Option<u32> {
+        self.special.end
+    }
+
     /// The control tokens and how they are written, such as `<|im_end|>`, by id.
     pub fn special_tokens(&self) -> impl Iterator<Item = (u32, &str)> {
         let control = |(id, token): (u32, &'_ Token)| (token.kind == Kind::Control).then_some(id);

@@ -6,13 +6,14 @@ use super::config::Config;
 use super::description::{Choice, Divisor, Extent, KindDescription, LayerDescription, ScalarDescription};
 use super::{AdapterError, AdapterKind, AdapterKinds, options};
 use crate::json::Json;
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 /// What is said of an adapter that is to be made.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct AdapterRequest {
     /// The layer of its modules: `lora`, `dora`, `ia3`, `hira`, `flora`, `flora_mean`, or one of a registered kind.
     pub layer: String,
