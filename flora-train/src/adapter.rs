@@ -13,7 +13,7 @@ use flora_checkpoint::{
 };
 use flora_ir::algebra::{FoldError, FoldedAdapter, NormalForm};
 use flora_ir::gradient::{FoldedGradient, Unfolding};
-use flora_ir::{EvaluateError, Value};
+use flora_ir::{Bindings, EvaluateError, Value};
 use rayon::prelude::*;
 
 use crate::initial::{Place, Start, reads_base};
@@ -64,6 +64,12 @@ pub enum MakeError {
     ScaledBias {
         /// The layer.
         layer: String,
+        /// The module.
+        path: String,
+    },
+    /// A module of an adapter that there is, which the model doesn't have in its shape.
+    #[error("the adapter to begin with adapts `{path}`, which the model doesn't have, or not in that shape")]
+    Unfit {
         /// The module.
         path: String,
     },
@@ -126,25 +132,14 @@ impl Adapter {
     ) -> Result<Self, MakeError> {
         let settings = AdapterSettings::new(place, request, layers.kinds())?;
         settings.check_targets(trainee.layers().iter().map(|layer| layer.path.as_str()))?;
-        let mut forms: BTreeMap<String, (Arc<NormalForm>, Arc<Unfolding>)> = BTreeMap::new();
+        let mut forms = Forms { layers, known: BTreeMap::new() };
         let mut modules = Vec::new();
         for (index, target) in trainee.layers().iter().enumerate() {
             let Some(module) = settings.module(&target.path)? else { continue };
-            let name = &module.layer.name;
-            let compiled =
-                layers.compiled(name).ok_or_else(|| MakeError::NoEquation { layer: module.layer.name.clone() })?;
-            if target.has_bias && layers.layer_scales_bias(name) {
-                return Err(MakeError::ScaledBias { layer: name.clone(), path: target.path.clone() });
-            }
-            let (linear, unfolding) = forms
-                .entry(name.clone())
-                .or_insert_with(|| (Arc::new(compiled.linear.clone()), Arc::new(compiled.linear.unfolding())));
             let starts = starts(module.layer, start, settings.kind())?;
-            let folds_base = linear.reads_base_weight();
-            let base = match folds_base || starts.iter().any(|(_, initial)| reads_base(*initial)) {
-                true => Some(base_weight(trainee, index, target)?),
-                false => None,
-            };
+            let site = Site::of(trainee, index, target, forms.of(&module.layer.name, target)?)?;
+            let reads_base = starts.iter().any(|(_, initial)| reads_base(*initial));
+            let base = if reads_base { Some(base_weight(trainee, index, target)?) } else { None };
             let (d, k) = (target.shape.d as usize, target.shape.k as usize);
             let at = Place { path: &target.path, d, k, rank: module.rank, base: base.as_deref() };
             let mut operands = BTreeMap::new();
@@ -154,31 +149,42 @@ impl Adapter {
             for (operand, number) in &module.scalars {
                 operands.insert(operand.clone(), Operand { shape: Vec::new(), values: vec![*number] });
             }
-            let base = match base.filter(|_| folds_base) {
-                Some(base) => {
-                    let value = Value::matrix(d, k, base.iter().map(|weight| f64::from(*weight)).collect());
-                    let problem = |error: EvaluateError| error.to_string();
-                    let value = value
-                        .map_err(|error| MakeError::Base { path: target.path.clone(), problem: problem(error) })?;
-                    Some((linear.layer.layer().operands[linear.base_weight].name.clone(), Arc::new(value)))
-                }
-                None => None,
-            };
-            modules.push(TrainedModule {
-                layer: index,
-                path: target.path.clone(),
-                trained: starts.iter().map(|(described, _)| described.operand.clone()).collect(),
-                module: AdapterModule { layer: name.clone(), rank: module.rank, operands },
-                linear: linear.clone(),
-                unfolding: unfolding.clone(),
-                base,
-            });
+            let own = AdapterModule { layer: module.layer.name.clone(), rank: module.rank, operands };
+            modules.push(site.with(own, module.layer));
         }
-        if modules.is_empty() {
-            let example = trainee.layers().first().map(|layer| layer.path.clone()).unwrap_or_default();
-            return Err(MakeError::Nothing { example });
+        Self::of_modules(settings.kind().clone(), modules, trainee)
+    }
+
+    /// An adapter that there is already, to be trained further.
+    ///
+    /// # Errors
+    /// It doesn't fit the layers of `trainee`.
+    pub fn of_folder<T: Trainee>(folder: &AdapterFolder, layers: &Layers, trainee: &T) -> Result<Self, MakeError> {
+        let mut forms = Forms { layers, known: BTreeMap::new() };
+        let mut modules = Vec::new();
+        for (path, module) in &folder.modules {
+            let found = trainee.layers().iter().enumerate().find(|(_, target)| target.path == *path);
+            let (index, target) = found.ok_or_else(|| MakeError::Unfit { path: path.clone() })?;
+            let no_equation = || MakeError::NoEquation { layer: module.layer.clone() };
+            let described = folder.kind.layer(&module.layer).ok_or_else(no_equation)?;
+            let site = Site::of(trainee, index, target, forms.of(&module.layer, target)?)?;
+            let own = site.with(module.clone(), described);
+            let fits = own.fold().and_then(|folded| folded.check(target.shape.d as usize, target.shape.k as usize));
+            fits.map_err(|_| MakeError::Unfit { path: path.clone() })?;
+            modules.push(own);
         }
-        Ok(Self { kind: settings.kind().clone(), modules })
+        modules.sort_by_key(|own| own.layer);
+        Self::of_modules(folder.kind.clone(), modules, trainee)
+    }
+
+    fn of_modules<T: Trainee>(kind: AdapterKind, modules: Vec<TrainedModule>, trainee: &T) -> Result<Self, MakeError> {
+        match modules.is_empty() {
+            false => Ok(Self { kind, modules }),
+            true => {
+                let example = trainee.layers().first().map(|layer| layer.path.clone()).unwrap_or_default();
+                Err(MakeError::Nothing { example })
+            }
+        }
     }
 
     /// Its kind.
@@ -223,14 +229,7 @@ impl Adapter {
     /// # Errors
     /// A value beyond f32, such as a quotient by a norm of 0.
     pub fn fold(&self) -> Result<Vec<(usize, FoldedAdapter)>, FoldError> {
-        let folded = |own: &TrainedModule| {
-            let mut operands = bindings(&own.module.operands)?;
-            if let Some((name, base)) = &own.base {
-                operands.insert(name.clone(), Value::clone(base));
-            }
-            Ok((own.layer, own.linear.fold(&operands)?))
-        };
-        self.modules.par_iter().map(folded).collect()
+        self.modules.par_iter().map(|own| Ok((own.layer, own.fold()?))).collect()
     }
 
     /// The gradients of [`Self::parameters`], in their order, of those of what [`Self::fold`] gave.
@@ -243,11 +242,7 @@ impl Adapter {
             return Err(FoldError::WrongShape { what: "the gradients of an adapter's layers", found, expected });
         }
         let unfolded = |(own, gradient): (&TrainedModule, &FoldedGradient)| {
-            let mut operands = bindings(&own.module.operands)?;
-            if let Some((name, base)) = &own.base {
-                operands.insert(name.clone(), Value::clone(base));
-            }
-            let gradients = own.unfolding.unfold(&operands, gradient)?;
+            let gradients = own.unfolding.unfold(&own.bindings()?, gradient)?;
             let of = |operand: &String| {
                 let found = gradients.get(operand).map(|value| value.data().to_vec());
                 let missing = || EvaluateError::Unbound { operand: operand.clone() };
@@ -263,6 +258,82 @@ impl Adapter {
     pub fn folder(&self, name: &str) -> AdapterFolder {
         let modules = self.modules.iter().map(|own| (own.path.clone(), own.module.clone())).collect();
         AdapterFolder::new(name, self.kind.clone(), modules)
+    }
+}
+
+/// The equations of layers, each once.
+struct Forms<'a> {
+    layers: &'a Layers,
+    known: BTreeMap<String, Form>,
+}
+
+/// An equation and its two ways.
+#[derive(Clone)]
+struct Form {
+    linear: Arc<NormalForm>,
+    unfolding: Arc<Unfolding>,
+}
+
+impl Forms<'_> {
+    /// That of the layer `name`, for `target`.
+    fn of(&mut self, name: &str, target: &TargetLayer) -> Result<Form, MakeError> {
+        if target.has_bias && self.layers.layer_scales_bias(name) {
+            return Err(MakeError::ScaledBias { layer: name.to_owned(), path: target.path.clone() });
+        }
+        if let Some(known) = self.known.get(name) {
+            return Ok(known.clone());
+        }
+        let no_equation = || MakeError::NoEquation { layer: name.to_owned() };
+        let linear = &self.layers.compiled(name).ok_or_else(no_equation)?.linear;
+        let form = Form { linear: Arc::new(linear.clone()), unfolding: Arc::new(linear.unfolding()) };
+        self.known.insert(name.to_owned(), form.clone());
+        Ok(form)
+    }
+}
+
+/// A layer of the model with the equation of what adapts it.
+struct Site {
+    layer: usize,
+    path: String,
+    form: Form,
+    base: Option<(String, Arc<Value>)>,
+}
+
+impl Site {
+    fn of<T: Trainee>(trainee: &T, layer: usize, target: &TargetLayer, form: Form) -> Result<Self, MakeError> {
+        let linear = &form.linear;
+        let base = if linear.reads_base_weight() {
+            let weight = base_weight(trainee, layer, target)?.into_iter().map(f64::from).collect();
+            let value = Value::matrix(target.shape.d as usize, target.shape.k as usize, weight);
+            let failed =
+                |error: EvaluateError| MakeError::Base { path: target.path.clone(), problem: error.to_string() };
+            let name = linear.layer.layer().operands[linear.base_weight].name.clone();
+            Some((name, Arc::new(value.map_err(failed)?)))
+        } else {
+            None
+        };
+        Ok(Self { layer, path: target.path.clone(), form, base })
+    }
+
+    fn with(self, module: AdapterModule, described: &LayerDescription) -> TrainedModule {
+        let Self { layer, path, form: Form { linear, unfolding }, base } = self;
+        let trained = described.tensors.iter().map(|tensor| tensor.operand.clone()).collect();
+        TrainedModule { layer, path, module, trained, linear, unfolding, base }
+    }
+}
+
+impl TrainedModule {
+    /// What folding reads.
+    fn bindings(&self) -> Result<Bindings, EvaluateError> {
+        let mut operands = bindings(&self.module.operands)?;
+        if let Some((name, base)) = &self.base {
+            operands.insert(name.clone(), Value::clone(base));
+        }
+        Ok(operands)
+    }
+
+    fn fold(&self) -> Result<FoldedAdapter, FoldError> {
+        self.linear.fold(&self.bindings()?)
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use flora_adapters::Layers;
+use flora_checkpoint::AdapterFolder;
 
 use crate::adapter::{Adapter, MakeError};
 use crate::data::Dataset;
@@ -24,6 +25,8 @@ pub struct NewJob {
     pub data: Arc<Dataset>,
     /// What it is evaluated on; `None`: it isn't.
     pub held_out: Option<Arc<Dataset>>,
+    /// An adapter to train further, in place of the start that the options say; its kind, modules and ranks hold.
+    pub begin: Option<AdapterFolder>,
     /// Where it keeps what it makes. Where there is a state of it, it goes on from there.
     pub places: Places,
 }
@@ -111,7 +114,7 @@ impl<T: Trainee> Trainer<T> {
     /// # Errors
     /// See [`AddError`]; the other jobs are as they were.
     pub fn add(&mut self, job: NewJob, place: &Path, layers: &Layers) -> Result<(JobId, Event), AddError> {
-        let NewJob { options, data, held_out, places } = job;
+        let NewJob { options, data, held_out, begin, places } = job;
         options.check()?;
         let name = options.name.clone();
         if self.jobs.iter().any(|other| other.options.name == name) {
@@ -122,7 +125,10 @@ impl<T: Trainee> Trainer<T> {
         if most > self.budget {
             return Err(AddError::TooLarge { job: name, tokens: most, budget: self.budget });
         }
-        let adapter = Adapter::new(place, &options.adapter, options.start, options.seed, layers, &self.trainee);
+        let adapter = match begin {
+            Some(folder) => Adapter::of_folder(&folder, layers, &self.trainee),
+            None => Adapter::new(place, &options.adapter, options.start, options.seed, layers, &self.trainee),
+        };
         let adapter = adapter.map_err(|source| AddError::Make { job: name.clone(), source: source.into() })?;
         let id = JobId(self.next);
         let mut job = Job::new(id, options, places, adapter, data, held_out);

@@ -130,7 +130,7 @@ fn patience_ends_a_job_and_its_best_adapter_is_the_result() {
     assert!(gains.last() == Some(&true) && rest == [false; 3], "{best:?}");
     let losses = evaluated.iter().map(|event| event["loss"].as_f64().expect("a number"));
     assert_eq!(evaluated[0]["step"], 0, "the start is evaluated too");
-    assert!(losses.clone().last() > losses.clone().reduce(f64::min), "the last isn't the best");
+    assert!(losses.clone().next_back() > losses.clone().reduce(f64::min), "the last isn't the best");
 }
 
 #[test]
@@ -204,7 +204,13 @@ impl Message for Option<AddError> {
 fn epochs_are_as_many_steps_as_their_batches_make() {
     let mut own = options("epochs", "lora", Some(1));
     (own.length, own.accumulation) = (Length::Epochs(3), 4);
-    let own = flora_train::NewJob { data: data(3, 9, 6), held_out: None, options: own, places: Places::default() };
+    let own = flora_train::NewJob {
+        data: data(3, 9, 6),
+        held_out: None,
+        begin: None,
+        options: own,
+        places: Places::default(),
+    };
     let sequences = own.data.sequences().len() as u64;
     let mut trainer = Trainer::new(Small::new(), 100);
     add_job(&mut trainer, own.clone());

@@ -238,7 +238,7 @@ pub(crate) fn job(options: JobOptions) -> NewJob {
     let seed = options.name.bytes().map(u64::from).sum();
     let length = options.sequence_length;
     let held_out = Some(data(seed + 1, 6, length));
-    NewJob { data: data(seed, 14, length), held_out, options, places: Places::default() }
+    NewJob { data: data(seed, 14, length), held_out, begin: None, options, places: Places::default() }
 }
 
 pub(crate) fn layers() -> Layers {

@@ -95,6 +95,40 @@ fn what_is_written_is_the_adapter() {
 }
 
 #[test]
+fn an_adapter_is_trained_further_from_where_it_is() {
+    for (layer, rank) in KINDS {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut trainer = Trainer::new(Small::new(), 100);
+        add_job(&mut trainer, own(layer, rank, Some(folder.path())));
+        let first = finish(&mut trainer).remove("a").expect("an outcome");
+        let made = flora_checkpoint::AdapterFolder::open(&folder.path().join("adapters/a"), layers().kinds());
+        let mut further = own(layer, rank, None);
+        further.begin = Some(made.expect("an adapter"));
+        further.options.learning_rate = 0.0;
+        further.options.optimizer.weight_decay = 0.0;
+        let id = add_job(&mut trainer, further);
+        let bits = |trainer: &Trainer<Small>| {
+            let adapter = trainer.adapter(id).expect("a job");
+            let bits = adapter.parameters().map(|own| own.values.values.iter().map(|value| value.to_bits()).collect());
+            bits.collect::<Vec<Vec<u32>>>()
+        };
+        assert_eq!(bits(&trainer), first.parameters, "{layer}");
+        assert_eq!(finish(&mut trainer)["a"].parameters, first.parameters, "{layer}: a rate of 0 changes nothing");
+    }
+    let mut foreign = own("lora", Some(2), None);
+    let kind = layers().kinds().kind_of_layer("ia3").expect("a kind");
+    let module = flora_checkpoint::AdapterModule {
+        layer: "ia3".to_owned(),
+        rank: 0,
+        operands: [("l".to_owned(), flora_checkpoint::Operand { shape: vec![3], values: vec![1.0; 3] })].into(),
+    };
+    let modules = [("model.layers.0.self_attn.q_proj".to_owned(), module)].into();
+    foreign.begin = Some(flora_checkpoint::AdapterFolder::new("x", kind, modules));
+    let refused = Trainer::new(Small::new(), 100).add(foreign, Path::new("jobs.toml"), &layers());
+    assert!(refused.expect_err("another shape").to_string().contains("not in that shape"));
+}
+
+#[test]
 fn another_job_s_state_is_refused_by_what_differs() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut trainer = Trainer::new(Small::new(), 100);
