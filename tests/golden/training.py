@@ -120,7 +120,7 @@ if __name__ == "__main__":
         folder = FOLDER / name
         exact, single = adapted(name, config).double(), adapted(name, config)
         write(single, config, folder / "start")
-        (losses, norms), (single_losses, _) = train(exact, sequences), train(single, sequences)
+        (losses, norms), (single_losses, single_norms) = train(exact, sequences), train(single, sequences)
         write(exact, config, folder / "end")
         weights, single_weights = tensors(exact, config), tensors(single, config)
         off = [(single_weights[key].double() - weights[key]).flatten() for key in weights]
@@ -129,6 +129,7 @@ if __name__ == "__main__":
             "losses": losses,
             "norms": norms,
             "rounding_of_losses": rms([one - other for one, other in zip(single_losses, losses)]),
+            "rounding_of_norms": rms([one / other - 1 for one, other in zip(single_norms, norms)]),
             "rounding_of_weights": rms(torch.cat(off)),
         }
         (folder / "steps.json").write_text(json.dumps(steps, indent=1) + "\n")

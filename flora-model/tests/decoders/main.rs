@@ -18,6 +18,7 @@ mod on_burn;
 mod reference;
 mod replaced;
 mod served;
+mod trained;
 mod training;
 
 use flora_runtime::Device;

@@ -1,0 +1,156 @@
+//! Twenty steps of training against PEFT and PyTorch (`tests/golden/training.py`), by every base that the model can be kept in.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use flora_adapters::Layers;
+use flora_checkpoint::{AdapterFolder, AdapterRequest, Model};
+use flora_model::{TrainOptions, TrainedModel};
+use flora_train::data::{Document, Excess};
+use flora_train::{
+    AdamW, Dataset, Decay, Ending, Evaluation, Happened, JobOptions, Length, NewJob, Places, Start, Trainer, Warmup,
+};
+use serde::Deserialize;
+
+use crate::served::golden;
+use crate::{device, is_host};
+
+const KINDS: [&str; 5] = ["lora", "dora", "ia3", "hira", "flora"];
+
+#[derive(Deserialize)]
+struct Sequences {
+    options: Options,
+    sequences: Vec<Sequence>,
+}
+
+#[derive(Deserialize)]
+struct Options {
+    steps: u64,
+    warmup: u64,
+    rate: f64,
+    weight_decay: f64,
+    largest_norm: f64,
+}
+
+#[derive(Deserialize)]
+struct Sequence {
+    tokens: Vec<u32>,
+    learnt_from: usize,
+}
+
+/// What PyTorch gave in f64, and how far its f32 is from that, root mean square.
+#[derive(Deserialize)]
+struct Steps {
+    losses: Vec<f64>,
+    norms: Vec<f64>,
+    rounding_of_losses: f64,
+    rounding_of_norms: f64,
+    rounding_of_weights: f64,
+}
+
+fn read<T: serde::de::DeserializeOwned>(path: &Path) -> T {
+    serde_json::from_slice(&std::fs::read(path).expect("a golden file")).expect("JSON as the script writes it")
+}
+
+fn job(kind: &str, layers: &Layers) -> NewJob {
+    let folder = golden("training");
+    let Sequences { options, sequences } = read(&folder.join("sequences.json"));
+    let documents: Vec<Document> = sequences
+        .iter()
+        .map(|own| {
+            let mut document = Document::new(Excess::Dropped);
+            document.push(own.tokens[..own.learnt_from].iter().copied(), false);
+            document.push(own.tokens[own.learnt_from..].iter().copied(), true);
+            document
+        })
+        .collect();
+    let begin = AdapterFolder::open(&folder.join(kind).join("start"), layers.kinds()).expect("an adapter of PEFT");
+    let options = JobOptions {
+        name: kind.to_owned(),
+        // The adapter to begin with has all of this.
+        adapter: AdapterRequest {
+            layer: kind.to_owned(),
+            rank: None,
+            alpha: None,
+            targets: Vec::new(),
+            options: serde_json::Map::new(),
+        },
+        start: Start::Default,
+        seed: 1,
+        learning_rate: options.rate,
+        decay: Decay::Cosine,
+        warmup: Warmup::Steps(options.warmup),
+        length: Length::Steps(options.steps),
+        sequence_length: 64,
+        batch: 8,
+        accumulation: 1,
+        optimizer: AdamW { weight_decay: options.weight_decay, ..AdamW::default() },
+        largest_norm: Some(options.largest_norm),
+        evaluation: Evaluation { every: 1, patience: None, least_gain: 0.0 },
+        save_every: None,
+    };
+    let data = Arc::new(Dataset::new(&documents, options.sequence_length).expect("sequences"));
+    NewJob { options, data, held_out: None, begin: Some(begin), places: Places::default() }
+}
+
+fn rms(differences: impl Iterator<Item = f64>) -> f64 {
+    let (sum, count) = differences.fold((0.0, 0), |(sum, count), own| (sum + own * own, count + 1));
+    (sum / f64::from(count.max(1))).sqrt()
+}
+
+#[test]
+fn twenty_steps_follow_peft_and_pytorch() {
+    if !is_host() {
+        // Training is the host's.
+        return;
+    }
+    let layers = Layers::builtin().expect("the built-in kinds");
+    let model = Model::open(&golden("llama_tiny").join("model")).expect("a golden model");
+    let trained = TrainedModel::load(&device(), &model, TrainOptions::default()).expect("a decoder");
+    // All five share every batch.
+    let mut trainer = Trainer::new(trained, 5 * 8 * 64);
+    for kind in KINDS {
+        trainer.add(job(kind, &layers), Path::new("trained.rs"), &layers).expect("a job");
+    }
+    let mut found = std::collections::BTreeMap::<String, Vec<(f64, f64)>>::new();
+    while !trainer.is_idle() {
+        for event in trainer.step() {
+            if let Happened::Step { loss, norm, .. } = event.what {
+                found.entry(event.job).or_default().push((loss, norm));
+            }
+        }
+    }
+    for ended in trainer.take_ended() {
+        let kind = ended.name.as_str();
+        assert_eq!(ended.reason, Ending::Complete, "{kind}");
+        let folder = golden("training").join(kind);
+        let steps: Steps = read(&folder.join("steps.json"));
+        let own = &found[kind];
+        assert_eq!(own.len(), steps.losses.len(), "{kind}");
+        let losses = rms(own.iter().zip(&steps.losses).map(|((loss, _), expected)| loss - expected));
+        let norms = rms(own.iter().zip(&steps.norms).map(|((_, norm), expected)| norm / expected - 1.0));
+        let end = AdapterFolder::open(&folder.join("end"), layers.kinds()).expect("an adapter of PEFT");
+        let made = ended.adapter.folder(kind);
+        assert!(made.modules.keys().eq(end.modules.keys()), "{kind}");
+        let mut off = Vec::new();
+        for (path, module) in &made.modules {
+            for (name, operand) in &module.operands {
+                let expected = &end.modules[path].operands[name];
+                assert_eq!(operand.shape, expected.shape, "{kind} {path} {name}");
+                let pairs = operand.values.iter().zip(&expected.values);
+                off.extend(pairs.map(|(own, expected)| f64::from(*own) - f64::from(*expected)));
+            }
+        }
+        let weights = rms(off.into_iter());
+        for (what, own, rounding) in [
+            ("losses", losses, steps.rounding_of_losses),
+            ("norms", norms, steps.rounding_of_norms),
+            ("weights", weights, steps.rounding_of_weights),
+        ] {
+            println!("{kind}: {what} are off by {own:.2e}, PyTorch's in f32 by {rounding:.2e}");
+            // Two programs that round in f32 are both off by rounding, and each step carries on what the ones before were off by: four
+            // standard deviations of such a walk, of which PyTorch's own is one draw.
+            assert!(own < 4.0 * rounding, "{kind}: {what} are off by {own:.2e}, and rounding by {rounding:.2e}");
+        }
+    }
+}
