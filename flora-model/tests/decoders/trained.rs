@@ -154,3 +154,100 @@ fn twenty_steps_follow_peft_and_pytorch() {
         }
     }
 }
+
+/// Jobs of every layer, of ranks, modules, lengths and cuts of their own.
+fn mixed(count: usize) -> Vec<NewJob> {
+    const LAYERS: [(&str, bool); 6] =
+        [("lora", true), ("dora", true), ("ia3", false), ("hira", true), ("flora", true), ("flora_mean", true)];
+    let mut random = fastrand::Rng::with_seed(31);
+    let targets = [&["q_proj", "k_proj"][..], &["all-linear"], &["down_proj"], &["v_proj", "gate_proj"]];
+    let job = |index: usize| {
+        let (layer, has_rank) = LAYERS[index % LAYERS.len()];
+        let sequence_length = random.usize(7..30);
+        let documents: Vec<Document> = (0..random.usize(3..7))
+            .map(|_| {
+                let mut document = Document::new(Excess::Continued);
+                document.push((0..random.usize(4..45)).map(|_| random.u32(0..173)), true);
+                document
+            })
+            .collect();
+        let options = JobOptions {
+            name: format!("{layer}-{index}"),
+            adapter: AdapterRequest {
+                layer: layer.to_owned(),
+                rank: has_rank.then(|| random.usize(1..9)),
+                alpha: None,
+                targets: targets[random.usize(0..targets.len())].iter().map(|name| (*name).to_owned()).collect(),
+                options: serde_json::Map::new(),
+            },
+            start: Start::Default,
+            seed: index as u64,
+            learning_rate: 0.01,
+            decay: Decay::Linear,
+            warmup: Warmup::Steps(0),
+            length: Length::Steps(3),
+            sequence_length,
+            batch: random.usize(1..4),
+            accumulation: random.u32(1..3),
+            optimizer: AdamW::default(),
+            largest_norm: Some(1.0),
+            evaluation: Evaluation { every: 2, patience: None, least_gain: 0.0 },
+            save_every: Some(1),
+        };
+        let data = Arc::new(Dataset::new(&documents, sequence_length).expect("sequences"));
+        NewJob { options, held_out: Some(data.clone()), data, begin: None, places: Places::default() }
+    };
+    (0..count).map(job).collect()
+}
+
+/// The bits of each job's parameters once all are over, by name.
+fn parameters(trainer: &mut Trainer<TrainedModel>) -> std::collections::BTreeMap<String, Vec<Vec<u32>>> {
+    while !trainer.is_idle() {
+        trainer.step();
+    }
+    let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
+    let of = |ended: flora_train::EndedJob| {
+        assert!(ended.name == "wild" || ended.reason == Ending::Complete, "{}: {}", ended.name, ended.reason);
+        (ended.name, ended.adapter.parameters().map(|own| bits(&own.values.values)).collect())
+    };
+    trainer.take_ended().into_iter().map(of).collect()
+}
+
+#[test]
+fn a_job_has_the_same_bits_alone_with_31_others_and_after_an_interruption() {
+    if !is_host() {
+        // Training is the host's.
+        return;
+    }
+    let layers = Layers::builtin().expect("the built-in kinds");
+    let model = Model::open(&golden("llama_tiny").join("model")).expect("a golden model");
+    let trainer = || {
+        let trained = TrainedModel::load(&device(), &model, TrainOptions::default()).expect("a decoder");
+        Trainer::new(trained, 300)
+    };
+    let add = |trainer: &mut Trainer<TrainedModel>, job: NewJob| {
+        trainer.add(job, Path::new("trained.rs"), &layers).expect("a job");
+    };
+    let jobs = mixed(31);
+    let mut together = trainer();
+    let mut wild = jobs[4].clone();
+    // Its first step makes numbers that f32 holds and their products are not.
+    wild.options = JobOptions { name: "wild".to_owned(), learning_rate: 1e30, largest_norm: None, ..wild.options };
+    add(&mut together, wild);
+    jobs.iter().for_each(|job| add(&mut together, job.clone()));
+    let together = parameters(&mut together);
+    assert_eq!(together.len(), 32);
+    for job in jobs {
+        let name = job.options.name.clone();
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let state = Some(folder.path().join("state.safetensors"));
+        let job = NewJob { places: Places { adapters: None, state }, ..job };
+        // Killed after some batches, and gone on from what was saved.
+        let mut killed = trainer();
+        add(&mut killed, job.clone());
+        (0..2).for_each(|_| drop(killed.step()));
+        let mut alone = trainer();
+        add(&mut alone, job);
+        assert_eq!(parameters(&mut alone)[&name], together[&name], "{name}");
+    }
+}
