@@ -120,6 +120,16 @@ pub mod serving {
     pub use flora_tokenizer::{ChatError, EncodeError, Tokenizer, TokenizerError};
 }
 
+/// Adapters that are trained, many at once over one base.
+#[cfg(feature = "serve")]
+pub mod training {
+    pub use flora_model::{TrainError, TrainOptions, TrainedModel};
+    pub use flora_train::{
+        AdamW, Adapter, AddError, DataError, Dataset, Decay, EndedJob, Ending, Evaluation, Event, Happened, JobId,
+        JobOptions, Length, NewJob, Places, Sources, Start, TrainSegment, Trainee, Trainer, Warmup,
+    };
+}
+
 /// What a serving engine uses.
 pub mod prelude {
     pub use flora_ir::{Activation, Bindings, Value};

@@ -8,7 +8,7 @@ use std::process::{Command, ExitCode};
 use crate::cargo;
 
 /// The libraries, the facade first. The macro's face is its documentation.
-const LIBRARIES: [&str; 14] = [
+const LIBRARIES: [&str; 15] = [
     "flora",
     "flora-ir",
     "flora-plan",
@@ -22,6 +22,7 @@ const LIBRARIES: [&str; 14] = [
     "flora-oracle",
     "flora-burn",
     "flora-engine",
+    "flora-train",
     "flora-model",
 ];
 

@@ -108,6 +108,14 @@ pub(crate) enum CommandError {
     #[diagnostic(help("rename the adapter's folder, or give the base model another name with --served-name"))]
     AdapterNamedAsModel(String),
     #[cfg(feature = "serve")]
+    #[error("no learning rate is known to suit the type `{0}`")]
+    #[diagnostic(help("give one with --learning-rate; built-in types take from 1e-3 to 8e-3"))]
+    NoLearningRate(String),
+    #[cfg(feature = "serve")]
+    #[error("the job `{job}` failed: {reason}")]
+    #[diagnostic(help("what it had saved before is as it was; the other jobs are done"))]
+    NotTrained { job: String, reason: String },
+    #[cfg(feature = "serve")]
     #[error("can't listen: {0}")]
     #[diagnostic(help("choose another --port (0 takes any that is free) or --host"))]
     Listen(std::io::Error),
@@ -174,4 +182,9 @@ below!(
     flora_tokenizer::ChatError,
     flora_tokenizer::EncodeError,
     flora_tokenizer::TokenizerError,
+    flora_train::AddError,
+    flora_train::DataError,
+    flora_train::JobsFileError,
+    flora_train::OptionError,
+    flora_model::TrainError,
 );

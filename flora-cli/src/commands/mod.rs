@@ -17,6 +17,8 @@ mod report;
 mod run;
 #[cfg(feature = "serve")]
 mod serving;
+#[cfg(feature = "serve")]
+mod train;
 mod tune;
 mod types;
 
@@ -49,10 +51,14 @@ enum Command {
     Generate(serving::generate::Arguments),
     #[cfg(feature = "serve")]
     Serve(serving::serve::Arguments),
+    #[cfg(feature = "serve")]
+    Train(Box<train::Arguments>),
     #[cfg(not(feature = "serve"))]
     Generate(missing::Arguments),
     #[cfg(not(feature = "serve"))]
     Serve(missing::Arguments),
+    #[cfg(not(feature = "serve"))]
+    Train(missing::Arguments),
 }
 
 /// Runs the command; 0, 1 for an error, 2 for wrong usage.
@@ -73,10 +79,14 @@ pub(crate) fn main() -> ExitCode {
         Command::Generate(arguments) => serving::generate::generate(&arguments),
         #[cfg(feature = "serve")]
         Command::Serve(arguments) => serving::serve::serve(&arguments),
+        #[cfg(feature = "serve")]
+        Command::Train(arguments) => train::train(&arguments),
         #[cfg(not(feature = "serve"))]
         Command::Generate(_) => missing::missing("generate", "serve"),
         #[cfg(not(feature = "serve"))]
         Command::Serve(_) => missing::missing("serve", "serve"),
+        #[cfg(not(feature = "serve"))]
+        Command::Train(_) => missing::missing("train", "serve"),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -15,5 +15,6 @@ mod report;
 mod server;
 mod serving;
 mod stored;
+mod training;
 mod tuning;
 mod world;

@@ -10,13 +10,13 @@ use super::command::{answer, flora, stderr};
 use super::server::Server;
 
 /// The tiny golden Llama with a tokenizer of letters.
-struct Tiny {
+pub(crate) struct Tiny {
     _root: TempDir,
-    model: String,
+    pub(crate) model: String,
 }
 
 impl Tiny {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let root = tempfile::tempdir().expect("a temporary folder");
         let folder = root.path().join("tiny");
         std::fs::create_dir(&folder).expect("a folder");

@@ -110,6 +110,14 @@ impl Dataset {
         Ok(made)
     }
 
+    /// The first `sequences` of them alone, at least one.
+    #[must_use]
+    pub fn of_first(mut self, sequences: usize) -> Self {
+        self.sequences.truncate(sequences.max(1));
+        self.digest = digest(&self.sequences);
+        self
+    }
+
     /// In the order of the documents.
     pub fn sequences(&self) -> &[Sequence] {
         &self.sequences
