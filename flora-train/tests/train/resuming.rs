@@ -60,14 +60,17 @@ fn an_interrupted_job_goes_on_bit_for_bit() {
 fn a_stopped_job_goes_on_and_a_complete_one_is_over() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut trainer = Trainer::new(Small::new(), 100);
+    add_job(&mut trainer, own("flora", Some(2), None));
+    let whole = finish(&mut trainer).remove("a").expect("an outcome");
     let id = add_job(&mut trainer, own("flora", Some(2), Some(folder.path())));
+    // Two batches make a step: it is stopped within one.
     for _ in 0..5 {
         trainer.step();
     }
     trainer.stop(id);
     add_job(&mut trainer, own("flora", Some(2), Some(folder.path())));
     let outcome = finish(&mut trainer).remove("a").expect("an outcome");
-    assert_eq!(outcome.reason, Some(Ending::Complete));
+    assert_eq!((&outcome.reason, &outcome.parameters), (&Some(Ending::Complete), &whole.parameters));
     add_job(&mut trainer, own("flora", Some(2), Some(folder.path())));
     let again = finish(&mut trainer).remove("a").expect("an outcome");
     assert_eq!((again.reason, again.parameters), (outcome.reason, outcome.parameters));
