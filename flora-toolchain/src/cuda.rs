@@ -20,7 +20,9 @@ use crate::error::FetchError;
 use crate::pypi::Wheel;
 
 mod architecture;
+mod bound;
 mod check;
+mod kept;
 mod launch;
 mod listing;
 mod loops;
@@ -29,12 +31,16 @@ mod nvrtc;
 mod occupancy;
 mod ptxas;
 mod results;
+mod row;
 
 pub use architecture::{Architecture, UnknownArchitecture};
+pub use bound::{Bound, Source, Unit};
 pub use check::{Defect, Expectations};
+pub use kept::KeptKernels;
 pub use loops::MainLoop;
 pub use mix::{Class, Mix};
 pub use occupancy::{Block, Limiter, MAX_WARPS, Occupancy, OccupancyError};
+pub use row::heading;
 
 use listing::Listing;
 use nvrtc::{Failure, Nvrtc};
@@ -130,6 +136,23 @@ impl Compiled {
     pub fn occupancy_of(&self, threads: u32, dynamic_shared_bytes: u32) -> Result<Occupancy, OccupancyError> {
         let shared_bytes = self.shared_bytes.saturating_add(dynamic_shared_bytes);
         Occupancy::of(self.architecture, Block { threads, registers: self.registers, shared_bytes })
+    }
+}
+
+/// The file of machine code in a folder of temporary files.
+const CUBIN: &str = "kernel.cubin";
+
+/// What the assembler makes of PTX, and what it says about it.
+struct Assembled {
+    kernel: String,
+    usage: ptxas::Usage,
+    /// Holds the machine code, and goes with it.
+    work: tempfile::TempDir,
+}
+
+impl Assembled {
+    fn binary(&self) -> PathBuf {
+        self.work.path().join(CUBIN)
     }
 }
 
@@ -275,12 +298,21 @@ impl CudaCompiler {
         sources.par_iter().map(|(source, architecture)| self.compile(source, *architecture)).collect()
     }
 
-    fn compile_anew(&self, source: &str, architecture: Architecture) -> Result<Compiled, CompileError> {
-        let ptx = self.ptx(source, architecture)?;
+    /// The machine code of the one kernel of a CUDA C++ source as CUDA's driver loads it, a cubin; made anew.
+    ///
+    /// # Errors
+    /// As [`CudaCompiler::compile`].
+    pub fn machine_code(&self, source: &str, architecture: Architecture) -> Result<Vec<u8>, CompileError> {
+        let assembled = self.assemble(&self.ptx(source, architecture)?, architecture)?;
+        Ok(fs::read(assembled.binary())?)
+    }
+
+    fn assemble(&self, ptx: &str, architecture: Architecture) -> Result<Assembled, CompileError> {
         let work = tempfile::tempdir()?;
-        let (assembly, binary) = (work.path().join("kernel.ptx"), work.path().join("kernel.cubin"));
-        fs::write(&assembly, &ptx)?;
+        let assembly = work.path().join("kernel.ptx");
+        fs::write(&assembly, ptx)?;
         let mut assemble = Command::new(&self.ptxas);
+        let binary = work.path().join(CUBIN);
         assemble.arg("-v").arg(format!("-arch={architecture}")).arg(&assembly).arg("-o").arg(&binary);
         let report = run("ptxas", architecture, assemble)?;
         let usage = ptxas::Usage::parse(&String::from_utf8_lossy(&report.stderr)).ok_or(CompileError::NoKernel)?;
@@ -289,8 +321,32 @@ impl CudaCompiler {
             [] => return Err(CompileError::NoKernel),
             several => return Err(CompileError::SeveralKernels(several.to_vec())),
         };
+        Ok(Assembled { kernel, usage, work })
+    }
+
+    /// The same of PTX that another program made, which says nothing of dynamic shared memory.
+    ///
+    /// # Errors
+    /// [`CompileError::NoKernel`] and [`CompileError::SeveralKernels`] when there is not one kernel in it, and
+    /// [`CompileError::Tool`] when it is wrong.
+    pub fn compile_ptx(&self, ptx: &str, architecture: Architecture) -> Result<Compiled, CompileError> {
+        self.results.get_or(ptx, architecture, || self.read(ptx, architecture, None))
+    }
+
+    fn compile_anew(&self, source: &str, architecture: Architecture) -> Result<Compiled, CompileError> {
+        self.read(&self.ptx(source, architecture)?, architecture, launch::dynamic_shared_bytes(source))
+    }
+
+    /// Assembles PTX and reads what comes of it.
+    fn read(
+        &self,
+        ptx: &str,
+        architecture: Architecture,
+        dynamic_shared_bytes: Option<u32>,
+    ) -> Result<Compiled, CompileError> {
+        let assembled = self.assemble(ptx, architecture)?;
         let mut disassemble = Command::new(&self.nvdisasm);
-        disassemble.arg("-c").arg(&binary);
+        disassemble.arg("-c").arg(assembled.binary());
         let listing = run("nvdisasm", architecture, disassemble)?;
         let listing = Listing::parse(&String::from_utf8_lossy(&listing.stdout));
         let mut instructions = BTreeMap::new();
@@ -298,14 +354,15 @@ impl CudaCompiler {
             *instructions.entry(instruction.opcode.clone()).or_default() += 1;
         }
         let mix = Mix::of(&listing.instructions);
+        let Assembled { kernel, usage, .. } = assembled;
         Ok(Compiled {
             registers: usage.registers,
             spill_bytes: usage.spill_store_bytes.saturating_add(usage.spill_load_bytes),
             spill_store_bytes: usage.spill_store_bytes,
             stack_bytes: usage.stack_bytes,
             shared_bytes: usage.shared_bytes,
-            dynamic_shared_bytes: launch::dynamic_shared_bytes(source),
-            threads: launch::threads(&ptx),
+            dynamic_shared_bytes,
+            threads: launch::threads(ptx),
             instructions,
             global_loads: check::loads(&mix),
             mix,

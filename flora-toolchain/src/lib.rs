@@ -19,8 +19,8 @@ mod wheel;
 
 pub use cache::Cache;
 pub use cuda::{
-    Architecture, Block, Class, CompileError, Compiled, CudaCompiler, Defect, Expectations, Limiter, MAX_WARPS,
-    MainLoop, Mix, Occupancy, OccupancyError, UnknownArchitecture,
+    Architecture, Block, Bound, Class, CompileError, Compiled, CudaCompiler, Defect, Expectations, KeptKernels,
+    Limiter, MAX_WARPS, MainLoop, Mix, Occupancy, OccupancyError, Source, Unit, UnknownArchitecture, heading,
 };
 pub use cxx::{CxxCompiler, CxxError, Sanitizer, UnknownSanitizer};
 pub use error::FetchError;

@@ -17,6 +17,7 @@ use petgraph::graph::{DiGraph, NodeIndex};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
+use super::bound;
 use super::listing::{Instruction, Listing};
 use super::mix::{Class, Mix};
 use super::pattern;
@@ -33,6 +34,11 @@ pub struct MainLoop {
     /// Loads of 16 bytes or more from global memory in the nest that are under way while the loop multiplies: a product
     /// follows before anything touches the registers that they fill.
     pub loads_ahead: u32,
+    /// Bytes that a warp copies from global to shared memory past its registers (`cp.async`), in a pass through the loop.
+    pub copied_bytes: u32,
+    /// Steps whose loads may be under way while the loop multiplies one: with copies past registers the groups of them that its wait
+    /// lets be, and the one that it starts; else 1 where there are `loads_ahead`.
+    pub stages: u32,
 }
 
 impl MainLoop {
@@ -77,8 +83,23 @@ impl MainLoop {
             !touches.is_empty() && rest.next().is_some_and(|next| multiplies.contains(next))
         });
         let loads_ahead = u32::try_from(ahead.count()).unwrap_or(u32::MAX);
-        Some(Self { depth, mix, nest, loads_ahead })
+        let stepped: Vec<_> = nested.iter().map(|position| &listing.instructions[*position]).collect();
+        let passed: Vec<_> =
+            main.iter().flat_map(|block| &listing.instructions[graph.blocks[*block].clone()]).collect();
+        let copied = passed.into_iter().filter(|one| one.opcode == "LDGSTS");
+        let copied_bytes = bound::global_bytes(&Mix::of(copied)) as u32;
+        let stages = match stepped.iter().any(|one| one.opcode == "LDGSTS") {
+            true => stepped.iter().filter_map(|one| outstanding(one)).max().unwrap_or(0).saturating_add(1),
+            false => u32::from(loads_ahead > 0),
+        };
+        Some(Self { depth, mix, nest, loads_ahead, copied_bytes, stages })
     }
+}
+
+/// How many groups of copies a wait lets be under way: `DEPBAR.LE SB0, 0x1`.
+fn outstanding(instruction: &Instruction) -> Option<u32> {
+    let (_, groups) = instruction.operands.split_once(',').filter(|_| instruction.opcode == "DEPBAR")?;
+    u32::from_str_radix(groups.trim().strip_prefix("0x")?, 16).ok()
 }
 
 /// The registers that a load of 16 bytes or more from global memory fills; none of any other instruction.
@@ -303,6 +324,21 @@ mod tests {
         assert_eq!(ahead(&format!(".L_loop:\nLDG.E R12, [R2.64]\n{products}\n@P0 BRA `(.L_loop)")), 0);
         let inner = format!(".L_in:\n{products}\n@P0 BRA `(.L_in)");
         assert_eq!(ahead(&format!(".L_loop:\nLDG.E.128 R12, [R2.64]\n{inner}\n{waits}\n@P0 BRA `(.L_loop)")), 1);
+    }
+
+    #[test]
+    fn stages_are_what_the_wait_leaves_and_what_is_started() {
+        let program = |wait: &str| {
+            format!(
+                ".L_loop:\nDEPBAR.LE SB0, {wait}\nLDGSTS.E.BYPASS.128 [R5], [R2.64]\nLDGDEPBAR\nHMMA.16816.F32 R4, R8, R10, R4\n\
+                 @P0 BRA `(.L_loop)"
+            )
+        };
+        let stages = |wait: &str| (find(&program(wait)).unwrap().stages, find(&program(wait)).unwrap().copied_bytes);
+        assert_eq!([stages("0x0"), stages("0x2")], [(1, 512), (3, 512)]);
+        let products = "HMMA.16816.F32 R4, R8, R10, R4\n@P0 BRA `(.L_loop)";
+        let registers = |first: &str| find(&format!(".L_loop:\n{first}\n{products}")).unwrap().stages;
+        assert_eq!([registers("LDG.E.128 R12, [R2.64]"), registers("LDS.128 R12, [R2]")], [1, 0]);
     }
 
     #[test]
