@@ -2,8 +2,12 @@
 //! headers of our own, and executed. So planes of 32, fragments of 16×16×16 and bfloat16 run where there is no GPU, and a
 //! sanitizer sees every access ([`flora_toolchain::Sanitizer`]).
 //!
+//! With a folder for it ([`flora_toolchain::KeptKernels`]), the machine code that a card would run is kept as well, so that a card has
+//! it without compiling.
+//!
 //! There is one device for each compute capability that text is emitted for. It is slow, and it says nothing of a card's speed.
 
+mod keep;
 mod memory;
 mod program;
 mod server;

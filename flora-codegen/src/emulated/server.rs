@@ -27,6 +27,7 @@ use cubecl_runtime::storage::ManagedResource;
 use cubecl_runtime::timestamp_profiler::TimestampProfiler;
 use flora_toolchain::{CxxCompiler, Sanitizer};
 
+use super::keep::{KeepFailure, Keeper};
 use super::memory::{Memory, Resource};
 use super::program::{Program, ProgramError};
 use crate::target::cuda::Cuda;
@@ -44,19 +45,38 @@ enum LaunchFailure {
     Program(#[from] ProgramError),
     #[error(transparent)]
     Compiler(#[from] flora_toolchain::CxxError),
+    #[error(transparent)]
+    Keep(#[from] KeepFailure),
     #[error("a buffer isn't there: {0:?}")]
     Memory(IoError),
     #[error("an emulated card launches no number of cubes that it has to read first")]
     DynamicCount,
 }
 
+/// What a kernel is compiled by.
+struct Tools {
+    compiler: CxxCompiler,
+    sanitizer: Option<Sanitizer>,
+    /// Machine code for a card of this kind, where it is to be kept.
+    kept: Option<Keeper>,
+}
+
+impl Tools {
+    fn find(variant: u16) -> Result<Self, LaunchFailure> {
+        let kept = Keeper::from_environment(variant)?;
+        Ok(Self { compiler: CxxCompiler::find()?, sanitizer: Sanitizer::of_process(), kept })
+    }
+}
+
 /// One emulated card.
 pub(crate) struct EmulatedServer {
+    /// Its compute capability.
+    variant: u16,
     memory: MemoryManagement<Memory>,
     programs: HashMap<(KernelId, ExecutionMode), Program>,
     options: <CudaCompiler as Compiler>::CompilationOptions,
     /// Found at the first launch.
-    compiler: Option<(CxxCompiler, Option<Sanitizer>)>,
+    tools: Option<Tools>,
     timestamps: TimestampProfiler,
     /// What went wrong since somebody asked.
     errors: Vec<ServerError>,
@@ -91,10 +111,11 @@ impl DeviceService for EmulatedServer {
         );
         let layout = ContiguousMemoryLayoutPolicy::new(properties.memory.alignment as usize);
         Self {
+            variant,
             memory,
             programs: HashMap::new(),
             options: Cuda::options(variant),
-            compiler: None,
+            tools: None,
             timestamps: TimestampProfiler::default(),
             errors: Vec::new(),
             utilities: Arc::new(ServerUtilities::new(properties, logger, (), layout)),
@@ -123,12 +144,16 @@ impl EmulatedServer {
     ) -> Result<&Program, LaunchFailure> {
         let key = (kernel.id(), mode);
         if !self.programs.contains_key(&key) {
-            let (compiler, sanitizer) = match &self.compiler {
-                Some(found) => found.clone(),
-                None => self.compiler.insert((CxxCompiler::find()?, Sanitizer::of_process())).clone(),
+            let tools = match &mut self.tools {
+                Some(tools) => tools,
+                None => self.tools.insert(Tools::find(self.variant)?),
             };
-            let kernel: EmittedKernel = emitted::<Cuda>(kernel, &self.options, count, mode)?;
-            self.programs.insert(key.clone(), Program::new(&compiler, &kernel, sanitizer)?);
+            let emitted: EmittedKernel = emitted::<Cuda>(kernel, &self.options, count, mode)?;
+            let program = Program::new(&tools.compiler, &emitted, tools.sanitizer)?;
+            if let Some(kept) = &tools.kept {
+                kept.keep(&emitted.source)?;
+            }
+            self.programs.insert(key.clone(), program);
         }
         Ok(&self.programs[&key])
     }

@@ -137,6 +137,12 @@ pub struct Emission<'a> {
     pub adapters: &'a [AdapterSlots],
 }
 
+/// CUDA text as [`EmittedKernel::source`] has it: without what cubecl's compiler makes of it by accident, and compiling to the same.
+#[must_use]
+pub fn stable_cuda_text(source: &str) -> String {
+    stable::stable_source(source)
+}
+
 /// What a routine sees of a card.
 pub fn hardware(capability: Capability) -> Hardware {
     Hardware::of(&<Cuda as recorder::Dialect>::properties(capability.version()))
