@@ -66,20 +66,20 @@ pub(crate) fn test(arguments: &[&str]) -> Command {
     command
 }
 
-/// Builds a command and a test; where both lie.
+/// Builds a command, a test and a library that other programs load; where they lie.
 ///
 /// Naming a test brings in what only tests depend on, for the command too: the features are those of [`fn@test`]'s build.
 ///
 /// # Errors
-/// When cargo can't be run or fails, or makes one of the two no longer.
-pub(crate) fn build(binary: &'static str, test: &'static str) -> Result<[PathBuf; 2], BuildError> {
+/// When cargo can't be run or fails, or makes one of the three no longer.
+pub(crate) fn build([binary, test, library]: [&'static str; 3]) -> Result<[PathBuf; 3], BuildError> {
     let mut command = workspace("build");
-    command.args(["--bin", binary, "--test", test, "--message-format=json-render-diagnostics"]);
+    command.args(["--bin", binary, "--test", test, "--lib", "--message-format=json-render-diagnostics"]);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
     let mut made = BTreeMap::new();
     if let Some(stdout) = child.stdout.take() {
         for line in BufReader::new(stdout).lines() {
-            made.extend(executable(&line?));
+            made.extend(product(&line?));
         }
     }
     if !child.wait()?.success() {
@@ -87,7 +87,7 @@ pub(crate) fn build(binary: &'static str, test: &'static str) -> Result<[PathBuf
     }
     let mut taken =
         |kind: &str, name: &'static str| made.remove(&(kind.into(), name.into())).ok_or(BuildError::Missing(name));
-    Ok([taken("bin", binary)?, taken("test", test)?])
+    Ok([taken("bin", binary)?, taken("test", test)?, taken("cdylib", library)?])
 }
 
 /// A message of cargo about something that it made, as far as it matters here.
@@ -95,6 +95,7 @@ pub(crate) fn build(binary: &'static str, test: &'static str) -> Result<[PathBuf
 struct Artifact {
     target: Target,
     executable: Option<PathBuf>,
+    filenames: Vec<PathBuf>,
 }
 
 #[derive(Deserialize)]
@@ -103,10 +104,12 @@ struct Target {
     name: String,
 }
 
-/// The executable that a line of cargo's messages reports, by its target's kind and name.
-fn executable(line: &str) -> Option<((String, String), PathBuf)> {
-    let Artifact { target, executable } = serde_json::from_str(line).ok()?;
-    Some(((target.kind.into_iter().next()?, target.name), executable?))
+/// What a line of cargo's messages says was made to be run or loaded, by its target's kind and name.
+fn product(line: &str) -> Option<((String, String), PathBuf)> {
+    let Artifact { target, executable, filenames } = serde_json::from_str(line).ok()?;
+    let kind = target.kind.into_iter().next()?;
+    let file = if kind == "cdylib" { filenames.into_iter().next() } else { executable };
+    Some(((kind, target.name), file?))
 }
 
 /// Runs `command`, passes its output on as it comes and counts the tests in it.
@@ -200,16 +203,18 @@ mod tests {
     }
 
     #[test]
-    fn executables_are_told_by_kind_and_name() {
-        let artifact = r#"{"reason":"compiler-artifact","target":{"kind":["KIND"],"name":"flora"},"executable":PATH}"#;
-        let found = |kind, path| executable(&artifact.replace("KIND", kind).replace("PATH", path));
+    fn products_are_told_by_kind_and_name() {
+        let artifact = r#"{"reason":"compiler-artifact","target":{"kind":["KIND"],"name":"flora"},"executable":PATH,
+            "filenames":["/t/libflora.so"]}"#;
+        let found = |kind, path| product(&artifact.replace("KIND", kind).replace("PATH", path));
         assert_eq!(found("bin", "\"/t/flora\""), Some((("bin".into(), "flora".into()), PathBuf::from("/t/flora"))));
         assert_eq!(
             found("test", "\"/t/flora-1\""),
             Some((("test".into(), "flora".into()), PathBuf::from("/t/flora-1")))
         );
+        assert_eq!(found("cdylib", "null"), Some((("cdylib".into(), "flora".into()), PathBuf::from("/t/libflora.so"))));
         assert_eq!(found("lib", "null"), None);
-        assert_eq!(executable(r#"{"reason":"build-finished","success":true}"#), None);
-        assert_eq!(executable("   Compiling flora v0.1.0"), None);
+        assert_eq!(product(r#"{"reason":"build-finished","success":true}"#), None);
+        assert_eq!(product("   Compiling flora v0.1.0"), None);
     }
 }

@@ -1,8 +1,10 @@
-//! `cargo xtask gpu`: everything that a machine with a GPU needs to check and measure flora, in one folder.
+//! `cargo xtask gpu`: everything that a machine with a GPU needs to check and measure flora, in one folder and one archive of it.
 //!
-//! Such a machine may be at hand for an hour and have neither Rust nor a network. So the programs are built here, and a
-//! script goes with them that runs them all and writes down what came of it (`docs/gpu.md`).
+//! Such a machine may be at hand for ten minutes and have neither Rust nor a network. So the programs are built here, and a
+//! script goes with them that runs them all and writes down what came of it (`docs/gpu.md`). A rehearsal runs the script here, on a
+//! card that the processor plays, and keeps the machine code of every kernel that it meets.
 
+mod archive;
 mod folder;
 #[cfg(all(test, unix))]
 mod script;
@@ -15,12 +17,23 @@ use serde::Serialize;
 use crate::cargo;
 use folder::Contents;
 
-/// Where to leave the folder.
+/// Where to leave the folder, and whether to try it out.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// The folder to make, `target/gpu` of the workspace by default; one that an earlier run made is renewed.
+    /// The folder to make, `target/gpu` of the workspace by default; one that an earlier run made is renewed. The archive and its
+    /// script lie beside it.
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
+    /// Run the folder's script here, at small sizes, on a card of this kind that the processor plays (needs a C++ compiler), and keep
+    /// the machine code of the kernels for such a card.
+    #[arg(long, value_name = "CARD", num_args = 0..=1, default_missing_value = "sm_90")]
+    rehearse: Option<String>,
+    /// Pack the folder as it is, with kernels that were kept since.
+    #[arg(long, conflicts_with = "rehearse")]
+    pack: bool,
+    /// The rehearsal's time budget.
+    #[arg(long, value_name = "MINUTES", default_value = "10", requires = "rehearse")]
+    minutes: f64,
 }
 
 /// What the programs were built from, which goes into the report.
@@ -37,34 +50,77 @@ struct Build {
     changed_during_build: bool,
 }
 
-/// Builds the programs and makes the folder.
+/// Why nothing is there to be carried.
+#[derive(Debug, thiserror::Error)]
+enum GpuError {
+    #[error(transparent)]
+    Build(#[from] cargo::BuildError),
+    #[error(transparent)]
+    Folder(#[from] folder::FolderError),
+    #[error(transparent)]
+    Archive(#[from] archive::ArchiveError),
+    #[error("the kernels of a rehearsal can't be compiled: {0}")]
+    Compilers(#[from] flora_toolchain::FetchError),
+    #[error("the folder's script can't be run: {0}")]
+    Script(std::io::Error),
+    #[error("the rehearsal failed; see its report, {}", .0.display())]
+    Rehearsal(PathBuf),
+}
+
+/// Builds the programs, makes the folder, rehearses where that is asked for, and packs.
 pub(crate) fn run(arguments: &Arguments) -> ExitCode {
-    let out = arguments.out.clone().unwrap_or_else(|| cargo::root().join("target/gpu"));
-    let before = Build::of_checkout();
-    match cargo::build("flora", "conformance") {
-        Err(error) => fail(&error),
-        Ok([flora, conformance]) => match leave(&flora, &conformance, before, &out) {
-            Err(error) => fail(&error),
-            Ok(bytes) => {
-                let megabytes = bytes as f64 * 1e-6;
-                println!("{} ({megabytes:.0} MB); on the machine with the GPU: sh run.sh", out.display());
-                ExitCode::SUCCESS
-            }
-        },
+    match prepare(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
 
-fn fail(error: &dyn std::error::Error) -> ExitCode {
-    eprintln!("error: {error}");
-    ExitCode::FAILURE
+fn prepare(arguments: &Arguments) -> Result<(), GpuError> {
+    let out = arguments.out.clone().unwrap_or_else(|| cargo::root().join("target/gpu"));
+    if arguments.pack {
+        return pack(&out);
+    }
+    let before = Build::of_checkout();
+    let products = cargo::build(["flora", "conformance", "flora_nvrtc"])?;
+    let bytes = leave(&products, before, &out)?;
+    println!("{} ({:.0} MB)", out.display(), bytes as f64 * 1e-6);
+    let rehearsed = arguments.rehearse.as_ref().map(|card| rehearse(&out, card, arguments.minutes));
+    // A failed rehearsal is no reason not to look at what there is on a card.
+    pack(&out)?;
+    rehearsed.unwrap_or(Ok(()))
 }
 
-/// Makes the folder `out` for two programs; how many bytes it has.
-fn leave(flora: &Path, conformance: &Path, before: Build, out: &Path) -> Result<u64, folder::FolderError> {
+fn pack(folder: &Path) -> Result<(), GpuError> {
+    let archive = archive::pack(folder)?;
+    println!(
+        "{} ({:.1} MB) and {}, which unpacks and runs it; on the machine with the GPU: sh {}",
+        archive.file.display(),
+        archive.bytes as f64 * 1e-6,
+        archive.script.display(),
+        archive.script.file_name().unwrap_or_default().display()
+    );
+    Ok(())
+}
+
+/// Runs the script on a card of this kind that the processor plays.
+fn rehearse(out: &Path, card: &str, minutes: f64) -> Result<(), GpuError> {
+    flora_toolchain::CudaCompiler::ensure()?;
+    let results = out.join("rehearsal");
+    let mut script = Command::new("sh");
+    script.arg(out.join("run.sh")).args(["--rehearse", card, "--keep-kernels", "--minutes", &minutes.to_string()]);
+    let status = script.arg("--out").arg(&results).status().map_err(GpuError::Script)?;
+    if status.success() { Ok(()) } else { Err(GpuError::Rehearsal(results.join("report.json"))) }
+}
+
+/// Makes the folder `out` for what was built; how many bytes it has.
+fn leave([flora, conformance, nvrtc]: &[PathBuf; 3], before: Build, out: &Path) -> Result<u64, folder::FolderError> {
     let changed_during_build = before != Build::of_checkout();
     let build = serde_json::json!(Build { changed_during_build, ..before }).to_string();
     let (peers, golden) = (cargo::root().join("benches/peers"), cargo::root().join("tests/golden/peft"));
-    folder::make(&Contents { flora, conformance, peers: &peers, golden: &golden, build: &build }, out)
+    folder::make(&Contents { flora, conformance, nvrtc, peers: &peers, golden: &golden, build: &build }, out)
 }
 
 impl Build {

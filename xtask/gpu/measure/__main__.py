@@ -15,11 +15,14 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
+import kernels
 import machine
 import program
+import sizes
 import steps
 import toolkit
 
@@ -50,17 +53,41 @@ def options() -> argparse.Namespace:
         help="run these steps alone, such as conformance-rest or 'layers-*-bf16-*'; may be repeated",
     )
     parser.add_argument("--device", default="cuda", help="the device as flora names it; default cuda")
+    parser.add_argument(
+        "--rehearse",
+        metavar="CARD",
+        nargs="?",
+        const="sm_90",
+        help="without a GPU: small sizes on a card of this kind that the processor plays; default sm_90",
+    )
+    parser.add_argument(
+        "--keep-kernels", action="store_true", help="of a rehearsal: keep the kernels' machine code for such a card"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile every kernel, also those that were kept")
     parser.add_argument("--strict", action="store_true", help="fail when a step was not run, too")
     parser.add_argument("--list", action="store_true", help="list the steps and their commands, and run nothing")
     given = parser.parse_args()
     if not 0 < given.minutes <= 24 * 60:
         parser.error(f"--minutes is {given.minutes}; it must be above 0 and at most {24 * 60}")
-    all_steps = steps.steps(FOLDER, given.device, 60 * given.minutes)
+    if given.keep_kernels and not given.rehearse:
+        parser.error("--keep-kernels is of a rehearsal: --rehearse")
+    if given.rehearse:
+        given.device = f"cuda-emulated:{given.rehearse}"
+    measured = sizes.REHEARSAL if given.rehearse else sizes.CARD
+    all_steps = steps.steps(FOLDER, given.device, 60 * given.minutes, measured)
     for pattern in given.only:
         if not any(step.matches(pattern) for step in all_steps):
             parser.error(f"no step matches --only {pattern}; --list lists them")
     given.steps = steps.chosen(all_steps, given.only)
     return given
+
+
+def before() -> float:
+    """Seconds since the script was started, which may have had to unpack its folder first."""
+    try:
+        return max(0.0, time.time() - float(os.environ["FLORA_STARTED"]))
+    except (KeyError, ValueError):
+        return 0.0
 
 
 def read_json(path: Path):
@@ -104,23 +131,38 @@ def measure(given: argparse.Namespace, report: dict, path: Path, start: float, s
     """Fills the report, step by step."""
     budget = report["budget_seconds"]
     deadline = start + budget - reserve(budget)
-    report["machine"] = machine.describe()
-    sites = [Path(entry) for entry in sys.path if entry.endswith("-packages")]
-    cuda = report["machine"]["cuda"] = toolkit.lay_out(scratch, sites, dict(os.environ))
-    environment = dict(os.environ) | cuda["environment"]
-    environment |= {
-        "FLORA_TEST_DEVICE": given.device,
-        "FLORA_GOLDEN": str(FOLDER / "golden"),
-        "FLORA_CONFIG": str(path.parent / "tuning"),
-    }
+    # To import PyTorch takes seconds, in which steps that don't need it can run.
+    with ThreadPoolExecutor(1) as pool:
+        torch = pool.submit(machine.torch)
+        report["machine"] = machine.describe()
+        sites = [Path(entry) for entry in sys.path if entry.endswith("-packages")]
+        cuda = report["machine"]["cuda"] = toolkit.lay_out(scratch, sites, dict(os.environ))
+        environment = dict(os.environ) | cuda["environment"]
+        environment |= {
+            "FLORA_TEST_DEVICE": given.device,
+            "FLORA_GOLDEN": str(FOLDER / "golden"),
+            "FLORA_CONFIG": str(path.parent / "tuning"),
+        }
+        how = kernels.how(given.device, given.keep_kernels, given.compile)
+        report["kernels"], more = kernels.set_up(how, FOLDER, scratch, cuda["real_nvrtc"])
+        run_steps(given, report, path, deadline, environment | more, torch)
+
+
+def run_steps(
+    given: argparse.Namespace, report: dict, path: Path, deadline: float, environment: dict, torch: Future
+) -> None:
+    """Runs one step after the other, and writes the report after each."""
+    budget = report["budget_seconds"]
     outputs = path.parent / "outputs"
     outputs.mkdir(exist_ok=True)
-    absent = {"device": None, "peer": absent_peer(given.device, report["machine"]["torch"])}
-    report["peer_not_run"] = absent["peer"]
+    absent: dict[str, str | None] = {"device": None}
     for number, step in enumerate(given.steps, 1):
-        command = steps.without_peer(step.command) if absent["peer"] else step.command
+        if "peer" not in absent and ("peer" in step.needs or "--peer" in step.command):
+            report["machine"]["torch"] = torch.result()
+            absent["peer"] = report["peer_not_run"] = absent_peer(given.device, report["machine"]["torch"])
+        command = steps.without_peer(step.command) if absent.get("peer") else step.command
         left = deadline - time.monotonic()
-        reason = next(filter(None, (absent[need] for need in step.needs)), None)
+        reason = next(filter(None, (absent[need] for need in step.needs)), step.left_out)
         if reason is None and left < least(budget):
             reason = "the time budget was spent"
         if reason is not None:
@@ -129,7 +171,11 @@ def measure(given: argparse.Namespace, report: dict, path: Path, start: float, s
             print(f"[{number}/{len(given.steps)}] {step.name}, {left:.0f} s left", file=sys.stderr, flush=True)
             # A step's own limit says something about the step; the budget doesn't.
             cut = "timed_out" if step.limit <= left else "cut_off"
-            entry = program.run(step, command, min(step.limit, left), cut, outputs, FOLDER, environment)
+            log = outputs / f"{step.name}.kernels"
+            log.unlink(missing_ok=True)
+            own = environment | {"FLORA_KERNELS_LOG": str(log)}
+            entry = program.run(step, command, min(step.limit, left), cut, outputs, FOLDER, own)
+            entry["kernels"] = kernels.counts(log)
         if "--peer" in step.command:
             entry["peer_not_run"] = absent["peer"]
         if step.prints == "devices":
@@ -138,6 +184,7 @@ def measure(given: argparse.Namespace, report: dict, path: Path, start: float, s
                 entry |= {"outcome": "failed", "reason": absent["device"]}
         report["steps"].append(entry)
         write(path, report)
+    report["machine"]["torch"] = torch.result()
 
 
 def not_run(step: steps.Step, reason: str) -> dict:
@@ -151,13 +198,14 @@ def main() -> int:
         for step in given.steps:
             print(f"{step.name:<36}{shlex.join(step.command)}")
         return 0
-    start = time.monotonic()
+    start = time.monotonic() - before()
     path = given.out.resolve() / "report.json"
     report = {
         "schema": 1,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "budget_seconds": 60 * given.minutes,
         "device": given.device,
+        "rehearsal": sizes.REHEARSED if given.rehearse else None,
         "build": read_json(FOLDER / "build.json"),
         "machine": None,
         "steps": [],
@@ -180,6 +228,8 @@ def main() -> int:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     report["gpus_afterwards"] = machine.gpus()
+    if "kernels" in report:
+        report["kernels"]["afterwards"] = kernels.number(FOLDER)
     report["seconds"] = round(time.monotonic() - start, 3)
     outcomes = [entry["outcome"] for entry in report["steps"]]
     report["outcomes"] = {outcome: outcomes.count(outcome) for outcome in program.OUTCOMES}
@@ -192,6 +242,8 @@ def main() -> int:
 
 def summarise(report: dict) -> None:
     """Prints the outcomes; a step that was not run, or without its comparison, is as visible as one that failed."""
+    if report["rehearsal"]:
+        print(f"\n{report['rehearsal']}")
     print(f"\n{'step':<36}{'seconds':>8}  outcome")
     for entry in report["steps"]:
         found = entry.get("tests")
@@ -201,6 +253,8 @@ def summarise(report: dict) -> None:
                 f"{found['passed']} passed, {len(found['failed'])} failed, {len(found['not_run'])} can't run here"
             )
         words += [entry["reason"]] if entry["reason"] else []
+        if entry.get("kernels"):
+            words.append(f"kernels {kernels.words(entry['kernels'])}")
         if entry["outcome"] == "ok" and entry.get("peer_not_run"):
             words.append(f"PyTorch NOT RUN: {entry['peer_not_run']}")
         print(f"{entry['name']:<36}{entry['seconds']:>8.1f}  {': '.join(words)}")

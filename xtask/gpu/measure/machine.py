@@ -70,12 +70,12 @@ def torch() -> dict:
 
 
 def describe() -> dict:
-    """The machine, without its CUDA toolkit."""
+    """The machine, without its CUDA toolkit and its PyTorch."""
     smi, error = said(["nvidia-smi"], 30)
     return {
         "gpus": gpus(),
         "nvidia_smi": smi if smi is not None else error,
-        "torch": torch(),
+        "torch": None,
         "python": {"path": sys.executable, "version": platform.python_version()},
         "system": platform.platform(),
         "processor": processor(),

@@ -75,6 +75,7 @@ def lay_out(scratch: Path, sites: list[Path], environment: dict[str, str]) -> di
         for folder in includes:
             link_all(folder.iterdir(), include)
     library.mkdir()
+    plain = []
     if libraries:
         found = sorted(libraries[0].glob("libnvrtc*.so*"))
         link_all(found, library)
@@ -87,6 +88,7 @@ def lay_out(scratch: Path, sites: list[Path], environment: dict[str, str]) -> di
         "headers": [str(folder) for folder in includes],
         "missing_headers": missing_headers([include]),
         "nvrtc": str(libraries[0]) if libraries else None,
+        "real_nvrtc": str(plain[0].resolve()) if plain else None,
         "version": version(include),
         "environment": {"CUDA_PATH": str(scratch), "LD_LIBRARY_PATH": os.pathsep.join(search)},
     }

@@ -6,16 +6,21 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// The script and what it consists of.
-const SCRIPTS: [(&str, &str); 6] = [
+const SCRIPTS: [(&str, &str); 8] = [
     ("run.sh", include_str!("../../gpu/run.sh")),
     ("measure/__main__.py", include_str!("../../gpu/measure/__main__.py")),
+    ("measure/kernels.py", include_str!("../../gpu/measure/kernels.py")),
     ("measure/machine.py", include_str!("../../gpu/measure/machine.py")),
     ("measure/program.py", include_str!("../../gpu/measure/program.py")),
+    ("measure/sizes.py", include_str!("../../gpu/measure/sizes.py")),
     ("measure/steps.py", include_str!("../../gpu/measure/steps.py")),
     ("measure/toolkit.py", include_str!("../../gpu/measure/toolkit.py")),
 ];
 /// What a folder that was made here has; written first, so that one that was left half made can be renewed.
 const MARK: &str = "build.json";
+
+/// The folders in it that are made here. What else lies in it are results.
+pub(super) const MADE: [&str; 6] = ["bin", "lib", "kernels", "measure", "peers", "golden"];
 
 /// What the folder is made of.
 pub(super) struct Contents<'a> {
@@ -23,6 +28,8 @@ pub(super) struct Contents<'a> {
     pub(super) flora: &'a Path,
     /// The conformance tests' program.
     pub(super) conformance: &'a Path,
+    /// The library that stands in for NVRTC.
+    pub(super) nvrtc: &'a Path,
     /// A folder of Python programs to compare with.
     pub(super) peers: &'a Path,
     /// The folder of PEFT's adapters and outputs.
@@ -50,7 +57,8 @@ pub(super) fn make(contents: &Contents<'_>, out: &Path) -> Result<u64, FolderErr
     if !empty && !mark.is_file() {
         return Err(FolderError::Foreign(out.to_owned()));
     }
-    for part in ["bin", "measure", "peers", "golden"] {
+    // Kernels that were kept are of the programs that were there.
+    for part in MADE {
         let part = out.join(part);
         if part.exists() {
             at(&part, fs::remove_dir_all(&part))?;
@@ -59,6 +67,7 @@ pub(super) fn make(contents: &Contents<'_>, out: &Path) -> Result<u64, FolderErr
     let mut bytes = write(&mark, contents.build)?;
     bytes += program(contents.flora, &out.join("bin/flora"))?;
     bytes += program(contents.conformance, &out.join("bin/conformance"))?;
+    bytes += program(contents.nvrtc, &out.join("lib/libnvrtc.so"))?;
     bytes += tree(contents.peers, &out.join("peers"), &|file| file.extension().is_some_and(|end| end == "py"))?;
     bytes += tree(contents.golden, &out.join("golden"), &|_| true)?;
     for (name, text) in SCRIPTS {
@@ -67,10 +76,11 @@ pub(super) fn make(contents: &Contents<'_>, out: &Path) -> Result<u64, FolderErr
     Ok(bytes)
 }
 
-/// Copies a program, without its symbols where the tool for that is there: they are a quarter of it.
+/// Copies a program or a library, without its symbols where the tool for that is there: they are a quarter of it.
 fn program(from: &Path, to: &Path) -> Result<u64, FolderError> {
     parent(to)?;
-    let stripped = Command::new("strip").arg("-o").arg(to).arg(from).stderr(Stdio::null()).status();
+    let stripped =
+        Command::new("strip").arg("--strip-unneeded").arg("-o").arg(to).arg(from).stderr(Stdio::null()).status();
     if !stripped.is_ok_and(|status| status.success()) {
         at(to, fs::copy(from, to))?;
     }
@@ -134,6 +144,7 @@ mod tests {
         for (name, text) in [
             ("flora", "the command"),
             ("conformance-0123", "the tests"),
+            ("libflora_nvrtc.so", "the library"),
             ("peers/torch_lora.py", "python"),
             ("peers/__pycache__/torch_lora.pyc", "compiled"),
             ("peft/lora/adapter/adapter_config.json", "{}"),
@@ -143,9 +154,17 @@ mod tests {
     }
 
     fn make_from(root: &Path, out: &Path) -> Result<u64, FolderError> {
-        let (flora, conformance) = (root.join("flora"), root.join("conformance-0123"));
-        let (peers, golden) = (root.join("peers"), root.join("peft"));
-        make(&Contents { flora: &flora, conformance: &conformance, peers: &peers, golden: &golden, build: "{}" }, out)
+        let [flora, conformance, nvrtc, peers, golden] =
+            ["flora", "conformance-0123", "libflora_nvrtc.so", "peers", "peft"].map(|name| root.join(name));
+        let contents = Contents {
+            flora: &flora,
+            conformance: &conformance,
+            nvrtc: &nvrtc,
+            peers: &peers,
+            golden: &golden,
+            build: "{}",
+        };
+        make(&contents, out)
     }
 
     #[test]
@@ -158,9 +177,12 @@ mod tests {
             "bin/flora",
             "build.json",
             "golden/lora/adapter/adapter_config.json",
+            "lib/libnvrtc.so",
             "measure/__main__.py",
+            "measure/kernels.py",
             "measure/machine.py",
             "measure/program.py",
+            "measure/sizes.py",
             "measure/steps.py",
             "measure/toolkit.py",
             "peers/torch_lora.py",
@@ -172,6 +194,7 @@ mod tests {
         assert_eq!(bytes, sizes.iter().sum::<u64>());
 
         write(&out.join("golden/old/config.json"), "{}").unwrap();
+        write(&out.join("kernels/0123.sm_90a.cubin"), "of the earlier command").unwrap();
         write(&out.join("results/report.json"), "{}").unwrap();
         fs::write(root.path().join("flora"), "a later command").unwrap();
         make_from(root.path(), &out).unwrap();

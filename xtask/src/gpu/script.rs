@@ -26,6 +26,8 @@ const CONFORMANCE: &str = r#"#!/bin/sh
 echo "running 2 tests"
 echo "test formats::every_format_equals_the_oracle ... ok"
 echo "NOT RUN on $FLORA_TEST_DEVICE: bf16: no bf16 buffers"
+echo "kernels in ${FLORA_KERNELS:-nothing}, else by ${FLORA_NVRTC:-nothing}"
+printf "kept tile\ncompiled tile\nkept reduce\n" >"$FLORA_KERNELS_LOG"
 ls "$FLORA_GOLDEN" "$CUDA_PATH"
 sleep "${FAKE_SECONDS:-0}" & wait
 [ -z "${FAKE_FAILURE:-}" ] || { echo "test golden::kernels ... FAILED"; exit 101; }
@@ -60,27 +62,43 @@ impl World {
         }
         program(&at("flora"), FLORA);
         program(&at("conformance"), CONFORMANCE);
+        fs::write(at("libnvrtc.so"), "no library").unwrap();
         fs::write(at("peers/torch_lora.py"), "print('right')").unwrap();
         fs::write(at("peft/lora/config.json"), "{}").unwrap();
         fs::write(at("site/torch.py"), TORCH).unwrap();
-        let (flora, conformance, peers, golden) = (at("flora"), at("conformance"), at("peers"), at("peft"));
-        let build = r#"{"commit": "0123"}"#;
-        make(&Contents { flora: &flora, conformance: &conformance, peers: &peers, golden: &golden, build }, &at("gpu"))
-            .unwrap();
+        let [flora, conformance, nvrtc, peers, golden] =
+            ["flora", "conformance", "libnvrtc.so", "peers", "peft"].map(|name| at(name));
+        let contents = Contents {
+            flora: &flora,
+            conformance: &conformance,
+            nvrtc: &nvrtc,
+            peers: &peers,
+            golden: &golden,
+            build: r#"{"commit": "0123"}"#,
+        };
+        make(&contents, &at("gpu")).unwrap();
         Some(Self { root })
     }
 
     /// The script; PyTorch is there when `torch` says so.
     fn script(&self, torch: bool, arguments: &[&str]) -> Command {
+        self.script_at("gpu/run.sh", torch, arguments)
+    }
+
+    fn script_at(&self, script: &str, torch: bool, arguments: &[&str]) -> Command {
         let mut command = Command::new("sh");
-        command.arg(self.root.path().join("gpu/run.sh")).args(arguments);
+        command.arg(self.root.path().join(script)).args(arguments);
         command.current_dir("/").env("PYTHON", "python3").stdout(Stdio::null()).stderr(Stdio::null());
         command.env("PYTHONPATH", if torch { self.root.path().join("site") } else { PathBuf::new() });
         command
     }
 
     fn report(&self) -> Value {
-        let path = self.root.path().join("gpu/results/report.json");
+        self.report_at("gpu/results/report.json")
+    }
+
+    fn report_at(&self, path: &str) -> Value {
+        let path = self.root.path().join(path);
         serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
     }
 }
@@ -113,10 +131,10 @@ fn a_failing_step_is_reported_and_the_next_ones_run() {
         let bad = ["q8_0", "int8", "q4_0", "conformance"].iter().any(|word| name.contains(word));
         assert_eq!(outcome, if bad { "failed" } else { "ok" }, "{name}");
     }
-    assert_eq!(report["steps"].as_array().unwrap().len(), 5 + 3 + 27);
+    assert_eq!(report["steps"].as_array().unwrap().len(), 4 + 7 + 2 + 3 + 20);
     assert_eq!(report["build"]["commit"], "0123");
     assert_eq!(report["machine"]["torch"]["version"], "2.11.0");
-    let conformance = step(&report, "conformance-formats");
+    let conformance = step(&report, "conformance-first");
     assert_eq!(conformance["exit_code"], 101);
     assert_eq!(conformance["reason"], "exit status 101: golden::kernels failed");
     assert_eq!(conformance["tests"]["passed"], 1);
@@ -175,9 +193,9 @@ fn the_budget_ends_steps_and_the_rest_is_listed() {
     assert_eq!(status.code(), Some(1));
     assert!(start.elapsed() < Duration::from_secs(60));
     let report = world.report();
-    assert_eq!(step(&report, "conformance-formats")["outcome"], "timed_out");
-    assert_eq!(step(&report, "conformance-formats")["tests"]["passed"], 1, "what passed until then");
-    assert_eq!(report["steps"].as_array().unwrap().len(), 5 + 3 + 27);
+    assert_eq!(step(&report, "conformance-first")["outcome"], "timed_out");
+    assert_eq!(step(&report, "conformance-first")["tests"]["passed"], 1, "what passed until then");
+    assert_eq!(report["steps"].as_array().unwrap().len(), 4 + 7 + 2 + 3 + 20);
     assert!(report["seconds"].as_f64().unwrap() < 7.5, "{}", report["seconds"]);
 }
 
@@ -185,7 +203,7 @@ fn the_budget_ends_steps_and_the_rest_is_listed() {
 fn a_stopped_script_leaves_the_report_and_no_process() {
     let Some(world) = World::new() else { return };
     let mut script = world.script(true, &["--only", "conformance-*"]).env("FAKE_SECONDS", "61.25").spawn().unwrap();
-    let begun = world.root.path().join("gpu/results/outputs/conformance-formats.out");
+    let begun = world.root.path().join("gpu/results/outputs/conformance-first.out");
     let deadline = Instant::now() + Duration::from_secs(60);
     while !fs::read_to_string(&begun).is_ok_and(|text| text.contains("lib64")) {
         assert!(Instant::now() < deadline, "the step never began");
@@ -194,7 +212,7 @@ fn a_stopped_script_leaves_the_report_and_no_process() {
     assert!(Command::new("kill").arg(script.id().to_string()).status().unwrap().success());
     assert_eq!(script.wait().unwrap().code(), Some(1));
     let report = world.report();
-    for name in ["conformance-formats", "conformance-rest"] {
+    for name in ["conformance-first", "conformance-formats", "conformance-rest"] {
         assert_eq!(step(&report, name)["reason"], "stopped by SIGTERM");
         assert_eq!(step(&report, name)["outcome"], "not_run");
     }
@@ -205,9 +223,81 @@ fn a_stopped_script_leaves_the_report_and_no_process() {
 }
 
 #[test]
+fn a_rehearsal_is_marked_and_keeps_kernels() {
+    let Some(world) = World::new() else { return };
+    let mut script = world.script(false, &["--rehearse", "sm_80", "--keep-kernels"]);
+    assert_eq!(script.env("FAKE_DEVICE", "cuda-emulated:sm_80").status().unwrap().code(), Some(1), "q4_0 is no array");
+    let report = world.report();
+    assert_eq!(report["device"], "cuda-emulated:sm_80");
+    assert!(report["rehearsal"].as_str().unwrap().contains("No time in it says anything of a card"));
+    assert_eq!(report["steps"].as_array().unwrap().len(), 4 + 7 + 2 + 3 + 20, "the steps of a card's report");
+    assert_eq!(report["kernels"], serde_json::json!({ "use": "kept", "carried": 0, "afterwards": 0 }));
+    let first = step(&report, "conformance-first");
+    let folder = world.root.path().join("gpu/kernels");
+    let printed = first["stdout"].as_str().unwrap();
+    assert!(printed.contains(&format!("kernels in {}, else by nothing", folder.display())), "{printed}");
+    assert_eq!(first["kernels"], serde_json::json!({ "kept": 2, "compiled": 1 }));
+    for name in ["tune", "conformance-rest", "serving-starcoder-15b"] {
+        assert!(step(&report, name)["reason"].as_str().unwrap().contains("an emulated card takes"), "{name}");
+    }
+    assert_eq!(step(&report, "layers-15b-query-f16-decode")["outcome"], "ok");
+    let command = step(&report, "layers-15b-query-f16-decode")["command"].to_string();
+    assert!(command.contains("64,128") && command.contains("cuda-emulated:sm_80"), "{command}");
+
+    let only = ["--rehearse", "sm_80", "--only", "conformance-rest"];
+    assert_eq!(world.script(false, &only).env("FAKE_DEVICE", "cuda-emulated:sm_80").status().unwrap().code(), Some(0));
+    let report = world.report();
+    assert_eq!(step(&report, "conformance-rest")["outcome"], "ok", "what is asked for by name runs");
+    assert_eq!(report["kernels"]["use"], "not used");
+}
+
+#[test]
+fn an_archive_unpacks_itself_and_brings_kernels_along() {
+    let Some(world) = World::new() else { return };
+    let at = |name: &str| world.root.path().join(name);
+    fs::create_dir(at("gpu/kernels")).unwrap();
+    fs::write(at("gpu/kernels/0123.sm_90a.cubin"), "machine code").unwrap();
+    super::archive::pack(&at("gpu")).unwrap();
+    // A toolkit with NVRTC in it, which the library that came along is put before.
+    for file in
+        ["include/cuda_runtime.h", "include/cuda_fp16.h", "include/cuda_bf16.h", "include/mma.h", "include/crt/mma.h"]
+    {
+        fs::create_dir_all(at("cuda").join(file).parent().unwrap()).unwrap();
+        fs::write(at("cuda").join(file), "").unwrap();
+    }
+    fs::create_dir(at("cuda/lib64")).unwrap();
+    fs::write(at("cuda/lib64/libnvrtc.so.12"), "NVRTC").unwrap();
+    let carried = at("card");
+    fs::create_dir(&carried).unwrap();
+    for file in ["gpu.sh", "gpu.tar.xz"] {
+        fs::rename(at(file), carried.join(file)).unwrap();
+    }
+    let run = |arguments: &[&str]| {
+        let arguments = [&["--only", "conformance-first"][..], arguments].concat();
+        let mut script = world.script_at("card/gpu.sh", false, &arguments);
+        assert_eq!(script.env("CUDA_PATH", at("cuda")).status().unwrap().code(), Some(0));
+        let report = world.report_at("card/gpu/results/report.json");
+        (report["kernels"].clone(), step(&report, "conformance-first")["stdout"].as_str().unwrap().to_owned())
+    };
+    let (kernels, printed) = run(&[]);
+    assert_eq!(kernels, serde_json::json!({ "use": "found", "carried": 1, "afterwards": 1 }));
+    let (folder, real) = (carried.join("gpu/kernels"), at("cuda/lib64/libnvrtc.so.12"));
+    let expected = format!("kernels in {}, else by {}", folder.display(), real.display());
+    assert!(printed.contains(&expected), "{printed}");
+    let (kernels, printed) = run(&["--compile"]);
+    assert_eq!(kernels["use"], "not used");
+    assert!(printed.contains("kernels in nothing, else by nothing"), "{printed}");
+    // Without its archive the script has nothing to run.
+    fs::rename(carried.join("gpu.sh"), at("gpu.sh")).unwrap();
+    assert_eq!(world.script_at("gpu.sh", false, &[]).status().unwrap().code(), Some(2));
+}
+
+#[test]
 fn wrong_usage_is_refused() {
     let Some(world) = World::new() else { return };
-    for arguments in [&["--only", "layer"][..], &["--minutes", "0"], &["--minutes", "nan"], &["--nothing"]] {
+    for arguments in
+        [&["--only", "layer"][..], &["--minutes", "0"], &["--minutes", "nan"], &["--nothing"], &["--keep-kernels"]]
+    {
         assert_eq!(world.script(true, arguments).status().unwrap().code(), Some(2), "{arguments:?}");
     }
     assert_eq!(world.script(true, &[]).env("PYTHON", "/nowhere/python3").status().unwrap().code(), Some(2));

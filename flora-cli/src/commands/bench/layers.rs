@@ -7,7 +7,7 @@ use flora_plan::lowering::{Row, TABLE};
 use flora_runtime::BackendKind;
 
 use super::case::{ADAPTERS, BASE, Case, MIXED, Tokens, Variant, Wanted, variants};
-use super::peaks::Peaks;
+use super::peaks::{BANDWIDTH_BYTES, Peaks};
 use super::peer::{Peer, Prepared};
 use super::report::{Group, Record, Times, human};
 use super::timed::Clock;
@@ -64,6 +64,9 @@ pub(super) struct Arguments {
     /// Calls in a timed repetition; unless given 1 on the host, elsewhere as many as take 20 ms, at most 20
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=100_000))]
     calls: Option<usize>,
+    /// Bytes that the bandwidth of the floor is measured over; fewer than the device's caches hold give a floor that is too low
+    #[arg(long, default_value_t = BANDWIDTH_BYTES, value_parser = RangedU64ValueParser::<u64>::new().range(65_536..=1 << 36))]
+    bandwidth_bytes: u64,
     /// A program to alternate with, such as "python benches/peers/torch_lora.py"; `--serve` is added to it
     #[arg(long, value_name = "COMMAND")]
     peer: Option<String>,
@@ -148,7 +151,7 @@ pub(super) fn layers(arguments: &Arguments) -> Result<(), CommandError> {
     let clock = Clock { device: &device, calls };
     let (cases, wanted) = (arguments.cases(), arguments.wanted());
     let mut peer = arguments.peer.as_deref().map(Peer::start).transpose()?;
-    let mut peaks = Peaks::default();
+    let mut peaks = Peaks::over(arguments.bandwidth_bytes);
 
     let bar = output::progress(cases.len() * (arguments.rounds + 1), "measuring");
     let mut taken = Vec::with_capacity(cases.len());

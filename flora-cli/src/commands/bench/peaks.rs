@@ -14,14 +14,15 @@ use crate::commands::error::CommandError;
 /// A GEMM is large when it takes this long, or at this extent.
 const LARGE_SECONDS: f64 = 0.05;
 const LARGEST_EXTENT: u32 = 8192;
-/// More than the last-level caches of most devices.
-const BANDWIDTH_BYTES: u64 = 128 << 20;
+/// Bytes that bandwidth is measured over unless others are asked for: more than the last-level caches of most devices.
+pub(super) const BANDWIDTH_BYTES: u64 = 128 << 20;
 /// Outputs of a row of the epilogue that is timed.
 const EPILOGUE_WIDTH: u32 = 2048;
 
 /// The best of everything measured so far.
-#[derive(Default)]
 pub(super) struct Peaks {
+    /// Bytes that bandwidth is measured over.
+    bandwidth_bytes: u64,
     large: BTreeMap<Element, Large>,
     /// One row by a weight, and an epilogue by itself; devices differ in which of them something else slows down.
     movers: Vec<(u64, Timed)>,
@@ -41,8 +42,8 @@ fn timed(device: &Device, shape: LayerShape, format: LayerFormat, schedule: Sche
 }
 
 /// What only moves numbers, with the bytes that it moves.
-fn movers(device: &Device) -> Result<Vec<(u64, Timed)>, CommandError> {
-    let bytes = device.info().largest_buffer_bytes.map_or(BANDWIDTH_BYTES, |limit| limit.min(BANDWIDTH_BYTES));
+fn movers(device: &Device, bytes: u64) -> Result<Vec<(u64, Timed)>, CommandError> {
+    let bytes = device.info().largest_buffer_bytes.map_or(bytes, |limit| limit.min(bytes));
     let format = LayerFormat::default();
     let side = ((bytes / 4) as f64).sqrt() as u32;
     let weight = LayerShape { d: side, k: side };
@@ -57,6 +58,11 @@ fn movers(device: &Device) -> Result<Vec<(u64, Timed)>, CommandError> {
 }
 
 impl Peaks {
+    /// Nothing measured yet.
+    pub(super) fn over(bandwidth_bytes: u64) -> Self {
+        Self { bandwidth_bytes, large: BTreeMap::new(), movers: Vec::new(), bytes_per_second: 0.0 }
+    }
+
     /// Raises the peaks to what is reached now.
     pub(super) fn measure(&mut self, clock: Clock, element: Element) -> Result<(), CommandError> {
         if let Some(large) = self.large.get_mut(&element) {
@@ -76,7 +82,7 @@ impl Peaks {
             }
         }
         if self.movers.is_empty() {
-            self.movers = movers(clock.device)?;
+            self.movers = movers(clock.device, self.bandwidth_bytes)?;
         }
         for (bytes, mover) in &self.movers {
             self.bytes_per_second = self.bytes_per_second.max(*bytes as f64 / clock.best(mover)?);
