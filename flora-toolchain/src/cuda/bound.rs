@@ -166,14 +166,15 @@ fn of_a_product(form: &str) -> f64 {
     }
 }
 
-/// Bytes that a warp's accesses of a class have, by their widths.
+/// Bytes that a warp's accesses of a class have, by the widths in their forms.
 fn bytes(mix: &Mix, class: Class) -> f64 {
-    let of = |width: &str| match width {
-        "U8" | "S8" => 1.0,
-        "U16" | "S16" => 2.0,
-        bits => bits.parse().map_or(4.0, |bits: f64| bits / 8.0),
+    let width = |part: &str| match part {
+        "U8" | "S8" => Some(1.0),
+        "U16" | "S16" => Some(2.0),
+        "32" | "64" | "128" | "256" => part.parse().ok().map(|bits: f64| bits / 8.0),
+        _ => None,
     };
-    mix.forms(class).map(|(width, count)| f64::from(count) * of(width) * WARP).sum()
+    mix.forms(class).map(|(form, count)| f64::from(count) * form.split('.').find_map(width).unwrap_or(4.0) * WARP).sum()
 }
 
 pub(super) fn global_bytes(mix: &Mix) -> f64 {
@@ -198,7 +199,9 @@ fn shared_bytes(mix: &Mix) -> f64 {
         }
     });
     let operands: f64 = operands.sum();
-    fragments + operands + bytes(mix, Class::SharedLoad) + bytes(mix, Class::SharedStore)
+    // In a main loop what may lie in any memory are fragments that are loaded by way of a pointer.
+    let accesses = [Class::SharedLoad, Class::SharedStore, Class::Generic];
+    fragments + operands + accesses.into_iter().map(|class| bytes(mix, class)).sum::<f64>()
 }
 
 #[cfg(test)]
@@ -229,6 +232,8 @@ mod tests {
         assert_eq!(many.bound(Architecture::Sm80, Source::Cache).longest(), (Unit::Issue, 4.0));
         let shared = main_loop(&[products, (4, "LDS.128 R4, [R2]"), (4, "STS.64 [R2], R4")]);
         assert_eq!(shared.bound(Architecture::Sm80, Source::Cache).longest(), (Unit::Shared, 6.0));
+        let generic = main_loop(&[products, (16, "LD.E R4, [R2.64]"), (4, "LD.E.64 R4, [R2.64]")]);
+        assert_eq!(generic.bound(Architecture::Sm80, Source::Cache).longest(), (Unit::Shared, 6.0));
         let loads = main_loop(&[products, (2, "LDG.E.128 R4, [R2.64]")]);
         let (unit, cycles) = loads.bound(Architecture::Sm80, Source::Memory).longest();
         assert_eq!((unit, (cycles * 100.0).round()), (Unit::Global, (256.0 / 13.39f64 * 100.0).round()));

@@ -36,7 +36,7 @@ pub struct MainLoop {
     pub loads_ahead: u32,
     /// Bytes that a warp copies from global to shared memory past its registers (`cp.async`), in a pass through the loop.
     pub copied_bytes: u32,
-    /// Steps whose loads may be under way while the loop multiplies one: with copies past registers the groups of them that its wait
+    /// Steps whose loads may be under way while the loop multiplies one: with copies past registers those whose groups its wait
     /// lets be, and the one that it starts; else 1 where there are `loads_ahead`.
     pub stages: u32,
 }
@@ -88,9 +88,11 @@ impl MainLoop {
             main.iter().flat_map(|block| &listing.instructions[graph.blocks[*block].clone()]).collect();
         let copied = passed.into_iter().filter(|one| one.opcode == "LDGSTS");
         let copied_bytes = bound::global_bytes(&Mix::of(copied)) as u32;
-        let stages = match stepped.iter().any(|one| one.opcode == "LDGSTS") {
-            true => stepped.iter().filter_map(|one| outstanding(one)).max().unwrap_or(0).saturating_add(1),
-            false => u32::from(loads_ahead > 0),
+        // A step may start several groups of copies.
+        let groups = stepped.iter().filter(|one| one.opcode == "LDGDEPBAR").count() as u32;
+        let stages = match stepped.iter().filter_map(|one| outstanding(one)).max() {
+            Some(left) if groups > 0 => (left + groups) / groups,
+            _ => u32::from(loads_ahead > 0),
         };
         Some(Self { depth, mix, nest, loads_ahead, copied_bytes, stages })
     }
@@ -328,14 +330,16 @@ mod tests {
 
     #[test]
     fn stages_are_what_the_wait_leaves_and_what_is_started() {
-        let program = |wait: &str| {
+        let program = |wait: &str, groups: usize| {
+            let starts = "LDGDEPBAR\n".repeat(groups);
             format!(
-                ".L_loop:\nDEPBAR.LE SB0, {wait}\nLDGSTS.E.BYPASS.128 [R5], [R2.64]\nLDGDEPBAR\nHMMA.16816.F32 R4, R8, R10, R4\n\
+                ".L_loop:\nDEPBAR.LE SB0, {wait}\nLDGSTS.E.BYPASS.128 [R5], [R2.64]\n{starts}HMMA.16816.F32 R4, R8, R10, R4\n\
                  @P0 BRA `(.L_loop)"
             )
         };
-        let stages = |wait: &str| (find(&program(wait)).unwrap().stages, find(&program(wait)).unwrap().copied_bytes);
-        assert_eq!([stages("0x0"), stages("0x2")], [(1, 512), (3, 512)]);
+        let stages = |wait: &str, groups: usize| find(&program(wait, groups)).unwrap().stages;
+        assert_eq!([stages("0x0", 1), stages("0x2", 1), stages("0x4", 2), stages("0x2", 2)], [1, 3, 3, 2]);
+        assert_eq!(find(&program("0x0", 1)).unwrap().copied_bytes, 512);
         let products = "HMMA.16816.F32 R4, R8, R10, R4\n@P0 BRA `(.L_loop)";
         let registers = |first: &str| find(&format!(".L_loop:\n{first}\n{products}")).unwrap().stages;
         assert_eq!([registers("LDG.E.128 R12, [R2.64]"), registers("LDS.128 R12, [R2]")], [1, 0]);
