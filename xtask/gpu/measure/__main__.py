@@ -148,6 +148,15 @@ def measure(given: argparse.Namespace, report: dict, path: Path, start: float, s
         run_steps(given, report, path, deadline, environment | more, torch)
 
 
+def run_one(step: steps.Step, command: tuple[str, ...], seconds: float, cut: str, outputs: Path, environment) -> dict:
+    """Runs a step, and counts its kernels; its entry in the report."""
+    log = outputs / f"{step.name}.kernels"
+    log.unlink(missing_ok=True)
+    own = environment | {"FLORA_KERNELS_LOG": str(log)}
+    entry = program.run(step, command, seconds, cut, outputs, FOLDER, own)
+    return entry | {"kernels": kernels.counts(log)}
+
+
 def run_steps(
     given: argparse.Namespace, report: dict, path: Path, deadline: float, environment: dict, torch: Future
 ) -> None:
@@ -171,15 +180,17 @@ def run_steps(
             print(f"[{number}/{len(given.steps)}] {step.name}, {left:.0f} s left", file=sys.stderr, flush=True)
             # A step's own limit says something about the step; the budget doesn't.
             cut = "timed_out" if step.limit <= left else "cut_off"
-            log = outputs / f"{step.name}.kernels"
-            log.unlink(missing_ok=True)
-            own = environment | {"FLORA_KERNELS_LOG": str(log)}
-            entry = program.run(step, command, min(step.limit, left), cut, outputs, FOLDER, own)
-            entry["kernels"] = kernels.counts(log)
+            entry = run_one(step, command, min(step.limit, left), cut, outputs, environment)
         if "--peer" in step.command:
             entry["peer_not_run"] = absent["peer"]
         if step.prints == "devices":
             absent["device"] = absent_device(given.device, entry)
+            if absent["device"] and report["kernels"]["use"] == "found":
+                # To start a device runs a kernel: a driver that takes no such machine code is told from no device by compiling.
+                report["kernels"]["use"] = f"not used: with them {absent['device']}"
+                environment = {name: value for name, value in environment.items() if name != "FLORA_KERNELS"}
+                entry = run_one(step, command, min(step.limit, left), cut, outputs, environment)
+                absent["device"] = absent_device(given.device, entry)
             if entry["outcome"] == "ok" and absent["device"]:
                 entry |= {"outcome": "failed", "reason": absent["device"]}
         report["steps"].append(entry)

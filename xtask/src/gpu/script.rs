@@ -12,7 +12,8 @@ use super::folder::{Contents, make};
 
 /// Answers as `flora` does. Each format of quantised weights goes wrong in a way of its own.
 const FLORA: &str = r#"#!/bin/sh
-case "$*" in
+case "$*${FAKE_DRIVER:-}${FLORA_KERNELS:+, with kernels}" in
+    "devices --json, old, with kernels") echo "[{\"id\": \"host\"}]" ;;
     devices*) echo "[{\"id\": \"host\"}, {\"id\": \"${FAKE_DEVICE:-cuda:0}\"}]" ;;
     tune*) echo "{\"path\": \"$FLORA_CONFIG\"}" ;;
     *q8_0*) printf "error: it broke\nusage: flora\n" >&2; exit 3 ;;
@@ -67,7 +68,7 @@ impl World {
         fs::write(at("peft/lora/config.json"), "{}").unwrap();
         fs::write(at("site/torch.py"), TORCH).unwrap();
         let [flora, conformance, nvrtc, peers, golden] =
-            ["flora", "conformance", "libnvrtc.so", "peers", "peft"].map(|name| at(name));
+            ["flora", "conformance", "libnvrtc.so", "peers", "peft"].map(&at);
         let contents = Contents {
             flora: &flora,
             conformance: &conformance,
@@ -272,21 +273,29 @@ fn an_archive_unpacks_itself_and_brings_kernels_along() {
     for file in ["gpu.sh", "gpu.tar.xz"] {
         fs::rename(at(file), carried.join(file)).unwrap();
     }
-    let run = |arguments: &[&str]| {
+    let run = |arguments: &[&str], driver: &str| {
         let arguments = [&["--only", "conformance-first"][..], arguments].concat();
         let mut script = world.script_at("card/gpu.sh", false, &arguments);
-        assert_eq!(script.env("CUDA_PATH", at("cuda")).status().unwrap().code(), Some(0));
+        script.env("CUDA_PATH", at("cuda")).env("FAKE_DRIVER", driver);
+        assert_eq!(script.status().unwrap().code(), Some(0));
         let report = world.report_at("card/gpu/results/report.json");
         (report["kernels"].clone(), step(&report, "conformance-first")["stdout"].as_str().unwrap().to_owned())
     };
-    let (kernels, printed) = run(&[]);
+    let (kernels, printed) = run(&[], "");
     assert_eq!(kernels, serde_json::json!({ "use": "found", "carried": 1, "afterwards": 1 }));
     let (folder, real) = (carried.join("gpu/kernels"), at("cuda/lib64/libnvrtc.so.12"));
     let expected = format!("kernels in {}, else by {}", folder.display(), real.display());
     assert!(printed.contains(&expected), "{printed}");
-    let (kernels, printed) = run(&["--compile"]);
+    let (kernels, printed) = run(&["--compile"], "");
     assert_eq!(kernels["use"], "not used");
     assert!(printed.contains("kernels in nothing, else by nothing"), "{printed}");
+    // A driver that doesn't take the machine code.
+    let (kernels, printed) = run(&[], ", old");
+    assert!(
+        kernels["use"].as_str().unwrap().starts_with("not used: with them flora lists no device cuda"),
+        "{kernels}"
+    );
+    assert!(printed.contains("kernels in nothing, else by /"), "{printed}");
     // Without its archive the script has nothing to run.
     fs::rename(carried.join("gpu.sh"), at("gpu.sh")).unwrap();
     assert_eq!(world.script_at("gpu.sh", false, &[]).status().unwrap().code(), Some(2));
