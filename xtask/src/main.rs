@@ -8,6 +8,7 @@ mod api;
 mod cargo;
 mod gpu;
 mod lavapipe;
+mod machine_code;
 mod program;
 mod sanitize;
 mod test;
@@ -30,6 +31,8 @@ enum Command {
     Test(test::Arguments),
     /// Leaves a folder that checks, tunes and measures flora on a machine with a GPU but no Rust.
     Gpu(gpu::Arguments),
+    /// Prints what bounds the kernels' main loops, beside those of other compilers.
+    MachineCode(machine_code::Arguments),
     /// Compares the public items of every library with their listings, or writes these.
     Api(api::Arguments),
     /// Runs a program with software Vulkan that has cooperative matrices; also usable as cargo's runner.
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run(&arguments),
         Command::Api(arguments) => api::run(&arguments),
         Command::Gpu(arguments) => gpu::run(&arguments),
+        Command::MachineCode(arguments) => machine_code::run(&arguments),
         Command::Lavapipe(arguments) => lavapipe::run(&arguments),
         Command::Sanitize(arguments) => sanitize::run(&arguments),
     }

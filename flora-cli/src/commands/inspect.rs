@@ -5,7 +5,9 @@ use clap::builder::RangedU64ValueParser;
 use flora::prelude::*;
 use flora_codegen::target::{Capability, EmittedKernel, EqualBatch, Target, emit_layer};
 use flora_plan::lowering::{Part, PartLowering, lowerings_of};
-use flora_toolchain::{Architecture, Class, Compiled, CudaCompiler, Defect, Expectations, MAX_WARPS, Mix, Occupancy};
+use flora_toolchain::{
+    Architecture, Bound, Class, Compiled, CudaCompiler, Defect, Expectations, MAX_WARPS, Mix, Occupancy, Source, Unit,
+};
 use serde::Serialize;
 
 use super::error::CommandError;
@@ -77,7 +79,20 @@ struct Checked {
     code: Compiled,
     /// `None` where the source doesn't say how it is launched.
     occupancy: Option<Filling>,
+    /// `None` where no loop multiplies.
+    step: Option<Step>,
     defects: Vec<Found>,
+}
+
+/// What a main loop costs for each MMA of 16 × 8 × 16 that it is worth.
+#[derive(Serialize)]
+struct Step {
+    /// Instructions that a warp issues.
+    slots: f64,
+    /// Cycles of a multiprocessor.
+    cycles: Bound,
+    /// Which of them is the longest.
+    bound: Unit,
 }
 
 #[derive(Serialize)]
@@ -113,12 +128,14 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
         return Err(CommandError::PartialBlock { format: format.weight, block: format.weight.whole(1), d });
     }
     let kernels = emit_layer(&compiled, target, plan, (shape, format), EqualBatch { rank, segments, rows })?;
+    // A weight that one tile of rows multiplies is read once, from the device's memory.
+    let source = if u64::from(segments) * u64::from(rows) <= 128 { Source::Memory } else { Source::Cache };
     let mut reports = Vec::new();
     for kernel in kernels {
         let compiled = match &compiler {
             Some((compiler, architecture)) => {
                 let code = compiler.compile(&kernel.source, *architecture)?;
-                Some(Checked::of(code, expectations(&kernel.name, format, k)))
+                Some(Checked::of(code, expectations(&kernel.name, format, k), source))
             }
             None => None,
         };
@@ -172,17 +189,21 @@ fn expectations(name: &str, format: LayerFormat, k: u32) -> Expectations {
 }
 
 impl Checked {
-    fn of(code: Compiled, expectations: Expectations) -> Self {
+    fn of(code: Compiled, expectations: Expectations, source: Source) -> Self {
         let occupancy = code.occupancy().ok();
         let occupancy = occupancy.map(|occupancy| Filling { fraction: occupancy.fraction(), occupancy });
         let found = |defect: Defect| Found { message: defect.to_string(), defect };
         let defects = code.defects(expectations).into_iter().map(found).collect();
-        Self { code, occupancy, defects }
+        let step = code.main_loop.as_ref().map(|main| {
+            let cycles = main.bound(code.architecture, source);
+            Step { slots: main.slots(), cycles, bound: cycles.longest().0 }
+        });
+        Self { code, occupancy, step, defects }
     }
 
     /// Comments below the source.
     fn human(&self) -> String {
-        let Self { code, occupancy, defects } = self;
+        let Self { code, occupancy, step, defects } = self;
         let dynamic = code.dynamic_shared_bytes.map_or_else(|| "unknown".to_owned(), |bytes| bytes.to_string());
         let mut text = format!(
             "// {}: {} registers, {} bytes spilled, {} + {dynamic} bytes of static and dynamic shared memory\n",
@@ -212,6 +233,13 @@ impl Checked {
             }
             None => "// main loop: none multiplies\n".to_owned(),
         };
+        if let (Some(Step { slots, cycles, bound }), Some(main)) = (step, &code.main_loop) {
+            text += &format!(
+                "// an MMA of 16×8×16 of it: {slots:.2} slots, {} stages under way; cycles of a multiprocessor: {:.2} arithmetic, {:.2} \
+                 issue, {:.2} shared memory, {:.2} global memory; bound by {bound}\n",
+                main.stages, cycles.arithmetic, cycles.issue, cycles.shared, cycles.global
+            );
+        }
         text += &format!("// loads from global memory, by bits: {}\n", loads(&code.mix));
         for Found { message, .. } in defects {
             text += &format!("// DEFECT: {message}\n");
@@ -301,7 +329,10 @@ mod tests {
         };
         let (cube_dim, cube_count) = ([256, 1, 1], None);
         let kernel = EmittedKernel { name: code.kernel.clone(), cube_dim, cube_count, source: String::new() };
-        Report { kernel, compiled: Some(Checked::of(code, expectations("reduce", LayerFormat::default(), 8))) }
+        Report {
+            kernel,
+            compiled: Some(Checked::of(code, expectations("reduce", LayerFormat::default(), 8), Source::Memory)),
+        }
     }
 
     #[test]

@@ -1,24 +1,30 @@
 //! Every CUDA kernel is really compiled, for three architectures, and what it costs is a table, so that a spill shows in a diff.
 //! A kernel of half types without tensor cores in its main loop, a narrow load of a weight, and a main loop that waits for its
-//! loads, fail. Needs NVRTC, ptxas and nvdisasm; `cargo xtask test` fetches them, and says so where it can't.
+//! loads, fail. So does a main loop whose predicted bound, or anything else of its row, changes: `INSTA_UPDATE=always` takes the new
+//! table, and its diff says what became worse. Needs NVRTC, ptxas and nvdisasm; `cargo xtask test` fetches them, and says so where it can't.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use flora::prelude::*;
 use flora_codegen::target::Target;
-use flora_toolchain::{Architecture, Class, CudaCompiler, Defect, Expectations};
+use flora_toolchain::{Architecture, Class, CudaCompiler, Defect, Expectations, Source, heading};
 
 use super::{DECODE, Load, ODD, PREFILL, SMALL, lowered, quantised};
 
 const TARGETS: [(&str, Architecture); 3] =
     [("cuda:sm_80", Architecture::Sm80), ("cuda:sm_90", Architecture::Sm90a), ("cuda:sm_100", Architecture::Sm100)];
 
+/// The loads of the table of main loops: a weight that is read once, and one that many tiles of rows read.
+const SOURCES: [(Load, Source); 2] = [(DECODE, Source::Memory), (PREFILL, Source::Cache)];
+
 /// A kernel to compile and what is expected of it.
 struct Kernel {
     title: String,
     source: String,
     expectations: Expectations,
+    /// How its main loop is called in the table of main loops, and where its loads are answered; `None` for one that isn't there.
+    main_loop: Option<(String, Source)>,
 }
 
 /// All kernels of `lowered` titles in a format, each text once.
@@ -55,6 +61,10 @@ fn kernels(target: Target) -> Vec<Kernel> {
                 let multiplies = ["tile", "shrink", "expand"].iter().any(|name| emitted.name.starts_with(name));
                 let is_half = format.activations != Element::F32;
                 let title = format!("{format} {}x{} {} {}", load.d, load.k, lowered.title(), emitted.name);
+                let source = SOURCES.iter().find(|(of, _)| *of == load).map(|(_, source)| *source);
+                let main_loop = source.filter(|_| emitted.name.starts_with("tile"));
+                let rows = load.segments * load.rows;
+                let main_loop = main_loop.map(|source| (format!("{} {format} {rows} rows", lowered.title()), source));
                 found.entry(emitted.source.clone()).or_insert(Kernel {
                     title,
                     source: emitted.source,
@@ -63,6 +73,7 @@ fn kernels(target: Target) -> Vec<Kernel> {
                         wide_weight_loads,
                         fetches_ahead: wide_weight_loads,
                     },
+                    main_loop,
                 });
             }
         }
@@ -77,7 +88,7 @@ fn every_cuda_kernel_compiles() {
         println!("NOT RUN: the CUDA compilers aren't here; `cargo xtask test` fetches them");
         return;
     };
-    let mut rows = Vec::new();
+    let (mut rows, mut main_loops) = (Vec::new(), Vec::new());
     let mut defects = Vec::new();
     for (name, architecture) in TARGETS {
         let kernels = kernels(name.parse().expect("a target"));
@@ -96,6 +107,8 @@ fn every_cuda_kernel_compiles() {
             let (tensor, wide, ahead) = compiled.main_loop.as_ref().map_or((0, 0, 0), |main| {
                 (main.mix.count(Class::TensorCore), main.nest.wide_global_loads(), main.loads_ahead)
             });
+            let main_loop = kernel.main_loop.as_ref();
+            main_loops.extend(main_loop.and_then(|(title, source)| compiled.row(title, *source)));
             rows.push(format!(
                 "{title:<90} {name:<12} {:>4} registers {:>7} shared {:>3} spilled {:>4.2} occupancy {tensor:>4} tensor {:>5} FMA  \
                  {wide:>3} wide loads {ahead:>3} ahead",
@@ -107,11 +120,16 @@ fn every_cuda_kernel_compiles() {
             ));
         }
     }
+    insta::assert_snapshot!("cuda machine code", table(String::new(), rows));
+    insta::assert_snapshot!("cuda main loops", table(heading() + "\n", main_loops));
+    assert!(defects.is_empty(), "{}", defects.join("\n"));
+}
+
+/// The rows in order, after a head.
+fn table(mut table: String, mut rows: Vec<String>) -> String {
     rows.sort();
-    let mut table = String::new();
     for row in rows {
         writeln!(table, "{row}").expect("a String takes all");
     }
-    insta::assert_snapshot!("cuda machine code", table);
-    assert!(defects.is_empty(), "{}", defects.join("\n"));
+    table
 }

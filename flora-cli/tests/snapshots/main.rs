@@ -33,7 +33,7 @@ fn lora_finished(
 }
 
 /// A batch to emit launches for: segments of so many rows, each with an adapter of its own.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Load {
     d: u32,
     k: u32,
