@@ -10,12 +10,10 @@ use serde::Serialize;
 
 use super::architecture::Architecture;
 use super::loops::MainLoop;
-use super::mix::{Class, Mix};
+use super::mix::{Class, Mix, WARP};
 
 /// Multiply-adds of an MMA of 16 × 8 × 16, the unit that loops are compared by.
 const MMA: f64 = 16.0 * 8.0 * 16.0;
-/// Threads of a warp.
-const WARP: f64 = 32.0;
 /// Instructions that a multiprocessor issues a cycle: one for each of its four schedulers.
 const ISSUED: f64 = 4.0;
 /// Bytes that shared memory reads or writes a cycle: 32 banks of 4.
@@ -127,7 +125,7 @@ impl MainLoop {
         let rates = Rates::of(architecture);
         let (mix, products) = (&self.mix, self.products());
         let rate = if mix.count(Class::TensorCore) > 0 { rates.tensor } else { rates.scalar };
-        let global = global_bytes(mix);
+        let global = mix.bytes(Class::GlobalLoad);
         let from_global = match source {
             Source::Memory => rates.memory / rates.multiprocessors / rates.clock,
             Source::Cache => CACHE_BYTES / rates.multiprocessors,
@@ -166,21 +164,6 @@ fn of_a_product(form: &str) -> f64 {
     }
 }
 
-/// Bytes that a warp's accesses of a class have, by the widths in their forms.
-fn bytes(mix: &Mix, class: Class) -> f64 {
-    let width = |part: &str| match part {
-        "U8" | "S8" => Some(1.0),
-        "U16" | "S16" => Some(2.0),
-        "32" | "64" | "128" | "256" => part.parse().ok().map(|bits: f64| bits / 8.0),
-        _ => None,
-    };
-    mix.forms(class).map(|(form, count)| f64::from(count) * form.split('.').find_map(width).unwrap_or(4.0) * WARP).sum()
-}
-
-pub(super) fn global_bytes(mix: &Mix) -> f64 {
-    bytes(mix, Class::GlobalLoad)
-}
-
 /// Bytes that a warp moves to and from shared memory through registers, and what the products of four warps read there themselves.
 fn shared_bytes(mix: &Mix) -> f64 {
     // A matrix is 8 × 8 of two bytes.
@@ -201,7 +184,7 @@ fn shared_bytes(mix: &Mix) -> f64 {
     let operands: f64 = operands.sum();
     // In a main loop what may lie in any memory are fragments that are loaded by way of a pointer.
     let accesses = [Class::SharedLoad, Class::SharedStore, Class::Generic];
-    fragments + operands + accesses.into_iter().map(|class| bytes(mix, class)).sum::<f64>()
+    fragments + operands + accesses.into_iter().map(|class| mix.bytes(class)).sum::<f64>()
 }
 
 #[cfg(test)]

@@ -17,7 +17,6 @@ use petgraph::graph::{DiGraph, NodeIndex};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
-use super::bound;
 use super::listing::{Instruction, Listing};
 use super::mix::{Class, Mix};
 use super::pattern;
@@ -87,7 +86,7 @@ impl MainLoop {
         let passed: Vec<_> =
             main.iter().flat_map(|block| &listing.instructions[graph.blocks[*block].clone()]).collect();
         let copied = passed.into_iter().filter(|one| one.opcode == "LDGSTS");
-        let copied_bytes = bound::global_bytes(&Mix::of(copied)) as u32;
+        let copied_bytes = Mix::of(copied).bytes(Class::GlobalLoad) as u32;
         // A step may start several groups of copies.
         let groups = stepped.iter().filter(|one| one.opcode == "LDGDEPBAR").count() as u32;
         let stages = match stepped.iter().filter_map(|one| outstanding(one)).max() {

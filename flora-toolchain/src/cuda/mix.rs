@@ -137,6 +137,9 @@ const TABLE: [Row; 21] = [
 /// The modifiers that give an access' width in bits; without one it is 32 bits.
 const WIDTHS: [&str; 7] = ["64", "128", "256", "U8", "S8", "U16", "S16"];
 
+/// Threads of a warp.
+pub(super) const WARP: f64 = 32.0;
+
 /// The widths of 16 bytes and more.
 const WIDE: [&str; 2] = ["128", "256"];
 
@@ -193,6 +196,18 @@ impl Mix {
     /// The classes that occur, in the order of [`Class`].
     pub fn classes(&self) -> impl Iterator<Item = Class> + '_ {
         self.0.keys().copied()
+    }
+
+    /// Bytes that a warp's accesses of `class` have, by the widths in their forms.
+    pub(super) fn bytes(&self, class: Class) -> f64 {
+        let width = |part: &str| match part {
+            "U8" | "S8" => Some(1.0),
+            "U16" | "S16" => Some(2.0),
+            "32" | "64" | "128" | "256" => part.parse().ok().map(|bits: f64| bits / 8.0),
+            _ => None,
+        };
+        let of = |form: &str| form.split('.').find_map(width).unwrap_or(4.0);
+        self.forms(class).map(|(form, count)| f64::from(count) * of(form) * WARP).sum()
     }
 
     /// How often `class` occurs.
