@@ -14,7 +14,18 @@ use crate::cache::Cache;
 
 /// Flags of every library. Products and sums are rounded each by itself, because what a compiler fuses depends on what stands beside
 /// it.
-const FLAGS: [&str; 8] = ["-std=c++17", "-x", "c++", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-w"];
+const FLAGS: [&str; 9] = [
+    "-std=c++17",
+    "-x",
+    "c++",
+    "-march=native",
+    "-ffp-contract=off",
+    // Numbers are read as words and written as halves, as a card's compilers allow.
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-shared",
+    "-w",
+];
 /// The variable that tells a process which sanitizer it was started with.
 const WATCHED: &str = "FLORA_SANITIZER";
 /// The folder of the cache that holds libraries.

@@ -10,17 +10,22 @@ use super::memory::Resource;
 use crate::target::EmittedKernel;
 
 /// What stands in for CUDA's headers, and for a block of threads.
-const HEADERS: [(&str, &str); 5] = [
+const HEADERS: [(&str, &str); 6] = [
     ("emulation.h", include_str!("include/emulation.h")),
     ("cuda_runtime.h", include_str!("include/cuda_runtime.h")),
     ("cuda_fp16.h", include_str!("include/cuda_fp16.h")),
     ("cuda_bf16.h", include_str!("include/cuda_bf16.h")),
     ("mma.h", include_str!("include/mma.h")),
+    ("ptx.h", include_str!("include/ptx.h")),
 ];
 
 /// What precedes the size of a shared array in the text, and what its place.
 const SHARED_SIZE: &str = "// Shared array size: ";
 const SHARED_PLACE: &str = "&dynamic_shared_mem[";
+
+/// What functions of inline PTX begin with, and their names, by which `ptx.h` has them.
+const PTX_FUNCTION: &str = "inline __device__ void";
+const PTX_NAMES: [&str; 2] = ["__ldmatrix_m8n8_", "__mma_m16n8k16_"];
 
 /// Why a kernel doesn't run.
 #[derive(Debug, thiserror::Error)]
@@ -84,11 +89,11 @@ impl Program {
         kernel: &EmittedKernel,
         sanitizer: Option<Sanitizer>,
     ) -> Result<Self, ProgramError> {
-        let (source, shared) = spread_shared_arrays(&kernel.source);
+        let (source, shared) = spread_shared_arrays(&without_ptx(&kernel.source));
         #[cfg(test)]
         let source = super::tests::broken(source);
         let source = format!(
-            "{source}\nextern \"C\" const char* flora_launch(const emulation::Launch* launch) {{\n\
+            "#include \"ptx.h\"\n{source}\nextern \"C\" const char* flora_launch(const emulation::Launch* launch) {{\n\
              return emulation::run([](void** arguments) {{ emulation::call({}, arguments); }}, *launch);\n}}\n",
             kernel.name
         );
@@ -144,6 +149,22 @@ impl Program {
     }
 }
 
+/// The text without the functions of inline PTX that `ptx.h` has others for.
+fn without_ptx(source: &str) -> String {
+    let mut text = String::with_capacity(source.len());
+    let mut lines = source.lines().peekable();
+    while let Some(line) = lines.next() {
+        let named = |next: &&str| PTX_NAMES.iter().any(|name| next.starts_with(name));
+        if line.trim() == PTX_FUNCTION && lines.peek().is_some_and(named) {
+            lines.by_ref().find(|line| line.trim() == "}");
+            continue;
+        }
+        text.push_str(line);
+        text.push('\n');
+    }
+    text
+}
+
 /// The text with its shared memory where the emulator keeps it, and with room between its arrays, so that an index beyond one hits
 /// no other.
 fn spread_shared_arrays(source: &str) -> (String, Vec<SharedArray>) {
@@ -179,6 +200,13 @@ fn spread_shared_arrays(source: &str) -> (String, Vec<SharedArray>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn functions_of_ptx_are_replaced() {
+        let kept = "inline __device__ void\n__cp_async(int a) {\n  asm(\"\");\n    }\n";
+        let dropped = "inline __device__ void\n__ldmatrix_m8n8___half_4x(int a) {\n  asm(\"\");\n    }\n";
+        assert_eq!(without_ptx(&format!("{kept}{dropped}void f() {{\n}}\n")), format!("{kept}void f() {{\n}}\n"));
+    }
 
     #[test]
     fn shared_arrays_are_apart() {

@@ -35,3 +35,6 @@ inline __nv_bfloat16 operator*(__nv_bfloat16 a, __nv_bfloat16 b) {
 struct alignas(4) __nv_bfloat162 {
     __nv_bfloat16 x, y;
 };
+inline __nv_bfloat162 operator+(__nv_bfloat162 a, __nv_bfloat162 b) { return {a.x + b.x, a.y + b.y}; }
+inline __nv_bfloat162 operator-(__nv_bfloat162 a, __nv_bfloat162 b) { return {a.x - b.x, a.y - b.y}; }
+inline __nv_bfloat162 operator*(__nv_bfloat162 a, __nv_bfloat162 b) { return {a.x * b.x, a.y * b.y}; }

@@ -20,4 +20,5 @@ struct alignas(4) __half2 {
     __half x, y;
 };
 inline __half2 operator+(__half2 a, __half2 b) { return {a.x + b.x, a.y + b.y}; }
+inline __half2 operator-(__half2 a, __half2 b) { return {a.x - b.x, a.y - b.y}; }
 inline __half2 operator*(__half2 a, __half2 b) { return {a.x * b.x, a.y * b.y}; }
