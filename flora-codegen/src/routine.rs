@@ -9,9 +9,9 @@ mod tiles;
 use flora_plan::layer::{Epilogue, LayerFormat, LayerShape};
 use flora_plan::schedule::{Gemm, Materialised, SPLIT_DEPTH, Scale};
 
-use crate::kernels::decode::loads;
+use crate::kernels::blueprint::RANK_CHUNK;
 use crate::kernels::tables::{Item, ShrinkTask, TileRow, Words};
-use crate::kernels::{Tile, TileBlueprint};
+use crate::kernels::{Multiply, Tile, TileBlueprint};
 
 pub use hardware::Hardware;
 pub(crate) use hardware::storage;
@@ -113,6 +113,7 @@ const HIDDEN: [u32; 2] = [512, 2048];
 fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch, RoutineError> {
     let Wanted { shape, format, .. } = wanted;
     let on_chip = rows.groups.iter().any(|group| group.unscaled > 0 || group.first_scale < group.end_scale);
+    let highest_scales = rows.groups.iter().map(|group| group.end_scale - group.first_scale).max().unwrap_or(0);
     let longest = rows.groups.iter().map(|group| group.end - group.first).max().unwrap_or(0);
     let widest = widest(&rows.rows);
     let splits = if wanted.splits { hardware.splits(shape) } else { 1 };
@@ -123,7 +124,9 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
         tile: Tile { rows: 0, columns: 0, depth: 0, row_planes: 1, column_planes: 1 },
         quantisation: format.weight.quantisation(),
         scaled: rows.rows.iter().any(|row| row.virtual_row.in_slot > 0 || row.virtual_row.out_slot > 0),
-        on_chip,
+        stage: hardware.stage(format),
+        adapters_alike: format.adapters == format.activations,
+        on_chip: 0,
         hidden: 0,
         carries: false,
         split: splits > 1,
@@ -140,15 +143,15 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
     let with = |tile: Tile, hidden: u32| TileBlueprint {
         tile,
         hidden,
+        on_chip: if on_chip { staged_scales(blueprint.multiply, highest_scales) } else { 0 },
         carries: splits == 1 && widest > tile.rows / 2 && longest > tile.rows,
         ..blueprint
     };
     let chosen = hardware.blueprints.tile(format.activations, on_chip, longest);
     let chosen = chosen.filter(|tile| table(blueprint.multiply).contains(tile));
     let mut capacity = hidden;
-    let weight_loads = blueprint.quantisation.map_or(1, loads);
     let blueprint = loop {
-        let own = tiles(blueprint.multiply, on_chip, longest, weight_loads);
+        let own = tiles(blueprint.multiply, on_chip, longest, blueprint.quantisation);
         let found = chosen.into_iter().chain(own).map(|tile| with(tile, capacity)).find(fits);
         match found {
             Some(found) => break found,
@@ -169,6 +172,14 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
         scales: rows.scales,
         tasks: rows.tasks,
     })
+}
+
+/// Scaled virtual rows of a W_i whose vectors are staged at once: in registers, enough for the largest adapters that are common.
+fn staged_scales(multiply: Multiply, most: u32) -> u32 {
+    match multiply {
+        Multiply::Mma if most > RANK_CHUNK => 4 * RANK_CHUNK,
+        Multiply::Fma | Multiply::Cmma { .. } | Multiply::Mma => RANK_CHUNK,
+    }
 }
 
 /// The most virtual rows of an output row.

@@ -62,6 +62,7 @@ fn a_thousand_batches_compile_few_kernels() {
         }
     }
     println!("{launches} launches, {} kernels, {halfway} of them in the first half", kernels.len());
-    assert!(kernels.len() <= 80, "{} kernels for {launches} launches", kernels.len());
+    // A W_i of more ranks than tensor cores multiply at once has kernels of its own.
+    assert!(kernels.len() <= 85, "{} kernels for {launches} launches", kernels.len());
     assert!(kernels.len() - halfway <= 8, "{halfway} kernels after 500 batches, {} after 1000", kernels.len());
 }

@@ -1,7 +1,7 @@
 //! The comptime keys of the kernels: what changes the generated code, and nothing of a batch.
 
 pub use flora_plan::blueprints::Tile;
-use flora_plan::layer::{Epilogue, Quantisation};
+use flora_plan::layer::{Element, Epilogue, Quantisation};
 
 use super::tables::TASK_SIDE;
 
@@ -19,6 +19,20 @@ pub enum Multiply {
         /// Depth.
         k: u32,
     },
+    /// By planes of 32 as [`Multiply::Cmma`], the tensor cores' operands in registers of which each unit knows what they hold:
+    /// m16n8k16, loaded by `ldmatrix`. f32 sums.
+    Mma,
+}
+
+impl Multiply {
+    /// The fragments of the low-rank kernels, m × n × k; `None` where units multiply.
+    pub(crate) fn fragment(self) -> Option<(u32, u32, u32)> {
+        match self {
+            Multiply::Fma => None,
+            Multiply::Cmma { m, n, k } => Some((m, n, k)),
+            Multiply::Mma => Some((16, 16, 16)),
+        }
+    }
 }
 
 /// The comptime key of the tile kernel.
@@ -34,8 +48,12 @@ pub struct TileBlueprint {
     pub quantisation: Option<Quantisation>,
     /// Whether a virtual row may have scales.
     pub scaled: bool,
-    /// Whether an item may have a W_i of its own (`on_chip`).
-    pub on_chip: bool,
+    /// The type that tiles are staged in.
+    pub stage: Element,
+    /// Whether adapters' vectors have the type that is multiplied.
+    pub adapters_alike: bool,
+    /// Scaled virtual rows of a W_i (`on_chip`) whose vectors are staged at once; 0: no item has a W_i.
+    pub on_chip: u32,
     /// Numbers of h that a tile's rows have at most; 0: no row has a low-rank sum (`fused`).
     pub hidden: u32,
     /// Whether an output row may have more virtual rows than the tile.
@@ -70,7 +88,7 @@ impl TileBlueprint {
     pub fn planes(&self) -> u32 {
         match self.multiply {
             Multiply::Fma => self.units() / self.plane_size.max(1),
-            Multiply::Cmma { .. } => self.tile.row_planes * self.tile.column_planes,
+            Multiply::Cmma { .. } | Multiply::Mma => self.tile.row_planes * self.tile.column_planes,
         }
     }
 
@@ -78,14 +96,17 @@ impl TileBlueprint {
     pub fn units(&self) -> u32 {
         match self.multiply {
             Multiply::Fma => (self.tile.rows / ROWS_PER_UNIT) * (self.tile.columns / COLUMNS_PER_UNIT),
-            Multiply::Cmma { .. } => self.plane_size * self.tile.row_planes * self.tile.column_planes,
+            Multiply::Cmma { .. } | Multiply::Mma => self.plane_size * self.tile.row_planes * self.tile.column_planes,
         }
     }
 
-    /// Fragments of a plane, down and across.
+    /// Fragments of a plane, down and across the product as it is multiplied: by [`Multiply::Mma`] that is the transpose.
     pub(crate) fn fragments(&self) -> (u32, u32) {
         match self.multiply {
             Multiply::Fma => (0, 0),
+            Multiply::Mma => {
+                (self.tile.columns / self.tile.column_planes / 16, self.tile.rows / self.tile.row_planes / 8)
+            }
             Multiply::Cmma { m, n, .. } => {
                 (self.tile.rows / self.tile.row_planes / m, self.tile.columns / self.tile.column_planes / n)
             }
@@ -102,6 +123,7 @@ impl TileBlueprint {
         match self.multiply {
             Multiply::Fma => self.tile.columns,
             Multiply::Cmma { n, .. } => self.tile.column_planes * n,
+            Multiply::Mma => self.tile.column_planes * 16,
         }
     }
 
@@ -110,14 +132,30 @@ impl TileBlueprint {
         self.tile.columns / self.strip()
     }
 
+    /// Whether a W_i is made in registers, and never in shared memory.
+    pub(crate) fn makes_weights_in_registers(&self) -> bool {
+        self.on_chip > 0 && self.multiply == Multiply::Mma
+    }
+
+    /// Steps of d that shared memory holds: with two, a step is staged while another is multiplied, and one barrier is enough.
+    pub(crate) fn stages(&self) -> u32 {
+        match self.multiply {
+            Multiply::Fma | Multiply::Cmma { .. } => 1,
+            Multiply::Mma => 2,
+        }
+    }
+
     /// Bytes of shared memory, with `stage` bytes for an element of a staged tile.
     pub fn shared_bytes(&self, stage: u32) -> usize {
         let Tile { rows, columns, depth, .. } = self.tile;
-        let tiles = rows * (depth + PAD) + depth * (columns + PAD);
+        let tiles = self.stages() * (rows * (depth + PAD) + depth * (columns + PAD));
         // A few single numbers, and what aligning each array may cost.
         let mut bytes = 8 * ALIGNMENT as u32 + stage * tiles + 4 * rows * (self.strip() + SUM_PAD);
-        if self.on_chip {
-            bytes += stage * RANK_CHUNK * (depth + columns + 2 * PAD) + 4 * depth * (columns + SUM_PAD);
+        if self.on_chip > 0 {
+            bytes += stage * self.on_chip * (self.stages() * (depth + PAD) + columns + PAD);
+            if self.multiply != Multiply::Mma {
+                bytes += 4 * depth * (columns + SUM_PAD);
+            }
         }
         if self.carries {
             bytes += 2 * 4 * columns;
@@ -136,7 +174,7 @@ fn shrink_shared_bytes(multiply: Multiply, units: u32, stage: u32) -> u32 {
     result
         + match multiply {
             Multiply::Fma => 4 * units,
-            Multiply::Cmma { .. } => {
+            Multiply::Cmma { .. } | Multiply::Mma => {
                 2 * stage * TASK_SIDE * (SHRINK_DEPTH + PAD) + 4 * SHRINK_STRIPS * TASK_SIDE * TASK_SIDE
             }
         }
@@ -156,7 +194,7 @@ impl SegmentedBlueprint {
     pub fn planes(&self) -> u32 {
         match self.multiply {
             Multiply::Fma => 1,
-            Multiply::Cmma { .. } => SHRINK_STRIPS,
+            Multiply::Cmma { .. } | Multiply::Mma => SHRINK_STRIPS,
         }
     }
 
@@ -164,7 +202,7 @@ impl SegmentedBlueprint {
     pub fn units(&self) -> u32 {
         match self.multiply {
             Multiply::Fma => 256,
-            Multiply::Cmma { .. } => self.plane_size * SHRINK_STRIPS,
+            Multiply::Cmma { .. } | Multiply::Mma => self.plane_size * SHRINK_STRIPS,
         }
     }
 }

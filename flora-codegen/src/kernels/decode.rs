@@ -3,6 +3,7 @@
 
 use cubecl::prelude::*;
 use flora_plan::layer::{Levels, Nested, Quantisation, ScaleKind, Scales};
+use half::f16;
 
 /// The two levels of scales, where there are two.
 pub(crate) fn nested(quantisation: Quantisation) -> Option<Nested> {
@@ -20,6 +21,11 @@ pub(crate) fn upper_bits(quantisation: Quantisation) -> u32 {
 /// Loads that a word of the lower plane and what it is decoded with take.
 pub(crate) fn loads(quantisation: Quantisation) -> u32 {
     2 + u32::from(nested(quantisation).is_some()) + u32::from(upper_bits(quantisation) > 0)
+}
+
+/// Whether decoding takes so many registers that the tile of most rows has none left for it: of words of four kinds, or of a codebook.
+pub(crate) fn crowds_registers(quantisation: Quantisation) -> bool {
+    loads(quantisation) >= 4 || matches!(quantisation.levels, Levels::Codebook(_))
 }
 
 fn powers_of_two(quantisation: Quantisation) -> bool {
@@ -85,40 +91,107 @@ fn upper_after(quantisation: Quantisation, at: u32) -> u32 {
     at / 2 * quantisation.pair() + at % 2 * upper_bits(quantisation)
 }
 
-/// The levels at position `at` of words of the lower plane and of what [`upper_from`] gives for position 0.
+/// 2²³ as f32: an integer in the bits below it is added to it.
+pub(crate) const MAGIC: u32 = 0x4b00_0000;
+/// Bits of an f32 that such an integer may have.
+const MAGIC_BITS: u32 = 23;
+
+/// Where position `at` of a word of the lower plane is read: whether in the word's upper half, and the first bit there.
+fn field(at: u32, quantisation: Quantisation) -> (bool, u32) {
+    let (bits, above) = quantisation.planes();
+    let first = at * bits;
+    if first + bits + above > MAGIC_BITS { (true, first - 16) } else { (false, first) }
+}
+
+/// What is added to 2²³ + stored · 2^`first`, times 2^-`first`, to get stored − `zero`. All of it is exact.
+fn magic_offset(first: u32, zero: u32) -> f32 {
+    -((1u32 << (MAGIC_BITS - first)) as f32 + zero as f32)
+}
+
+fn power(first: u32) -> f32 {
+    1.0 / (1u32 << first) as f32
+}
+
+/// The levels at position `at` of words of the lower plane and of what [`upper_from`] gives for position 0. No integer is converted: its
+/// bits become an f32 of which a constant is taken away, because conversions are several times slower than sums on a GPU. `magic` is
+/// [`MAGIC`].
 #[cube]
 pub(crate) fn level<N: Size>(
     words: Vector<u32, N>,
     upper: Vector<u32, N>,
+    magic: u32,
     #[comptime] at: u32,
     #[comptime] quantisation: Quantisation,
 ) -> Vector<f32, N> {
     let bits = comptime!(quantisation.planes().0);
     let above = comptime!(upper_bits(quantisation));
-    let low = (words >> Vector::new(comptime!(at * bits))) & Vector::new(comptime!((1u32 << bits) - 1));
-    let mut stored = low;
-    if comptime!(above > 0) {
-        let high = (upper >> Vector::new(comptime!(upper_after(quantisation, at))))
-            & Vector::new(comptime!((1u32 << above) - 1));
-        stored = low | (high << Vector::new(bits));
+    let (is_upper_half, first) = comptime!(field(at, quantisation));
+    let mut part = words;
+    if comptime!(is_upper_half) {
+        part = words >> Vector::new(16u32);
     }
+    let mut field = part & Vector::new(comptime!(((1u32 << bits) - 1) << first));
+    if comptime!(above > 0) {
+        // What the upper plane has belongs above them.
+        let place = comptime!(upper_after(quantisation, at));
+        let mask = comptime!(((1u32 << above) - 1) << place);
+        let high = upper & Vector::new(mask);
+        if comptime!(first + bits >= place) {
+            field |= high << Vector::new(comptime!(first + bits - place));
+        } else {
+            field |= high >> Vector::new(comptime!(place - first - bits));
+        }
+    }
+    let zero = comptime!(zero(quantisation.levels));
     if comptime!(matches!(quantisation.levels, Levels::Codebook(_))) {
         // A table would be memory; eight bits of sixteen levels are four constants.
-        let place = stored << Vector::new(1u32);
+        let place = (field >> Vector::new(first)) << Vector::new(1u32);
         let mut byte = Vector::<u32, N>::new(0u32);
         #[unroll]
         for pair in 0..4u32 {
             let pairs = Vector::<u32, N>::new(comptime!(bit_pairs(quantisation.levels, pair)));
-            byte += ((pairs >> place) & Vector::new(3u32)) << Vector::new(comptime!(2 * pair));
+            byte |= ((pairs >> place) & Vector::new(3u32)) << Vector::new(comptime!(2 * pair));
         }
-        stored = byte;
+        integer_less(byte, magic, 0u32, zero)
+    } else {
+        integer_less(field, magic, first, zero)
     }
-    Vector::cast_from(stored) - Vector::<f32, N>::new(comptime!(zero(quantisation.levels) as f32))
 }
 
-/// f16 in the low halves of words. Every device can do it, with or without f16.
+/// field · 2^-`first` − `zero`, of an integer `field` below 2²³.
 #[cube]
-fn half<N: Size>(bits: Vector<u32, N>) -> Vector<f32, N> {
+fn integer_less<N: Size>(
+    field: Vector<u32, N>,
+    magic: u32,
+    #[comptime] first: u32,
+    #[comptime] zero: u32,
+) -> Vector<f32, N> {
+    let number = Vector::<f32, N>::reinterpret(field | Vector::new(magic));
+    let offset = Vector::<f32, N>::new(comptime!(magic_offset(first, zero)));
+    if comptime!(first == 0) { number + offset } else { fma(number, Vector::new(comptime!(power(first))), offset) }
+}
+
+/// f16 in the low halves of words; `native` where the device has such numbers.
+#[cube]
+fn widened<N: Size>(bits: Vector<u32, N>, #[comptime] native: bool) -> Vector<f32, N> {
+    if comptime!(native) {
+        let size = N::value();
+        let size!(H) = comptime!(2 * size);
+        let halves = Vector::<f16, H>::reinterpret(bits);
+        let mut value = Vector::<f32, N>::empty();
+        #[unroll]
+        for lane in 0..size {
+            value[lane] = f32::cast_from(halves[comptime!(2 * lane)]);
+        }
+        value
+    } else {
+        widened_by_integers::<N>(bits)
+    }
+}
+
+/// The same by integers, which every device has.
+#[cube]
+fn widened_by_integers<N: Size>(bits: Vector<u32, N>) -> Vector<f32, N> {
     let exponent = (bits >> Vector::new(10u32)) & Vector::new(31u32);
     // 1 for a number too small to have an implicit leading bit: it is read with one, which is then taken away.
     let small = Vector::new(1u32) - ((exponent + Vector::new(31u32)) >> Vector::new(5u32));
@@ -172,9 +245,11 @@ fn integer<N: Size>(
     depth: u32,
     #[comptime] first: u32,
     #[comptime] nested: Nested,
+    #[comptime] zero: u32,
 ) -> Vector<f32, N> {
     let shift = depth / comptime!(nested.inputs) % comptime!(nested.per_word()) * comptime!(nested.field()) + first;
-    Vector::cast_from((word >> Vector::new(shift)) & Vector::new(comptime!((1u32 << nested.bits) - 1)))
+    let number = (word >> Vector::new(shift)) & Vector::new(comptime!((1u32 << nested.bits) - 1));
+    integer_less::<N>(number, MAGIC.runtime(), 0u32, zero)
 }
 
 /// The scale of `depth` in its word and that of its super-block, which others don't read.
@@ -184,22 +259,22 @@ pub(crate) fn scale<N: Size>(
     of_all: Vector<u32, N>,
     depth: u32,
     #[comptime] quantisation: Quantisation,
+    #[comptime] native: bool,
 ) -> Vector<f32, N> {
     if comptime!(nested(quantisation).is_some()) {
         let nested = comptime!(nested(quantisation).unwrap());
-        let number = integer::<N>(word, depth, 0u32, nested);
-        half(of_all) * (number - Vector::new(comptime!(nested.zero as f32)))
+        widened(of_all, native) * integer::<N>(word, depth, 0u32, nested, nested.zero)
     } else if comptime!(quantisation.block().is_none()) {
         Vector::<f32, N>::reinterpret(word)
     } else if comptime!(quantisation.minimum()) {
-        half(word)
+        widened(word, native)
     } else {
         let at = depth / comptime!(quantisation.block().unwrap_or(1));
         let bits = word >> Vector::new(16 * (at % 2));
         if comptime!(powers_of_two(quantisation)) {
             Vector::<f32, N>::reinterpret(bits << Vector::new(16u32))
         } else {
-            half(bits & Vector::new(0xffffu32))
+            widened(bits & Vector::new(0xffffu32), native)
         }
     }
 }
@@ -211,13 +286,14 @@ pub(crate) fn minimum<N: Size>(
     of_all: Vector<u32, N>,
     depth: u32,
     #[comptime] quantisation: Quantisation,
+    #[comptime] native: bool,
 ) -> Vector<f32, N> {
     if comptime!(!quantisation.minimum()) {
         Vector::new(0.0f32)
     } else if comptime!(nested(quantisation).is_some()) {
         let nested = comptime!(nested(quantisation).unwrap());
-        half(of_all >> Vector::new(16u32)) * integer::<N>(word, depth, comptime!(nested.bits), nested)
+        widened(of_all >> Vector::new(16u32), native) * integer::<N>(word, depth, comptime!(nested.bits), nested, 0u32)
     } else {
-        half(word >> Vector::new(16u32))
+        widened(word >> Vector::new(16u32), native)
     }
 }

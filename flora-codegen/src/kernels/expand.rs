@@ -18,7 +18,7 @@ impl SegmentedBlueprint {
     pub(crate) fn expand_columns(&self, width: u32) -> u32 {
         match self.multiply {
             Multiply::Fma => self.units() / TASK_SIDE * width,
-            Multiply::Cmma { .. } => self.planes() * TASK_SIDE,
+            Multiply::Cmma { .. } | Multiply::Mma => self.planes() * TASK_SIDE,
         }
     }
 }
@@ -83,10 +83,8 @@ fn by_fragments<A: Float, S: Float, Y: Float, N: Size>(
     k: u32,
     #[comptime] blueprint: SegmentedBlueprint,
 ) {
-    let (m, n, depth) = comptime!(match blueprint.multiply {
-        Multiply::Cmma { m, n, k } => (m as usize, n as usize, k as usize),
-        Multiply::Fma => (1, 1, 1),
-    });
+    let (m, n, depth) = comptime!(blueprint.multiply.fragment().unwrap_or((1, 1, 1)));
+    let (m, n, depth) = comptime!((m as usize, n as usize, depth as usize));
     let width = y.vector_size();
     let width = comptime!(width as u32);
     let k_vectors = k / width;

@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 use flora_plan::layer::Quantisation;
 
 use super::decode::{
-    level, lower_row, minimum, nested, scale, scale_word, super_word, upper_bits, upper_from, upper_row,
+    MAGIC, level, lower_row, minimum, nested, scale, scale_word, super_word, upper_bits, upper_from, upper_row,
 };
 use super::tables::{self, materialised_adapter};
 
@@ -90,7 +90,8 @@ fn base_value<W: Numeric, N: Size>(
             let nested = comptime!(nested(quantisation).unwrap());
             of_all = super_word::<N>(weight_scales, depth, column, columns, nested);
         }
-        let slope = scale::<N>(scales, of_all, depth, quantisation);
-        slope * level::<N>(shifted, upper, 0u32, quantisation) + minimum::<N>(scales, of_all, depth, quantisation)
+        let slope = scale::<N>(scales, of_all, depth, quantisation, false);
+        slope * level::<N>(shifted, upper, MAGIC.runtime(), 0u32, quantisation)
+            + minimum::<N>(scales, of_all, depth, quantisation, false)
     }
 }

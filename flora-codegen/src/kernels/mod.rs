@@ -2,16 +2,24 @@
 
 pub(crate) mod blueprint;
 pub(crate) mod decode;
+mod decode_pairs;
 mod epilogue;
 pub(crate) mod expand;
+mod fetched;
 mod item;
 pub(crate) mod materialise;
 mod multiply;
+mod multiply_registers;
 mod on_chip;
+mod output;
+mod places;
+mod quantised;
 pub(crate) mod reduce;
+mod registers;
 pub(crate) mod rows;
 pub(crate) mod shrink;
 mod stage;
+mod staged;
 pub(crate) mod tables;
 pub(crate) mod tile;
 mod units;

@@ -3,18 +3,23 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{COLUMNS_PER_UNIT, Multiply, PAD, ROWS_PER_UNIT, SUM_PAD, TileBlueprint};
-use super::units::plane;
+use super::multiply_registers::{Factors, Lanes, multiply_matrices, store_pairs};
+use super::registers::{Pair, sum_of};
+use super::staged::{Stage, Staged};
+use super::units::{plane_column, plane_row};
 
-/// The sums of a cube: fragments of its planes, or vectors in its units' registers; the other kind is empty.
+/// The sums of a cube: fragments of its planes, or vectors in its units' registers; the other kinds are empty.
 #[derive(CubeType)]
 pub(crate) struct Sums<N: Size> {
     fragments: Sequence<cmma::Matrix<f32>>,
+    /// What a unit has of 16×8 each.
+    pairs: Sequence<Array<Pair<f32>>>,
     registers: Array<Vector<f32, N>>,
 }
 
 fn fragment(multiply: Multiply) -> (usize, usize, usize) {
     match multiply {
-        Multiply::Fma => (1, 1, 1),
+        Multiply::Fma | Multiply::Mma => (1, 1, 1),
         Multiply::Cmma { m, n, k } => (m as usize, n as usize, k as usize),
     }
 }
@@ -23,7 +28,7 @@ fn fragment(multiply: Multiply) -> (usize, usize, usize) {
 fn registers(blueprint: TileBlueprint, width: u32) -> usize {
     match blueprint.multiply {
         Multiply::Fma => (ROWS_PER_UNIT * (COLUMNS_PER_UNIT / width)) as usize,
-        Multiply::Cmma { .. } => 1,
+        Multiply::Cmma { .. } | Multiply::Mma => 1,
     }
 }
 
@@ -34,8 +39,9 @@ pub(crate) fn no_sums<N: Size>(#[comptime] blueprint: TileBlueprint) -> Sums<N> 
     let (m, n, k) = comptime!(fragment(blueprint.multiply));
     let (down, across) = comptime!(blueprint.fragments());
     let mut fragments = Sequence::<cmma::Matrix<f32>>::new();
+    let is_mma = comptime!(blueprint.multiply == Multiply::Mma);
     #[unroll]
-    for _ in 0..comptime!(down * across) {
+    for _ in 0..comptime!(if is_mma { 0 } else { down * across }) {
         fragments.push(cmma::Matrix::<f32>::from_value(
             cmma::MatrixIdent::Accumulator,
             m,
@@ -45,40 +51,38 @@ pub(crate) fn no_sums<N: Size>(#[comptime] blueprint: TileBlueprint) -> Sums<N> 
             0.0,
         ));
     }
+    let mut pairs = Sequence::<Array<Pair<f32>>>::new();
+    #[unroll]
+    for _ in 0..comptime!(if is_mma { down * across } else { 0 }) {
+        pairs.push(sum_of::<f32>(0.0f32));
+    }
     let count = comptime!(registers(blueprint, width as u32));
     let mut registers = Array::<Vector<f32, N>>::new(count);
     #[unroll]
     for at in 0..count {
         registers[at] = Vector::new(0.0);
     }
-    Sums::<N> { fragments, registers }
+    Sums::<N> { fragments, pairs, registers }
 }
 
-/// rows `[rows, depth + PAD]` by weights `[depth, columns + PAD]`, in elements.
+/// rows `[rows, depth + PAD]` by weights `[depth, columns + PAD]`, in elements, of one stage. `factors` are of a W_i that is made
+/// in registers.
 #[cube]
 pub(crate) fn multiply<S: Float, M: Size, N: Size>(
-    rows: &SharedMemory<Vector<S, M>>,
-    weights: &SharedMemory<Vector<S, N>>,
+    staged: &Staged<S, M, N>,
+    factors: &Factors<S>,
     sums: &mut Sums<N>,
+    lanes: &Lanes,
+    stage: &Stage,
     #[comptime] blueprint: TileBlueprint,
 ) {
-    if comptime!(matches!(blueprint.multiply, Multiply::Fma)) {
-        multiply_registers::<S, M, N>(rows, weights, sums, blueprint);
+    if comptime!(blueprint.multiply == Multiply::Mma) {
+        multiply_matrices::<S, M, N>(staged, factors, &mut sums.pairs, lanes, stage, blueprint);
+    } else if comptime!(matches!(blueprint.multiply, Multiply::Fma)) {
+        multiply_registers::<S, M, N>(&staged.rows, &staged.weights, sums, blueprint);
     } else {
-        multiply_fragments::<S, M, N>(rows, weights, sums, blueprint);
+        multiply_fragments::<S, M, N>(&staged.rows, &staged.weights, sums, blueprint);
     }
-}
-
-/// Which of a tile's `row_planes` the unit's plane is.
-#[cube]
-fn plane_row(#[comptime] blueprint: TileBlueprint) -> u32 {
-    plane(comptime!(blueprint.units()), comptime!(blueprint.planes())) % comptime!(blueprint.tile.row_planes)
-}
-
-/// Which of its `column_planes`.
-#[cube]
-fn plane_column(#[comptime] blueprint: TileBlueprint) -> u32 {
-    plane(comptime!(blueprint.units()), comptime!(blueprint.planes())) / comptime!(blueprint.tile.row_planes)
 }
 
 #[cube]
@@ -192,7 +196,9 @@ pub(crate) fn store_strip<N: Size>(
     let width = out.vector_size();
     let width = comptime!(width as u32);
     let pitch = comptime!(blueprint.strip() + SUM_PAD);
-    if comptime!(matches!(blueprint.multiply, Multiply::Fma)) {
+    if comptime!(blueprint.multiply == Multiply::Mma) {
+        store_pairs::<N>(&sums.pairs, out, strip, blueprint);
+    } else if comptime!(matches!(blueprint.multiply, Multiply::Fma)) {
         let vectors = comptime!(COLUMNS_PER_UNIT / width);
         let across = comptime!(blueprint.tile.columns / COLUMNS_PER_UNIT);
         let row0 = UNIT_POS_X / across * ROWS_PER_UNIT;
@@ -226,10 +232,9 @@ pub(crate) fn strip_column(column: u32, #[comptime] strip: u32, #[comptime] blue
     if comptime!(matches!(blueprint.multiply, Multiply::Fma)) {
         column
     } else {
-        let (_, n, _) = comptime!(fragment(blueprint.multiply));
-        let (_, across) = comptime!(blueprint.fragments());
-        column / comptime!(n as u32) * comptime!(across * n as u32)
-            + comptime!(strip * n as u32)
-            + column % comptime!(n as u32)
+        // Each plane's own columns of a strip lie beside the next plane's.
+        let own = comptime!(blueprint.strip() / blueprint.tile.column_planes);
+        let plane = comptime!(blueprint.tile.columns / blueprint.tile.column_planes);
+        column / own * plane + comptime!(strip * own) + column % own
     }
 }

@@ -6,8 +6,10 @@
 use cubecl::prelude::*;
 
 use super::blueprint::{ALIGNMENT, Multiply, PAD, RANK_CHUNK, SUM_PAD, TileBlueprint};
+use super::fetched::{Depths, Fetched, place};
 use super::item;
-use super::stage::{Fetched, fetch_vectors, stage_vectors};
+use super::places::vector_places;
+use super::stage::{fetch_vectors, stage_vectors};
 use super::tables::{self, Layout};
 use super::units::{plane, staged_at, staged_column, staged_row, stages};
 
@@ -22,7 +24,7 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size, XW: Size, AW: Siz
     layout: Layout,
     entry: &SharedMemory<u32>,
     depth0: u32,
-    is_first: bool,
+    depths: Depths,
     #[comptime] blueprint: TileBlueprint,
 ) -> SharedMemory<Vector<f32, N>> {
     let tile = comptime!(blueprint.tile);
@@ -35,10 +37,7 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size, XW: Size, AW: Siz
     let line = comptime!(tile.columns / width);
     let pitch = comptime!((tile.columns + PAD) / width);
     let factor_pitch = comptime!((tile.columns + SUM_PAD) / width);
-    let (m, n, k) = comptime!(match blueprint.multiply {
-        Multiply::Cmma { m, n, k } => (m, n, k),
-        Multiply::Fma => (1, 1, 1),
-    });
+    let (m, n, k) = comptime!(blueprint.multiply.fragment().unwrap_or((1, 1, 1)));
     let is_fma = comptime!(matches!(blueprint.multiply, Multiply::Fma));
     let mut in_tile = SharedMemory::<Vector<S, M>>::new_aligned(comptime!((RANK_CHUNK * in_pitch) as usize), ALIGNMENT);
     let mut out_tile = SharedMemory::<Vector<S, N>>::new_aligned(comptime!((RANK_CHUNK * pitch) as usize), ALIGNMENT);
@@ -47,12 +46,7 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size, XW: Size, AW: Siz
 
     let first = item::first_scale(entry);
     let end = item::end_scale(entry);
-    let columns = layout.k / width;
-    let column0 = item::column_tile(entry, blueprint) * line;
-    let mut plain = f32::cast_from(item::unscaled(entry));
-    if first == end && item::unscaled(entry) == 0 {
-        plain = 1.0f32.runtime();
-    }
+    let plain = plain_factor(entry);
     // Fragments of the factor, shared out among the planes.
     let planes = comptime!(blueprint.planes());
     let across = comptime!(tile.columns / n);
@@ -73,25 +67,10 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size, XW: Size, AW: Siz
 
     let mut chunk = first;
     while chunk < end {
-        stage_vectors::<A, S, M, N, XW, AW, WW>(fetched, &mut in_tile, blueprint);
+        stage_vectors::<A, S, M, N, XW, AW, WW>(fetched, &mut in_tile, 0u32, blueprint);
         // An adapter whose vectors fit one chunk keeps its out-vectors from the first step of d on.
-        if is_first || end - first > RANK_CHUNK {
-            #[unroll]
-            for pass in 0..comptime!((RANK_CHUNK * line).div_ceil(units)) {
-                if stages(pass, line, RANK_CHUNK, units) {
-                    let rank = staged_row(chunk, pass, line, units);
-                    let column = column0 + staged_column(pass, line, units);
-                    let mut value = Vector::<S, N>::new(S::new(0.0));
-                    if rank < end && column < columns {
-                        value = Vector::new(S::new(1.0));
-                        let slot = tables::scale::out_slot(tables, layout.scales + rank * tables::scale::WORDS);
-                        if slot > 0 {
-                            value = Vector::cast_from(out_pool[((slot - 1) * columns + column) as usize]);
-                        }
-                    }
-                    out_tile[staged_at(pass, line, pitch, units) as usize] = value;
-                }
-            }
+        if depth0 == depths.start || end - first > RANK_CHUNK {
+            stage_out_vectors::<A, S, N>(out_pool, tables, layout, entry, chunk, &mut out_tile, 0u32, blueprint);
         }
         sync_cube();
         if is_fma {
@@ -156,7 +135,8 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size, XW: Size, AW: Siz
         sync_cube();
         chunk += RANK_CHUNK;
         if chunk < end {
-            fetch_vectors::<A, M, N, XW, AW, WW>(in_pool, tables, fetched, layout, chunk, end, depth0, blueprint);
+            let mut places = vector_places::<M>(tables, layout, entry, chunk, depth0, blueprint);
+            fetch_vectors::<A, M, N, XW, AW, WW>(in_pool, fetched, &mut places, depth0, depths, true, blueprint);
         }
     }
     if !is_fma {
@@ -188,6 +168,54 @@ pub(crate) fn multiplier<A: Float, S: Float, M: Size, N: Size, XW: Size, AW: Siz
         sync_cube();
     }
     factor
+}
+
+/// What every factor of an item starts at: the number of unscaled virtual rows of its W_i; 1 for one without a W_i.
+#[cube]
+pub(crate) fn plain_factor(entry: &SharedMemory<u32>) -> f32 {
+    let mut plain = f32::cast_from(item::unscaled(entry));
+    if item::first_scale(entry) == item::end_scale(entry) && item::unscaled(entry) == 0 {
+        plain = 1.0f32.runtime();
+    }
+    plain
+}
+
+/// Stages the out-vectors of the scales from `rank`, `[blueprint.on_chip, columns + PAD]` from vector `start` on; zeros of scales that aren't there.
+#[cube]
+pub(crate) fn stage_out_vectors<A: Float, S: Float, N: Size>(
+    out_pool: &Array<Vector<A, N>>,
+    tables: &Array<u32>,
+    layout: Layout,
+    entry: &SharedMemory<u32>,
+    rank: u32,
+    out_tile: &mut SharedMemory<Vector<S, N>>,
+    start: u32,
+    #[comptime] blueprint: TileBlueprint,
+) {
+    let width = N::value();
+    let width = comptime!(width as u32);
+    let units = comptime!(blueprint.units());
+    let lines = comptime!(blueprint.on_chip);
+    let line = comptime!(blueprint.tile.columns / width);
+    let pitch = comptime!((blueprint.tile.columns + PAD) / width);
+    let columns = layout.k / width;
+    let column0 = item::column_tile(entry, blueprint) * line;
+    #[unroll]
+    for pass in 0..comptime!((lines * line).div_ceil(units)) {
+        if stages(pass, line, lines, units) {
+            let own = staged_row(rank, pass, line, units);
+            let column = min(column0 + staged_column(pass, line, units), columns - 1);
+            let mut value = Vector::<S, N>::new(S::new(0.0));
+            if own < item::end_scale(entry) {
+                value = Vector::new(S::new(1.0));
+                let slot = tables::scale::out_slot(tables, layout.scales + own * tables::scale::WORDS);
+                if slot > 0 {
+                    value = Vector::cast_from(out_pool[((slot - 1) * columns + column) as usize]);
+                }
+            }
+            place::<S, N>(out_tile, start + staged_at(pass, line, pitch, units), value, blueprint);
+        }
+    }
 }
 
 /// Where the fragment that the unit's plane makes as its `position`th lies, where fragments are `below` apart downwards and

@@ -108,10 +108,8 @@ fn by_fragments<X: Float, A: Float, S: Float, M: Size>(
     #[comptime] units: u32,
     #[comptime] planes: u32,
 ) -> SharedMemory<f32> {
-    let (m, n, k) = comptime!(match multiply {
-        Multiply::Cmma { m, n, k } => (m as usize, n as usize, k as usize),
-        Multiply::Fma => (1, 1, 1),
-    });
+    let (m, n, k) = comptime!(multiply.fragment().unwrap_or((1, 1, 1)));
+    let (m, n, k) = comptime!((m as usize, n as usize, k as usize));
     let width = x.vector_size();
     let width = comptime!(width as u32);
     let vectors = d / width;

@@ -13,14 +13,18 @@
 
 use cubecl::prelude::*;
 
-use super::blueprint::{ALIGNMENT, PAD, SUM_PAD, TileBlueprint};
-use super::epilogue::finish;
+use super::blueprint::{ALIGNMENT, RANK_CHUNK, SUM_PAD, TileBlueprint};
+use super::fetched::{Depths, fetches_ahead, nothing_fetched, ragged_first};
 use super::item::{self, COLUMN_TILE, CUBE_ITEM_WORDS, ITEM_WORDS, SPLIT};
-use super::multiply::{multiply, no_sums, store_strip, strip_column};
-use super::on_chip::multiplier;
+use super::multiply::{Sums, multiply, no_sums, store_strip};
+use super::multiply_registers::{Factors, Lanes, lanes, load_out_vectors, no_factors, start_factors};
+use super::on_chip::{multiplier, plain_factor, stage_out_vectors};
+use super::output::{take_hidden, write_partial, write_strip};
+use super::places::places;
 use super::shrink::shrink_products;
-use super::stage::{fetch, fetches_ahead, nothing_fetched, stage_rows, stage_weight};
-use super::tables::{H_START, Layout, NO_SUM, TASK_SIDE, shrink_task, tile_row};
+use super::stage::{fetch, stage_rows, stage_vectors, stage_weight};
+use super::staged::{Staged, first_stage, out_start, staged, turn};
+use super::tables::{H_START, Layout, NO_SUM, TASK_SIDE, shrink_task};
 use super::words::word_count;
 
 /// x `[t, d]`, weight `[.., d, k]` or its words, weight_scales of a quantised one, in_pool `[slots, d]`, out_pool `[slots, k]`,
@@ -42,6 +46,7 @@ pub(crate) fn tile<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, 
     #[comptime] blueprint: TileBlueprint,
     #[define(X, W, A, S, Y)] _types: [StorageType; 5],
 ) {
+    let mut staged = staged::<S, M, N>(layout.k > 0, blueprint);
     if comptime!(blueprint.hidden > 0) {
         // Cubes are numbered as they start, so that whoever waits for h waits for cubes that run.
         let mut ticket = SharedMemory::<u32>::new(1usize);
@@ -70,6 +75,7 @@ pub(crate) fn tile<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, 
                 residual,
                 y,
                 layout,
+                &mut staged,
                 at % layout.item_count,
                 rest % layout.column_tiles,
                 rest / layout.column_tiles,
@@ -89,6 +95,7 @@ pub(crate) fn tile<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, 
             residual,
             y,
             layout,
+            &mut staged,
             CUBE_POS_X,
             CUBE_POS_Y,
             CUBE_POS_Z,
@@ -166,21 +173,16 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
     residual: &Array<Vector<Y, N>>,
     y: &mut Array<Vector<Y, N>>,
     layout: Layout,
+    staged: &mut Staged<S, M, N>,
     item: u32,
     column_tile: u32,
     split: u32,
     #[comptime] blueprint: TileBlueprint,
 ) {
     let tile = comptime!(blueprint.tile);
-    let row_width = x.vector_size();
-    let row_width = comptime!(row_width as u32);
     let width = out_pool.vector_size();
     let width = comptime!(width as u32);
-    let row_elements = comptime!(((tile.rows * (tile.depth + PAD)) / row_width) as usize);
-    let weight_elements = comptime!(((tile.depth * (tile.columns + PAD)) / width) as usize);
     let sum_elements = comptime!((tile.rows * (blueprint.strip() + SUM_PAD) / width) as usize);
-    let mut row_tile = SharedMemory::<Vector<S, M>>::new_aligned(row_elements, ALIGNMENT);
-    let mut weight_tile = SharedMemory::<Vector<S, N>>::new_aligned(weight_elements, ALIGNMENT);
     let mut sum_tile = SharedMemory::<Vector<f32, N>>::new_aligned(sum_elements, ALIGNMENT);
     // The sum of the output row that the last chunk broke off in, and of the one that this chunk breaks off in: one unit takes the
     // first while another may be at the second.
@@ -214,97 +216,84 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
         depth_end = min(depth_start + layout.depth, layout.d);
     }
 
-    let x_bytes = X::type_size();
-    let a_bytes = A::type_size();
-    let w_bytes = W::type_size();
-    let size!(XW) = comptime!(word_count(row_width as usize, x_bytes));
-    let size!(AW) = comptime!(word_count(row_width as usize, a_bytes));
-    let size!(WW) = comptime!(word_count(width as usize, w_bytes));
-    let ahead = comptime!(fetches_ahead(blueprint, row_width as usize, width as usize));
-    let mut fetched = nothing_fetched::<M, N, XW, AW, WW>(blueprint);
+    let depths = Depths { start: depth_start, end: depth_end };
 
+    let lanes = lanes::<M, N>(blueprint);
     // What the entry has is read again wherever it is needed.
     let mut chunk = item::first(&entry);
     while chunk < item::end(&entry) {
         let mut sums = no_sums::<N>(blueprint);
-        let mut depth0 = depth_start;
-        if comptime!(ahead) {
-            fetch::<X, W, A, M, N, XW, AW, WW>(
-                x,
-                weight,
-                weight_scales,
-                in_pool,
-                tables,
-                &mut fetched,
-                layout,
-                &entry,
-                chunk,
-                depth0,
-                depth_end,
-                blueprint,
-            );
+        let mut start = chunk;
+        if comptime!(!blueprint.chunks()) {
+            // The only chunk starts where the item does, and no register keeps it through the multiplication.
+            start = item::first(&entry);
         }
-        while depth0 < depth_end {
-            if comptime!(!ahead) {
-                fetch::<X, W, A, M, N, XW, AW, WW>(
+        let mut factors = no_factors::<S>();
+        if comptime!(blueprint.makes_weights_in_registers()) {
+            let mut rank = item::first_scale(&entry);
+            let mut is_last = false;
+            while !is_last {
+                begin_factors::<A, S, M, N>(
+                    out_pool,
+                    tables,
+                    layout,
+                    staged,
+                    &entry,
+                    rank,
+                    &mut factors,
+                    &lanes,
+                    blueprint,
+                );
+                add_product::<X, W, A, S, M, N>(
                     x,
                     weight,
                     weight_scales,
                     in_pool,
-                    tables,
-                    &mut fetched,
-                    layout,
-                    &entry,
-                    chunk,
-                    depth0,
-                    depth_end,
-                    blueprint,
-                );
-            }
-            stage_rows::<X, A, S, M, N, XW, AW, WW>(&fetched, &mut row_tile, blueprint);
-            if comptime!(blueprint.on_chip) {
-                let factor = multiplier::<A, S, M, N, XW, AW, WW>(
-                    in_pool,
                     out_pool,
                     tables,
-                    &mut fetched,
                     layout,
                     &entry,
-                    depth0,
-                    depth0 == depth_start,
+                    staged,
+                    &sum_tile,
+                    &mut factors,
+                    &mut sums,
+                    &lanes,
+                    start,
+                    rank,
+                    depths,
                     blueprint,
                 );
-                stage_weight::<W, S, N, XW, AW, WW>(&fetched, &mut weight_tile, &factor, depth0, blueprint);
-            } else {
-                stage_weight::<W, S, N, XW, AW, WW>(&fetched, &mut weight_tile, &sum_tile, depth0, blueprint);
-            }
-            sync_cube();
-            depth0 += tile.depth;
-            if comptime!(ahead) {
-                // A branch of its own, past which CUDA's assembler doesn't put off the loads.
-                if depth0 < depth_end {
-                    fetch::<X, W, A, M, N, XW, AW, WW>(
-                        x,
-                        weight,
-                        weight_scales,
-                        in_pool,
-                        tables,
-                        &mut fetched,
-                        layout,
-                        &entry,
-                        chunk,
-                        depth0,
-                        depth_end,
-                        blueprint,
-                    );
+                rank += blueprint.on_chip;
+                if comptime!(blueprint.on_chip == RANK_CHUNK) {
+                    is_last = true;
+                } else {
+                    is_last = rank >= item::end_scale(&entry);
+                    // Stages may be written again when all have multiplied them.
+                    sync_cube();
                 }
             }
-            multiply::<S, M, N>(&row_tile, &weight_tile, &mut sums, blueprint);
-            sync_cube();
+        } else {
+            add_product::<X, W, A, S, M, N>(
+                x,
+                weight,
+                weight_scales,
+                in_pool,
+                out_pool,
+                tables,
+                layout,
+                &entry,
+                staged,
+                &sum_tile,
+                &mut factors,
+                &mut sums,
+                &lanes,
+                start,
+                item::first_scale(&entry),
+                depths,
+                blueprint,
+            );
         }
-        let mut start = chunk;
         if comptime!(!blueprint.chunks()) {
-            // The only chunk starts where the item does.
             start = item::first(&entry);
         }
         if comptime!(blueprint.hidden > 0 && !blueprint.split) {
@@ -333,148 +322,179 @@ fn multiply_item<X: Float, W: Numeric, A: Float, S: Float, Y: Float, M: Size, N:
     }
 }
 
-/// Waits for the low-rank sums of the item's rows.
+/// Adds to the sums the product of the virtual rows from `start` and the item's weight, made of the scales from `rank` where it is a
+/// W_i that is made in registers.
 #[cube]
-fn take_hidden(hidden: &mut SharedMemory<f32>, h: &mut Array<Atomic<u32>>, start: u32, entry: &SharedMemory<u32>) {
-    let first = start + H_START + item::hidden(entry);
-    let mut at = UNIT_POS_X;
-    while at < item::hidden_count(entry) {
-        let mut bits = h[(first + at) as usize].load();
-        while bits == NO_SUM {
-            bits = h[(first + at) as usize].load();
-        }
-        hidden[at as usize] = f32::reinterpret(bits);
-        at += CUBE_DIM;
-    }
-    sync_cube();
-}
-
-/// Scales the sums of a strip, adds up those of each output row and its low-rank sum, and writes the row.
-#[cube]
-fn write_strip<A: Float, Y: Float, N: Size>(
-    sum_tile: &SharedMemory<Vector<f32, N>>,
-    carry: &mut SharedMemory<Vector<f32, N>>,
-    hidden: &SharedMemory<f32>,
+fn add_product<X: Float, W: Numeric, A: Float, S: Float, M: Size, N: Size>(
+    x: &Array<Vector<X, M>>,
+    weight: &Array<Vector<W, N>>,
+    weight_scales: &Array<Vector<u32, N>>,
+    in_pool: &Array<Vector<A, M>>,
     out_pool: &Array<Vector<A, N>>,
     tables: &Array<u32>,
-    bias: &Array<Vector<f32, N>>,
-    residual: &Array<Vector<Y, N>>,
-    y: &mut Array<Vector<Y, N>>,
     layout: Layout,
     entry: &SharedMemory<u32>,
-    chunk: u32,
-    #[comptime] strip: u32,
+    staged: &mut Staged<S, M, N>,
+    sum_tile: &SharedMemory<Vector<f32, N>>,
+    factors: &mut Factors<S>,
+    sums: &mut Sums<N>,
+    lanes: &Lanes,
+    start: u32,
+    rank: u32,
+    depths: Depths,
     #[comptime] blueprint: TileBlueprint,
 ) {
     let tile = comptime!(blueprint.tile);
+    let row_width = x.vector_size();
+    let row_width = comptime!(row_width as u32);
     let width = out_pool.vector_size();
     let width = comptime!(width as u32);
-    let line = comptime!(blueprint.strip() / width);
-    let pitch = comptime!((blueprint.strip() + SUM_PAD) / width);
-    let units = comptime!(blueprint.units());
-    let columns = layout.k / width;
-    let end = item::end(entry);
-
-    let column0 = item::column_tile(entry, blueprint) * comptime!(tile.columns / width);
-    // Units beyond the last whole line of units have nothing to do.
-    let lanes = comptime!(if units < line { 1 } else { units / line });
-    let unit = UNIT_POS_X;
-    let lane = unit / line;
-    let tile_column = strip_column(unit % line * width, strip, blueprint) / width;
-    let column = column0 + tile_column;
-    let mut taken = tile_column;
-    let mut left = tile_column;
-    if comptime!(blueprint.carries) {
-        let is_odd = (chunk - item::first(entry)) / tile.rows % 2;
-        taken += is_odd * comptime!(tile.columns / width);
-        left += (1 - is_odd) * comptime!(tile.columns / width);
+    let steps = (depths.end - depths.start).div_ceil(tile.depth);
+    // Where the first step may be the ragged one, it is: zeros come before depth 0, and no other step has a condition.
+    let ragged_first = comptime!(ragged_first(blueprint, row_width as usize));
+    let mut pad = 0u32;
+    if comptime!(ragged_first) {
+        pad = steps * tile.depth - (depths.end - depths.start);
     }
-    let mut row = lane;
-    while lane < lanes && column < columns && row < tile.rows && chunk + row < end {
-        let mut at = chunk + row;
-        let mut starts = row == 0;
-        if !starts {
-            starts = tile_row::last(tables, (at - 1) * tile_row::WORDS) == 1;
+    let x_bytes = X::type_size();
+    let a_bytes = A::type_size();
+    let w_bytes = W::type_size();
+    let size!(XW) = comptime!(word_count(row_width as usize, x_bytes));
+    let size!(AW) = comptime!(word_count(row_width as usize, a_bytes));
+    let size!(WW) = comptime!(word_count(width as usize, w_bytes));
+    let ahead = comptime!(fetches_ahead(blueprint, row_width as usize, width as usize));
+    let ragged = comptime!(!ahead || !ragged_first);
+    let mut fetched = nothing_fetched::<M, N, XW, AW, WW>(blueprint);
+    let mut depth0 = depths.start - pad;
+    let mut places = places::<M, N>(tables, layout, entry, start, rank, depth0, blueprint);
+    if comptime!(ahead) {
+        fetch::<X, W, A, M, N, XW, AW, WW>(
+            x,
+            weight,
+            weight_scales,
+            in_pool,
+            &mut fetched,
+            &mut places,
+            layout,
+            entry,
+            depth0,
+            depths,
+            true,
+            blueprint,
+        );
+    }
+    let mut left = steps;
+    let mut stage = first_stage::<M, N>(blueprint);
+    while left > 0 {
+        if comptime!(!ahead) {
+            fetch::<X, W, A, M, N, XW, AW, WW>(
+                x,
+                weight,
+                weight_scales,
+                in_pool,
+                &mut fetched,
+                &mut places,
+                layout,
+                entry,
+                depth0,
+                depths,
+                true,
+                blueprint,
+            );
         }
-        if starts {
-            let mut value = Vector::<f32, N>::new(0.0);
-            if comptime!(blueprint.carries) {
-                let first = item::first(entry);
-                if row == 0 && chunk > first {
-                    // Within, because a kernel evaluates both sides of `&&`, and the first row has none before it.
-                    if tile_row::last(tables, (at - 1) * tile_row::WORDS) == 0 {
-                        value = carry[taken as usize];
-                    }
-                }
-            }
-            let mut open = true;
-            while open {
-                let words = at * tile_row::WORDS;
-                let mut sum = sum_tile[((at - chunk) * pitch + unit % line) as usize];
-                if comptime!(blueprint.scaled) {
-                    let slot = tile_row::out_slot(tables, words);
-                    if slot > 0 {
-                        sum *= Vector::cast_from(out_pool[((slot - 1) * columns + column) as usize]);
-                    }
-                }
-                value += sum;
-                if tile_row::last(tables, words) == 1 {
-                    open = false;
-                    if comptime!(blueprint.hidden > 0) {
-                        let expand = tile_row::expand(tables, words);
-                        let own = tile_row::hidden(tables, words) - item::hidden(entry);
-                        for q in 0..tile_row::rank(tables, words) {
-                            let vector =
-                                Vector::<f32, N>::cast_from(out_pool[((expand + q) * columns + column) as usize]);
-                            value = fma(Vector::new(hidden[(own + q) as usize]), vector, value);
-                        }
-                    }
-                    let output = tile_row::row(tables, words) * columns + column;
-                    y[output as usize] =
-                        finish::<Y, N>(value, bias, residual, column, output, comptime!(blueprint.epilogue));
-                }
-                if comptime!(blueprint.carries) {
-                    let breaks_off = open && at + 1 == chunk + tile.rows;
-                    if breaks_off {
-                        carry[left as usize] = value;
-                        open = false;
-                    }
-                }
-                at += 1;
+        stage_rows::<X, A, S, M, N, XW, AW, WW>(&fetched, &mut staged.rows, stage.rows, blueprint);
+        if comptime!(blueprint.on_chip > 0 && !blueprint.makes_weights_in_registers()) {
+            let factor = multiplier::<A, S, M, N, XW, AW, WW>(
+                in_pool,
+                out_pool,
+                tables,
+                &mut fetched,
+                layout,
+                entry,
+                depth0,
+                depths,
+                blueprint,
+            );
+            stage_weight::<W, S, N, XW, AW, WW>(
+                &fetched,
+                &mut staged.weights,
+                stage.weights,
+                &factor,
+                depth0,
+                layout.k,
+                blueprint,
+            );
+        } else {
+            stage_weight::<W, S, N, XW, AW, WW>(
+                &fetched,
+                &mut staged.weights,
+                stage.weights,
+                sum_tile,
+                depth0,
+                layout.k,
+                blueprint,
+            );
+        }
+        if comptime!(blueprint.makes_weights_in_registers()) {
+            stage_vectors::<A, S, M, N, XW, AW, WW>(&fetched, &mut staged.rows, stage.vectors, blueprint);
+        }
+        sync_cube();
+        depth0 += tile.depth;
+        left -= 1;
+        if comptime!(ahead) {
+            // A branch of its own, past which CUDA's assembler doesn't put off the loads.
+            if left > 0 {
+                fetch::<X, W, A, M, N, XW, AW, WW>(
+                    x,
+                    weight,
+                    weight_scales,
+                    in_pool,
+                    &mut fetched,
+                    &mut places,
+                    layout,
+                    entry,
+                    depth0,
+                    depths,
+                    ragged,
+                    blueprint,
+                );
             }
         }
-        row += lanes;
+        multiply::<S, M, N>(staged, factors, sums, lanes, &stage, blueprint);
+        if comptime!(blueprint.stages() == 1) {
+            sync_cube();
+        } else {
+            turn::<M, N>(&mut stage, blueprint);
+        }
     }
 }
 
-/// Writes the sums of a strip as they are.
+/// Prepares the factors of W_i of the scales from `rank` on. Those of more ranks than are staged at once are made in several passes
+/// over d, each of which adds its part of W_i's product to the sums.
 #[cube]
-fn write_partial<Y: Float, N: Size>(
-    sum_tile: &SharedMemory<Vector<f32, N>>,
-    partial: &mut Array<Vector<Y, N>>,
+fn begin_factors<A: Float, S: Float, M: Size, N: Size>(
+    out_pool: &Array<Vector<A, N>>,
+    tables: &Array<u32>,
     layout: Layout,
+    staged: &mut Staged<S, M, N>,
     entry: &SharedMemory<u32>,
-    chunk: u32,
-    #[comptime] strip: u32,
+    rank: u32,
+    factors: &mut Factors<S>,
+    lanes: &Lanes,
     #[comptime] blueprint: TileBlueprint,
 ) {
-    let tile = comptime!(blueprint.tile);
-    let width = partial.vector_size();
-    let width = comptime!(width as u32);
-    let line = comptime!(blueprint.strip() / width);
-    let pitch = comptime!((blueprint.strip() + SUM_PAD) / width);
-    let columns = layout.k / width;
-    let column0 = item::column_tile(entry, blueprint) * comptime!(tile.columns / width);
-    let split = item::split(entry, blueprint);
-    let end = item::end(entry);
-    let mut load = UNIT_POS_X;
-    while load < comptime!(tile.rows * line) {
-        let row = chunk + load / line;
-        let column = column0 + strip_column(load % line * width, strip, blueprint) / width;
-        if row < end && column < columns {
-            let at = (split * layout.virtual_rows + row) * columns + column;
-            partial[at as usize] = Vector::cast_from(sum_tile[(load / line * pitch + load % line) as usize]);
-        }
-        load += comptime!(blueprint.units());
+    factors.plain = 0.0f32.runtime();
+    if rank == item::first_scale(entry) {
+        factors.plain = plain_factor(entry);
+    }
+    factors.chunks = (min(item::end_scale(entry) - rank, blueprint.on_chip)).div_ceil(RANK_CHUNK);
+    let row_width = M::value();
+    let width = N::value();
+    let start = comptime!(out_start(blueprint, row_width, width)).runtime();
+    stage_out_vectors::<A, S, N>(out_pool, tables, layout, entry, rank, &mut staged.weights, start, blueprint);
+    sync_cube();
+    if comptime!(blueprint.on_chip == RANK_CHUNK) {
+        load_out_vectors::<S, M, N>(staged, &mut factors.out_vectors, lanes, blueprint);
+        start_factors::<S>(factors, blueprint);
     }
 }

@@ -4,6 +4,8 @@
 
 use cubecl::prelude::*;
 
+use super::blueprint::TileBlueprint;
+
 /// The position of the unit's plane in a cube of `planes`; 0 in a cube of less than one, which multiplies by units.
 #[cube]
 pub(crate) fn plane(#[comptime] units: u32, #[comptime] planes: u32) -> u32 {
@@ -60,4 +62,28 @@ pub(crate) fn stages(
     } else {
         UNIT_POS_X + comptime!(pass * units) < comptime!(lines * line)
     }
+}
+
+/// [`staged_row`] of a tile of `lines` lines that starts at 0; the last line for units beyond it.
+#[cube]
+pub(crate) fn line_within(
+    #[comptime] pass: u32,
+    #[comptime] line: u32,
+    #[comptime] lines: u32,
+    #[comptime] units: u32,
+) -> u32 {
+    let own = staged_row(0u32, pass, line, units);
+    if comptime!((pass + 1) * units <= lines * line) { own } else { min(own, comptime!(lines - 1)) }
+}
+
+/// Which of a tile's `row_planes` the unit's plane is.
+#[cube]
+pub(crate) fn plane_row(#[comptime] blueprint: TileBlueprint) -> u32 {
+    plane(comptime!(blueprint.units()), comptime!(blueprint.planes())) % comptime!(blueprint.tile.row_planes)
+}
+
+/// Which of its `column_planes`.
+#[cube]
+pub(crate) fn plane_column(#[comptime] blueprint: TileBlueprint) -> u32 {
+    plane(comptime!(blueprint.units()), comptime!(blueprint.planes())) / comptime!(blueprint.tile.row_planes)
 }

@@ -62,7 +62,18 @@ impl Hardware {
             let configs = properties.features.matmul.cmma.iter().filter(fits);
             let largest = configs.max_by_key(|config| (config.m.min(config.n), config.k))?;
             let (m, n, k) = (largest.m, largest.n, largest.k);
-            (element != Element::F32).then_some(Multiply::Cmma { m, n, k })
+            let known = |config: &MmaConfig| {
+                let types = config.a_type == own && config.b_type == own && config.cd_type == storage(Element::F32);
+                types && (config.m, config.n, config.k) == (16, 8, 16)
+            };
+            let matmul = &properties.features.matmul;
+            // Where a unit knows what its registers hold, and loads them by four matrices at once.
+            let by_registers = properties.hardware.plane_size_max == 32
+                && matmul.mma.iter().any(known)
+                && matmul.ldmatrix.contains(&own)
+                && Multiply::Mma.fragment() == Some((m, n, k));
+            let multiply = if by_registers { Multiply::Mma } else { Multiply::Cmma { m, n, k } };
+            (element != Element::F32).then_some(multiply)
         };
         Self {
             plane_size: properties.hardware.plane_size_max.max(1),
@@ -101,7 +112,7 @@ impl Hardware {
     pub(crate) fn stage(&self, format: LayerFormat) -> Element {
         match self.multiply(format) {
             Multiply::Fma => Element::F32,
-            Multiply::Cmma { .. } => format.activations,
+            Multiply::Cmma { .. } | Multiply::Mma => format.activations,
         }
     }
 
