@@ -2,7 +2,6 @@
 
 use flora_plan::schedule::{LowRankRows, ScheduledRow};
 
-use crate::backward::OuterAdapter;
 use crate::buffer::Buffer;
 use crate::low_rank::Shrink;
 
@@ -50,4 +49,18 @@ pub(crate) struct GradientMemory {
     pub(crate) turned: Buffer,
     /// Low-rank gradients.
     pub(crate) runs: Vec<LowRankRows>,
+}
+
+/// An adapter of those whose tiles are made at the same time: where its parts lie in their memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OuterAdapter {
+    /// Among the adapters of the lowering.
+    pub(crate) at: usize,
+    pub(crate) rows: usize,
+    /// Its rows of g in strips: `[strips, rows, STRIP]`.
+    pub(crate) strips: usize,
+    /// The partners of its in-scales: `[slices, in_scales, X_PITCH]`.
+    pub(crate) vectors: usize,
+    /// Its sums: `[tasks, out_scales, pitch]`.
+    pub(crate) partial: usize,
 }

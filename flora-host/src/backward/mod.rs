@@ -21,7 +21,6 @@ use crate::pack::Vectors;
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::values::{Values, ValuesMut};
-pub(crate) use outer::OuterAdapter;
 
 /// Where the gradients of a batch are written: what is wanted of them.
 #[derive(Debug)]

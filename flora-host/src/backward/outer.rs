@@ -18,7 +18,7 @@ use rayon::prelude::*;
 
 use super::{Inputs, rows_of};
 use crate::buffer::Buffer;
-use crate::call_memory::GradientMemory;
+use crate::call_memory::{GradientMemory, OuterAdapter};
 use crate::fetch::{Ahead, Pieces};
 use crate::kernel::{Columns, Compose, MOST_TILE_ROWS, tile_rows};
 use crate::layout::{SLICE, STRIP, X_PITCH};
@@ -51,20 +51,6 @@ const PITCH: usize = TILE_STRIPS * STRIP + 16;
 
 /// Floats of partial sums, beyond which adapters take turns.
 const GROUP_FLOATS: usize = 1 << 20;
-
-/// An adapter of a group: where its parts lie in the group's memory.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct OuterAdapter {
-    /// Among the adapters of the lowering.
-    at: usize,
-    rows: usize,
-    /// Its rows of g in strips: `[strips, rows, STRIP]`.
-    strips: usize,
-    /// The partners of its in-scales: `[slices, in_scales, X_PITCH]`.
-    vectors: usize,
-    /// Its sums: `[tasks, out_scales, pitch]`.
-    partial: usize,
-}
 
 /// What all adapters of a layer share.
 #[derive(Clone, Copy)]
