@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 from torch import nn
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def fill(adapted, std):
@@ -27,4 +30,8 @@ def save(adapted, folder, embeddings=False):
         # PEFT writes sets in hash order; sorted, the files are the same on every run.
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             settings[key] = sorted(value)
+    # Where the repository lies is nobody's matter.
+    base = Path(settings.get("base_model_name_or_path") or "")
+    if base.is_relative_to(REPOSITORY):
+        settings["base_model_name_or_path"] = str(base.relative_to(REPOSITORY))
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
