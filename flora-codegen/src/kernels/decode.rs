@@ -33,7 +33,7 @@ fn powers_of_two(quantisation: Quantisation) -> bool {
 }
 
 /// What stands for 0; 128 of a codebook, whose levels are then bytes.
-fn zero(levels: Levels) -> u32 {
+pub(crate) fn zero(levels: Levels) -> u32 {
     match levels {
         Levels::Linear { zero } => zero,
         Levels::Codebook(_) => 128,

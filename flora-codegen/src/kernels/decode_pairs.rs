@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 use flora_plan::layer::{Element, Levels, Quantisation, ScaleKind, Scales};
 
 use super::blueprint::{Multiply, TileBlueprint};
-use super::decode::upper_bits;
+use super::decode::{upper_bits, zero};
 use super::registers::Pair;
 
 /// 1024 as a half, twice.
@@ -33,13 +33,6 @@ fn field(at: u32, bits: u32) -> (bool, u32, u32) {
     (at * bits >= 16, shift, first - shift)
 }
 
-fn zero(quantisation: Quantisation) -> u32 {
-    match quantisation.levels {
-        Levels::Linear { zero } => zero,
-        Levels::Codebook(_) => 0,
-    }
-}
-
 /// The low halves of two words, or their upper ones: said as halves, which CUDA's compiler makes one permutation of.
 #[cube]
 pub(crate) fn halves_of(low: u32, high: u32, #[comptime] upper: bool) -> u32 {
@@ -50,7 +43,7 @@ pub(crate) fn halves_of(low: u32, high: u32, #[comptime] upper: bool) -> u32 {
     u32::reinterpret(halves)
 }
 
-/// The numbers at position `at` of the words of two columns, with their scales and minima.
+/// The numbers at position `at` of the words of two columns, times their scales.
 #[cube]
 pub(crate) fn decode_pair<S: Float>(
     low: u32,
@@ -68,7 +61,7 @@ pub(crate) fn decode_pair<S: Float>(
     }
     let mask = comptime!(((1u32 << bits) - 1) << first);
     let number = Pair::<S>::reinterpret((halves & comptime!(mask | mask << 16)) | magic);
-    let zero = comptime!(zero(quantisation) as f32);
+    let zero = comptime!(zero(quantisation.levels) as f32);
     let power = comptime!(1.0 / (1u32 << first) as f32);
     let offset = Pair::<S>::new(S::new(comptime!(1024.0 * power + zero)));
     let level = if comptime!(first == 0) { number - offset } else { number * Pair::<S>::new(S::new(power)) - offset };

@@ -2,7 +2,7 @@
 //!
 //! A cube multiplies one *item*, a range of virtual rows made of whole output rows, by one column tile. A virtual row (paper Eq. 6)
 //! is an input row with its own in-scale and out-scale; base rows have none, IA3 rows one, fLoRA rows of rank r are r of them. An
-//! item of `on_chip` has a W_i of its own: w0's tile is multiplied by Σ_v in_v out_vᵀ as it is staged. Low-rank sums (`fused`) are
+//! item of `on_chip` has a W_i of its own: w0's tile is multiplied by Σ_v in_v out_vᵀ on its way to the product. Low-rank sums (`fused`) are
 //! made by the first cubes that start, while the others multiply, and are expanded in the epilogue.
 //!
 //! MACs: V·d·k for V virtual rows; for an item of W_i with r scales r·d·k more; t·r·(d + k) for low-rank sums. Bytes: w0 once for
