@@ -1,11 +1,14 @@
 //! A layer's buffers and a schedule, queued on a cubecl device: what is asked for, and why it is refused; `run` has the steps.
 //! Generic over the runtime, so that CUDA, wgpu and the offline targets go through the same code.
 
+mod backward;
 mod copy;
 mod low_rank_sums;
 mod prepare;
+mod prepare_backward;
 mod run;
 
+pub use backward::backward;
 pub use copy::copy;
 use cubecl::prelude::*;
 use cubecl::server::Handle;

@@ -34,6 +34,12 @@ pub enum RoutineError {
         /// The device's shared memory.
         bytes: usize,
     },
+    /// No tile fits.
+    #[error("the smallest tile of gradients doesn't fit the {bytes} bytes of shared memory of the device")]
+    NoTile {
+        /// The device's shared memory.
+        bytes: usize,
+    },
 }
 
 /// A launch of the tile kernel.

@@ -30,7 +30,7 @@ pub struct ProjectionGradient {
 const ON_CHIP_FROM: u32 = 4;
 
 /// How the input's gradient is computed. Fixed, so that a row of it has the same bits in any company.
-fn input_plan() -> Plan {
+pub fn input_plan() -> Plan {
     Plan::new(MultiplicativeLowering::OnChip, AdditiveLowering::Fused).with_on_chip_from(ON_CHIP_FROM)
 }
 

@@ -244,9 +244,7 @@ impl LayerOperands {
 
     /// Whether this layer can run a backward pass, likewise.
     pub(crate) fn check_backward(&self, schedule: &BackwardSchedule) -> Result<(), OperandError> {
-        let shape = self.shape();
-        schedule.fits(shape)?;
-        check_pools(shape, (schedule.in_slots(), schedule.out_slots()), (self.in_pool.slots, self.out_pool.slots))?;
+        check_backward_slots(schedule, self.shape(), (self.in_pool.slots, self.out_pool.slots))?;
         match schedule.input().merged_adapter() {
             Some(wanted) if self.merged_adapter() != Some(wanted) => {
                 Err(OperandError::NotMerged { wanted, found: self.merged_adapter() })
@@ -261,6 +259,19 @@ impl LayerOperands {
 /// # Errors
 /// A schedule that is too large for the shape or of slots that the pools lack; pools that kernels can't index.
 pub fn check_slots(schedule: &Schedule, shape: LayerShape, slots: (u32, u32)) -> Result<(), OperandError> {
+    schedule.fits(shape)?;
+    check_pools(shape, (schedule.in_slots(), schedule.out_slots()), slots)
+}
+
+/// The same of a backward pass.
+///
+/// # Errors
+/// As [`check_slots`].
+pub fn check_backward_slots(
+    schedule: &BackwardSchedule,
+    shape: LayerShape,
+    slots: (u32, u32),
+) -> Result<(), OperandError> {
     schedule.fits(shape)?;
     check_pools(shape, (schedule.in_slots(), schedule.out_slots()), slots)
 }

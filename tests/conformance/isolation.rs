@@ -35,7 +35,7 @@ fn inputs(plan: &Plan) -> usize {
 }
 
 /// The rows of adapter 0.
-fn own_rows(case: &Case, values: &[f32], width: usize) -> Vec<f32> {
+pub(crate) fn own_rows(case: &Case, values: &[f32], width: usize) -> Vec<f32> {
     let mut rows = Vec::new();
     let mut first = 0;
     for (adapter, count) in &case.segments {
@@ -48,11 +48,11 @@ fn own_rows(case: &Case, values: &[f32], width: usize) -> Vec<f32> {
     rows
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-fn poison(folded: &mut FoldedAdapter) {
+pub(crate) fn poison(folded: &mut FoldedAdapter) {
     for row in &mut folded.virtual_rows {
         for scale in [&mut row.in_scale, &mut row.out_scale].into_iter().flatten() {
             scale.fill(f32::NAN);

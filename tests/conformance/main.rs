@@ -5,6 +5,7 @@
 mod case;
 mod formats;
 mod golden;
+mod gradients;
 mod isolation;
 mod on_burn;
 mod oracle;

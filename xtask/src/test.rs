@@ -35,13 +35,28 @@ const SANITIZED: &str = "CUDA text, sanitized";
 const PARTS: [Part; 9] = [
     Part::on_lavapipe(&["--test", "conformance", "--", "isolation::"]),
     Part::on_lavapipe(&["--test", "conformance", "--", "formats::", "golden::"]),
-    Part::emulated("cuda-emulated:sm_90", &["--test", "conformance", "--", "formats::", "a_batch", "wrong_batches"]),
-    Part::on_lavapipe(&["--test", "conformance", "--", "oracle::"]),
+    Part::emulated(
+        "cuda-emulated:sm_90",
+        &["--test", "conformance", "--", "formats::", "gradients::", "a_batch", "wrong_batches"],
+    ),
+    Part::on_lavapipe(&["--test", "conformance", "--", "oracle::", "gradients::"]),
     Part::on_lavapipe(&["--test", "decoders"]),
-    Part::emulated("cuda-emulated:sm_80", &["--test", "conformance", "--", "a_merged", "a_split", "a_batch"]),
-    Part::emulated("cuda-emulated:sm_100", &["--test", "conformance", "--", "a_merged", "a_split", "a_batch"]),
-    Part::sanitized(&["sanitize", "thread"], &["--test", "conformance", "--", "a_split", "a_batch"]),
-    Part::sanitized(&["sanitize", "address"], &["--test", "conformance", "--", "a_split", "a_batch"]),
+    Part::emulated(
+        "cuda-emulated:sm_80",
+        &["--test", "conformance", "--", "a_merged", "a_split", "a_batch", "gradients_over"],
+    ),
+    Part::emulated(
+        "cuda-emulated:sm_100",
+        &["--test", "conformance", "--", "a_merged", "a_split", "a_batch", "gradients_over"],
+    ),
+    Part::sanitized(
+        &["sanitize", "thread"],
+        &["--test", "conformance", "--", "a_split", "a_batch", "gradients_of_one"],
+    ),
+    Part::sanitized(
+        &["sanitize", "address"],
+        &["--test", "conformance", "--", "a_split", "a_batch", "gradients_of_one"],
+    ),
 ];
 
 /// How strict to be.

@@ -3,8 +3,9 @@
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use flora::prelude::*;
-use flora_codegen::target::{Capability, EmittedKernel, EqualBatch, Target, emit_layer};
+use flora_codegen::target::{Capability, EmittedKernel, EqualBatch, Pass, Target, emit_layer};
 use flora_plan::lowering::{Part, PartLowering, lowerings_of};
+use flora_runtime::input_plan;
 use flora_toolchain::{
     Architecture, Bound, Class, Compiled, CudaCompiler, Defect, Expectations, MAX_WARPS, Mix, Occupancy, Source, Unit,
 };
@@ -52,6 +53,9 @@ pub(crate) struct Arguments {
     /// Let cubes share the depth where the device would be short of work
     #[arg(long)]
     split: bool,
+    /// The backward pass: of the input by the lowering that is given, or as projections choose, and of the adapters' vectors
+    #[arg(long)]
+    gradient: bool,
     /// Compile the CUDA source too: registers, spills, shared memory, occupancy, instructions, and what is wrong with them, which is
     /// an error
     #[arg(long)]
@@ -112,7 +116,11 @@ struct Found {
 pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
     let compiled = layer::open(&arguments.layer)?.compiled;
     let target: Target = arguments.target.parse()?;
-    let plan = plan_of(&arguments.layer, &compiled.parts, arguments.lowering.as_deref())?;
+    let plan = match (arguments.gradient, arguments.lowering.as_deref()) {
+        (true, None) => input_plan(),
+        (_, lowering) => plan_of(&arguments.layer, &compiled.parts, lowering)?,
+    };
+    let pass = if arguments.gradient { Pass::Backward } else { Pass::Forward };
     let plan = if arguments.split { plan.with_split() } else { plan };
     let compiler = compiler(arguments, target)?;
     let &Arguments { ref layer, d, k, rank, rows, .. } = arguments;
@@ -127,7 +135,7 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
     if !format.weight.fits(shape) {
         return Err(CommandError::PartialBlock { format: format.weight, block: format.weight.whole(1), d });
     }
-    let kernels = emit_layer(&compiled, target, plan, (shape, format), EqualBatch { rank, segments, rows })?;
+    let kernels = emit_layer(&compiled, target, (pass, plan), (shape, format), EqualBatch { rank, segments, rows })?;
     // A weight that one tile of rows multiplies is read once, from the device's memory.
     let source = if u64::from(segments) * u64::from(rows) <= 128 { Source::Memory } else { Source::Cache };
     let mut reports = Vec::new();
@@ -150,12 +158,13 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
         parts => parts.iter().map(|part| plan.of(*part).name()).collect::<Vec<_>>().join(" + "),
     };
     let split = if arguments.split { ", split" } else { "" };
+    let pass = if arguments.gradient { "gradients of " } else { "" };
     let launches = match reports.len() {
         1 => "1 launch".to_owned(),
         launches => format!("{launches} launches"),
     };
     let mut text = format!(
-        "// {layer} by {lowerings}{split} for {target}: d {d}, k {k}, {segments} segments of {rows} rows, rank {rank}, {launches}\n\
+        "// {pass}{layer} by {lowerings}{split} for {target}: d {d}, k {k}, {segments} segments of {rows} rows, rank {rank}, {launches}\n\
          // activations {}, adapters {}, base weight {}\n",
         format.activations, format.adapters, format.weight
     );
@@ -178,7 +187,7 @@ fn verdict(reports: &[Report]) -> Result<(), CommandError> {
 
 /// What a kernel of that name should compile to.
 fn expectations(name: &str, format: LayerFormat, k: u32) -> Expectations {
-    let multiplies = ["tile", "shrink", "expand"].iter().any(|start| name.starts_with(start));
+    let multiplies = ["tile", "shrink", "expand", "outer"].iter().any(|start| name.starts_with(start));
     let line_bytes = u64::from(k) * if let WeightFormat::Float(element) = format.weight { element.bytes() } else { 4 };
     let wide_weight_loads = name.starts_with("tile") && line_bytes % 16 == 0;
     Expectations {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use flora::prelude::*;
-use flora_codegen::target::{Emission, Target, emit};
+use flora_codegen::target::{Emission, Pass, Target, emit};
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::Epilogue;
 
@@ -46,6 +46,7 @@ fn a_thousand_batches_compile_few_kernels() {
             })
             .collect();
         let emission = Emission {
+            pass: Pass::Forward,
             shape: LayerShape { d: 576, k: 192 },
             format: LayerFormat::uniform(Element::F16),
             epilogue: Epilogue::default(),

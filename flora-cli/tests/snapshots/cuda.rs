@@ -58,7 +58,8 @@ fn kernels(target: Target) -> Vec<Kernel> {
         for lowered in lowered().into_iter().filter(|lowered| chosen(&lowered.title())) {
             for emitted in lowered.emit(target, format, load) {
                 let wide_weight_loads = emitted.name.starts_with("tile") && load.k % 8 == 0;
-                let multiplies = ["tile", "shrink", "expand"].iter().any(|name| emitted.name.starts_with(name));
+                let multiplies =
+                    ["tile", "shrink", "expand", "outer"].iter().any(|name| emitted.name.starts_with(name));
                 let is_half = format.activations != Element::F32;
                 let title = format!("{format} {}x{} {} {}", load.d, load.k, lowered.title(), emitted.name);
                 let source = SOURCES.iter().find(|(of, _)| *of == load).map(|(_, source)| *source);

@@ -48,6 +48,8 @@ fn printed(name: &str) -> Vec<(&'static str, LayerFormat, Load)> {
         ("lora bmm", single, SMALL),
         ("flora finished stacked", single, SMALL),
         ("lora finished segmented", single, SMALL),
+        ("flora gradient", single, SMALL),
+        ("lora gradient", single, SMALL),
         ("linear gemm", LayerFormat { weight: WeightFormat::Q4_1, ..single }, SMALL),
     ];
     // WGSL has no fragments and, in cubecl, no f16 without them worth a snapshot.
@@ -59,6 +61,7 @@ fn printed(name: &str) -> Vec<(&'static str, LayerFormat, Load)> {
             ("flora on_chip", half, SMALL),
             ("lora fused", half, SMALL),
             ("lora segmented", half, SMALL),
+            ("flora gradient", half, SMALL),
             ("linear gemm", quantised(WeightFormat::Q8_0), SMALL),
             // Of each way to decode one: two planes of bits with minima, scales of 16 inputs, a codebook.
             ("linear gemm", quantised(WeightFormat::Q5_K), Load { d: 512, ..SMALL }),
@@ -116,7 +119,13 @@ fn a_batch_that_the_target_cannot_hold_is_refused() {
     let emit = |name: &str| {
         let format = LayerFormat::default();
         let batch = EqualBatch { rank: 1, segments: 3, rows: 1 };
-        emit_layer(&flora.layer, target(name), flora.plan, (LayerShape { d: 4096, k: 4096 }, format), batch)
+        emit_layer(
+            &flora.layer,
+            target(name),
+            (flora.pass, flora.plan),
+            (LayerShape { d: 4096, k: 4096 }, format),
+            batch,
+        )
     };
     let refused = emit("wgsl").expect_err("too large").to_string();
     assert_eq!(

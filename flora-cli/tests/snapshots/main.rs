@@ -8,10 +8,11 @@ mod plan;
 mod report;
 
 use flora::prelude::*;
-use flora_codegen::target::{EmittedKernel, EqualBatch, Target, emit_layer};
+use flora_codegen::target::{EmittedKernel, EqualBatch, Pass, Target, emit_layer};
 use flora_ir::builtin;
 use flora_plan::lowering::lowerings_of;
 use flora_plan::pipeline::CompiledLayer;
+use flora_runtime::input_plan;
 
 /// fLoRA with everything that an epilogue does.
 #[flora::layer]
@@ -56,6 +57,7 @@ struct Lowered {
     name: &'static str,
     layer: CompiledLayer,
     lowering: &'static str,
+    pass: Pass,
     plan: Plan,
 }
 
@@ -68,20 +70,24 @@ fn lowered() -> Vec<Lowered> {
         layers.chain([("flora finished", flora_finished::layer()), ("lora finished", lora_finished::layer())])
     {
         let layer = compile_verified(layer).expect("it compiles");
-        let default = Plan::default();
+        let (pass, default) = (Pass::Forward, Plan::default());
         if layer.parts.is_empty() {
-            all.push(Lowered { name, layer: layer.clone(), lowering: "gemm", plan: default });
+            all.push(Lowered { name, layer: layer.clone(), lowering: "gemm", pass, plan: default });
         }
         for part in &layer.parts {
             for row in lowerings_of(*part) {
                 let plan = default.with_part(row.computes);
                 if !plan.is_merged() {
-                    all.push(Lowered { name, layer: layer.clone(), lowering: row.lowering().name(), plan });
+                    all.push(Lowered { name, layer: layer.clone(), lowering: row.lowering().name(), pass, plan });
                 }
             }
         }
         if name == "flora" {
-            all.push(Lowered { name, layer: layer.clone(), lowering: "stacked split", plan: default.with_split() });
+            let plan = default.with_split();
+            all.push(Lowered { name, layer: layer.clone(), lowering: "stacked split", pass, plan });
+        }
+        if ["flora", "lora"].contains(&name) {
+            all.push(Lowered { name, layer, lowering: "gradient", pass: Pass::Backward, plan: input_plan() });
         }
     }
     all
@@ -93,7 +99,7 @@ impl Lowered {
         let emitted = emit_layer(
             &self.layer,
             target,
-            self.plan,
+            (self.pass, self.plan),
             (LayerShape { d, k }, format),
             EqualBatch { rank, segments, rows },
         );

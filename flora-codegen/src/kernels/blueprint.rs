@@ -206,3 +206,54 @@ impl SegmentedBlueprint {
         }
     }
 }
+
+/// Scales of `outer` whose vectors are staged at once.
+pub(crate) const SCALES: u32 = 16;
+/// Scales of a unit of it.
+pub(crate) const TOGETHER: u32 = 4;
+/// Units that share the scales of one place.
+pub(crate) const GROUPS: u32 = SCALES / TOGETHER;
+/// Elements that a line of the product is longer than its tile: lines of four that are read downwards are in different banks.
+pub(crate) const PRODUCT_PAD: u32 = 4;
+/// Planes of a cube that multiplies by fragments, along each extent of its tile.
+pub(crate) const PLANES: u32 = 2;
+
+/// The comptime key of `outer`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct OuterBlueprint {
+    /// How G is multiplied.
+    pub multiply: Multiply,
+    /// Units of a plane.
+    pub plane_size: u32,
+    /// Inputs and outputs of a tile.
+    pub side: u32,
+    /// How w0 is decoded; `None` for floats.
+    pub quantisation: Option<Quantisation>,
+}
+
+impl OuterBlueprint {
+    /// Tiles, the largest first.
+    pub const SIDES: [u32; 2] = [64, 32];
+
+    /// Rows of an adapter that are staged at once.
+    pub(crate) fn rows(&self) -> u32 {
+        self.side / 2
+    }
+
+    /// Units of a cube.
+    pub fn units(&self) -> u32 {
+        match self.multiply {
+            Multiply::Fma => (self.side / ROWS_PER_UNIT) * (self.side / COLUMNS_PER_UNIT),
+            Multiply::Cmma { .. } | Multiply::Mma => self.plane_size * PLANES * PLANES,
+        }
+    }
+
+    /// Bytes of shared memory, where tiles are staged as `stage`.
+    pub fn shared_bytes(&self, stage: Element) -> usize {
+        let Self { side, .. } = *self;
+        let staged = 2 * stage.bytes() as u32 * self.rows() * (side + PAD);
+        // What aligning each array may cost.
+        let arrays = 4 * ALIGNMENT as u32;
+        (arrays + staged + 4 * side * (side + PRODUCT_PAD) + 4 * SCALES * side) as usize
+    }
+}

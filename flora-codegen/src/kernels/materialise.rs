@@ -62,7 +62,7 @@ pub(crate) fn materialise<W: Numeric, A: Float, Y: Float, N: Size>(
 
 /// One vector of w0, decoded.
 #[cube]
-fn base_value<W: Numeric, N: Size>(
+pub(crate) fn base_value<W: Numeric, N: Size>(
     weight: &Array<Vector<W, N>>,
     weight_scales: &Array<Vector<u32, N>>,
     depth: u32,

@@ -95,6 +95,40 @@ pub(crate) struct ExpandItem {
     pub(crate) hidden: u32,
 }
 
+/// An adapter whose scales' gradients are made by tiles of G ∘ w0.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub(crate) struct OuterAdapter {
+    /// Which of all adapters' rows is its first.
+    pub(crate) first_row: u32,
+    /// How many.
+    pub(crate) rows: u32,
+    /// Which of all in-scales is its first.
+    pub(crate) first_in: u32,
+    /// How many.
+    pub(crate) in_scales: u32,
+    /// Which of all out-scales is its first.
+    pub(crate) first_out: u32,
+    /// How many.
+    pub(crate) out_scales: u32,
+}
+
+/// An adapter whose low-rank vectors' gradients are summed over its rows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub(crate) struct LowRankGradient {
+    /// Which of all adapters' rows is its first.
+    pub(crate) first_row: u32,
+    /// How many.
+    pub(crate) rows: u32,
+    /// Where the first row's h lies; the next row's is `rank` further.
+    pub(crate) hidden: u32,
+    /// The rank.
+    pub(crate) rank: u32,
+    /// Which of the gradients is its first.
+    pub(crate) target: u32,
+}
+
 impl From<&SegmentItem> for ExpandItem {
     fn from(item: &SegmentItem) -> Self {
         let SegmentItem { first_row, rows, shrink: _, expand, rank, offset } = *item;
@@ -142,6 +176,8 @@ const _: () = {
     assert!(words_of::<ShrinkTask>() == 6);
     assert!(words_of::<ExpandItem>() == 5);
     assert!(words_of::<MaterialisedAdapter>() == 5);
+    assert!(words_of::<OuterAdapter>() == 6);
+    assert!(words_of::<LowRankGradient>() == 5);
 };
 
 // What a plan's limits count.
@@ -235,6 +271,29 @@ records! {
     }
 }
 
+records! {
+    /// Words of an [`OuterAdapter`].
+    outer_adapter: OuterAdapter {
+        first_row at first_row,
+        rows at rows,
+        first_in at first_in,
+        in_scales at in_scales,
+        first_out at first_out,
+        out_scales at out_scales,
+    }
+}
+
+records! {
+    /// Words of a [`LowRankGradient`].
+    low_rank_gradient: LowRankGradient {
+        first_row at first_row,
+        rows at rows,
+        hidden at hidden,
+        rank at rank,
+        target at target,
+    }
+}
+
 /// Where the parts of the tile kernel's table start, in words, and how many there are. Its virtual rows come first.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub(crate) struct Layout {
@@ -264,4 +323,27 @@ pub(crate) struct Layout {
     pub(crate) stale: u32,
     /// How many.
     pub(crate) stale_count: u32,
+}
+
+/// What a launch of `outer` is about: its table has adapters first.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub(crate) struct OuterLayout {
+    /// Inputs.
+    pub(crate) d: u32,
+    /// Outputs.
+    pub(crate) k: u32,
+    /// Word of the first row of all adapters.
+    pub(crate) rows: u32,
+    /// Word of the first in-scale's partner.
+    pub(crate) in_partners: u32,
+    /// Word of the first out-scale's partner.
+    pub(crate) out_partners: u32,
+    /// In-scales of all adapters.
+    pub(crate) in_scales: u32,
+    /// Out-scales of all adapters.
+    pub(crate) out_scales: u32,
+    /// Tiles of a cube along the inputs.
+    pub(crate) input_tiles: u32,
+    /// Tiles of a cube along the outputs.
+    pub(crate) output_tiles: u32,
 }

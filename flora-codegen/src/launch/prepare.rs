@@ -149,7 +149,7 @@ impl<'a> Site<'a> {
         self.made(step)
     }
 
-    fn has_types(&self) -> Result<(), LaunchError> {
+    pub(super) fn has_types(&self) -> Result<(), LaunchError> {
         let LayerFormat { activations, adapters, weight, .. } = self.format;
         let weight = match weight {
             WeightFormat::Float(element) => element,
@@ -192,7 +192,7 @@ impl<'a> Site<'a> {
     }
 
     /// The size of a buffer of these extents.
-    fn size(&self, what: &'static str, extents: &[usize], element: Element) -> Result<Size, LaunchError> {
+    pub(super) fn size(&self, what: &'static str, extents: &[usize], element: Element) -> Result<Size, LaunchError> {
         let limit = self.hardware.largest_buffer.min(INDEX_LIMIT.saturating_mul(element.bytes()));
         let elements = extents.iter().try_fold(1u64, |all, extent| all.checked_mul(*extent as u64));
         let bytes = elements.and_then(|elements| elements.max(1).checked_mul(element.bytes()));
@@ -206,12 +206,12 @@ impl<'a> Site<'a> {
         }
     }
 
-    fn table(&self, words: Words) -> Result<Table, LaunchError> {
+    pub(super) fn table(&self, words: Words) -> Result<Table, LaunchError> {
         self.size("index tables", &[words.as_slice().len()], Element::F32)?;
         Ok(Table(words))
     }
 
-    fn axis(&self, what: &'static str, cubes: usize) -> Result<u32, LaunchError> {
+    pub(super) fn axis(&self, what: &'static str, cubes: usize) -> Result<u32, LaunchError> {
         within(what, cubes, AXIS_LIMIT)
     }
 
@@ -307,7 +307,7 @@ impl<'a> Site<'a> {
     }
 }
 
-fn within(what: &'static str, cubes: usize, limit: u32) -> Result<u32, LaunchError> {
+pub(super) fn within(what: &'static str, cubes: usize, limit: u32) -> Result<u32, LaunchError> {
     let fits = u32::try_from(cubes).ok().filter(|cubes| *cubes <= limit);
     fits.ok_or(LaunchError::TooManyCubes { what, cubes: cubes as u64, limit })
 }

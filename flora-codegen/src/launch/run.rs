@@ -8,7 +8,6 @@ use flora_runtime::OperandError;
 use super::low_rank_sums::{Half, LowRankSums};
 use super::prepare::{AXIS_LIMIT, Batched, ELEMENTWISE_UNITS, Gathered, Made, Prepared, Segmented, Size, Table, Tiles};
 use super::{LaunchError, LayerBuffers};
-use crate::kernels::ReduceBlueprint;
 use crate::kernels::expand::expand;
 use crate::kernels::materialise::materialise;
 use crate::kernels::reduce::reduce;
@@ -16,30 +15,31 @@ use crate::kernels::rows::{add_rows, finish_rows, gather_columns, gather_rows};
 use crate::kernels::shrink::shrink;
 use crate::kernels::tables::LayoutLaunch;
 use crate::kernels::tile::tile;
+use crate::kernels::{ReduceBlueprint, SegmentedBlueprint};
 use crate::routine::{Hardware, storage};
-use flora_plan::layer::{Element, LayerShape, WeightFormat};
+use flora_plan::layer::{Element, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::schedule::Kept;
 
 /// What every step of one batch sees.
 pub(super) struct Run<'a, R: Runtime> {
-    client: &'a ComputeClient<R>,
-    hardware: &'a Hardware,
-    layer: &'a LayerBuffers,
+    pub(super) client: &'a ComputeClient<R>,
+    pub(super) hardware: &'a Hardware,
+    pub(super) layer: &'a LayerBuffers,
     sums: &'a LowRankSums,
-    tokens: usize,
+    pub(super) tokens: usize,
     /// Tables that the schedule's last layer uploaded.
     kept: &'a Kept,
-    x: &'a Handle,
+    pub(super) x: &'a Handle,
     residual: Option<&'a Handle>,
     y: Handle,
     /// Stands in for what a kernel doesn't read.
     nothing: Handle,
-    d: u32,
+    pub(super) d: u32,
     k: u32,
 }
 
 /// An index table on the device.
-struct Uploaded {
+pub(super) struct Uploaded {
     handle: Handle,
     words: usize,
 }
@@ -52,7 +52,7 @@ struct KeptTable<R: Runtime> {
 }
 
 impl Uploaded {
-    fn argument<R: Runtime>(&self) -> ArrayArg<R> {
+    pub(super) fn argument<R: Runtime>(&self) -> ArrayArg<R> {
         array(&self.handle, self.words)
     }
 }
@@ -122,7 +122,7 @@ impl<'a, R: Runtime> Run<'a, R> {
     }
 
     /// An index table, uploaded once for all layers that run the schedule.
-    fn table(&self, table: &Table) -> Uploaded {
+    pub(super) fn table(&self, table: &Table) -> Uploaded {
         let words = table.words();
         if words.is_empty() {
             return self.upload(words);
@@ -155,7 +155,7 @@ impl<'a, R: Runtime> Run<'a, R> {
     }
 
     /// Cubes for `elements` units.
-    fn elementwise(&self, elements: usize) -> CubeCount {
+    pub(super) fn elementwise(&self, elements: usize) -> CubeCount {
         self.linear(elements.div_ceil(ELEMENTWISE_UNITS as usize))
     }
 
@@ -164,6 +164,18 @@ impl<'a, R: Runtime> Run<'a, R> {
             Some(handle) => array(handle, elements),
             None => array(&self.nothing, 1),
         }
+    }
+
+    /// w0, in vectors of `lanes`.
+    pub(super) fn weight(&self, lanes: usize) -> ArrayArg<R> {
+        let values = self.layer.format.weight.values(self.layer.shape) as usize;
+        array(&self.layer.base_weight, values / lanes)
+    }
+
+    /// Its scales, likewise.
+    pub(super) fn weight_scales(&self, lanes: usize) -> ArrayArg<R> {
+        let words = self.layer.format.weight.scale_words(self.layer.shape) as usize;
+        self.optional(self.layer.weight_scales.as_ref(), words / lanes)
     }
 
     fn bias(&self, lanes: usize) -> ArrayArg<R> {
@@ -183,10 +195,6 @@ impl<'a, R: Runtime> Run<'a, R> {
         let (lanes_d, lanes_k) =
             (self.hardware.vector_size(shape.d, *format), self.hardware.vector_size(shape.k, *format));
         let stage = storage(self.hardware.stage(*format));
-        let weight_type = match format.weight {
-            WeightFormat::Float(element) => storage(element),
-            _ => word(),
-        };
         let partial = tiles.partial.map(|size| (self.allocate(size), size.elements()));
         let activations = storage(format.activations);
         let out_type = if partial.is_some() { storage(Element::F32) } else { activations };
@@ -239,7 +247,7 @@ impl<'a, R: Runtime> Run<'a, R> {
                 },
                 layout,
                 blueprint,
-                [activations, weight_type, storage(format.adapters), stage, out_type],
+                [activations, weight_type(*format), storage(format.adapters), stage, out_type],
             )
         };
         let Some((partial, elements)) = partial else { return };
@@ -277,16 +285,11 @@ impl<'a, R: Runtime> Run<'a, R> {
     /// W_i of a step's adapters, one after the other.
     pub(super) fn made(&self, step: &Made) -> Handle {
         let (d, k) = (self.d as usize, self.k as usize);
-        let (shape, format) = (self.layer.shape, self.layer.format);
+        let format = self.layer.format;
         let made = self.allocate(step.weights);
         let lanes = self.hardware.vector_size(self.k, format);
         let [columns, inputs, adapters] = step.cubes;
         let cubes = CubeCount::Static(columns, inputs, adapters);
-        let (weight_type, values) = match format.weight {
-            WeightFormat::Float(element) => (storage(element), d * k),
-            _ => (word(), format.weight.values(shape) as usize),
-        };
-        let weight_scales = self.layer.weight_scales.as_ref();
         // SAFETY: the kernel guards its indices by k; slots are within the pools by `check`.
         unsafe {
             materialise::launch_unchecked::<R>(
@@ -294,8 +297,8 @@ impl<'a, R: Runtime> Run<'a, R> {
                 cubes,
                 CubeDim::new_1d(ELEMENTWISE_UNITS),
                 lanes,
-                array(&self.layer.base_weight, values / lanes),
-                self.optional(weight_scales, format.weight.scale_words(shape) as usize / lanes),
+                self.weight(lanes),
+                self.weight_scales(lanes),
                 array(&self.layer.in_pool.handle, self.layer.in_pool.slots as usize * d),
                 array(&self.layer.out_pool.handle, self.layer.out_pool.slots as usize * k / lanes),
                 self.table(&step.table).argument(),
@@ -304,7 +307,7 @@ impl<'a, R: Runtime> Run<'a, R> {
                 self.d,
                 self.k,
                 format.weight.quantisation(),
-                [weight_type, storage(format.adapters), storage(format.activations)],
+                [weight_type(format), storage(format.adapters), storage(format.activations)],
             )
         };
         made
@@ -323,28 +326,13 @@ impl<'a, R: Runtime> Run<'a, R> {
         let (h, h_len) = (self.allocate(step.hidden), step.hidden.elements());
         let tables = self.table(&step.table);
         let blueprint = step.blueprint;
+        self.shrink(blueprint, &tables, step.tasks, (&h, h_len));
         let dim = CubeDim::new_1d(blueprint.units());
-        let (lanes_d, lanes_k) = (self.hardware.vector_size(self.d, format), self.hardware.vector_size(self.k, format));
+        let lanes_k = self.hardware.vector_size(self.k, format);
         let (adapters, stage) = (storage(format.adapters), storage(self.hardware.stage(format)));
         let activations = storage(format.activations);
-        // SAFETY: the kernel guards its indices by d, k and the counts; rows are within the batch because a schedule says so,
-        // slots within the pools by `check`.
-        unsafe {
-            shrink::launch_unchecked::<R>(
-                self.client,
-                CubeCount::Static(step.tasks, 1, 1),
-                dim,
-                lanes_d,
-                array(self.x, self.tokens * self.d as usize / lanes_d),
-                array(&self.layer.in_pool.handle, self.layer.in_pool.slots as usize * self.d as usize / lanes_d),
-                tables.argument(),
-                array(&h, h_len),
-                self.d,
-                blueprint,
-                [activations, adapters, stage],
-            )
-        };
-        // SAFETY: as above.
+        // SAFETY: the kernel guards its indices by k and the counts; rows are within the batch because a schedule says so, slots
+        // within the pools by `check`.
         unsafe {
             expand::launch_unchecked::<R>(
                 self.client,
@@ -359,6 +347,36 @@ impl<'a, R: Runtime> Run<'a, R> {
                 self.k,
                 blueprint,
                 [adapters, stage, activations],
+            )
+        };
+    }
+
+    /// h of `tasks` at the start of a table.
+    pub(super) fn shrink(
+        &self,
+        blueprint: SegmentedBlueprint,
+        tables: &Uploaded,
+        tasks: u32,
+        (h, h_len): (&Handle, usize),
+    ) {
+        let format = self.layer.format;
+        let lanes = self.hardware.vector_size(self.d, format);
+        let d = self.d as usize;
+        // SAFETY: the kernel guards its indices by d and the counts; rows are within the batch because a schedule says so, slots
+        // within the pools by `check`.
+        unsafe {
+            shrink::launch_unchecked::<R>(
+                self.client,
+                CubeCount::Static(tasks, 1, 1),
+                CubeDim::new_1d(blueprint.units()),
+                lanes,
+                array(self.x, self.tokens * d / lanes),
+                array(&self.layer.in_pool.handle, self.layer.in_pool.slots as usize * d / lanes),
+                tables.argument(),
+                array(h, h_len),
+                self.d,
+                blueprint,
+                [storage(format.activations), storage(format.adapters), storage(self.hardware.stage(format))],
             )
         };
     }
@@ -470,9 +488,12 @@ impl<'a, R: Runtime> Run<'a, R> {
     }
 }
 
-/// The type of the words of a quantised weight.
-fn word() -> StorageType {
-    ElemType::UInt(UIntKind::U32).into()
+/// The type of the values of a weight: words of a quantised one.
+pub(super) fn weight_type(format: LayerFormat) -> StorageType {
+    match format.weight {
+        WeightFormat::Float(element) => storage(element),
+        _ => ElemType::UInt(UIntKind::U32).into(),
+    }
 }
 
 pub(super) fn array<R: Runtime>(handle: &Handle, elements: usize) -> ArrayArg<R> {

@@ -11,6 +11,9 @@ use flora_plan::schedule::most_splits;
 use crate::kernels::Multiply;
 use crate::kernels::tables::TASK_SIDE;
 
+/// The most cubes along one of two extents: as many parts of a sum are added up.
+const MOST_ALONG: u32 = 32;
+
 /// What a routine asks of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hardware {
@@ -129,6 +132,12 @@ impl Hardware {
             .into_iter()
             .find(|size| *size <= most.min(self.vector) && (width as usize).is_multiple_of(*size))
             .unwrap_or(1)
+    }
+
+    /// Cubes along each of two extents that fill the device twice.
+    pub(crate) fn cubes_along(&self) -> u32 {
+        let most = self.multiprocessors.saturating_mul(2);
+        (1..=MOST_ALONG).find(|along| along * along >= most).unwrap_or(MOST_ALONG)
     }
 
     /// How many cubes share the depth of a layer: as many as fill the device where its column tiles don't. Not a matter of the

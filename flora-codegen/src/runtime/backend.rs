@@ -9,14 +9,14 @@ use cubecl::profile::TimingMethod;
 use cubecl::server::Handle;
 use flora_plan::blueprints::{Blueprints, Tile};
 use flora_plan::layer::{Element, LayerFormat, WeightFormat};
-use flora_plan::schedule::{Materialised, Schedule};
+use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
 use flora_plan::weight::{PackedWeight, WeightValues};
-use flora_runtime::backend::{Backend, Queueing};
+use flora_runtime::backend::{Backend, Gradients, Queueing, Wanted};
 use flora_runtime::{Buffer, Device, DeviceError, LayerOperands, PoolBuffer, Storage, WeightBuffer};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::launch::{LaunchError, LayerBuffers, LowRankSums, Merged, Pool, copy, launch, merge};
+use crate::launch::{LaunchError, LayerBuffers, LowRankSums, Merged, Pool, backward, copy, launch, merge};
 use crate::routine::{Hardware, table};
 
 /// A device of one of cubecl's runtimes: what [`Device::place`] answers.
@@ -208,6 +208,29 @@ impl<R: Runtime> Backend for CubeBackend<R> {
             launch(&self.place.client, &self.hardware, &buffers(layer)?, &self.sums, schedule, handle(x)?, residual)
         };
         Ok(Storage::new(CubeMemory(y?)))
+    }
+
+    fn backward(
+        &self,
+        layer: &LayerOperands,
+        schedule: &BackwardSchedule,
+        x: &Storage,
+        g: &Storage,
+        wanted: Wanted,
+    ) -> Option<Result<Gradients<Storage>, DeviceError>> {
+        let queued = || {
+            let rows = (handle(x)?, handle(g)?);
+            let layer = buffers(layer)?;
+            // SAFETY: `Device::backward` has checked every buffer's owner, type and length.
+            let gradients =
+                unsafe { backward(&self.place.client, &self.hardware, &layer, &self.sums, schedule, rows, wanted) }?;
+            let storage = |handle: Handle| Storage::new(CubeMemory(handle));
+            Ok(Gradients {
+                input: gradients.input.map(storage),
+                vectors: gradients.vectors.map(|both| both.map(storage)),
+            })
+        };
+        Some(queued())
     }
 
     fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<Storage, DeviceError> {

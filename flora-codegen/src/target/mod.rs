@@ -14,14 +14,15 @@ use std::str::FromStr;
 use cubecl::prelude::*;
 use serde::Serialize;
 
-use crate::launch::{LaunchError, LayerBuffers, LowRankSums, Merged, Pool, launch};
+use crate::launch::{LaunchError, LayerBuffers, LowRankSums, Merged, Pool, backward, launch};
 use crate::routine::Hardware;
 use cuda::Cuda;
 use flora_plan::batch::{AdapterSlots, Segment};
 use flora_plan::layer::{Epilogue, LayerFormat, LayerShape};
 use flora_plan::pipeline::CompiledLayer;
 use flora_plan::plan::Plan;
-use flora_plan::schedule::{ScheduleError, schedule};
+use flora_plan::schedule::{BackwardSchedule, Schedule, ScheduleError, backward_schedule, schedule};
+use flora_runtime::backend::Wanted;
 use recorder::{Offline, OfflineDevice, Records};
 #[cfg(feature = "wgpu")]
 use shader::{Spirv, Wgsl};
@@ -120,9 +121,37 @@ pub enum EmitError {
     },
 }
 
+/// Which pass of a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pass {
+    /// y of x.
+    #[default]
+    Forward,
+    /// dx by the plan's lowerings, and the gradients of the adapters' vectors.
+    Backward,
+}
+
+/// A pass that is laid out.
+enum LaidOut {
+    Forward(Schedule),
+    Backward(BackwardSchedule),
+}
+
+impl LaidOut {
+    /// Inputs, outputs and the merged adapter that it needs: slots of both pools, and rows.
+    fn needs(&self) -> (u32, u32, u32, Option<u32>) {
+        match self {
+            Self::Forward(own) => (own.in_slots(), own.out_slots(), own.tokens(), own.merged_adapter()),
+            Self::Backward(own) => (own.in_slots(), own.out_slots(), own.tokens(), own.input().merged_adapter()),
+        }
+    }
+}
+
 /// What is emitted: the launches of `plan` for one batch.
 #[derive(Clone, Debug)]
 pub struct Emission<'a> {
+    /// Which pass.
+    pub pass: Pass,
     /// Extents.
     pub shape: LayerShape,
     /// Types.
@@ -185,16 +214,22 @@ where
     R: Runtime<Device = OfflineDevice>,
     R::Server: cubecl::server::ComputeServer<Info = recorder::Recording>,
 {
-    let finishes = !emission.epilogue.is_identity();
-    let schedule = schedule(&emission.plan, emission.shape, emission.segments, emission.adapters, finishes)?;
+    let Emission { pass, shape, plan, segments, adapters, .. } = emission;
+    let laid_out = match pass {
+        Pass::Forward => {
+            LaidOut::Forward(schedule(plan, *shape, segments, adapters, !emission.epilogue.is_identity())?)
+        }
+        Pass::Backward => LaidOut::Backward(backward_schedule(plan, *shape, segments, adapters)?),
+    };
+    let (in_slots, out_slots, tokens, merged) = laid_out.needs();
     let client = R::client(&OfflineDevice { variant });
     let LayerShape { d, k } = emission.shape;
     let buffer = |bytes: u64| client.empty(bytes.next_multiple_of(4) as usize);
     let LayerFormat { activations, adapters, weight, .. } = emission.format;
-    let (in_slots, out_slots) = (schedule.in_slots().max(1), schedule.out_slots().max(1));
+    let (in_slots, out_slots) = (in_slots.max(1), out_slots.max(1));
     let pool =
         |slots: u32, width: u32| Pool { handle: buffer(adapters.bytes() * u64::from(slots) * u64::from(width)), slots };
-    let (merged, sums) = (schedule.merged_adapter(), LowRankSums::default());
+    let sums = LowRankSums::default();
     let mut hardware = Hardware::of(client.properties());
     hardware.largest_buffer = largest_buffer.unwrap_or(hardware.largest_buffer);
     let buffers = || {
@@ -210,17 +245,26 @@ where
             merged: merged
                 .map(|adapter| Merged { adapter, weight: buffer(activations.bytes() * u64::from(d) * u64::from(k)) }),
         };
-        let rows = u64::from(schedule.tokens().max(1));
+        let rows = u64::from(tokens.max(1));
         let x = buffer(activations.bytes() * rows * u64::from(d));
-        let residual = emission.epilogue.residual.then(|| buffer(activations.bytes() * rows * u64::from(k)));
+        // The residual, or the output's gradient.
+        let reads_outputs = emission.epilogue.residual || *pass == Pass::Backward;
+        let outputs = reads_outputs.then(|| buffer(activations.bytes() * rows * u64::from(k)));
         // What is asked of the recorder is handed to its own thread; a read waits for it.
         let _ = client.read_one(x.clone());
-        (layer, x, residual)
+        (layer, x, outputs)
     };
-    Ok(client.info().record(buffers, |(layer, x, residual)| {
-        let launched = (0..layers).try_for_each(|_| {
+    Ok(client.info().record(buffers, |(layer, x, outputs)| {
+        let launched = (0..layers).try_for_each(|_| match &laid_out {
             // SAFETY: a recorder has no memory that a kernel could miss.
-            unsafe { launch(&client, &hardware, &layer, &sums, &schedule, &x, residual.as_ref()) }.map(drop)
+            LaidOut::Forward(schedule) => unsafe {
+                launch(&client, &hardware, &layer, &sums, schedule, &x, outputs.as_ref()).map(drop)
+            },
+            // SAFETY: as above.
+            LaidOut::Backward(schedule) => unsafe {
+                let rows = (&x, outputs.as_ref().unwrap_or(&x));
+                backward(&client, &hardware, &layer, &sums, schedule, rows, Wanted::All).map(drop)
+            },
         });
         let _ = client.read_one(x);
         launched
@@ -238,14 +282,14 @@ pub struct EqualBatch {
     pub rows: u32,
 }
 
-/// The launches that `plan` makes on `target` for a batch of equal segments of a layer.
+/// The launches that `plan` makes on `target` in a pass of a batch of equal segments of a layer.
 ///
 /// # Errors
 /// Whatever keeps the batch from being launched there.
 pub fn emit_layer(
     layer: &CompiledLayer,
     target: Target,
-    plan: Plan,
+    (pass, plan): (Pass, Plan),
     (shape, format): (LayerShape, LayerFormat),
     batch: EqualBatch,
 ) -> Result<Vec<EmittedKernel>, EmitError> {
@@ -255,7 +299,7 @@ pub fn emit_layer(
     let adapters: Vec<_> = (0..batch.segments).map(slots).collect();
     let segments: Vec<_> = (0..batch.segments).map(|adapter| Segment { rows: batch.rows, adapter }).collect();
     let epilogue = layer.epilogue();
-    emit(target, &Emission { shape, format, epilogue, plan, segments: &segments, adapters: &adapters })
+    emit(target, &Emission { pass, shape, format, epilogue, plan, segments: &segments, adapters: &adapters })
 }
 
 #[cfg(test)]
@@ -325,7 +369,7 @@ mod tests {
             prop_assume!(!plan.is_merged() || batch.adapters <= 1);
             let format = LayerFormat::uniform(if half { Element::F16 } else { Element::F32 });
             let (segments, adapters) = (&segments[..], &adapters[..]);
-            let emission = Emission { shape, format, epilogue: Epilogue::default(), plan, segments, adapters };
+            let emission = Emission { pass: Pass::Forward, shape, format, epilogue: Epilogue::default(), plan, segments, adapters };
             // The shortest that it can hold.
             let (mut refused, mut held) = (0u64, 1 << 40);
             while held - refused > 1 {
@@ -356,7 +400,15 @@ mod tests {
         let (shape, epilogue) = (LayerShape { d: 96, k: 64 }, Epilogue::default());
         for plan in Plan::unmerged() {
             let (segments, adapters) = (&segments[..], &adapters[..]);
-            let emission = Emission { shape, format: LayerFormat::default(), epilogue, plan, segments, adapters };
+            let emission = Emission {
+                pass: Pass::Forward,
+                shape,
+                format: LayerFormat::default(),
+                epilogue,
+                plan,
+                segments,
+                adapters,
+            };
             let uploads = |layers: usize| {
                 let variant = Capability::Sm90.version();
                 let (outcome, records) =
@@ -376,7 +428,8 @@ mod tests {
         let (shape, plan) = (LayerShape { d: 4096, k: 64 }, Plan::default().with_split());
         let (segments, adapters) = (&[Segment { rows: 512, adapter: 0 }][..], &[AdapterSlots::base()][..]);
         let epilogue = Epilogue::default();
-        let emission = Emission { shape, format: LayerFormat::default(), epilogue, plan, segments, adapters };
+        let emission =
+            Emission { pass: Pass::Forward, shape, format: LayerFormat::default(), epilogue, plan, segments, adapters };
         let y = 512 * 64 * 4;
         let (refused, records) = launched(y, &emission);
         let limit = LaunchError::BufferTooLarge { what: "partial sums", bytes: 8 * y, limit: y };
