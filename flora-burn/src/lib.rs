@@ -42,6 +42,10 @@ mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod linear;
+#[cfg(feature = "autodiff")]
+pub mod recompute;
+#[cfg(feature = "autodiff")]
+pub mod trained;
 
 /// Burn's backend on this machine's processor.
 #[cfg(feature = "flex")]
@@ -57,5 +61,9 @@ pub use backend::{BurnDevice, FloraBackend, TensorError};
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 pub use cube::FloraRuntime;
 pub use linear::{AdaptedLinear, LinearError};
+#[cfg(feature = "autodiff")]
+pub use recompute::recomputed;
+#[cfg(feature = "autodiff")]
+pub use trained::{AdapterParameters, ParametersError};
 // What a forward pass takes.
 pub use flora_runtime::{Planning, StepBatch};

@@ -6,6 +6,7 @@ use std::marker::PhantomData;
 
 use burn::module::Module;
 use burn::tensor::backend::Backend;
+use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Shape, Tensor, TensorPrimitive};
 use flora_plan::layer::{Element, LayerShape};
 use flora_plan::weight::PackedWeight;
@@ -26,12 +27,22 @@ pub struct AdaptedLinear<B: Backend> {
 }
 
 /// What Burn's derived code asks of a field.
-#[derive(Clone, Debug)]
-struct Layer(PlannedProjection);
+#[derive(Clone)]
+struct Layer {
+    projection: PlannedProjection,
+    #[cfg(feature = "autodiff")]
+    placed: crate::trained::Placed,
+}
+
+impl fmt::Debug for Layer {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.projection, formatter)
+    }
+}
 
 impl fmt::Display for Layer {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.0, formatter)
+        fmt::Debug::fmt(self, formatter)
     }
 }
 
@@ -55,6 +66,99 @@ pub enum LinearError {
     /// The projection can't be made or run.
     #[error(transparent)]
     Projection(#[from] ProjectionError),
+    /// An epilogue has no gradient here.
+    #[cfg(feature = "autodiff")]
+    #[error(
+        "a layer with an activation or a residual can't be trained; make it without, and apply them by Burn's operations"
+    )]
+    Finishes,
+    /// Parameters that make no adapter.
+    #[cfg(feature = "autodiff")]
+    #[error(transparent)]
+    Parameters(#[from] crate::trained::ParametersError),
+}
+
+impl<B: Backend> AdaptedLinear<B> {
+    /// A projection that is on the device already.
+    pub fn from_projection(projection: Projection, planning: Planning) -> Self {
+        Self::from_planned(PlannedProjection::of(projection, planning))
+    }
+
+    /// A projection that others may hold too: they share its weight and adapters.
+    pub fn from_planned(projection: PlannedProjection) -> Self {
+        let layer = Layer {
+            projection,
+            #[cfg(feature = "autodiff")]
+            placed: crate::trained::Placed::default(),
+        };
+        Self { layer, backend: PhantomData }
+    }
+
+    /// Inputs and outputs.
+    pub fn shape(&self) -> LayerShape {
+        self.layer.projection.shape()
+    }
+
+    /// Changes the projection: places and removes adapters, reserves room for them.
+    ///
+    /// # Errors
+    /// Whatever `change` answers.
+    pub fn change<T>(&self, change: impl FnOnce(&mut Projection) -> T) -> T {
+        #[cfg(feature = "autodiff")]
+        self.layer.placed.forget();
+        self.layer.projection.change(change)
+    }
+
+    /// Plans batches in another way from now on.
+    pub fn set_planning(&self, planning: Planning) {
+        self.layer.projection.set_planning(planning);
+    }
+
+    /// The type of x, y and the residual.
+    pub fn activations(&self) -> Element {
+        self.layer.projection.activations()
+    }
+
+    #[cfg(feature = "autodiff")]
+    pub(crate) fn projection(&self) -> &PlannedProjection {
+        &self.layer.projection
+    }
+
+    #[cfg(feature = "autodiff")]
+    pub(crate) fn placed(&self) -> &crate::trained::Placed {
+        &self.layer.placed
+    }
+
+    /// The shape of y for an input of these extents.
+    pub(crate) fn checked<const D: usize>(&self, dims: [usize; D], batch: &StepBatch) -> Result<Shape, LinearError> {
+        let LayerShape { d, k } = self.shape();
+        let found = dims[D - 1];
+        let rows: usize = dims[..D - 1].iter().product();
+        if found != d as usize || rows != batch.rows() {
+            return Err(LinearError::Input { rows: batch.rows(), d, found: dims.to_vec() });
+        }
+        let mut dims = dims;
+        dims[D - 1] = k as usize;
+        Ok(Shape::from(dims))
+    }
+}
+
+/// Runs a batch on primitives.
+pub(crate) fn execute<B: FloraBackend>(
+    projection: &PlannedProjection,
+    device: &B::Device,
+    x: FloatTensor<B>,
+    batch: &StepBatch,
+    residual: Option<FloatTensor<B>>,
+    shape: Shape,
+) -> Result<FloatTensor<B>, LinearError> {
+    if B::device(projection.device()).is_none_or(|own| own != *device) {
+        return Err(TensorError::OtherDevice.into());
+    }
+    let buffer = |tensor| B::buffer(projection.device(), tensor);
+    let residual = residual.map(buffer).transpose()?;
+    let y = projection.forward(&buffer(x)?, batch, residual.as_ref())?;
+    Ok(B::tensor(device, y, shape)?)
 }
 
 impl<B: FloraBackend> AdaptedLinear<B> {
@@ -71,39 +175,6 @@ impl<B: FloraBackend> AdaptedLinear<B> {
         Ok(Self::from_planned(PlannedProjection::new(&device.flora, weight, options, planning)?))
     }
 
-    /// A projection that is on the device already.
-    pub fn from_projection(projection: Projection, planning: Planning) -> Self {
-        Self::from_planned(PlannedProjection::of(projection, planning))
-    }
-
-    /// A projection that others may hold too: they share its weight and adapters.
-    pub fn from_planned(projection: PlannedProjection) -> Self {
-        Self { layer: Layer(projection), backend: PhantomData }
-    }
-
-    /// Inputs and outputs.
-    pub fn shape(&self) -> LayerShape {
-        self.layer.0.shape()
-    }
-
-    /// Changes the projection: places and removes adapters, reserves room for them.
-    ///
-    /// # Errors
-    /// Whatever `change` answers.
-    pub fn change<T>(&self, change: impl FnOnce(&mut Projection) -> T) -> T {
-        self.layer.0.change(change)
-    }
-
-    /// Plans batches in another way from now on.
-    pub fn set_planning(&self, planning: Planning) {
-        self.layer.0.set_planning(planning);
-    }
-
-    /// The type of x, y and the residual.
-    pub fn activations(&self) -> Element {
-        self.layer.0.activations()
-    }
-
     /// Runs a batch: x `[.., d]`, the last extent that of a row, the others as many rows as the batch has; y `[.., k]`. A layer
     /// whose equation adds a residual takes that as `[.., k]`.
     ///
@@ -115,23 +186,11 @@ impl<B: FloraBackend> AdaptedLinear<B> {
         batch: &StepBatch,
         residual: Option<Tensor<B, D>>,
     ) -> Result<Tensor<B, D>, LinearError> {
-        let projection = &self.layer.0;
-        let LayerShape { d, k } = projection.shape();
-        let mut dims = x.dims();
-        let found = dims[D - 1];
-        let rows: usize = dims[..D - 1].iter().product();
-        if found != d as usize || rows != batch.rows() {
-            return Err(LinearError::Input { rows: batch.rows(), d, found: dims.to_vec() });
-        }
+        let shape = self.checked(x.dims(), batch)?;
         let device = x.device();
-        if B::device(projection.device()).is_none_or(|own| own != device) {
-            return Err(TensorError::OtherDevice.into());
-        }
-        let buffer = |tensor: Tensor<B, D>| B::buffer(projection.device(), tensor.into_primitive().tensor());
-        let residual = residual.map(buffer).transpose()?;
-        let y = projection.forward(&buffer(x)?, batch, residual.as_ref())?;
-        dims[D - 1] = k as usize;
-        let y = B::tensor(&device, y, Shape::from(dims))?;
+        let primitive = |tensor: Tensor<B, D>| tensor.into_primitive().tensor();
+        let residual = residual.map(primitive);
+        let y = execute::<B>(&self.layer.projection, &device, primitive(x), batch, residual, shape)?;
         Ok(Tensor::from_primitive(TensorPrimitive::Float(y)))
     }
 }
