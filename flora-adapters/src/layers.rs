@@ -14,6 +14,7 @@ use flora_plan::pipeline::CompiledLayer;
 
 use crate::adapted::{AdaptedEmbedding, AdaptedHead, AdaptedModel};
 use crate::store::{LoadedAdapter, StoreError};
+use crate::weights::{BaseError, BaseForm};
 
 /// The layers of every kind of adapter, compiled: what adapters are folded by.
 #[derive(Clone, Debug)]
@@ -140,6 +141,19 @@ impl Layers {
     /// # Errors
     /// It doesn't fit `model`, or a module doesn't fold.
     pub fn prepare(&self, adapter: &AdapterFolder, model: &Model) -> Result<AdaptedModel, StoreError> {
+        self.prepare_over(adapter, model, BaseForm::default())
+    }
+
+    /// The same over base weights in another form than the file's.
+    ///
+    /// # Errors
+    /// As [`Self::prepare`].
+    pub fn prepare_over(
+        &self,
+        adapter: &AdapterFolder,
+        model: &Model,
+        form: BaseForm,
+    ) -> Result<AdaptedModel, StoreError> {
         let replaced = adapter.replaced_of(model).map_err(|source| failed(adapter, source))?;
         let ends = DecoderEnds::of(model);
         let mut adapted = AdaptedModel { bias_offsets: replaced.bias_offsets.clone(), ..AdaptedModel::default() };
@@ -157,13 +171,16 @@ impl Layers {
                 }
                 continue;
             }
-            let failed = |source| StoreError::Base { adapter: adapter.name.clone(), source: Box::new(source) };
-            let projection = model.projection(path).map_err(failed)?;
+            let failed = |source: BaseError| StoreError::Base { adapter: adapter.name.clone(), source: source.into() };
+            let projection = model.projection(path).map_err(|error| failed(error.into()))?;
             let target = FoldTarget::new(&adapter.name, projection);
-            let base = || base_value(&model.weight(path).map_err(failed)?).map_err(|error| target.failed(error.into()));
+            let base = || {
+                let weight = form.weight(model, path).map_err(failed)?;
+                base_value(&weight).map_err(|error| target.failed(error.into()))
+            };
             let folded = self.fold(&target, module, base)?.folded;
             if projection.has_bias && self.scales_bias(module) {
-                let bias = model.bias(path).map_err(failed)?.unwrap_or_default();
+                let bias = model.bias(path).map_err(|error| failed(error.into()))?.unwrap_or_default();
                 let offset = self.scaled_offset(&target, module, &folded, &bias)?;
                 add(adapted.bias_offsets.entry(path.clone()).or_default(), offset);
             }

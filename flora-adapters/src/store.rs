@@ -5,13 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, BaseWeight, Model, ModelError, TensorProblem};
+use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, BaseWeight, Model, TensorProblem};
 use flora_ir::Bindings;
 use flora_ir::algebra::{FoldError, FoldedAdapter};
 use flora_plan::pipeline::CompiledLayer;
 use rayon::prelude::*;
 
 use crate::layers::{FoldTarget, Layers, base_value};
+use crate::weights::BaseError;
 
 /// The adapters that batches may name, each whole in host memory (f32).
 #[derive(Clone, Debug)]
@@ -100,7 +101,7 @@ pub enum StoreError {
         /// The adapter.
         adapter: String,
         /// Why.
-        source: Box<ModelError>,
+        source: Box<BaseError>,
     },
     /// An embedding or output matrix that an adapter is folded with can't be read.
     #[error("the adapter `{adapter}` is folded with the weight of `{module}`, which {problem}")]

@@ -1,7 +1,7 @@
 //! Base weights from a model's files in the form in which a device keeps them.
 
 use flora_checkpoint::tensor::QuantisedBlock;
-use flora_checkpoint::{Encoding, Model, ModelError, StoredTensor, TensorProblem};
+use flora_checkpoint::{BaseWeight, Encoding, Model, ModelError, StoredTensor, TensorProblem};
 use flora_plan::layer::{Element, LayerShape, WeightFormat};
 use flora_plan::weight::{Block, BlockPacker, PackedWeight, WeightError};
 
@@ -15,6 +15,9 @@ pub enum BaseForm {
     Stored,
     /// Dequantised.
     F32,
+    /// Projections rounded to 8 bits with a scale for each output, whatever the file has. The output matrix stays as the file has it,
+    /// as where others load a model in 8 bits.
+    Int8,
 }
 
 /// The encodings that are kept as they are.
@@ -71,7 +74,7 @@ pub enum BaseError {
 }
 
 impl BaseForm {
-    /// What becomes of an encoding: f32 where it isn't kept, or where the device has no such buffers.
+    /// What becomes of a projection's encoding: f32 where it isn't kept, or where the device has no such buffers.
     pub fn format(self, encoding: Encoding, device: &Device) -> WeightFormat {
         let kept = KEPT.iter().find(|(kept, _)| *kept == encoding).map(|(_, format)| *format);
         let has = |format: &WeightFormat| match format {
@@ -81,6 +84,20 @@ impl BaseForm {
         match self {
             Self::Stored => kept.filter(has).unwrap_or_default(),
             Self::F32 => WeightFormat::default(),
+            Self::Int8 => WeightFormat::Int8,
+        }
+    }
+
+    /// The numbers that the projection at `path` multiplies by: what an adapter is folded with whose equation reads its base weight.
+    ///
+    /// # Errors
+    /// There is none, or it can't be read.
+    pub fn weight(self, model: &Model, path: &str) -> Result<BaseWeight, BaseError> {
+        let weight = model.weight(path)?;
+        match self {
+            // What a file has is f32 exactly, whatever encodes it.
+            Self::Stored | Self::F32 => Ok(weight),
+            Self::Int8 => Ok(BaseWeight { values: rounded(path, &weight, WeightFormat::Int8)?.to_f32(), ..weight }),
         }
     }
 
@@ -95,16 +112,16 @@ impl BaseForm {
     }
 
     fn packed(self, model: &Model, path: &str, device: &Device) -> Result<PackedWeight, BaseError> {
+        if self == Self::Int8 {
+            return rounded(path, &model.weight(path)?, WeightFormat::Int8);
+        }
         let stored = model.stored(path)?;
         let format = self.format(stored.tensor.encoding(), device);
         if format.quantisation().is_some() && !stored.rows_are_inputs {
             return self.pack_rows(path, &stored.tensor, device);
         }
         let format = if format.quantisation().is_some() { WeightFormat::default() } else { format };
-        let weight = model.weight(path)?;
-        let shape = shape(path, weight.d, weight.k)?;
-        let failed = |source| BaseError::Pack { name: path.to_owned(), source };
-        PackedWeight::from_f32(format, shape, &weight.values).map_err(failed)
+        rounded(path, &model.weight(path)?, format)
     }
 
     /// A tensor `[k, d]` that is no projection's, such as an embedding `[vocabulary, d]` that also makes the logits; its memory is
@@ -117,7 +134,8 @@ impl BaseForm {
         let failed = |source| BaseError::Pack { name: name.to_owned(), source };
         let (k, d) = tensor.matrix_shape().map_err(problem)?;
         let shape = shape(name, d, k)?;
-        let format = self.format(tensor.encoding(), device);
+        let form = if self == Self::Int8 { Self::Stored } else { self };
+        let format = form.format(tensor.encoding(), device);
         let packed = if format.quantisation().is_some() {
             pack_blocks(format, shape, tensor)
         } else {
@@ -145,6 +163,13 @@ fn pack_blocks(format: WeightFormat, shape: LayerShape, tensor: &StoredTensor) -
         })?;
     }
     packer.finish()
+}
+
+/// The weight of the projection at `path`, rounded to a format.
+fn rounded(path: &str, weight: &BaseWeight, format: WeightFormat) -> Result<PackedWeight, BaseError> {
+    let shape = shape(path, weight.d, weight.k)?;
+    let failed = |source| BaseError::Pack { name: path.to_owned(), source };
+    PackedWeight::from_f32(format, shape, &weight.values).map_err(failed)
 }
 
 fn shape(name: &str, d: usize, k: usize) -> Result<LayerShape, BaseError> {

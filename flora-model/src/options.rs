@@ -12,7 +12,7 @@ pub struct ServeOptions<'a> {
     /// Which modules may be adapted, by the last part of their path, as PEFT's `target_modules` says it. An adapter of any other
     /// module is refused. Empty: every projection, the token embedding and the output matrix.
     pub adapted: Vec<String>,
-    /// The form of base weights.
+    /// The form of base weights. An [`AdapterDirectory`](crate::AdapterDirectory) is told of it too, with `over`.
     pub base: BaseForm,
     /// The type of activations, keys and values.
     pub activations: Element,

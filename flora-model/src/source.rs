@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use flora_adapters::adapted::numbers;
-use flora_adapters::{AdaptedModel, Layers, RegisterError, StoreError};
+use flora_adapters::{AdaptedModel, BaseForm, Layers, RegisterError, StoreError};
 use flora_checkpoint::peft::{AdapterFiles, FolderVersion};
 use flora_checkpoint::{AdapterFolder, Model};
 use flora_engine::{AdapterFailure, AdapterSource, Read, Unread};
@@ -27,6 +27,8 @@ pub struct AdapterDirectory {
     model: Arc<Model>,
     layers: Layers,
     element: Element,
+    /// The form of the base weights that adapters are folded with.
+    base: BaseForm,
 }
 
 /// An adapter in host memory, folded for all of a model that it adapts.
@@ -86,7 +88,13 @@ impl AdapterDirectory {
     /// The same of the kinds of `layers`.
     pub fn with_layers(folder: Option<&Path>, model: &Arc<Model>, element: Element, layers: Layers) -> Self {
         let (folder, named) = (folder.map(Path::to_owned), BTreeMap::new());
-        Self { folder, named, model: model.clone(), layers, element }
+        Self { folder, named, model: model.clone(), layers, element, base: BaseForm::default() }
+    }
+
+    /// The same over base weights in another form than the files': that of [`ServeOptions::base`](crate::ServeOptions::base).
+    #[must_use]
+    pub fn over(self, base: BaseForm) -> Self {
+        Self { base, ..self }
     }
 
     /// The same with adapters beside those of the folder, each by the name and the folder that are given.
@@ -179,7 +187,7 @@ impl AdapterSource for AdapterDirectory {
         let failed = |error: &dyn std::error::Error| Unread { version: Some(version), failure: unusable(name, error) };
         let folder = AdapterFolder::parse(&files, self.layers.kinds()).map_err(|error| failed(&error))?;
         drop(files);
-        let adapted = self.layers.prepare(&folder, &self.model).map_err(|error| match &error {
+        let adapted = self.layers.prepare_over(&folder, &self.model, self.base).map_err(|error| match &error {
             // The store's errors say the name again.
             StoreError::Adapter { source, .. } => failed(source),
             other => failed(other),

@@ -1,7 +1,9 @@
 //! Types and lowerings as arguments: the names that the crates below give them.
 
+use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use flora::prelude::*;
+use flora_adapters::BaseForm;
 use flora_plan::lowering::TABLE;
 
 /// Parses the name of an element type.
@@ -14,6 +16,27 @@ pub(crate) fn element() -> impl TypedValueParser<Value = Element> {
 pub(crate) fn weight_format() -> impl TypedValueParser<Value = WeightFormat> {
     PossibleValuesParser::new(WeightFormat::ALL.map(|(name, _)| name))
         .try_map(|name| WeightFormat::from_name(&name).ok_or("no such format"))
+}
+
+/// The form in which a device keeps base weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Base {
+    /// As the model's file has them, where the device can decode that as it multiplies
+    Stored,
+    /// Dequantised
+    F32,
+    /// Rounded to 8 bits with a scale for each output
+    Int8,
+}
+
+impl From<Base> for BaseForm {
+    fn from(base: Base) -> Self {
+        match base {
+            Base::Stored => Self::Stored,
+            Base::F32 => Self::F32,
+            Base::Int8 => Self::Int8,
+        }
+    }
 }
 
 /// Parses the name of a lowering.

@@ -1,5 +1,6 @@
 //! What goes wrong in training.
 
+use flora_adapters::BaseError;
 use flora_checkpoint::ModelError;
 use flora_host::decoder::OperationError;
 use flora_runtime::{DeviceError, ProjectionError};
@@ -82,4 +83,4 @@ macro_rules! of_the_model {
     };
 }
 
-of_the_model!(DeviceError, EmbeddingError, ModelError, OperationError, ProjectionError);
+of_the_model!(BaseError, DeviceError, EmbeddingError, ModelError, OperationError, ProjectionError);

@@ -64,6 +64,7 @@ pub struct TrainedModel {
     projections: Vec<PlannedProjection>,
     jobs: FxHashMap<JobId, Job>,
     free: Vec<u32>,
+    base: BaseForm,
     activation_bytes: u64,
 }
 
@@ -112,6 +113,7 @@ impl TrainedModel {
             projections,
             jobs,
             free,
+            base: options.base,
             activation_bytes: options.activation_bytes,
             parts,
         })
@@ -269,7 +271,7 @@ impl Trainee for TrainedModel {
 
     fn base_weight(&self, layer: usize) -> Result<Vec<f32>, TrainError> {
         let unknown = TrainError::NoLayer { index: layer, layers: self.layers.len() };
-        Ok(self.model.weight(&self.layers.get(layer).ok_or(unknown)?.path)?.values)
+        Ok(self.base.weight(&self.model, &self.layers.get(layer).ok_or(unknown)?.path)?.values)
     }
 
     fn place(&mut self, job: JobId, layers: &[(usize, FoldedAdapter)]) -> Result<(), TrainError> {

@@ -19,6 +19,7 @@ mod reference;
 mod replaced;
 mod served;
 mod trained;
+mod trained_quantised;
 mod training;
 
 use flora_runtime::Device;

@@ -15,7 +15,12 @@ use serde::Deserialize;
 use crate::served::golden;
 use crate::{device, is_host};
 
-const KINDS: [&str; 5] = ["lora", "dora", "ia3", "hira", "flora"];
+pub(crate) const KINDS: [&str; 5] = ["lora", "dora", "ia3", "hira", "flora"];
+
+/// Longer than any of the golden sequences.
+const SEQUENCE_LENGTH: usize = 64;
+/// Of the model that the golden files are of.
+const VOCABULARY: u32 = 173;
 
 #[derive(Deserialize)]
 struct Sequences {
@@ -52,18 +57,22 @@ fn read<T: serde::de::DeserializeOwned>(path: &Path) -> T {
     serde_json::from_slice(&std::fs::read(path).expect("a golden file")).expect("JSON as the script writes it")
 }
 
-fn job(kind: &str, layers: &Layers) -> NewJob {
+/// The golden sequences, as what a model of so many tokens learns from.
+pub(crate) fn data(vocabulary: u32) -> Dataset {
+    let Sequences { sequences, .. } = read(&golden("training").join("sequences.json"));
+    let documents = sequences.iter().map(|own| {
+        let (context, learnt) = own.tokens.split_at(own.learnt_from);
+        let mut document = Document::new(Excess::Dropped);
+        document.push(context.iter().map(|token| token % vocabulary), false);
+        document.push(learnt.iter().map(|token| token % vocabulary), true);
+        document
+    });
+    Dataset::new(&documents.collect::<Vec<_>>(), SEQUENCE_LENGTH).expect("sequences")
+}
+
+pub(crate) fn job(kind: &str, layers: &Layers) -> NewJob {
     let folder = golden("training");
-    let Sequences { options, sequences } = read(&folder.join("sequences.json"));
-    let documents: Vec<Document> = sequences
-        .iter()
-        .map(|own| {
-            let mut document = Document::new(Excess::Dropped);
-            document.push(own.tokens[..own.learnt_from].iter().copied(), false);
-            document.push(own.tokens[own.learnt_from..].iter().copied(), true);
-            document
-        })
-        .collect();
+    let Sequences { options, .. } = read(&folder.join("sequences.json"));
     let begin = AdapterFolder::open(&folder.join(kind).join("start"), layers.kinds()).expect("an adapter of PEFT");
     let options = JobOptions {
         name: kind.to_owned(),
@@ -81,7 +90,7 @@ fn job(kind: &str, layers: &Layers) -> NewJob {
         decay: Decay::Cosine,
         warmup: Warmup::Steps(options.warmup),
         length: Length::Steps(options.steps),
-        sequence_length: 64,
+        sequence_length: SEQUENCE_LENGTH,
         batch: 8,
         accumulation: 1,
         optimizer: AdamW { weight_decay: options.weight_decay, ..AdamW::default() },
@@ -89,11 +98,11 @@ fn job(kind: &str, layers: &Layers) -> NewJob {
         evaluation: Evaluation { every: 1, patience: None, least_gain: 0.0 },
         save_every: None,
     };
-    let data = Arc::new(Dataset::new(&documents, options.sequence_length).expect("sequences"));
+    let data = Arc::new(data(VOCABULARY));
     NewJob { options, data, held_out: None, begin: Some(begin), places: Places::default() }
 }
 
-fn rms(differences: impl Iterator<Item = f64>) -> f64 {
+pub(crate) fn rms(differences: impl Iterator<Item = f64>) -> f64 {
     let (sum, count) = differences.fold((0.0, 0), |(sum, count), own| (sum + own * own, count + 1));
     (sum / f64::from(count.max(1))).sqrt()
 }

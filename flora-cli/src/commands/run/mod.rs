@@ -24,7 +24,7 @@ use inputs::Inputs;
 use measure::Setting;
 use report::Report;
 use requests::Requests;
-use weights::{Form, Module, Weights};
+use weights::{Module, Weights};
 
 /// Run a batch of mixed adapters through a model's projections and check it
 #[derive(Args)]
@@ -57,7 +57,7 @@ pub(crate) struct Arguments {
     targets: Vec<String>,
     /// The form in which the device keeps base weights
     #[arg(long, value_enum, default_value = "stored")]
-    base: Form,
+    base: types::Base,
     /// The type of activations and adapters
     #[arg(long, default_value = "f32", value_parser = types::element())]
     dtype: Element,

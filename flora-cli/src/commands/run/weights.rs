@@ -2,14 +2,13 @@
 
 use std::path::Path;
 
-use clap::ValueEnum;
 use flora::prelude::*;
 use flora_adapters::{BaseError, BaseForm};
 use flora_checkpoint::{BaseWeight, Model, ModelError};
 
 use super::samples::{self, Random};
 use crate::commands::error::CommandError;
-use crate::commands::output;
+use crate::commands::{output, types};
 use crate::models;
 
 /// One projection to run.
@@ -23,24 +22,6 @@ pub(super) struct Module {
     pub(super) k: usize,
     /// Whether the layer has a bias.
     pub(super) has_bias: bool,
-}
-
-/// The form in which a device keeps base weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Form {
-    /// As the model's file has them, where the device can decode that as it multiplies
-    Stored,
-    /// Dequantised
-    F32,
-}
-
-impl From<Form> for BaseForm {
-    fn from(form: Form) -> Self {
-        match form {
-            Form::Stored => Self::Stored,
-            Form::F32 => Self::F32,
-        }
-    }
 }
 
 /// The weight of one projection.
@@ -138,7 +119,7 @@ impl Weights {
     }
 
     /// The weight of one projection, for `device` in the form that is asked for.
-    pub(super) fn base(&self, path: &str, form: Form, device: &Device) -> Result<Base, CommandError> {
+    pub(super) fn base(&self, path: &str, form: types::Base, device: &Device) -> Result<Base, CommandError> {
         match self {
             Self::Stored(model) => {
                 let unusable = |source| CommandError::Base { model: self.name().to_owned(), source };
@@ -155,8 +136,12 @@ impl Weights {
                     let source = BaseError::Pack { name: path.to_owned(), source };
                     CommandError::Base { model: self.name().to_owned(), source }
                 };
-                let packed =
-                    PackedWeight::from_f32(WeightFormat::default(), shape, &decoded.values).map_err(unusable)?;
+                let format = match form {
+                    types::Base::Stored | types::Base::F32 => WeightFormat::default(),
+                    types::Base::Int8 => WeightFormat::Int8,
+                };
+                let packed = PackedWeight::from_f32(format, shape, &decoded.values).map_err(unusable)?;
+                let decoded = BaseWeight { values: packed.to_f32(), ..decoded };
                 Ok(Base { stored: "random", packed, decoded })
             }
         }

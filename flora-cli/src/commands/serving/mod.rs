@@ -44,6 +44,9 @@ pub(crate) struct ModelArguments {
     /// The type of activations, adapters, keys and values
     #[arg(long, default_value = "f32", value_parser = types::element())]
     pub(crate) dtype: Element,
+    /// The form of base weights
+    #[arg(long, value_enum, default_value = "stored")]
+    pub(crate) base: types::Base,
     /// How lowerings are chosen
     #[arg(long, value_enum, default_value = "tuned")]
     pub(crate) plan: PlanChoice,

@@ -47,7 +47,7 @@ pub(crate) fn start(arguments: &ModelArguments) -> Result<Serving, CommandError>
     let layers = arguments.kinds.layers()?;
     let named = arguments.lora_modules.iter().map(|module| (module.name.clone(), module.path.clone()));
     let directory = AdapterDirectory::with_layers(arguments.adapters.as_deref(), &model, arguments.dtype, layers);
-    let directory = directory.with_named(named)?;
+    let directory = directory.over(arguments.base.into()).with_named(named)?;
     directory.check()?;
     let engine = engine(arguments, &device, &model, planning, vocabulary, directory.clone())?;
     let info = device.info();
@@ -120,12 +120,12 @@ pub(crate) fn engine(
     let options = options(arguments);
     let serve = ServeOptions {
         adapted: arguments.adapted.clone(),
+        base: arguments.base.into(),
         activations: arguments.dtype,
         adapters: arguments.dtype,
         adapter_bytes: arguments.adapter_memory << 20,
         block_tokens: options.block_tokens as u32,
         planning,
-        ..ServeOptions::default()
     };
     let decoder = flora_model::load(device, model, &serve)?;
     Ok(Engine::start(decoder, source, vocabulary, options)?)

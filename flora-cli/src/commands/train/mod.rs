@@ -16,6 +16,7 @@ use flora_train::{DescribedJob, NewJob, Places, Trainer, read_jobs};
 
 use super::error::CommandError;
 use super::kinds::KindArguments;
+use super::types;
 use data::Library;
 use options::JobArguments;
 use telling::Telling;
@@ -34,6 +35,9 @@ pub(crate) struct Arguments {
     /// A .gguf file or a model's folder; SmolLM2-135M unless given, fetched once (93 MB)
     #[arg(long)]
     model: Option<PathBuf>,
+    /// The form of base weights
+    #[arg(long, value_enum, default_value = "stored")]
+    base: types::Base,
     #[command(flatten)]
     kinds: KindArguments,
     /// The folder in which each adapter gets a folder, which `flora serve --adapters` may serve meanwhile
@@ -77,7 +81,8 @@ pub(crate) fn train(arguments: &Arguments) -> Result<(), CommandError> {
     let jobs = jobs.collect::<Result<Vec<_>, CommandError>>()?;
     let largest = jobs.iter().map(|job| job.options.batch_tokens()).max().unwrap_or(1);
     let device = devices::open("host")?;
-    let trained = TrainedModel::load(&device, &model, TrainOptions::default())?;
+    let trained =
+        TrainedModel::load(&device, &model, TrainOptions { base: arguments.base.into(), ..TrainOptions::default() })?;
     let mut trainer = Trainer::new(trained, arguments.tokens_per_batch.unwrap_or(largest));
     let metrics = arguments.metrics.clone().unwrap_or_else(|| arguments.out.join(BESIDE).join("metrics.jsonl"));
     let mut telling = Telling::new(&metrics)?;

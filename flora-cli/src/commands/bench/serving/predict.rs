@@ -26,7 +26,8 @@ impl Setting<'_> {
         let dtype = self.arguments.model.dtype;
         let projections = self.model.projections().iter().map(|projection| {
             let shape = LayerShape { d: projection.d as u32, k: projection.k as u32 };
-            let weight = BaseForm::Stored.format(projection.encoding, self.device);
+            let base = BaseForm::from(self.arguments.model.base);
+            let weight = base.format(projection.encoding, self.device);
             let format = LayerFormat { weight, ..LayerFormat::uniform(dtype) };
             let prices = planner.prices(PricedLayer { shape, format });
             let adapted = self.adapted.iter().any(|name| is_target(&projection.path, name));
