@@ -1,9 +1,9 @@
 //! What happens to jobs, as it is told to whoever runs them: a line of a metrics file, a progress bar. Nothing here prints.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Something that happened to a job.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
     /// The job's name.
     pub job: String,
@@ -13,7 +13,7 @@ pub struct Event {
 }
 
 /// What can happen. Losses are means in nats a target.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Happened {
     /// It was added.
@@ -77,7 +77,7 @@ pub enum Happened {
 }
 
 /// Why a job is over.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reason", rename_all = "snake_case")]
 pub enum Ending {
     /// All steps are done.
@@ -99,7 +99,7 @@ pub enum Ending {
 }
 
 /// Numbers of a job that are not finite.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NotFinite {
     /// Of its batches.

@@ -13,6 +13,7 @@ mod missing;
 mod output;
 mod plan;
 mod planner;
+mod plot;
 mod report;
 mod run;
 #[cfg(feature = "serve")]

@@ -1,6 +1,7 @@
 //! What commands print: answers on standard output, remarks on standard error.
 
 use std::io::{ErrorKind, Write};
+use std::path::Path;
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
@@ -26,6 +27,16 @@ pub(crate) fn print_json(value: &impl Serialize) -> Result<(), CommandError> {
 pub(crate) fn note(text: &str) {
     // Nobody is there to tell that standard error is closed.
     let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Puts a whole file in its place, or leaves what was there.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), CommandError> {
+    let failed = |source| CommandError::Io { action: "write", path: path.to_owned(), source };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
+    file.persist(path).map_err(|error| failed(error.error))?;
+    Ok(())
 }
 
 /// A table whose columns `<…` are aligned left and `>…` right; the sign is not part of the name.

@@ -75,6 +75,8 @@ fn a_folder_of_texts_makes_an_adapter_that_generates() {
     let lines: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
     assert_eq!(lines.iter().filter(|line| line["event"] == "step").count(), 90);
     assert!(lines.iter().all(|line| line["job"].is_string() && line["seconds"].is_number()));
+    let page = std::fs::read_to_string(Path::new(&out).join(".training/training.svg")).expect("the page of curves");
+    assert!(page.starts_with("<svg") && page.contains("own") && !page.contains("flora"), "the jobs of the last run");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use askama::Template;
 
-use super::plot::{self, Look};
+use crate::commands::plot::{self, Look};
 
 /// The page.
 #[derive(Template)]

@@ -1,17 +1,14 @@
 //! `flora report`: what was measured, as one page that needs nothing else.
 //!
-//! Files ([`input`], [`model`]) become plain data ([`page`]), data becomes sections ([`sections`]) of blocks and charts ([`plot`]),
+//! Files ([`input`], [`model`]) become plain data ([`page`]), data becomes sections ([`sections`]) of blocks and charts ([`plot`](super::plot)),
 //! and those become HTML ([`document`]).
 
 mod document;
 mod input;
 mod model;
 mod page;
-mod plot;
-mod scale;
 mod sections;
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use askama::Template;
@@ -70,7 +67,7 @@ pub(crate) fn report(arguments: &Arguments) -> Result<(), CommandError> {
     let page = read(arguments)?;
     let html =
         sections::document(&page).render().map_err(|error| CommandError::Output(std::io::Error::other(error)))?;
-    write(&arguments.output, &html)?;
+    output::replace(&arguments.output, html.as_bytes())?;
     let answer = Answer {
         output: &arguments.output,
         bytes: html.len(),
@@ -136,14 +133,4 @@ fn saved(device: &Device) -> Result<Option<DeviceCoefficients>, CommandError> {
             Ok(None)
         }
     }
-}
-
-/// Puts the whole page in its place, or leaves what was there.
-fn write(path: &Path, html: &str) -> Result<(), CommandError> {
-    let failed = |source| CommandError::Io { action: "write", path: path.to_owned(), source };
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
-    file.write_all(html.as_bytes()).map_err(failed)?;
-    file.persist(path).map_err(|error| failed(error.error))?;
-    Ok(())
 }

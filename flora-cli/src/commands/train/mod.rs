@@ -1,5 +1,6 @@
 //! `flora train`: adapters from data, one by options or many by a file, over one base on the host.
 
+mod curves;
 mod data;
 mod options;
 mod telling;
@@ -85,7 +86,7 @@ pub(crate) fn train(arguments: &Arguments) -> Result<(), CommandError> {
         TrainedModel::load(&device, &model, TrainOptions { base: arguments.base.into(), ..TrainOptions::default() })?;
     let mut trainer = Trainer::new(trained, arguments.tokens_per_batch.unwrap_or(largest));
     let metrics = arguments.metrics.clone().unwrap_or_else(|| arguments.out.join(BESIDE).join("metrics.jsonl"));
-    let mut telling = Telling::new(&metrics)?;
+    let mut telling = Telling::new(&metrics, arguments.out.join(BESIDE).join("training.svg"))?;
     for job in jobs {
         let (_, event) = trainer.add(job, &place, &layers)?;
         telling.tell(&event)?;

@@ -1,4 +1,4 @@
-//! What people and programs hear of jobs: a bar for each, a line of JSON for every event, and a table at the end.
+//! What people and programs hear of jobs: a bar for each, a line of JSON for every event, a page of curves, and a table at the end.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,14 +10,22 @@ use flora_train::{Ending, Event, Happened};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use super::curves::Curves;
 use crate::commands::error::CommandError;
 use crate::commands::output;
+
+/// How long a page of curves stays, while there is news.
+const BETWEEN_PAGES: Duration = Duration::from_secs(5);
 
 /// Tells of events as they come.
 pub(super) struct Telling {
     began: Instant,
     metrics: File,
     path: PathBuf,
+    curves: Curves,
+    page: PathBuf,
+    /// When the page was written last.
+    drawn: Option<Instant>,
     bars: MultiProgress,
     jobs: BTreeMap<String, Told>,
 }
@@ -56,15 +64,20 @@ struct Line<'a> {
 }
 
 impl Telling {
-    /// Adds to the file `path`, which is made where there is none.
-    pub(super) fn new(path: &Path) -> Result<Self, CommandError> {
+    /// Adds to the file `path`, which is made where there is none, and draws what is in it on `page`.
+    pub(super) fn new(path: &Path, page: PathBuf) -> Result<Self, CommandError> {
         let failed = |action| move |source| CommandError::Io { action, path: path.to_owned(), source };
-        if let Some(parent) = path.parent() {
+        for parent in [path, &page].into_iter().filter_map(|path| path.parent()) {
             std::fs::create_dir_all(parent).map_err(failed("create"))?;
         }
+        let former = match std::fs::read(path) {
+            Ok(bytes) => Curves::of_metrics(&String::from_utf8_lossy(&bytes)),
+            Err(source) if source.kind() == std::io::ErrorKind::NotFound => Curves::default(),
+            Err(source) => return Err(failed("read")(source)),
+        };
         let metrics = File::options().append(true).create(true).open(path).map_err(failed("write"))?;
         let (began, bars, jobs) = (Instant::now(), MultiProgress::new(), BTreeMap::new());
-        Ok(Self { began, metrics, path: path.to_owned(), bars, jobs })
+        Ok(Self { began, metrics, path: path.to_owned(), curves: former, page, drawn: None, bars, jobs })
     }
 
     pub(super) fn tell(&mut self, event: &Event) -> Result<(), CommandError> {
@@ -72,6 +85,11 @@ impl Telling {
         let failed = |source| CommandError::Io { action: "write", path: self.path.clone(), source };
         // One call, so that a line is whole where the process ends.
         self.metrics.write_all(format!("{line}\n").as_bytes()).map_err(failed)?;
+        self.curves.hear(event);
+        let is_news = matches!(event.what, Happened::Evaluated { .. } | Happened::Saved { .. });
+        if is_news && self.drawn.is_none_or(|drawn| drawn.elapsed() > BETWEEN_PAGES) {
+            self.draw();
+        }
         let bars = &self.bars;
         let told = self.jobs.entry(event.job.clone()).or_insert_with(|| {
             let bar = bars.add(ProgressBar::new(0)).with_prefix(event.job.clone());
@@ -88,14 +106,24 @@ impl Telling {
         Ok(())
     }
 
+    /// Writes the page of curves. Training goes on where that fails.
+    fn draw(&mut self) {
+        self.drawn = Some(Instant::now());
+        if let Err(error) = output::replace(&self.page, self.curves.svg().as_bytes()) {
+            self.bars.suspend(|| output::note(&format!("the curves can't be written: {error}")));
+        }
+    }
+
     /// The table, or its JSON; an error where a job failed.
-    pub(super) fn finish(self, out: &Path, json: bool) -> Result<(), CommandError> {
+    pub(super) fn finish(mut self, out: &Path, json: bool) -> Result<(), CommandError> {
+        self.draw();
+        let (metrics, page) = (self.path.display(), self.page.display());
         let summaries: Vec<Summary> = self.jobs.into_values().map(|told| told.summary).collect();
         match json {
             true => output::print_json(&summaries)?,
             false => {
                 output::print(&table(&summaries))?;
-                output::print(&format!("\nadapters in {}, metrics in {}\n", out.display(), self.path.display()))?;
+                output::print(&format!("\nadapters in {}, metrics in {metrics}, curves in {page}\n", out.display()))?;
             }
         }
         let is_good = |ended: &Ending| matches!(ended, Ending::Complete | Ending::NoGain | Ending::Stopped);

@@ -6,10 +6,10 @@ use flora_plan::cost::FitError;
 
 use super::{count, median, missing, percent};
 use crate::commands::output;
+use crate::commands::plot::Axis;
+use crate::commands::plot::{Chart, Look, Series};
 use crate::commands::report::document::{Block, Figure, Key, Section, Table, Tile};
 use crate::commands::report::page::{Format, KernelPoints, Model};
-use crate::commands::report::plot::{Chart, Look, Series};
-use crate::commands::report::scale::Axis;
 
 const TITLE: &str = "Device and coefficients";
 

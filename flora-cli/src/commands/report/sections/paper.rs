@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{count, missing};
 use crate::commands::bench::paper::{Choice, Coordinates, Crossing, Curves};
+use crate::commands::plot::Axis;
+use crate::commands::plot::{Chart, GREY, INK, Look, Series};
 use crate::commands::report::document::{Block, Figure, Key, Section, Table};
 use crate::commands::report::page::{PaperPanel, Prediction};
-use crate::commands::report::plot::{Chart, GREY, INK, Look, Series};
-use crate::commands::report::scale::Axis;
 
 const TITLE: &str = "The paper's analysis";
 

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use super::{count, missing, percent};
 use crate::commands::output;
+use crate::commands::plot::Bars;
 use crate::commands::report::document::{Block, Figure, Section, Table, Tile};
 use crate::commands::report::page::{Choice, Regret};
-use crate::commands::report::plot::Bars;
 
 const TITLE: &str = "The planner's regret";
 

@@ -1,10 +1,10 @@
 //! How near each kernel comes to what the device's arithmetic and its memory allow.
 
 use super::missing;
+use crate::commands::plot::Axis;
+use crate::commands::plot::{Chart, INK, Look, Series};
 use crate::commands::report::document::{Block, Figure, Key, Section, Table};
 use crate::commands::report::page::{Format, KernelPoints, Model, Point};
-use crate::commands::report::plot::{Chart, INK, Look, Series};
-use crate::commands::report::scale::Axis;
 
 const TITLE: &str = "Roofline of each kernel";
 

@@ -2,9 +2,9 @@
 
 use super::missing;
 use crate::commands::bench::serving_answer::{Answer, DecodeStep, Latency, Throughput, Variant};
+use crate::commands::plot::Axis;
+use crate::commands::plot::{Chart, GREY, Look, Series};
 use crate::commands::report::document::{Block, Figure, Key, Section, Table};
-use crate::commands::report::plot::{Chart, GREY, Look, Series};
-use crate::commands::report::scale::Axis;
 
 const TITLE: &str = "Serving";
 

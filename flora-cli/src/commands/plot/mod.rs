@@ -1,5 +1,5 @@
-//! Charts as SVG. Every colour is one of [`COLOURS`], which the page's style sheet exchanges for others on a dark screen; every
-//! series has a marker of its own too, for those who don't tell colours apart.
+//! Charts as SVG, for the page of `flora report` and that of `flora train`. Every colour is one of [`COLOURS`], which a page's style
+//! sheet may exchange for others on a dark screen; every series has a marker of its own too, for those who don't tell colours apart.
 
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
@@ -7,7 +7,9 @@ use plotters::element::{DashedPathElement, PathElement, Polygon, Text};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::scale::{Axis, tick_label};
+mod scale;
+
+pub(in crate::commands) use scale::Axis;
 
 /// Pixels of a chart. It is shown at half of that or less, so that its whole-numbered coordinates are fine enough.
 const SIZE: (u32, u32) = (720, 500);
@@ -16,7 +18,7 @@ const KEY_SIZE: (u32, u32) = (60, 28);
 const TEXT: f64 = 26.0 * 1.24;
 
 /// Axes, text and grid.
-pub(super) const INK: usize = 0;
+pub(in crate::commands) const INK: usize = 0;
 /// The colours of series, which people who don't see all of them tell apart (Okabe and Ito's, without the yellow).
 const COLOURS: [RGBColor; 8] = [
     RGBColor(0, 0, 0),
@@ -29,11 +31,11 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(128, 128, 128),
 ];
 /// The base GEMM's.
-pub(super) const GREY: usize = 7;
+pub(in crate::commands) const GREY: usize = 7;
 
 /// How a series looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Look {
+pub(in crate::commands) struct Look {
     colour: usize,
     mark: Mark,
     line: Line,
@@ -59,32 +61,32 @@ enum Line {
 
 impl Look {
     /// The look of the series of this number: marks and a line.
-    pub(super) fn of(number: usize) -> Self {
+    pub(in crate::commands) fn of(number: usize) -> Self {
         const MARKS: [Mark; 5] = [Mark::Circle, Mark::Square, Mark::Triangle, Mark::Diamond, Mark::TriangleDown];
         Self { colour: 1 + number % 6, mark: MARKS[number % MARKS.len()], line: Line::Solid }
     }
 
     /// A line alone.
-    pub(super) fn line(colour: usize) -> Self {
+    pub(in crate::commands) fn line(colour: usize) -> Self {
         Self { colour, mark: Mark::None, line: Line::Solid }
     }
 
-    pub(super) fn dashed(self) -> Self {
+    pub(in crate::commands) fn dashed(self) -> Self {
         Self { line: Line::Dashed, ..self }
     }
 
     /// Marks alone.
-    pub(super) fn unjoined(self) -> Self {
+    pub(in crate::commands) fn unjoined(self) -> Self {
         Self { line: Line::None, ..self }
     }
 
     /// Dots alone.
-    pub(super) fn dots(self) -> Self {
+    pub(in crate::commands) fn dots(self) -> Self {
         Self { mark: Mark::Small, line: Line::None, ..self }
     }
 
     /// The line alone.
-    pub(super) fn unmarked(self) -> Self {
+    pub(in crate::commands) fn unmarked(self) -> Self {
         Self { mark: Mark::None, line: Line::Solid, ..self }
     }
 
@@ -95,28 +97,28 @@ impl Look {
 
 /// Points with a look; each has the ends of its error bar, which may be at the point.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Series {
-    pub(super) look: Look,
-    pub(super) points: Vec<[f64; 2]>,
+pub(in crate::commands) struct Series {
+    pub(in crate::commands) look: Look,
+    pub(in crate::commands) points: Vec<[f64; 2]>,
     /// x, and two y.
-    pub(super) bars: Vec<[f64; 3]>,
+    pub(in crate::commands) bars: Vec<[f64; 3]>,
 }
 
 /// A chart of two axes.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Chart {
-    pub(super) x: Axis,
-    pub(super) y: Axis,
-    pub(super) series: Vec<Series>,
+pub(in crate::commands) struct Chart {
+    pub(in crate::commands) x: Axis,
+    pub(in crate::commands) y: Axis,
+    pub(in crate::commands) series: Vec<Series>,
     /// Lines across the chart at these x.
-    pub(super) verticals: Vec<(f64, Look)>,
+    pub(in crate::commands) verticals: Vec<(f64, Look)>,
 }
 
 /// Bars with their labels.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Bars {
-    pub(super) x: &'static str,
-    pub(super) bars: Vec<(String, u64)>,
+pub(in crate::commands) struct Bars {
+    pub(in crate::commands) x: &'static str,
+    pub(in crate::commands) bars: Vec<(String, u64)>,
 }
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
@@ -157,40 +159,89 @@ fn text_style(position: Pos) -> TextStyle<'static> {
 }
 
 impl Chart {
-    pub(super) fn svg(&self) -> String {
-        svg(SIZE, |area| {
-            let mut chart = ChartBuilder::on(area)
-                .margin_top(14)
-                .margin_right(26)
-                .x_label_area_size(76)
-                .y_label_area_size(112)
-                .build_cartesian_2d(self.x.clone(), self.y.clone())?;
-            let label = text_style(Pos::new(HPos::Center, VPos::Center));
-            chart
-                .configure_mesh()
-                .bold_line_style(COLOURS[INK].mix(0.15).stroke_width(2))
-                .light_line_style(TRANSPARENT)
-                .axis_style(COLOURS[INK].mix(0.6).stroke_width(2))
-                .label_style(label.clone())
-                .axis_desc_style(label)
-                .x_label_formatter(&|value| tick_label(*value))
-                .y_label_formatter(&|value| tick_label(*value))
-                .x_desc(self.x.label())
-                .y_desc(self.y.label())
-                .draw()?;
-            let pixel = |x: f64, y: f64| chart.backend_coord(&(x, y));
-            for (x, look) in self.verticals.iter().filter(|(x, _)| self.x.holds(*x)) {
-                draw_line(area, vec![pixel(*x, self.y.low()), pixel(*x, self.y.high())], *look, 3)?;
+    pub(in crate::commands) fn svg(&self) -> String {
+        svg(SIZE, |area| self.draw(area))
+    }
+
+    fn draw(&self, area: &Area<'_>) -> Drawn {
+        let mut chart = ChartBuilder::on(area)
+            .margin_top(14)
+            .margin_right(26)
+            .x_label_area_size(76)
+            .y_label_area_size(112)
+            .build_cartesian_2d(self.x.clone(), self.y.clone())?;
+        let label = text_style(Pos::new(HPos::Center, VPos::Center));
+        chart
+            .configure_mesh()
+            .bold_line_style(COLOURS[INK].mix(0.15).stroke_width(2))
+            .light_line_style(TRANSPARENT)
+            .axis_style(COLOURS[INK].mix(0.6).stroke_width(2))
+            .label_style(label.clone())
+            .axis_desc_style(label)
+            .x_label_formatter(&|value| self.x.tick_label(*value))
+            .y_label_formatter(&|value| self.y.tick_label(*value))
+            .x_desc(self.x.label())
+            .y_desc(self.y.label())
+            .draw()?;
+        let (left, top) = area.get_base_pixel();
+        let pixel = |x: f64, y: f64| {
+            let (right, down) = chart.backend_coord(&(x, y));
+            (right - left, down - top)
+        };
+        for (x, look) in self.verticals.iter().filter(|(x, _)| self.x.holds(*x)) {
+            draw_line(area, vec![pixel(*x, self.y.low()), pixel(*x, self.y.high())], *look, 3)?;
+        }
+        for Series { look, points, bars } in &self.series {
+            for [x, low, high] in bars {
+                draw_line(area, vec![pixel(*x, *low), pixel(*x, *high)], look.unmarked(), 2)?;
             }
-            for Series { look, points, bars } in &self.series {
-                for [x, low, high] in bars {
-                    draw_line(area, vec![pixel(*x, *low), pixel(*x, *high)], look.unmarked(), 2)?;
-                }
-                let pixels: Vec<_> = points.iter().map(|[x, y]| pixel(*x, *y)).collect();
-                if pixels.len() > 1 {
-                    draw_line(area, pixels.clone(), *look, 4)?;
-                }
-                pixels.into_iter().try_for_each(|pixel| draw_mark(area, pixel, *look))?;
+            let pixels: Vec<_> = points.iter().map(|[x, y]| pixel(*x, *y)).collect();
+            if pixels.len() > 1 {
+                draw_line(area, pixels.clone(), *look, 4)?;
+            }
+            pixels.into_iter().try_for_each(|pixel| draw_mark(area, pixel, *look))?;
+        }
+        Ok(())
+    }
+}
+
+/// Charts one below the other, under a legend.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(not(feature = "serve"), allow(dead_code, reason = "only training draws it"))]
+pub(in crate::commands) struct Sheet {
+    pub(in crate::commands) legend: Vec<(Look, String)>,
+    /// Each with its title.
+    pub(in crate::commands) charts: Vec<(&'static str, Chart)>,
+}
+
+impl Sheet {
+    /// A file that needs nothing else.
+    #[cfg_attr(not(feature = "serve"), allow(dead_code, reason = "only training draws it"))]
+    pub(in crate::commands) fn svg(&self) -> String {
+        // Pixels, but for the columns of the legend.
+        const WIDTH: u32 = 1080;
+        const COLUMNS: u32 = 3;
+        const ROW: u32 = 40;
+        const TITLE: u32 = 56;
+        const CHART: u32 = 420;
+        let rows = (self.legend.len() as u32).div_ceil(COLUMNS);
+        let size = (WIDTH, 20 + ROW * rows + (TITLE + CHART) * self.charts.len() as u32);
+        svg(size, |area| {
+            area.fill(&WHITE)?;
+            let (legend, charts) = area.split_vertically(20 + ROW * rows);
+            for (number, (look, label)) in self.legend.iter().enumerate() {
+                let (column, row) = (number as u32 % COLUMNS, number as u32 / COLUMNS);
+                let (x, y) = ((24 + column * (WIDTH / COLUMNS)) as i32, (20 + row * ROW + ROW / 2) as i32);
+                draw_line(&legend, vec![(x, y), (x + 56, y)], *look, 4)?;
+                draw_mark(&legend, (x + 28, y), *look)?;
+                let label = label.chars().filter(|letter| !letter.is_control()).collect::<String>();
+                legend.draw(&Text::new(label, (x + 68, y), text_style(Pos::new(HPos::Left, VPos::Center))))?;
+            }
+            for ((title, chart), area) in self.charts.iter().zip(charts.split_evenly((self.charts.len(), 1))) {
+                let (above, below) = area.split_vertically(TITLE);
+                let style = text_style(Pos::new(HPos::Left, VPos::Center));
+                above.draw(&Text::new(*title, (24, TITLE as i32 / 2), style))?;
+                chart.draw(&below)?;
             }
             Ok(())
         })
@@ -198,7 +249,7 @@ impl Chart {
 }
 
 /// A look as a legend shows it.
-pub(super) fn key(look: Look) -> String {
+pub(in crate::commands) fn key(look: Look) -> String {
     svg(KEY_SIZE, |area| {
         let middle = (KEY_SIZE.0 as i32 / 2, KEY_SIZE.1 as i32 / 2);
         draw_line(area, vec![(2, middle.1), (KEY_SIZE.0 as i32 - 2, middle.1)], look, 4)?;
@@ -208,7 +259,7 @@ pub(super) fn key(look: Look) -> String {
 }
 
 impl Bars {
-    pub(super) fn svg(&self) -> String {
+    pub(in crate::commands) fn svg(&self) -> String {
         svg(SIZE, |area| {
             let most = self.bars.iter().map(|(_, count)| *count).max().unwrap_or(0).max(1);
             let (left, right, top, bottom) = (20, SIZE.0 as i32 - 20, 50, SIZE.1 as i32 - 90);
