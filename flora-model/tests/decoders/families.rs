@@ -1,5 +1,6 @@
 //! The families whose blocks are Llama's but for a few fields, and the scalings of rotary positions: tests/golden/families.py.
 
+use flora_adapters::BaseForm;
 use flora_checkpoint::Model;
 use flora_model::{DeviceModel, ServeError, ServeOptions};
 use flora_plan::layer::Element;
@@ -37,7 +38,8 @@ pub(crate) fn weights(case: &str) -> &'static str {
 /// Where the outputs and adapters of a case are, and `model`.
 pub(crate) fn files(case: &str, model: &std::path::Path) -> Files {
     let families = golden("families");
-    Files { model: model.to_owned(), outputs: families.join(case).join("outputs"), adapters: families.join("adapters") }
+    let (outputs, adapters) = (families.join(case).join("outputs"), families.join("adapters"));
+    Files { model: model.to_owned(), outputs, adapters, base: BaseForm::default() }
 }
 
 pub(crate) fn load(case: &str) -> Served {

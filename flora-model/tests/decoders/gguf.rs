@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use flora_adapters::BaseForm;
 use flora_plan::layer::Element;
 use safetensors::SafeTensors;
 use serde_json::Value as Json;
@@ -201,6 +202,7 @@ fn a_starcoder_of_a_gguf_file_equals_transformers() {
         model: path.to_owned(),
         outputs: folder.join("outputs"),
         adapters: folder.join("adapters"),
+        base: BaseForm::default(),
     };
     let mut model = load("gpt_bigcode as GGUF", &file, of);
     ["base", "lora", "lora_all"].iter().for_each(|name| check(&mut model, name));

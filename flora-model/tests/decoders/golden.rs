@@ -103,7 +103,7 @@ fn segment(
     StepSegment { sequence, adapter, first_position, tokens, prompt_tokens, wants_logits: true }
 }
 
-fn prefill(
+pub(crate) fn prefill(
     model: &mut Served,
     sequence: SequenceId,
     adapter: Option<AdapterId>,

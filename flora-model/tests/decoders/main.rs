@@ -20,6 +20,7 @@ mod replaced;
 mod served;
 mod trained;
 mod trained_quantised;
+mod trained_served;
 mod training;
 
 use flora_runtime::Device;

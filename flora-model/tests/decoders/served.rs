@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use flora_adapters::BaseForm;
 use flora_checkpoint::Model;
 use flora_checkpoint::model::DecoderConfig;
 use flora_engine::{AdapterId, AdapterSource, Decoder, StepSegment};
@@ -54,7 +55,8 @@ pub(crate) fn load_by(
         "smollm2" => smollm2().expect("the real model is here"),
         tiny => golden(tiny).join("model"),
     };
-    let files = Files { model: path, outputs: golden(name).join("outputs"), adapters: golden(name).join("adapters") };
+    let (outputs, adapters) = (golden(name).join("outputs"), golden(name).join("adapters"));
+    let files = Files { model: path, outputs, adapters, base: BaseForm::default() };
     load_files(name, &files, element, load)
 }
 
@@ -63,9 +65,16 @@ pub(crate) struct Files {
     pub(crate) model: PathBuf,
     pub(crate) outputs: PathBuf,
     pub(crate) adapters: PathBuf,
+    /// The form of base weights.
+    pub(crate) base: BaseForm,
 }
 
-/// Loads a model whose parts are anywhere.
+/// Loads a model whose parts are anywhere, activations and adapters in f32.
+pub(crate) fn load_model(name: &str, files: &Files) -> Served {
+    load_files(name, files, Element::F32, |model, options| flora_model::load(&device(), model, options))
+}
+
+/// The same in another type, by another way of loading.
 pub(crate) fn load_files(
     name: &str,
     files: &Files,
@@ -74,8 +83,14 @@ pub(crate) fn load_files(
 ) -> Served {
     let checkpoint = Arc::new(Model::open(&files.model).expect("a golden model"));
     let (activations, adapters) = (element, element);
-    let options =
-        ServeOptions { activations, adapters, adapter_bytes: 32 << 20, block_tokens: 16, ..ServeOptions::default() };
+    let options = ServeOptions {
+        base: files.base,
+        activations,
+        adapters,
+        adapter_bytes: 32 << 20,
+        block_tokens: 16,
+        ..ServeOptions::default()
+    };
     let decoder = load(&checkpoint, &options).expect("a decoder of a known family");
     let source = AdapterDirectory::new(Some(&files.adapters), &checkpoint, options.adapters);
     let (layers, width) = match checkpoint.decoder().expect("a decoder") {
@@ -90,7 +105,7 @@ pub(crate) fn load_files(
         name: name.to_owned(),
         outputs: files.outputs.clone(),
         decoder,
-        source: source.expect("built-in layers"),
+        source: source.expect("built-in layers").over(files.base),
         placed: Vec::new(),
         rounding,
     }

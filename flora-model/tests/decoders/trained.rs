@@ -45,16 +45,21 @@ struct Sequence {
 
 /// What PyTorch gave in f64, and how far its f32 is from that, root mean square.
 #[derive(Deserialize)]
-struct Steps {
+pub(crate) struct Steps {
     losses: Vec<f64>,
     norms: Vec<f64>,
     rounding_of_losses: f64,
     rounding_of_norms: f64,
-    rounding_of_weights: f64,
+    pub(crate) rounding_of_weights: f64,
 }
 
 fn read<T: serde::de::DeserializeOwned>(path: &Path) -> T {
     serde_json::from_slice(&std::fs::read(path).expect("a golden file")).expect("JSON as the script writes it")
+}
+
+/// Of a kind's golden job.
+pub(crate) fn steps(kind: &str) -> Steps {
+    read(&golden("training").join(kind).join("steps.json"))
 }
 
 /// The golden sequences, as what a model of so many tokens learns from.
@@ -133,7 +138,7 @@ fn twenty_steps_follow_peft_and_pytorch() {
         let kind = ended.name.as_str();
         assert_eq!(ended.reason, Ending::Complete, "{kind}");
         let folder = golden("training").join(kind);
-        let steps: Steps = read(&folder.join("steps.json"));
+        let steps = steps(kind);
         let own = &found[kind];
         assert_eq!(own.len(), steps.losses.len(), "{kind}");
         let losses = rms(own.iter().zip(&steps.losses).map(|((loss, _), expected)| loss - expected));
