@@ -3,7 +3,6 @@
 use flora_adapters::BaseForm;
 use flora_plan::cost::DeviceCoefficients;
 use flora_plan::layer::Element;
-use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
 use flora_plan::plan::Plan;
 
 /// How a model is put on a device.
@@ -35,15 +34,9 @@ pub enum PlanningChoice<'a> {
     Priced(&'a DeviceCoefficients),
 }
 
-/// Rows from which a segment of a multiplicative adapter gets its W_i on chip: fewer cost less as virtual rows (`stacked`) on every
-/// device that was measured.
-const ON_CHIP_FROM: u32 = 8;
-
 impl Default for PlanningChoice<'_> {
-    /// The fused launch, each segment's lowering by its own rows: what else is in the batch changes nothing.
     fn default() -> Self {
-        let plan = Plan::new(MultiplicativeLowering::OnChip, AdditiveLowering::Fused);
-        Self::Fixed(plan.with_on_chip_from(ON_CHIP_FROM))
+        Self::Fixed(Plan::fixed())
     }
 }
 

@@ -27,7 +27,7 @@ pub struct Row {
     pub name: &'static str,
     /// One line for people.
     pub summary: &'static str,
-    /// Multiply-adds for each number of w0, for so many rows and scales of an adapter. A measured price would stand here.
+    /// Multiply-adds for each number of w0, for so many rows and scales of an adapter.
     pub macs: fn(rows: u64, scales: u64) -> u64,
 }
 
@@ -49,7 +49,8 @@ pub const TABLE: [Row; 2] = [
 ];
 
 impl GradientLowering {
-    /// The cheapest for so many rows and scales of one adapter. Nothing else in the batch has a say, so that an adapter's gradients
+    /// That of the fewest multiply-adds for so many rows and scales of one adapter;
+    /// [`LayerPrices::gradient_lowering`](crate::cost::LayerPrices::gradient_lowering) goes by measured prices. Nothing else in the batch has a say, so that an adapter's gradients
     /// have the same bits in any company.
     pub fn cheapest(rows: u64, scales: u64) -> Self {
         let [reduced, outer] = &TABLE;

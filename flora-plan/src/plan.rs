@@ -74,6 +74,18 @@ impl Plan {
         Self { lowerings, ..self }
     }
 
+    /// What a batch is computed by where nobody chooses: the fused launch, each segment's lowering by its own rows, so that what else is
+    /// in the batch changes nothing. Fewer rows than these cost less as virtual rows (`stacked`) on every device that was measured.
+    pub fn fixed() -> Self {
+        Self::new(MultiplicativeLowering::OnChip, AdditiveLowering::Fused).with_on_chip_from(8)
+    }
+
+    /// The same for the gradient of the input: r virtual rows of t tokens cost r · t products, and t + r + 1 on chip, which is less
+    /// from t = 4 on for every r but 1.
+    pub fn fixed_adjoint() -> Self {
+        Self::fixed().with_on_chip_from(4)
+    }
+
     /// The plan of the one adapter whose W_i is resident.
     pub const MERGED: Self = Self { lowerings: Lowerings::Merged, splits: false };
 

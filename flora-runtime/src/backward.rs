@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use flora_ir::gradient::{FoldedGradient, RankOneGradient, VirtualRowGradient};
 use flora_plan::batch::{LowRankSlots, VirtualRowSlots};
-use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
+use flora_plan::gradient::GradientLowering;
 use flora_plan::plan::Plan;
 use flora_plan::schedule::BackwardSchedule;
 
@@ -25,15 +25,6 @@ pub struct ProjectionGradient {
     pub adapters: Vec<(u32, FoldedGradient)>,
 }
 
-/// The rows of a segment from which W_i is made on chip for the input's gradient: r virtual rows of t tokens cost r · t products,
-/// and t + r + 1 on chip, which is less from t = 4 on for every r but 1.
-const ON_CHIP_FROM: u32 = 4;
-
-/// How the input's gradient is computed. Fixed, so that a row of it has the same bits in any company.
-pub fn input_plan() -> Plan {
-    Plan::new(MultiplicativeLowering::OnChip, AdditiveLowering::Fused).with_on_chip_from(ON_CHIP_FROM)
-}
-
 impl Projection {
     /// The gradients of a batch: x `[tokens, d]` as [`execute`](Self::execute) had it, and g `[tokens, k]`, the gradient of the sum
     /// before bias, activation and residual. A layer's activation is differentiated by whoever applies the next one, from its sums.
@@ -49,7 +40,7 @@ impl Projection {
         g: &Buffer,
         wanted: Wanted,
     ) -> Result<ProjectionGradient, ProjectionError> {
-        BackwardPass::of(self, batch)?.run(self.device(), (x, g), wanted)
+        BackwardPass::of(self, batch, GradientLowering::cheapest)?.run(self.device(), (x, g), wanted)
     }
 }
 
@@ -70,8 +61,14 @@ struct Layout {
 }
 
 impl BackwardPass {
-    pub(crate) fn of(projection: &Projection, batch: &StepBatch) -> Result<Self, ProjectionError> {
-        let schedule = batch.backward_schedule(projection, input_plan())?;
+    /// `choose` says how gradients of scales are computed, by an adapter's rows and scales. The input's gradient is computed by a fixed
+    /// plan, so that a row of it has the same bits in any company.
+    pub(crate) fn of(
+        projection: &Projection,
+        batch: &StepBatch,
+        choose: impl Fn(u64, u64) -> GradientLowering,
+    ) -> Result<Self, ProjectionError> {
+        let schedule = batch.backward_schedule(projection, Plan::fixed_adjoint(), choose)?;
         let layout = |position: &u32| {
             let (virtual_rows, low_rank) = projection.own_slots_at(*position)?;
             let is_additive_alone = virtual_rows.is_empty();

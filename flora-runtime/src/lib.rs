@@ -17,7 +17,7 @@ pub mod projection;
 pub mod step;
 
 pub use backend::{Backend, Gradients, Storage, Wanted};
-pub use backward::{ProjectionGradient, input_plan};
+pub use backward::ProjectionGradient;
 pub use batch::{Batch, BatchError, BatchSegment};
 pub use buffer::{Buffer, PoolBuffer, WeightBuffer};
 pub use device::{Device, DeviceError};

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use flora_plan::cost::LayerPrices;
+use flora_plan::gradient::GradientLowering;
 use flora_plan::layer::{Element, LayerShape};
 use flora_plan::plan::{Plan, plan};
 use flora_plan::weight::PackedWeight;
@@ -117,7 +118,7 @@ impl PlannedProjection {
         if offsets.is_empty() { Ok(y) } else { self.with_offsets(&y, &offsets) }
     }
 
-    /// [`Projection::backward`] of a batch, without keeping the projection from changing meanwhile.
+    /// [`Projection::backward`] of a batch, its gradients of scales planned as the forward pass is, without keeping the projection from changing meanwhile.
     ///
     /// # Errors
     /// As there.
@@ -128,7 +129,14 @@ impl PlannedProjection {
         g: &Buffer,
         wanted: Wanted,
     ) -> Result<ProjectionGradient, ProjectionError> {
-        let pass = BackwardPass::of(&self.read().projection, batch)?;
+        let pass = {
+            let shared = self.read();
+            let Shared { projection, planning } = &*shared;
+            BackwardPass::of(projection, batch, |rows, scales| match planning {
+                Planning::Fixed(_) => GradientLowering::cheapest(rows, scales),
+                Planning::Priced(prices) => prices.gradient_lowering(rows, scales),
+            })?
+        };
         pass.run(&self.device, (x, g), wanted)
     }
 

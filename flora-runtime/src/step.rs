@@ -4,8 +4,9 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flora_plan::batch::{AdapterSlots, BatchShape, Segment};
+use flora_plan::gradient::GradientLowering;
 use flora_plan::plan::Plan;
-use flora_plan::schedule::{BackwardSchedule, Schedule, ScheduleError, backward_schedule, schedule};
+use flora_plan::schedule::{BackwardSchedule, Schedule, ScheduleError, backward_schedule_by, schedule};
 
 use crate::projection::Projection;
 
@@ -40,7 +41,7 @@ struct View {
     shape: BatchShape,
     /// By the plan and whether the layer has an epilogue.
     schedules: Vec<(Plan, bool, Arc<Schedule>)>,
-    /// By the plan of the input's gradient.
+    /// By the plan of the input's gradient and the lowerings of the adapters' own.
     backward: Vec<(Plan, Arc<BackwardSchedule>)>,
 }
 
@@ -104,15 +105,21 @@ impl StepBatch {
         &self,
         projection: &Projection,
         plan: Plan,
+        choose: impl Fn(u64, u64) -> GradientLowering,
     ) -> Result<Arc<BackwardSchedule>, ScheduleError> {
         let mut laid_out = self.laid_out();
         let LaidOut { views, schedules } = &mut *laid_out;
         let view = self.view(views, projection);
-        if let Some((_, schedule)) = view.backward.iter().find(|(own, _)| *own == plan) {
+        let is_chosen = |schedule: &BackwardSchedule| {
+            schedule.adapters().iter().all(|own| own.lowering == choose(own.rows(), own.scales()))
+        };
+        let known = view.backward.iter().find(|(own, schedule)| *own == plan && is_chosen(schedule));
+        if let Some((_, schedule)) = known {
             schedule.fits(projection.shape())?;
             return Ok(schedule.clone());
         }
-        let laid_out = backward_schedule(&plan, projection.shape(), &view.segments, projection.adapters())?;
+        let (shape, adapters) = (projection.shape(), projection.adapters());
+        let laid_out = backward_schedule_by(&plan, shape, &view.segments, adapters, choose)?;
         let laid_out = Arc::new(laid_out);
         view.backward.push((plan, laid_out.clone()));
         *schedules += 1;

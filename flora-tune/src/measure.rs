@@ -9,12 +9,12 @@ use std::time::Instant;
 use flora_ir::Activation;
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::cost::PricedLayer;
-use flora_plan::layer::{Element, Epilogue};
+use flora_plan::layer::{Element, Epilogue, LayerShape};
 use flora_plan::lowering::Part;
-use flora_plan::schedule::{Schedule, ScheduleError};
+use flora_plan::schedule::{BackwardSchedule, Schedule, ScheduleError};
 use flora_plan::weight::PackedWeight;
 
-use flora_runtime::{BackendKind, Buffer, Device, DeviceError, LayerOperands, PoolBuffer, WeightBuffer};
+use flora_runtime::{BackendKind, Buffer, Device, DeviceError, LayerOperands, PoolBuffer, Wanted, WeightBuffer};
 
 /// Copies of a weight, and of a pool, are taken in turn until they are this large together: three times the third-level cache of most
 /// processors' slices, and more than the second-level cache of a GPU.
@@ -34,7 +34,8 @@ pub struct LayerBench<'a> {
     weights: Vec<WeightBuffer>,
     copies: Vec<LayerOperands>,
     next: AtomicUsize,
-    inputs: Arc<Mutex<BTreeMap<u32, Buffer>>>,
+    /// By their rows and width.
+    inputs: Arc<Mutex<BTreeMap<(u32, u32), Buffer>>>,
     /// Seconds from the last launch of a repetition until the device says that it is done.
     wait: f64,
 }
@@ -112,20 +113,20 @@ impl<'a> LayerBench<'a> {
         Self { wait: seconds, ..self }
     }
 
-    fn input(&self, tokens: u32) -> Result<Buffer, DeviceError> {
+    fn input(&self, tokens: u32, width: u32) -> Result<Buffer, DeviceError> {
         let mut inputs = self.inputs.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(x) = inputs.get(&tokens) {
+        if let Some(x) = inputs.get(&(tokens, width)) {
             return Ok(x.clone());
         }
-        let values = numbers(tokens as usize * self.layer.shape.d as usize, 3f32.sqrt());
+        let values = numbers(tokens as usize * width as usize, 3f32.sqrt());
         let x = self.device.upload_as(&values, self.layer.format.activations)?;
-        inputs.insert(tokens, x.clone());
+        inputs.insert((tokens, width), x.clone());
         Ok(x)
     }
 
-    fn call(&self, device: &Device, schedule: &Schedule, x: &Buffer) -> Result<Buffer, DeviceError> {
-        let at = self.next.fetch_add(1, Ordering::Relaxed) % self.copies.len();
-        device.execute(&self.copies[at], schedule, x, None)
+    /// The operands whose turn it is.
+    fn operands(&self) -> &LayerOperands {
+        &self.copies[self.next.fetch_add(1, Ordering::Relaxed) % self.copies.len()]
     }
 
     /// Seconds of a call: one repetition, after an untimed call that wakes the threads; by the device's own clock where it has one.
@@ -141,9 +142,25 @@ impl<'a> LayerBench<'a> {
     /// # Errors
     /// The device fails, or is another.
     pub fn seconds_on(&self, device: &Device, schedule: &Schedule) -> Result<f64, DeviceError> {
-        let x = self.input(schedule.tokens())?;
+        let x = self.input(schedule.tokens(), self.layer.shape.d)?;
+        self.timed(device, || device.execute(self.operands(), schedule, &x, None).map(drop))
+    }
+
+    /// Seconds of the gradients of the vectors of a batch's adapters, likewise.
+    ///
+    /// # Errors
+    /// The device fails, or computes no gradients.
+    pub fn gradient_seconds(&self, schedule: &BackwardSchedule) -> Result<f64, DeviceError> {
+        let (tokens, LayerShape { d, k }) = (schedule.tokens(), self.layer.shape);
+        let (x, g) = (self.input(tokens, d)?, self.input(tokens, k)?);
+        self.timed(self.device, || {
+            self.device.backward(self.operands(), schedule, (&x, &g), Wanted::Adapters).map(drop)
+        })
+    }
+
+    fn timed(&self, device: &Device, call: impl Fn() -> Result<(), DeviceError> + Sync) -> Result<f64, DeviceError> {
         let start = Instant::now();
-        drop(self.call(device, schedule, &x)?);
+        call()?;
         device.synchronize()?;
         let calls = match device.info().backend {
             BackendKind::Host => 1,
@@ -151,7 +168,7 @@ impl<'a> LayerBench<'a> {
         };
         let mut queue = || -> Result<(), DeviceError> {
             for _ in 0..calls {
-                self.call(device, schedule, &x)?;
+                call()?;
             }
             Ok(())
         };

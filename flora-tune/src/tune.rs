@@ -3,10 +3,12 @@
 //! of all of them and shows in the spread.
 //!
 //! A kernel's coefficient is what a batch that needs it takes beyond what the rest of it takes, divided by the kernel's MACs. The
-//! rest of a batch of additive adapters is its base GEMM, which is measured beside it every time.
+//! rest of a batch of additive adapters is its base GEMM, which is measured beside it every time. Gradients of adapters' vectors are
+//! timed in the same passes.
 
 mod blueprints;
 mod effort;
+mod gradients;
 mod held_out;
 mod lattice;
 
@@ -76,9 +78,10 @@ pub fn tune(
         // Every format is a share of the whole; within it the lattice says how far it is.
         let whole = formats.len() as u64;
         let mut share = |done: u64, total: u64| progress(position as u64 * total.max(1) + done, whole * total.max(1));
-        let seconds_per_mac = lattice::measure(device, *format, effort, &launch, &mut share)?;
+        let measured = lattice::measure(device, *format, effort, &launch, &mut share)?;
+        let lattice::Surfaces { seconds_per_mac, gradients } = measured;
         let name = format.to_string();
-        coefficients.formats.insert(name.clone(), Coefficients { seconds_per_mac, error: None });
+        coefficients.formats.insert(name.clone(), Coefficients { seconds_per_mac, gradients, error: None });
         let points = held_out::measure(device, *format, effort, &launch, &coefficients)?;
         let pairs = points.iter().flat_map(|point| &point.plans).map(|plan| (plan.predicted_seconds, plan.seconds));
         let error = flora_plan::cost::FitError::of(pairs);

@@ -5,7 +5,6 @@ use clap::builder::RangedU64ValueParser;
 use flora::prelude::*;
 use flora_codegen::target::{Capability, EmittedKernel, EqualBatch, Pass, Target, emit_layer};
 use flora_plan::lowering::{Part, PartLowering, lowerings_of};
-use flora_runtime::input_plan;
 use flora_toolchain::{
     Architecture, Bound, Class, Compiled, CudaCompiler, Defect, Expectations, MAX_WARPS, Mix, Occupancy, Source, Unit,
 };
@@ -117,7 +116,7 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
     let compiled = layer::open(&arguments.layer)?.compiled;
     let target: Target = arguments.target.parse()?;
     let plan = match (arguments.gradient, arguments.lowering.as_deref()) {
-        (true, None) => input_plan(),
+        (true, None) => Plan::fixed_adjoint(),
         (_, lowering) => plan_of(&arguments.layer, &compiled.parts, lowering)?,
     };
     let pass = if arguments.gradient { Pass::Backward } else { Pass::Forward };

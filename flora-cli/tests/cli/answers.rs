@@ -24,6 +24,47 @@ fn devices_lists_the_host() {
     has_keys(host, &["name", "backend", "driver", "software", "element_types", "fragments"]);
 }
 
+/// With the tuning of no device and of the host: multiply-adds are counted, times are what was measured.
+#[test]
+fn plan_prices_steps_of_training() {
+    let plan =
+        ["plan", "--model", "smollm2-135m", "--training", "--ranks", "1,16", "--segments", "3", "--tokens", "100"];
+    let answered = answer(plan.into_iter().chain(["--device", "host", "--json"]));
+    has_keys(&answered, &["device", "format", "measured_for", "layers", "steps"]);
+    let (rows, d, k, rank) = (100u64, 576u64, 576u64, 16u64);
+    let of = |kind: &str, rank: Option<u64>| {
+        let is_it = |row: &&Value| row["kind"] == kind && row["k"] == k && row["rank"] == Value::from(rank);
+        array(&answered["layers"]).iter().find(is_it).unwrap_or_else(|| panic!("no {kind} of rank {rank:?}")).clone()
+    };
+    let macs = |row: &Value, part: &str| row[part]["macs"].as_u64().expect("a count");
+    // docs/gradients.md: a base product each way for rows, and what an adapter has beyond it.
+    let lora = of("lora", Some(rank));
+    assert_eq!(macs(&lora, "forward"), 3 * rows * (d * k + rank * (d + k)));
+    assert_eq!((macs(&lora, "input"), &lora["scales"]), (macs(&lora, "forward"), &Value::Null));
+    assert_eq!(macs(&lora, "vectors"), 3 * 2 * rows * rank * (d + k));
+    let flora = of("flora", Some(rank));
+    assert_eq!(macs(&flora, "input"), 3 * (rows + rank) * d * k);
+    assert_eq!(macs(&flora, "vectors"), 3 * (rows + 1 + 2 * rank) * d * k);
+    assert_eq!((&flora["scales"]["lowering"], &flora["scales"]["count"]), (&"outer".into(), &(2 * rank).into()));
+    let ia3 = of("ia3", None);
+    assert_eq!((macs(&ia3, "vectors"), &ia3["scales"]["lowering"]), (3 * rows * d * k, &"reduced".into()));
+    for row in array(&answered["layers"]) {
+        let is_time = |part: &str| row[part]["seconds"].as_f64().is_some_and(|seconds| seconds > 0.0);
+        assert!(["forward", "input", "vectors"].into_iter().all(is_time), "{row}");
+    }
+    // Four kinds of two ranks, and one without.
+    let steps = array(&answered["steps"]);
+    assert_eq!(steps.len(), 4 * 2 + 1);
+    assert!(steps.iter().all(|step| step["of_base"].as_f64().is_some_and(|share| share > 0.0)), "{steps:?}");
+    assert!(steps.iter().filter(|step| step["kind"] == "lora").all(|step| step["of_lora"] == 1.0), "{steps:?}");
+
+    // A file from before gradients were measured, or of a device that computes none.
+    let coefficients = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/snapshots/coefficients.json");
+    let answered = answer(plan.into_iter().chain(["--coefficients", coefficients, "--json"]));
+    assert!(array(&answered["layers"]).iter().all(|row| row["vectors"]["seconds"].is_null()));
+    assert!(array(&answered["steps"]).iter().all(|step| step["seconds"].is_null() && step["of_lora"].is_null()));
+}
+
 #[test]
 fn plan_prices_every_lowering() {
     let mut arguments = vec!["plan", "--model", "starcoder-15b", "--ranks", "1,2,4,8,16", "--device", "host", "--json"];

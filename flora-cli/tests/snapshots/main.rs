@@ -12,7 +12,6 @@ use flora_codegen::target::{EmittedKernel, EqualBatch, Pass, Target, emit_layer}
 use flora_ir::builtin;
 use flora_plan::lowering::lowerings_of;
 use flora_plan::pipeline::CompiledLayer;
-use flora_runtime::input_plan;
 
 /// fLoRA with everything that an epilogue does.
 #[flora::layer]
@@ -87,7 +86,7 @@ fn lowered() -> Vec<Lowered> {
             all.push(Lowered { name, layer: layer.clone(), lowering: "stacked split", pass, plan });
         }
         if ["flora", "lora"].contains(&name) {
-            all.push(Lowered { name, layer, lowering: "gradient", pass: Pass::Backward, plan: input_plan() });
+            all.push(Lowered { name, layer, lowering: "gradient", pass: Pass::Backward, plan: Plan::fixed_adjoint() });
         }
     }
     all

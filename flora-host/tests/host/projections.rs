@@ -1,16 +1,22 @@
 //! The backward pass of projections: adapters of every kind, folded from their equations, against the oracle.
 
+use std::collections::BTreeMap;
+
 use flora_ir::algebra::{FoldedAdapter, RankOne};
 use flora_ir::gradient::FoldedGradient;
 use flora_ir::{Activation, Bindings, Dimension, Role, Shape, Value, builtin, parse, verify};
 use flora_oracle::backward::{BatchRows, backward};
 use flora_plan::batch::Segment;
-use flora_plan::layer::{Element, LayerShape, WeightFormat};
+use flora_plan::blueprints::Blueprints;
+use flora_plan::cost::{
+    Coefficients, DeviceCoefficients, GradientKernel, Kernel, LayerPrices, PricedLayer, SCHEMA, Surface,
+};
+use flora_plan::layer::{Element, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::pipeline::{CompiledLayer, compile_verified};
 use flora_plan::plan::Plan;
 use flora_plan::weight::PackedWeight;
 use flora_runtime::{
-    PlannedProjection, Planning, Projection, ProjectionGradient, ProjectionOptions, StepBatch, Wanted,
+    Buffer, PlannedProjection, Planning, Projection, ProjectionGradient, ProjectionOptions, StepBatch, Wanted,
 };
 use proptest::prelude::*;
 
@@ -169,9 +175,11 @@ proptest! {
     }
 }
 
-#[test]
-fn what_is_not_wanted_is_left_out_and_changes_nothing() {
-    let (shape, mut random) = (LayerShape { d: 37, k: 41 }, fastrand::Rng::with_seed(5));
+const SMALL: LayerShape = LayerShape { d: 37, k: 41 };
+
+/// A projection with adapters of every kind, a batch of all of them and of base rows, x and g.
+fn every_kind(seed: u64) -> (PlannedProjection, StepBatch, Buffer, Buffer) {
+    let (shape, mut random) = (SMALL, fastrand::Rng::with_seed(seed));
     let numbers = random_values(37 * 41, &mut random);
     let weight = PackedWeight::from_f32(WeightFormat::default(), shape, &numbers).unwrap();
     let w0 = Value::matrix(37, 41, numbers.iter().map(|number| f64::from(*number)).collect()).unwrap();
@@ -186,6 +194,13 @@ fn what_is_not_wanted_is_left_out_and_changes_nothing() {
     let batch = StepBatch::new((0..10).map(|at| (at, 7)));
     let x = device.upload(&random_values(70 * 37, &mut random)).unwrap();
     let g = device.upload(&random_values(70 * 41, &mut random)).unwrap();
+    (planned, batch, x, g)
+}
+
+#[test]
+fn what_is_not_wanted_is_left_out_and_changes_nothing() {
+    let (planned, batch, x, g) = every_kind(5);
+    let device = planned.device().clone();
     let all = planned.backward(&batch, &x, &g, Wanted::All).unwrap();
     let input = planned.backward(&batch, &x, &g, Wanted::Input).unwrap();
     let adapters = planned.backward(&batch, &x, &g, Wanted::Adapters).unwrap();
@@ -199,4 +214,70 @@ fn what_is_not_wanted_is_left_out_and_changes_nothing() {
     assert_eq!(all.adapters, same.adapters);
     // The three share one schedule.
     assert_eq!(batch.schedules(), 1);
+}
+
+/// Prices by which one way to the gradients of scales costs so much, and everything else a second a MAC.
+fn prices(dear: GradientKernel) -> Box<LayerPrices> {
+    let surface = |seconds: f64| Surface {
+        rows: vec![1],
+        ranks: vec![1],
+        adapters: vec![1],
+        extents: vec![1],
+        seconds_per_mac: vec![seconds],
+        spread: vec![0.0],
+        measured: vec![true],
+    };
+    let own = |kernel| surface(if kernel == dear { 1e6 } else { 1.0 });
+    let coefficients = DeviceCoefficients {
+        schema: SCHEMA,
+        flora: String::new(),
+        device: String::new(),
+        pads_blocks: false,
+        largest_buffer_bytes: None,
+        seconds_per_launch: 0.0,
+        launch_spread: 0.0,
+        seconds_per_byte: 0.0,
+        bandwidth_spread: 0.0,
+        blueprints: Blueprints::default(),
+        formats: BTreeMap::from([(
+            LayerFormat::default().to_string(),
+            Coefficients {
+                seconds_per_mac: Kernel::TIMED.map(|(_, kernel)| (kernel, surface(1.0))).into_iter().collect(),
+                gradients: GradientKernel::TIMED.map(|(_, kernel)| (kernel, own(kernel))).into_iter().collect(),
+                error: None,
+            },
+        )]),
+    };
+    assert_eq!(coefficients.check(), Ok(()));
+    Box::new(LayerPrices::new(&coefficients, PricedLayer { shape: SMALL, format: LayerFormat::default() }))
+}
+
+/// A priced projection takes the cheaper way to the gradients of scales, and gets the same gradients.
+#[test]
+fn prices_choose_how_gradients_of_scales_are_computed() {
+    let (planned, batch, x, g) = every_kind(6);
+    let by = |planning: Planning| {
+        planned.set_planning(planning);
+        let found = planned.backward(&batch, &x, &g, Wanted::Adapters).unwrap().adapters;
+        let vectors = |gradient: &FoldedGradient| -> Vec<f64> {
+            let scales = gradient.virtual_rows.iter().flat_map(|row| row.in_scale.iter().chain(&row.out_scale));
+            scales.flatten().copied().collect()
+        };
+        found.iter().map(|(_, gradient)| vectors(gradient)).collect::<Vec<_>>()
+    };
+    let fixed = by(Planning::Fixed(Plan::default()));
+    let reduced = by(Planning::Priced(prices(GradientKernel::Outer)));
+    let outer = by(Planning::Priced(prices(GradientKernel::Reduced)));
+    assert_ne!(reduced, outer, "two ways round differently");
+    for ((fixed, reduced), outer) in fixed.iter().zip(&reduced).zip(&outer) {
+        assert!(fixed == reduced || fixed == outer, "what is fixed is one of the two");
+        let largest = fixed.iter().fold(0.0f64, |largest, number| largest.max(number.abs()));
+        let off = reduced.iter().zip(outer).map(|(one, other)| (one - other).abs()).fold(0.0, f64::max);
+        // The largest of some 400 numbers, each a sum of 7 rows by 41 products.
+        assert!(off <= 1e-5 * largest, "{off} of {largest}");
+    }
+    // Each way has a schedule of its own, which is found again.
+    assert_eq!(batch.schedules(), 3);
+    assert_eq!(by(Planning::Priced(prices(GradientKernel::Outer))), reduced);
+    assert_eq!(batch.schedules(), 3);
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Kernel, Surface};
+use super::{GradientKernel, Kernel, Surface};
 use crate::blueprints::Blueprints;
 use crate::layer::LayerFormat;
 
@@ -17,7 +17,8 @@ pub const SCHEMA: u32 = 4;
 const MAX_BYTES: u64 = 16 << 20;
 
 /// What a set without formats says; [`DeviceCoefficients::check`] lets none pass.
-static NOTHING: Coefficients = Coefficients { seconds_per_mac: BTreeMap::new(), error: None };
+static NOTHING: Coefficients =
+    Coefficients { seconds_per_mac: BTreeMap::new(), gradients: BTreeMap::new(), error: None };
 
 /// The coefficients of one device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,6 +54,9 @@ pub struct DeviceCoefficients {
 pub struct Coefficients {
     /// Seconds per MAC by kernel: c2 is `matmul`, c1 is `low_rank_bmm`.
     pub seconds_per_mac: BTreeMap<Kernel, Surface>,
+    /// The same of what computes gradients of adapters' vectors; nothing where that wasn't measured, as on devices that compute none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gradients: BTreeMap<GradientKernel, Surface>,
     /// How far predictions were off on batches that the surfaces weren't made from; `None` where none were held out.
     pub error: Option<FitError>,
 }
@@ -124,6 +128,10 @@ impl Coefficients {
             if kernel.is_gemm() && !of_rows {
                 return Err(format!("has a surface for `{name}` that depends on more than rows"));
             }
+        }
+        for (name, kernel) in GradientKernel::TIMED.into_iter().filter(|_| !self.gradients.is_empty()) {
+            let surface = self.gradients.get(&kernel).ok_or_else(|| format!("has no surface for `{name}`"))?;
+            surface.check().map_err(|reason| format!("has a surface for `{name}` that {reason}"))?;
         }
         let is_error = |value: f64| value.is_finite() && value >= 0.0;
         match self.error {

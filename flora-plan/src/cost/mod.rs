@@ -5,6 +5,7 @@
 
 mod coefficients;
 mod eq7;
+mod gradients;
 mod prices;
 mod surface;
 mod work;
@@ -12,6 +13,7 @@ mod work;
 use arrayvec::ArrayVec;
 pub use coefficients::{Coefficients, CoefficientsError, DeviceCoefficients, FitError, SCHEMA};
 pub use eq7::{Eq7, eq7};
+pub use gradients::{GradientKernel, GradientTerm, OuterIsCheaper, gradient_work, outer_is_cheaper};
 pub use prices::LayerPrices;
 use serde::{Deserialize, Serialize};
 pub use surface::{Place, Regime, Surface};

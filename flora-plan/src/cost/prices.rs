@@ -1,7 +1,8 @@
 //! One layer's prices: the device's coefficients at the layer's extent, so that a batch costs a few dozen multiplications.
 
 use super::surface::Sheet;
-use super::{DeviceCoefficients, Kernel, PricedLayer, Work};
+use super::{DeviceCoefficients, GradientKernel, GradientTerm, Kernel, PricedLayer, Work};
+use crate::gradient::GradientLowering;
 
 /// What the work of one layer takes on one device. Prices without allocating.
 #[derive(Clone, Debug)]
@@ -9,6 +10,8 @@ pub struct LayerPrices {
     layer: PricedLayer,
     /// In the order of [`Kernel::TIMED`].
     sheets: Box<[Option<Sheet>]>,
+    /// In the order of [`GradientKernel::TIMED`]; `None` where they weren't measured.
+    gradients: Option<[Sheet; 3]>,
     seconds_per_launch: f64,
     seconds_per_byte: f64,
     pads_blocks: bool,
@@ -24,8 +27,15 @@ impl LayerPrices {
         let sheet = |(_, kernel): &(&str, Kernel)| {
             own.seconds_per_mac.get(kernel).map(|surface| surface.at_extent(layer.extent()))
         };
+        let gradient = |kernel| own.gradients.get(&kernel).map(|surface| surface.at_extent(layer.extent()));
+        let [(_, reduced), (_, outer), (_, pairs)] = GradientKernel::TIMED;
+        let gradients = match (gradient(reduced), gradient(outer), gradient(pairs)) {
+            (Some(reduced), Some(outer), Some(pairs)) => Some([reduced, outer, pairs]),
+            _ => None,
+        };
         Self {
             layer,
+            gradients,
             sheets: Kernel::TIMED.iter().map(sheet).collect(),
             seconds_per_launch: coefficients.seconds_per_launch,
             seconds_per_byte: coefficients.seconds_per_byte,
@@ -53,6 +63,32 @@ impl LayerPrices {
     /// Virtual rows up to which cubes share the depth.
     pub(crate) fn split_rows(&self) -> u64 {
         self.split_rows
+    }
+
+    /// Seconds of gradients of vectors: Σ max(MACs·c, bytes·c_bw). `None` where their coefficients weren't measured.
+    pub fn price_gradients(&self, terms: &[GradientTerm]) -> Option<f64> {
+        let sheets = self.gradients.as_ref()?;
+        let seconds = |term: &GradientTerm| {
+            let position = GradientKernel::TIMED.iter().position(|(_, kernel)| *kernel == term.kernel);
+            let sheet = position.and_then(|at| sheets.get(at));
+            let arithmetic = sheet.map_or(0.0, |sheet| term.macs as f64 * sheet.at(term.regime));
+            arithmetic.max(term.bytes as f64 * self.seconds_per_byte)
+        };
+        Some(terms.iter().map(seconds).sum())
+    }
+
+    /// The cheaper way to the gradients of an adapter's scales, by its own rows and scales alone: by multiply-adds where coefficients
+    /// weren't measured.
+    pub fn gradient_lowering(&self, rows: u64, scales: u64) -> GradientLowering {
+        let seconds = |lowering| {
+            let term = GradientTerm::of_scales(lowering, self.layer, rows, scales);
+            self.price_gradients(std::slice::from_ref(&term))
+        };
+        match (seconds(GradientLowering::Reduced), seconds(GradientLowering::Outer)) {
+            (Some(reduced), Some(outer)) if reduced <= outer => GradientLowering::Reduced,
+            (Some(_), Some(_)) => GradientLowering::Outer,
+            _ => GradientLowering::cheapest(rows, scales),
+        }
     }
 
     /// Seconds of some work: launches·c0 + Σ max(MACs·c, bytes·c_bw).

@@ -51,7 +51,12 @@ pub struct AdapterGradient {
 }
 
 impl AdapterGradient {
-    fn new(adapter: u32, slots: &AdapterSlots, runs: Vec<RowRun>) -> Self {
+    fn new(
+        adapter: u32,
+        slots: &AdapterSlots,
+        runs: Vec<RowRun>,
+        choose: impl Fn(u64, u64) -> GradientLowering,
+    ) -> Self {
         let slot = |slot: Option<u32>| slot.map_or(0, |slot| slot.saturating_add(1));
         let rows = &slots.virtual_rows;
         let in_scales: Vec<_> =
@@ -59,7 +64,7 @@ impl AdapterGradient {
         let out_scales: Vec<_> =
             rows.iter().filter(|row| row.out_scale.is_some()).map(|row| slot(row.in_scale)).collect();
         let tokens = runs.iter().map(|run| u64::from(run.rows)).sum();
-        let lowering = GradientLowering::cheapest(tokens, (in_scales.len() + out_scales.len()) as u64);
+        let lowering = choose(tokens, (in_scales.len() + out_scales.len()) as u64);
         Self { adapter, runs, lowering, in_scales, out_scales, low_rank: slots.low_rank, first_in: 0, first_out: 0 }
     }
 
@@ -71,6 +76,11 @@ impl AdapterGradient {
     /// Gradients of out-vectors that it has.
     pub fn out_vectors(&self) -> u32 {
         (self.out_scales.len() as u32).saturating_add(self.low_rank.rank)
+    }
+
+    /// Scales whose gradients it has.
+    pub fn scales(&self) -> u64 {
+        (self.in_scales.len() + self.out_scales.len()) as u64
     }
 
     /// Rows of all runs.
@@ -150,7 +160,8 @@ impl BackwardSchedule {
     }
 }
 
-/// Lays out the backward pass of a batch over a layer of `shape`. `plan` is how dx is computed.
+/// Lays out the backward pass of a batch over a layer of `shape`. `plan` is how dx is computed; gradients of scales are computed with the
+/// fewest multiply-adds.
 ///
 /// # Errors
 /// A segment of an unknown adapter; a buffer too large to index; a merged plan for several adapters.
@@ -159,6 +170,20 @@ pub fn backward_schedule(
     shape: LayerShape,
     segments: &[Segment],
     adapters: &[AdapterSlots],
+) -> Result<BackwardSchedule, ScheduleError> {
+    backward_schedule_by(plan, shape, segments, adapters, GradientLowering::cheapest)
+}
+
+/// The same; `choose` says how the gradients of an adapter's scales are computed, by the adapter's rows and scales.
+///
+/// # Errors
+/// As [`backward_schedule`].
+pub fn backward_schedule_by(
+    plan: &Plan,
+    shape: LayerShape,
+    segments: &[Segment],
+    adapters: &[AdapterSlots],
+    choose: impl Fn(u64, u64) -> GradientLowering,
 ) -> Result<BackwardSchedule, ScheduleError> {
     let exchanged: Vec<_> = adapters.iter().map(AdapterSlots::adjoint).collect();
     let input = schedule(plan, shape.transposed(), segments, &exchanged, false)?;
@@ -172,7 +197,7 @@ pub fn backward_schedule(
     let (mut in_vectors, mut out_vectors) = (0u32, 0u32);
     let mut gradients = Vec::new();
     for (position, runs) in runs.into_iter().enumerate().filter(|(_, runs)| !runs.is_empty()) {
-        let gradient = AdapterGradient::new(position as u32, &adapters[position], runs);
+        let gradient = AdapterGradient::new(position as u32, &adapters[position], runs, &choose);
         if gradient.in_vectors() > 0 || gradient.out_vectors() > 0 {
             let (in_count, out_count) = (gradient.in_vectors(), gradient.out_vectors());
             gradients.push(AdapterGradient { first_in: in_vectors, first_out: out_vectors, ..gradient });

@@ -8,7 +8,7 @@ mod lay_out;
 mod limits;
 mod steps;
 
-pub use backward::{AdapterGradient, BackwardSchedule, RowRun, backward_schedule};
+pub use backward::{AdapterGradient, BackwardSchedule, RowRun, backward_schedule, backward_schedule_by};
 pub use error::ScheduleError;
 pub use kept::Kept;
 pub use lay_out::{Schedule, schedule};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use flora_plan::blueprints::Blueprints;
-use flora_plan::cost::{Coefficients, DeviceCoefficients, FitError, Kernel, SCHEMA, Surface};
+use flora_plan::cost::{Coefficients, DeviceCoefficients, FitError, GradientKernel, Kernel, SCHEMA, Surface};
 
 fn surface(random: &mut fastrand::Rng, kernel: Kernel) -> Surface {
     let of_rows = kernel.is_gemm();
@@ -28,6 +28,8 @@ pub(crate) fn device(seed: u64, pads_blocks: bool) -> DeviceCoefficients {
     let mut random = fastrand::Rng::with_seed(seed);
     let seconds_per_mac: BTreeMap<Kernel, Surface> =
         Kernel::TIMED.iter().map(|(_, kernel)| (*kernel, surface(&mut random, *kernel))).collect();
+    let gradients: BTreeMap<GradientKernel, Surface> =
+        GradientKernel::TIMED.iter().map(|(_, kernel)| (*kernel, surface(&mut random, Kernel::OnChip))).collect();
     let error = Some(FitError { points: 9, median: 0.1, p95: 0.2, largest: 0.3 });
     DeviceCoefficients {
         schema: SCHEMA,
@@ -40,6 +42,6 @@ pub(crate) fn device(seed: u64, pads_blocks: bool) -> DeviceCoefficients {
         seconds_per_byte: 1e-11 * random.f64(),
         bandwidth_spread: 0.1,
         blueprints: Blueprints::default(),
-        formats: BTreeMap::from([("f32/f32/f32".to_owned(), Coefficients { seconds_per_mac, error })]),
+        formats: BTreeMap::from([("f32/f32/f32".to_owned(), Coefficients { seconds_per_mac, gradients, error })]),
     }
 }

@@ -4,7 +4,8 @@ mod coefficients;
 mod files;
 
 use flora_plan::batch::{AdapterSlots, BatchShape, BatchSummary, LowRankSlots, Segment, VirtualRowSlots};
-use flora_plan::cost::{LayerPrices, PricedLayer, work};
+use flora_plan::cost::{DeviceCoefficients, GradientKernel, LayerPrices, PricedLayer, work};
+use flora_plan::gradient::GradientLowering;
 use flora_plan::layer::{LayerFormat, LayerShape};
 use flora_plan::lowering::{Lowering, Part};
 use flora_plan::model_planner::ModelPlanner;
@@ -131,4 +132,35 @@ fn extents_of_any_size_are_counted() {
         &[AdapterSlots { low_rank: LowRankSlots { rank: u32::MAX, ..low_rank }, ..AdapterSlots::base() }],
     );
     assert!(!can_hold(&Plan::default(), shape, &batch, None));
+}
+
+/// Gradients of scales go by what the device takes for them, and by multiply-adds where that wasn't measured.
+#[test]
+fn gradients_are_priced() {
+    let measured = |of_reduced: f64, of_outer: f64| {
+        let mut coefficients = coefficients::device(3, false);
+        coefficients.seconds_per_byte = 0.0;
+        for (kernel, value) in [(GradientKernel::Reduced, of_reduced), (GradientKernel::Outer, of_outer)] {
+            for own in coefficients.formats.values_mut() {
+                own.gradients.get_mut(&kernel).expect("every kernel").seconds_per_mac.fill(value);
+            }
+        }
+        coefficients
+    };
+    let chosen = |coefficients: &DeviceCoefficients, rows, scales| {
+        LayerPrices::new(coefficients, layer(61, 37)).gradient_lowering(rows, scales)
+    };
+    for (rows, scales) in [(1, 1), (3, 2), (5, 2), (9, 3), (128, 32)] {
+        let [equal, reduced, outer] = [(1.0, 1.0), (1.0, 1e3), (1e3, 1.0)].map(|(one, other)| measured(one, other));
+        assert_eq!(chosen(&equal, rows, scales), GradientLowering::cheapest(rows, scales));
+        assert_eq!(chosen(&reduced, rows, scales), GradientLowering::Reduced);
+        assert_eq!(chosen(&outer, rows, scales), GradientLowering::Outer);
+        let mut unmeasured = outer;
+        unmeasured.formats.values_mut().for_each(|own| own.gradients.clear());
+        assert_eq!(unmeasured.check(), Ok(()));
+        assert_eq!(chosen(&unmeasured, rows, scales), GradientLowering::cheapest(rows, scales));
+    }
+    let mut damaged = coefficients::device(3, false);
+    damaged.formats.values_mut().for_each(|own| drop(own.gradients.remove(&GradientKernel::Pairs)));
+    assert!(damaged.check().is_err_and(|reason| reason.contains("no surface for `pairs`")));
 }

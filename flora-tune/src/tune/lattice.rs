@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use flora_plan::batch::BatchShape;
-use flora_plan::cost::{Kernel, Place, PricedLayer, Surface, work};
+use flora_plan::cost::{GradientKernel, Kernel, Place, PricedLayer, Surface, work};
 use flora_plan::layer::{LayerFormat, LayerShape};
 use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering, Part, PartLowering};
 use flora_plan::plan::Plan;
@@ -11,6 +11,7 @@ use flora_plan::schedule::{Schedule, can_hold, schedule};
 
 use super::Launch;
 use super::effort::{Effort, MOST_ROWS, MOST_SLOTS};
+use super::gradients::{self, Gradients};
 use crate::measure::{EqualSegments, LayerBench, Sample, unscheduled};
 use flora_runtime::{Device, DeviceError};
 
@@ -57,6 +58,13 @@ impl Point {
     }
 }
 
+/// What was measured of layers of one format.
+pub(super) struct Surfaces {
+    pub(super) seconds_per_mac: BTreeMap<Kernel, Surface>,
+    /// Nothing where the device computes none.
+    pub(super) gradients: BTreeMap<GradientKernel, Surface>,
+}
+
 /// Measures the surfaces of layers of `format`.
 pub(super) fn measure(
     device: &Device,
@@ -64,7 +72,7 @@ pub(super) fn measure(
     effort: &Effort,
     launch: &Launch,
     progress: &mut impl FnMut(u64, u64),
-) -> Result<BTreeMap<Kernel, Surface>, DeviceError> {
+) -> Result<Surfaces, DeviceError> {
     let mut surfaces: BTreeMap<Kernel, Surface> =
         Kernel::TIMED.iter().map(|(_, kernel)| (*kernel, empty(*kernel, effort))).collect();
     let mut points_of = Vec::with_capacity(effort.extents.len());
@@ -77,8 +85,10 @@ pub(super) fn measure(
     let unit = total / 1000.0;
     let all = ((effort.passes + 1) * 1000) as u64;
     let mut done = 0.0;
-    for (layer, points) in &mut points_of {
+    let mut of_gradients = Vec::new();
+    for (extent, (layer, points)) in points_of.iter_mut().enumerate() {
         let bench = Benches::new(device, *layer, effort, launch)?;
+        let mut gradients = Gradients::new(device, *layer, extent, effort)?;
         survey(&bench, points, effort, |macs| {
             done += macs;
             progress((done / unit) as u64, all);
@@ -92,14 +102,17 @@ pub(super) fn measure(
                 done += point.all_macs;
                 progress((done / unit) as u64, all);
             }
+            gradients.pass()?;
         }
+        of_gradients.extend(gradients.into_points());
     }
     let points: Vec<Point> = points_of.into_iter().flat_map(|(_, points)| points).collect();
     for (kernel, surface) in &mut surfaces {
-        fill(surface, points.iter().filter(|point| point.kernel == *kernel));
+        let own = points.iter().filter(|point| point.kernel == *kernel);
+        fill(surface, own.map(|point| (point.place, &point.taken)));
     }
     raise_differences(&mut surfaces);
-    Ok(surfaces)
+    Ok(Surfaces { seconds_per_mac: surfaces, gradients: gradients::surfaces(&of_gradients, effort) })
 }
 
 /// One layer with pools of several sizes.
@@ -235,9 +248,8 @@ fn survey(
 
 /// Puts medians and spreads into a surface, and the nearest measured point's where nothing was measured. What a MAC takes depends
 /// on the number of adapters and on the extent least where there is much to do, so that those are changed before rows and rank are.
-fn fill<'a>(surface: &mut Surface, points: impl Iterator<Item = &'a Point>) {
-    let measured: Vec<(Place, &Sample)> =
-        points.filter(|point| !point.taken.is_empty()).map(|point| (point.place, &point.taken)).collect();
+pub(super) fn fill<'a>(surface: &mut Surface, points: impl Iterator<Item = (Place, &'a Sample)>) {
+    let measured: Vec<_> = points.filter(|(_, taken)| !taken.is_empty()).collect();
     let distance = |one: Place, other: Place| {
         one.adapters.abs_diff(other.adapters)
             + 2 * one.extent.abs_diff(other.extent)

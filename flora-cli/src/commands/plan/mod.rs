@@ -3,6 +3,8 @@
 //! Eq. 7 compares two lowerings of two kinds of adapter; so the answer has two halves: how each kind is computed best, and which
 //! kind a deployment that may choose should train.
 
+mod training;
+
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -43,6 +45,9 @@ pub(crate) struct Arguments {
     /// Projections to adapt, by the end of their path, or `all`; the query and key projections unless given, as in the paper
     #[arg(long, value_delimiter = ',')]
     targets: Vec<String>,
+    /// Price a step of training, kind by kind, in place of a batch that is served
+    #[arg(long)]
+    training: bool,
     /// The device whose coefficients are used, as `flora devices` lists it
     #[arg(long, default_value = "auto")]
     device: String,
@@ -128,6 +133,13 @@ pub(crate) fn plan(arguments: &Arguments) -> Result<(), CommandError> {
     };
     let uniform = LayerFormat::uniform(arguments.dtype);
     let format = LayerFormat { weight: arguments.weight.unwrap_or(uniform.weight), ..uniform };
+    if arguments.training {
+        let answer = training::answer(arguments, &groups, &coefficients, format)?;
+        return match arguments.json {
+            true => output::print_json(&answer),
+            false => output::print(&training::human(arguments, &answer)),
+        };
+    }
     let mut plans = Vec::new();
     for (adapter, part) in ADAPTERS {
         let compiled = layer::open(adapter)?.compiled;
