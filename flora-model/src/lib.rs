@@ -30,4 +30,4 @@ pub use load::load_on_burn;
 pub use load::{DeviceModel, load};
 pub use options::{PlanningChoice, ServeOptions};
 pub use source::{AdapterDirectory, DirectoryError, PreparedAdapter};
-pub use training::{TrainError, TrainOptions, TrainedModel};
+pub use training::{TargetScore, TrainError, TrainOptions, TrainedModel};

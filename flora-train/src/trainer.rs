@@ -168,6 +168,12 @@ impl<T: Trainee> Trainer<T> {
         &self.trainee
     }
 
+    /// The model, for other work; jobs under way end with the trainer, and go on from what was saved of them.
+    pub fn into_trainee(mut self) -> T {
+        self.jobs.iter().for_each(|job| self.trainee.remove(job.id));
+        self.trainee
+    }
+
     /// Saves a job and ends it; nothing where there is none of this number.
     pub fn stop(&mut self, id: JobId) -> Vec<Event> {
         let Some(index) = self.jobs.iter().position(|job| job.id == id) else { return Vec::new() };

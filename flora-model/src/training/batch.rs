@@ -80,12 +80,17 @@ impl Rows {
 
     /// The losses of the segments from those of their targets, added in order.
     pub(crate) fn losses(&self, nats: &[f64]) -> Vec<SegmentLoss> {
-        let mut rest = nats;
-        let sum = |count: &usize| {
-            let (own, others) = rest.split_at((*count).min(rest.len()));
-            rest = others;
-            SegmentLoss { nats: own.iter().fold(0.0, |sum, nats| sum + nats), targets: *count as u64 }
-        };
-        self.counts.iter().map(sum).collect()
+        let sum = |own: &[f64]| own.iter().fold(0.0, |sum, nats| sum + nats);
+        let parts = self.by_segment(nats).zip(&self.counts);
+        parts.map(|(own, count)| SegmentLoss { nats: sum(own), targets: *count as u64 }).collect()
+    }
+
+    /// What there is of each target, a segment after the other.
+    pub(crate) fn by_segment<'a, T>(&'a self, mut of_targets: &'a [T]) -> impl Iterator<Item = &'a [T]> {
+        self.counts.iter().map(move |count| {
+            let (own, others) = of_targets.split_at((*count).min(of_targets.len()));
+            of_targets = others;
+            own
+        })
     }
 }

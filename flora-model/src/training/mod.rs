@@ -15,6 +15,7 @@ mod batch;
 mod error;
 mod output;
 mod recorder;
+mod scores;
 mod tape;
 
 use std::sync::{Mutex, PoisonError};
@@ -32,10 +33,12 @@ use crate::build::{OUTPUT, Parts, build};
 use crate::operations::Operations;
 use crate::options::ServeOptions;
 use crate::training::batch::Rows;
+use crate::training::output::{Beside, RowLosses};
 use crate::training::recorder::{Recorded, Recorder};
 use crate::training::tape::{AdapterGradients, Place, Tape, buffer};
 
 pub use error::TrainError;
+pub use scores::TargetScore;
 
 /// How a model is trained.
 #[derive(Clone, Copy, Debug)]
@@ -119,9 +122,14 @@ impl TrainedModel {
         })
     }
 
-    fn run(&self, batch: &[TrainSegment<'_>], wants_gradients: bool) -> Result<BatchGradients, TrainError> {
-        let positions = |job: JobId| self.jobs.get(&job).map(|job| job.position);
-        let rows = Rows::of(batch, positions, (self.parts.vocabulary, self.parts.context_length))?;
+    /// What the rows with targets give, and the gradients of the jobs where those are wanted.
+    fn run(
+        &self,
+        batch: &[TrainSegment<'_>],
+        beside: Beside,
+    ) -> Result<(Rows, RowLosses, Vec<JobGradients>), TrainError> {
+        let wants_gradients = beside == Beside::Gradient;
+        let rows = self.rows(batch)?;
         let recorder = &self.parts.operations;
         let step = Step {
             operations: recorder,
@@ -152,20 +160,20 @@ impl TrainedModel {
             }
         }
 
-        let is_wanted = x.place.is_some();
+        let beside = if wants_gradients && x.place.is_none() { Beside::Nothing } else { beside };
         let (normed, tape) = recorder.record(x, |x| {
             let selected = recorder.select(x, rows.batch.rows(), &rows.selected)?;
             recorder.normalise(&self.parts.norm, &selected)
         })?;
         let host = &recorder.host;
-        let found = output::losses(host, &self.parts.output, &normed.buffer, &rows.targets, is_wanted)?;
+        let mut found = output::losses(host, &self.parts.output, &normed.buffer, &rows.targets, beside)?;
         let mut adapters = AdapterGradients::default();
         if let Some(last) = normed.place {
-            let g = tape.backward(host, &rows.batch, (last, found.g), &mut adapters)?;
+            let g = tape.backward(host, &rows.batch, (last, std::mem::take(&mut found.g)), &mut adapters)?;
             self.backward(passes, &step, g, &mut adapters)?;
         }
         let jobs = if wants_gradients { self.collect(batch, &mut adapters)? } else { Vec::new() };
-        Ok(BatchGradients { losses: rows.losses(&found.nats), jobs })
+        Ok((rows, found, jobs))
     }
 
     /// The backward pass through the blocks, from the last to the first in which something is trained.
@@ -296,11 +304,17 @@ impl Trainee for TrainedModel {
 
     fn gradients(&mut self, batch: &[TrainSegment<'_>]) -> Result<BatchGradients, TrainError> {
         let this = &*self;
-        on_first_thread(|| this.run(batch, true))
+        on_first_thread(|| {
+            let (rows, found, jobs) = this.run(batch, Beside::Gradient)?;
+            Ok(BatchGradients { losses: rows.losses(&found.nats), jobs })
+        })
     }
 
     fn losses(&mut self, batch: &[TrainSegment<'_>]) -> Result<Vec<SegmentLoss>, TrainError> {
         let this = &*self;
-        on_first_thread(|| Ok(this.run(batch, false)?.losses))
+        on_first_thread(|| {
+            let (rows, found, _) = this.run(batch, Beside::Nothing)?;
+            Ok(rows.losses(&found.nats))
+        })
     }
 }

@@ -101,6 +101,14 @@ impl Tape {
         Place(self.records.len() - 1)
     }
 
+    /// The projections that some row adapts, by their modules' paths, and what they read, `[rows, d]`.
+    pub(crate) fn adapted(&self) -> impl Iterator<Item = (&str, &Buffer)> {
+        self.records.iter().filter_map(|record| match record {
+            Record::Projected { linear, x: Some(x), .. } => Some((&*linear.path, x)),
+            _ => None,
+        })
+    }
+
     /// Bytes of the numbers that it keeps.
     pub(crate) fn bytes(&self) -> u64 {
         let mut seen = FxHashSet::default();

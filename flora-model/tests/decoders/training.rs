@@ -1,6 +1,6 @@
 //! Losses and gradients of whole decoders: against central differences of the loss in f64, and the promise that a job's are its own.
 
-use flora_checkpoint::Model;
+use flora_checkpoint::{Model, TensorFile};
 use flora_ir::algebra::{FoldedAdapter, RankOne, VirtualRow};
 use flora_ir::gradient::FoldedGradient;
 use flora_model::{TrainError, TrainOptions, TrainedModel};
@@ -331,6 +331,57 @@ fn losses_are_transformers() {
             let loss = trained.losses(&[segment]).expect("tokens of the model")[0];
             let allowed = rounding * (right + 8.0 * loss.targets as f64);
             assert!((loss.nats - right).abs() <= allowed, "{name}: {} not {right} ± {allowed}", loss.nats);
+
+            let scores = trained.scores(&[segment]).expect("tokens of the model").remove(0);
+            let sum = scores.iter().fold(0.0, |sum, score| sum + score.nats);
+            assert_eq!((scores.len() as u64, sum.to_bits()), (loss.targets, loss.nats.to_bits()), "{name}");
+            for (logits, score) in prompt.logits.chunks_exact(vocabulary).zip(scores) {
+                let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let below = f64::from(largest - logits[score.likeliest as usize]);
+                assert!(below <= 2.0 * rounding * f64::from(largest.abs()), "{name}: {below} below the largest logit");
+            }
+        }
+    }
+}
+
+/// Against what the first block reads by its definition: the normalised embedding.
+#[test]
+fn inputs_of_adapted_projections_are_what_they_read() {
+    if !is_host() {
+        println!("NOT RUN: training is on the host alone");
+        return;
+    }
+    let model = open("llama_tiny");
+    let mut random = fastrand::Rng::with_seed(23);
+    let mut trained = load(&model, 0);
+    let layers = trained.layers().to_vec();
+    let adapted: Vec<usize> = (0..layers.len()).filter(|layer| !layers[*layer].path.ends_with("up_proj")).collect();
+    let own: Vec<_> = adapted.iter().map(|layer| (*layer, adapter(0, &layers[*layer], &mut random))).collect();
+    trained.place(JobId(3), &own).expect("adapters that fit");
+    let documents = [Document::new(Some(3), 7, 173, &mut random), Document::new(Some(3), 5, 173, &mut random)];
+    let mut read = Vec::new();
+    let gather = |path: &str, x: &[f32]| read.push((path.to_owned(), x.to_vec()));
+    trained.adapted_inputs(&segments(&documents), gather).expect("a batch");
+    assert_eq!(read.len(), adapted.len(), "each once, and no other");
+    for (path, x) in &read {
+        let layer = layers.iter().find(|layer| layer.path == *path).expect("a layer of the model");
+        assert_eq!(x.len(), 12 * layer.shape.d as usize, "{path}");
+        assert!(!path.ends_with("up_proj"), "{path} isn't adapted");
+    }
+    let tensors = TensorFile::read(&golden("llama_tiny").join("model/model.safetensors")).expect("a file").tensors;
+    let (embedding, gamma) =
+        (&tensors["model.embed_tokens.weight"], &tensors["model.layers.0.input_layernorm.weight"].values);
+    let d = gamma.len();
+    let (_, x) = read.iter().find(|(path, _)| path == "model.layers.0.self_attn.q_proj").expect("it is adapted");
+    let tokens = documents.iter().flat_map(|document| &document.tokens);
+    for (token, x) in tokens.zip(x.chunks_exact(d)) {
+        let row = &embedding.values[*token as usize * d..][..d];
+        let square = row.iter().map(|number| f64::from(*number).powi(2)).sum::<f64>() / d as f64;
+        for ((number, gamma), x) in row.iter().zip(gamma).zip(x) {
+            let right = f64::from(*number) * f64::from(*gamma) / (square + 1e-5).sqrt();
+            // A sum of d squares, a root, a quotient and two products, in f32.
+            let allowed = (d + 8) as f64 * 2f64.powi(-24) * right.abs();
+            assert!((right - f64::from(*x)).abs() <= allowed, "{x} not {right}");
         }
     }
 }

@@ -118,6 +118,15 @@ impl Dataset {
         self
     }
 
+    /// Those of them alone whose positions `is_kept` keeps. A job needs one at least.
+    #[must_use]
+    pub fn keep(mut self, is_kept: impl Fn(usize) -> bool) -> Self {
+        let mut positions = 0..;
+        self.sequences.retain(|_| positions.next().is_some_and(&is_kept));
+        self.digest = digest(&self.sequences);
+        self
+    }
+
     /// In the order of the documents.
     pub fn sequences(&self) -> &[Sequence] {
         &self.sequences
