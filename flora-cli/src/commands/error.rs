@@ -116,6 +116,22 @@ pub(crate) enum CommandError {
     #[diagnostic(help("what it had saved before is as it was; the other jobs are done"))]
     NotTrained { job: String, reason: String },
     #[cfg(feature = "serve")]
+    #[error("there is no folder {}", .0.display())]
+    #[diagnostic(help("benches/quality/corpus.py makes a corpus; benches/README.md says how"))]
+    NoCorpus(PathBuf),
+    #[cfg(feature = "serve")]
+    #[error("{} has {found} files, and an interval over fewer than 8 says nothing", path.display())]
+    #[diagnostic(help("hold out more files"))]
+    FewFiles { path: PathBuf, found: usize },
+    #[cfg(feature = "serve")]
+    #[error("no learning rate of `{variant}` gave a finite loss in {language}")]
+    #[diagnostic(help("give it lower ones in the plan, and another --state"))]
+    NoRate { variant: String, language: String },
+    #[cfg(feature = "serve")]
+    #[error("{} is the score of another job, or no score", .0.display())]
+    #[diagnostic(help("a folder of --state belongs to one plan, corpus and model; give another one"))]
+    OtherScore(PathBuf),
+    #[cfg(feature = "serve")]
     #[error("can't listen: {0}")]
     #[diagnostic(help("choose another --port (0 takes any that is free) or --host"))]
     Listen(std::io::Error),
@@ -173,6 +189,7 @@ below!(flora_codegen::target::EmitError, flora_codegen::target::UnknownTarget);
 
 #[cfg(feature = "serve")]
 below!(
+    super::bench::PlanError,
     flora_engine::OptionsError,
     flora_engine::RequestError,
     flora_model::DirectoryError,

@@ -11,6 +11,7 @@ mod gguf_writer;
 mod inspect;
 mod kinds;
 mod mistakes;
+mod quality;
 mod report;
 mod server;
 mod serving;

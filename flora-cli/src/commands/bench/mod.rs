@@ -7,6 +7,8 @@ pub(crate) mod paper;
 mod peaks;
 mod peer;
 mod planner;
+#[cfg(feature = "serve")]
+mod quality;
 mod report;
 #[cfg(feature = "serve")]
 pub(crate) mod serving;
@@ -20,6 +22,8 @@ use super::error::CommandError;
 #[cfg(not(feature = "serve"))]
 use super::missing;
 pub(crate) use peer::PeerError;
+#[cfg(feature = "serve")]
+pub(crate) use quality::PlanError;
 
 /// Measure, and compare with other programs
 #[derive(Args)]
@@ -38,6 +42,10 @@ enum Table {
     Serving(serving::Arguments),
     #[cfg(not(feature = "serve"))]
     Serving(missing::Arguments),
+    #[cfg(feature = "serve")]
+    Quality(quality::Arguments),
+    #[cfg(not(feature = "serve"))]
+    Quality(missing::Arguments),
 }
 
 pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
@@ -50,5 +58,9 @@ pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
         Table::Serving(arguments) => serving::serving(arguments),
         #[cfg(not(feature = "serve"))]
         Table::Serving(_) => missing::missing("bench serving", "serve"),
+        #[cfg(feature = "serve")]
+        Table::Quality(arguments) => quality::quality(arguments),
+        #[cfg(not(feature = "serve"))]
+        Table::Quality(_) => missing::missing("bench quality", "serve"),
     }
 }
