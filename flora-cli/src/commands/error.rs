@@ -132,6 +132,20 @@ pub(crate) enum CommandError {
     #[diagnostic(help("a folder of --state belongs to one plan, corpus and model; give another one"))]
     OtherScore(PathBuf),
     #[cfg(feature = "serve")]
+    #[error("the adapter `{adapter}` ({kind}) can't be converted: {reason}")]
+    #[diagnostic(help("give a LoRA adapter of linear layers, without DoRA and without replaced weights"))]
+    NotConvertible { adapter: String, kind: String, reason: &'static str },
+    #[cfg(feature = "serve")]
+    #[error("`{path}` can't be fitted: {reason}")]
+    #[diagnostic(help(
+        "a layer that isn't adapted by the LoRA adapter isn't fitted; --rank and --tokens change the problem"
+    ))]
+    NotFitted { path: String, reason: String },
+    #[cfg(feature = "serve")]
+    #[error("the text is one sequence, and some is fitted on and some kept apart")]
+    #[diagnostic(help("give more text, or a shorter --sequence-length"))]
+    LittleText,
+    #[cfg(feature = "serve")]
     #[error("can't listen: {0}")]
     #[diagnostic(help("choose another --port (0 takes any that is free) or --host"))]
     Listen(std::io::Error),
@@ -199,9 +213,11 @@ below!(
     flora_tokenizer::ChatError,
     flora_tokenizer::EncodeError,
     flora_tokenizer::TokenizerError,
+    flora_ir::algebra::FoldError,
     flora_train::AddError,
     flora_train::DataError,
     flora_train::JobsFileError,
+    flora_train::MakeError,
     flora_train::OptionError,
     flora_model::TrainError,
 );

@@ -1,6 +1,8 @@
 //! The command line: one file a subcommand, each from its arguments to what it prints.
 
 mod bench;
+#[cfg(feature = "serve")]
+mod convert;
 mod devices;
 mod error;
 mod explain;
@@ -54,12 +56,16 @@ enum Command {
     Serve(serving::serve::Arguments),
     #[cfg(feature = "serve")]
     Train(Box<train::Arguments>),
+    #[cfg(feature = "serve")]
+    Convert(Box<convert::Arguments>),
     #[cfg(not(feature = "serve"))]
     Generate(missing::Arguments),
     #[cfg(not(feature = "serve"))]
     Serve(missing::Arguments),
     #[cfg(not(feature = "serve"))]
     Train(missing::Arguments),
+    #[cfg(not(feature = "serve"))]
+    Convert(missing::Arguments),
 }
 
 /// Runs the command; 0, 1 for an error, 2 for wrong usage.
@@ -82,12 +88,16 @@ pub(crate) fn main() -> ExitCode {
         Command::Serve(arguments) => serving::serve::serve(&arguments),
         #[cfg(feature = "serve")]
         Command::Train(arguments) => train::train(&arguments),
+        #[cfg(feature = "serve")]
+        Command::Convert(arguments) => convert::convert(&arguments),
         #[cfg(not(feature = "serve"))]
         Command::Generate(_) => missing::missing("generate", "serve"),
         #[cfg(not(feature = "serve"))]
         Command::Serve(_) => missing::missing("serve", "serve"),
         #[cfg(not(feature = "serve"))]
         Command::Train(_) => missing::missing("train", "serve"),
+        #[cfg(not(feature = "serve"))]
+        Command::Convert(_) => missing::missing("convert", "serve"),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -4,6 +4,7 @@
 mod answers;
 mod bench;
 mod command;
+mod convert;
 mod data;
 #[allow(dead_code, reason = "it can write more than these tests want")]
 #[path = "../../../flora-checkpoint/tests/checkpoint/gguf_writer.rs"]
