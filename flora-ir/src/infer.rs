@@ -1,7 +1,7 @@
 //! The type of one operation from the types of what it reads: the typing rules of the IR, and what breaks each of them.
 
 use crate::arena::Handle;
-use crate::layer::{Backward, Layer, Node, Operator};
+use crate::layer::{Backward, Layer, Node, Operator, Pairs};
 use crate::types::{Dimension, ElementType, Scope, Shape, TensorType};
 
 /// A broken typing rule, before it is given a place.
@@ -107,6 +107,10 @@ pub(crate) fn infer<'t>(
                 other => mistake(format!("transpose needs a matrix, this is {other}"), "leave vectors as they are"),
             }
         }
+        Node::PairProduct { pairs, lhs, rhs } => {
+            let (l, r) = (type_of(lhs), type_of(rhs));
+            Ok(TensorType { shape: pair_product(pairs, l, r)?, ..combined(layer, lhs, l, rhs, r)? })
+        }
         Node::Activation { value, .. } => Ok(type_of(value).clone()),
         Node::Backward(ref backward) => infer_backward(backward, type_of),
     }
@@ -135,6 +139,19 @@ fn infer_backward<'t>(
                 return mistake(format!("{narrow} does not broadcast to {wide}"), "sum over axes that are there");
             }
             Ok(if matches!(backward, Backward::SumLike { .. }) { narrow.clone() } else { wide.clone() })
+        }
+        Backward::SumPairs { value, like, .. } => {
+            let (value, like) = (type_of(value), type_of(like));
+            let (Shape::Matrix(rows, columns), Shape::Matrix(m, n)) = (&value.shape, &like.shape) else {
+                return mistake(
+                    format!("{value} and {like} are no matrices of pairs"),
+                    "sum over pairs that are there",
+                );
+            };
+            if (rows == m) == (columns == n) {
+                return mistake(format!("{value} has no pairs of {like}"), "sum over pairs that are there");
+            }
+            Ok(like.clone())
         }
         Backward::Extent { value, .. } => {
             Ok(TensorType { shape: Shape::Scalar, rank_axis: None, ..type_of(value).clone() })
@@ -165,6 +182,25 @@ fn matmul(l: &TensorType, r: &TensorType) -> Result<Shape, Mistake> {
         return mistake(format!("{l} @ {r} does not meet: it would contract {n} with {o}"), help);
     }
     Ok(Shape::Matrix(m.clone(), p.clone()))
+}
+
+/// `[d, r]` and `[d, s]` → `[d, r·s]`, or `[r, k]` and `[s, k]` → `[r·s, k]`
+fn pair_product(pairs: Pairs, l: &TensorType, r: &TensorType) -> Result<Shape, Mistake> {
+    let name = pairs.name();
+    let shapes = (&l.shape, &r.shape, l.rank_axis.is_some() || r.rank_axis.is_some());
+    let (Shape::Matrix(m, n), Shape::Matrix(o, p), false) = shapes else {
+        return mistake(format!("{name} needs two matrices, these are {l} and {r}"), "take it of two adapter matrices");
+    };
+    if [m, n, o, p].contains(&&Dimension::Tokens) {
+        return mistake(format!("{name} would pair rows of the batch"), "take it of two adapter matrices");
+    }
+    let pair = |first: &Dimension, second: &Dimension| Dimension::Product(first.clone().into(), second.clone().into());
+    match pairs {
+        Pairs::Columns if m == o => Ok(Shape::Matrix(m.clone(), pair(n, p))),
+        Pairs::Rows if n == p => Ok(Shape::Matrix(pair(m, o), n.clone())),
+        Pairs::Columns => mistake(format!("{name} needs as many rows: {m} is not {o}"), "pair columns of one length"),
+        Pairs::Rows => mistake(format!("{name} needs as many columns: {n} is not {p}"), "pair rows of one length"),
+    }
 }
 
 /// Elementwise: a scalar goes with everything, a vector with every row of a matrix.

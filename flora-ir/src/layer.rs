@@ -58,6 +58,16 @@ pub enum Operator {
     Divide,
 }
 
+impl Pairs {
+    /// The name in the text form.
+    pub fn name(self) -> &'static str {
+        match self {
+            Pairs::Columns => "face_splitting",
+            Pairs::Rows => "khatri_rao",
+        }
+    }
+}
+
 impl Operator {
     /// The sign in the text form.
     pub fn sign(self) -> &'static str {
@@ -72,6 +82,24 @@ impl Operator {
     pub fn is_commutative(self) -> bool {
         self != Operator::Divide
     }
+}
+
+/// What is paired in a [`Node::PairProduct`]; the pair of the lhs's p and the rhs's q is at p·s + q.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pairs {
+    /// `[d, r]`, `[d, s]` → `[d, r·s]`: the face-splitting product (the Khatri–Rao product of the transposed).
+    Columns,
+    /// `[r, k]`, `[s, k]` → `[r·s, k]`: the Khatri–Rao product.
+    Rows,
+}
+
+/// One side of a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// The first.
+    Left,
+    /// The second.
+    Right,
 }
 
 /// φ of Eq. 2.
@@ -148,6 +176,17 @@ pub enum Node {
     ColumnNorm(Handle<Node>),
     /// `[m, n]` → `[n, m]`, of a value known when the adapter is loaded. A rank axis is kept.
     Transpose(Handle<Node>),
+    /// The elementwise products of every pair of columns, or of every pair of rows, of two matrices known when the adapter is
+    /// loaded: (b @ a) ∘ (d @ c) = face_splitting(b, d) @ khatri_rao(a, c) (Slyusar). So a Hadamard product of two matrices of
+    /// ranks r and s is one of rank r·s.
+    PairProduct {
+        /// Columns or rows.
+        pairs: Pairs,
+        /// `[d, r]` or `[r, k]`
+        lhs: Handle<Node>,
+        /// `[d, s]` or `[s, k]`
+        rhs: Handle<Node>,
+    },
     /// φ(value), elementwise.
     Activation {
         /// φ
@@ -174,6 +213,15 @@ pub enum Backward {
     /// `value` at every place of `like`: undoes a sum.
     BroadcastLike {
         /// A value that broadcasts to `like`.
+        value: Handle<Node>,
+        /// A value of the type of the result.
+        like: Handle<Node>,
+    },
+    /// `value` summed over all pairs that one column or row of `like` is in: undoes one side of a [`Node::PairProduct`].
+    SumPairs {
+        /// Which side of the pairs `like` is.
+        side: Side,
+        /// `[d, r·s]` or `[r·s, k]`
         value: Handle<Node>,
         /// A value of the type of the result.
         like: Handle<Node>,
@@ -206,7 +254,9 @@ pub enum Axis {
 impl Backward {
     fn operands(&self) -> (Handle<Node>, Option<Handle<Node>>) {
         match *self {
-            Backward::SumLike { value, like } | Backward::BroadcastLike { value, like } => (value, Some(like)),
+            Backward::SumLike { value, like }
+            | Backward::BroadcastLike { value, like }
+            | Backward::SumPairs { value, like, .. } => (value, Some(like)),
             Backward::Stack(value) | Backward::Extent { value, .. } | Backward::Derivative { value, .. } => {
                 (value, None)
             }
@@ -218,6 +268,7 @@ impl Backward {
             Backward::Stack(value) => Backward::Stack(f(value)),
             Backward::SumLike { value, like } => Backward::SumLike { value: f(value), like: f(like) },
             Backward::BroadcastLike { value, like } => Backward::BroadcastLike { value: f(value), like: f(like) },
+            Backward::SumPairs { side, value, like } => Backward::SumPairs { side, value: f(value), like: f(like) },
             Backward::Extent { axis, value } => Backward::Extent { axis, value: f(value) },
             Backward::Derivative { function, value } => Backward::Derivative { function, value: f(value) },
         }
@@ -229,7 +280,9 @@ impl Node {
     pub fn operands(&self) -> impl Iterator<Item = Handle<Node>> + use<> {
         let (first, second) = match *self {
             Node::Operand(_) | Node::Constant(_) => (None, None),
-            Node::MatMul { lhs, rhs, .. } | Node::Elementwise { lhs, rhs, .. } => (Some(lhs), Some(rhs)),
+            Node::MatMul { lhs, rhs, .. } | Node::Elementwise { lhs, rhs, .. } | Node::PairProduct { lhs, rhs, .. } => {
+                (Some(lhs), Some(rhs))
+            }
             Node::Columns(value) | Node::Rows(value) | Node::ColumnNorm(value) => (Some(value), None),
             Node::Transpose(value) | Node::ReduceRank { value, .. } | Node::Activation { value, .. } => {
                 (Some(value), None)
@@ -249,6 +302,7 @@ impl Node {
             Node::Constant(number) => Node::Constant(number),
             Node::MatMul { lhs, rhs, reduce } => Node::MatMul { lhs: f(lhs), rhs: f(rhs), reduce },
             Node::Elementwise { operator, lhs, rhs } => Node::Elementwise { operator, lhs: f(lhs), rhs: f(rhs) },
+            Node::PairProduct { pairs, lhs, rhs } => Node::PairProduct { pairs, lhs: f(lhs), rhs: f(rhs) },
             Node::Columns(value) => Node::Columns(f(value)),
             Node::Rows(value) => Node::Rows(f(value)),
             Node::ReduceRank { reduce, value } => Node::ReduceRank { reduce, value: f(value) },

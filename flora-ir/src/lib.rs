@@ -35,7 +35,7 @@ pub mod verify;
 pub use arena::{Arena, Handle};
 pub use diagnostic::{Diagnostic, Label};
 pub use evaluate::{Bindings, EvaluateError, Value, evaluate, evaluate_root};
-pub use layer::{Activation, Axis, Backward, Layer, Node, Operand, Operator, Reduce, Role, Span};
+pub use layer::{Activation, Axis, Backward, Layer, Node, Operand, Operator, Pairs, Reduce, Role, Side, Span};
 pub use text::{ParseError, parse, print};
 pub use types::{Dimension, ElementType, Scope, Shape, TensorType};
 pub use verify::{VerifiedLayer, verify};

@@ -11,6 +11,8 @@ pub enum Dimension {
     Symbol(String),
     /// A known extent.
     Fixed(u64),
+    /// A pair of one of the first and one of the second, the first outermost. Only what is computed has it, no operand.
+    Product(Box<Dimension>, Box<Dimension>),
 }
 
 impl fmt::Display for Dimension {
@@ -19,6 +21,7 @@ impl fmt::Display for Dimension {
             Dimension::Tokens => f.write_str("tokens"),
             Dimension::Symbol(name) => f.write_str(name),
             Dimension::Fixed(extent) => write!(f, "{extent}"),
+            Dimension::Product(first, second) => write!(f, "{first}·{second}"),
         }
     }
 }

@@ -227,6 +227,10 @@ fn operand_mistakes(operand: &Operand) -> Vec<(String, String)> {
     }
     for dimension in dimensions {
         match dimension {
+            Dimension::Product(..) => wrong(
+                format!("an operand has an extent of pairs, {dimension}"),
+                "name the dimension: pairs are what face_splitting and khatri_rao make",
+            ),
             Dimension::Fixed(0) => wrong("an extent is 0".to_owned(), "extents are positive"),
             Dimension::Symbol(name) if name == "tokens" || !is_identifier(name) => wrong(
                 format!("`{name}` can't be the name of a dimension"),

@@ -9,7 +9,7 @@ use flora_ir::{Activation, Bindings, Dimension, EvaluateError, Role, Value, Veri
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use support::equations::{OPERANDS, equation, sizes, source};
-use support::{bindings, config, is_close, layer};
+use support::{bindings, config, is_close, layer, with_offset};
 
 /// f64 against f64: sums of a few hundred products, in another order.
 const EXACT: f64 = 1e-9;
@@ -49,15 +49,20 @@ fn check(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> Result<(), Test
     let linear = normalized.linear;
     let name = |operand| linear.layer.layer().operands[operand].name.clone();
     let get = |operand| bindings.get(&name(operand)).expect("bound");
-    let folded = linear.fold(&bindings).map_err(|error| TestCaseError::fail(format!("{error}\n{text}")))?;
+    let (folded, offset) =
+        linear.fold_with_offset(&bindings).map_err(|error| TestCaseError::fail(format!("{error}\n{text}")))?;
     let (x, w0, bias) = (get(linear.input), get(linear.base_weight), linear.bias.map(get));
+    let bias = with_offset(bias, offset.as_deref());
+    let bias = bias.as_ref();
     let residual = linear.residual.map(get);
     let applied = folded
         .apply_with_residual(x, w0, bias, linear.activation, residual)
         .map_err(|error| TestCaseError::fail(error.to_string()))?;
     let sizes_of_products = sizes_of_products(&folded, x, w0).expect("apply accepted the same shapes");
     for ((expected, applied), size) in expected.data().iter().zip(applied.data()).zip(sizes_of_products.data()) {
-        let is_close = (expected - applied).abs() <= ROUNDED * size + EXACT * expected.abs();
+        // What is added is rounded, too.
+        let added = if offset.is_some() { 2.0 + expected.abs() } else { 0.0 };
+        let is_close = (expected - applied).abs() <= ROUNDED * (size + added) + EXACT * expected.abs();
         prop_assert!(is_close, "{expected} is not {applied}: {text}\n{}", normalized.derivation);
     }
     prop_assert_eq!(folded.layout(), linear.layout(sizes[3]), "{}", text);
@@ -136,7 +141,7 @@ fn the_base_weight_is_read_by_norms_alone() {
 
 #[test]
 fn every_rule_has_a_use() {
-    let operands = format!("{OPERANDS}, f: adapter[R, R]");
+    let operands = format!("{OPERANDS}, f: adapter[R, R], g: adapter[K, R], h: adapter[R, D]");
     // Each line is there for the rules that only it needs.
     let terms = [
         "x @ (w0 + b @ a)",
@@ -150,6 +155,9 @@ fn every_rule_has_a_use() {
         "sum_rank(rows(a) * (x @ w0)) + mean_rank(rows(a) * (x @ w0))",
         "sum_rank((columns(b) * x) @ w0) + mean_rank((columns(b) * x) @ w0)",
         "sum_rank(rows(a) * (l * (rows(c) * ((columns(b) * (columns(d) * x)) @ w0))))",
+        "x @ ((b @ a) * (d @ c)) + x @ (((b @ a) * (s * (b @ c))) * (d @ c))",
+        "x @ (w0 * (((b @ a) * (d @ a)) * (d @ c))) + x @ (w0 * ((b @ a) * (d @ c)))",
+        "x @ (w0 @ (g @ a)) + ((x @ w0) @ g) @ c + (x @ w0) @ (g @ (f @ c)) + (x @ (d @ h)) @ w0",
     ];
     let operands = format!("{operands}, residual: residual[tokens, K]");
     let layer = layer(&format!("layer f({operands}) {{ {} + residual + bias }}", terms.join(" + ")));
@@ -194,7 +202,9 @@ fn the_term_in_the_way_is_named() {
     refuses("l: adapter[K]) { l * relu(x @ w0) }", Obstacle::InnerActivation, "relu(x @ w0)");
     refuses("l: adapter[K]) { relu(silu(x @ w0) * l) }", Obstacle::InnerActivation, "silu(x @ w0)");
     refuses("l: adapter[K]) { l / (x @ w0) }", Obstacle::DivisionByInput, "l / (x @ w0)");
-    refuses("c: adapter[K]) { x @ w0 + c }", Obstacle::AddedConstant, "c");
+    refuses("c: adapter[K]) { c * (x @ w0) + 2 / 3 }", Obstacle::AddedConstant, "2.0 / 3.0");
+    refuses("c: bias[K]) { x @ w0 + 2 * c }", Obstacle::AddedConstant, "2.0 * c");
+    refuses("c: adapter[K]) { c * (x @ w0 + c) }", Obstacle::InnerAddition, "x @ w0 + c");
     refuses("c: bias[K], d: bias[K]) { x @ w0 + c + d }", Obstacle::SecondBias, "d");
     refuses("l: adapter[K], c: bias[K]) { l * (x @ w0 + c) }", Obstacle::InnerAddition, "x @ w0 + c");
     refuses("l: adapter[D]) { (x + l) @ w0 }", Obstacle::InnerAddition, "x + l");
@@ -235,7 +245,7 @@ fn a_residual_is_added_to_the_finished_output_or_refused() {
     // With the residual in its place, the other obstacles are still found.
     residual(", l: adapter[K]) { l * relu(x @ w0) + e }", Obstacle::InnerActivation, "relu(x @ w0)");
     residual(") { relu(x @ w0) + silu(x @ w0) + e }", Obstacle::InnerActivation, "relu(x @ w0)");
-    residual(", c: adapter[K]) { relu(x @ w0 + c) + e }", Obstacle::AddedConstant, "c");
+    residual(") { relu(x @ w0 + 2) + e }", Obstacle::AddedConstant, "2.0");
     residual(", c: bias[K]) { relu(x @ w0) + c + e }", Obstacle::InnerActivation, "relu(x @ w0)");
 
     let doubling: String = (1..40).map(|i| format!("let e{i} = e{} + e{};", i - 1, i - 1)).collect();
@@ -391,5 +401,67 @@ fn applying_checks_every_shape() {
     assert_eq!(add(Some(&y)).unwrap().data(), twice);
     for residual in [&Value::vector(vec![1.0; 7]), &Value::scalar(1.0), x] {
         assert!(matches!(add(Some(residual)), Err(FoldError::WrongShape { what: "the residual", .. })));
+    }
+}
+
+/// What an adapter adds to its rows is folded into one vector, and no fold drops it.
+#[test]
+fn a_bias_of_an_adapter_is_an_offset() {
+    let source = "layer f(x: input[tokens, D], w0: weight[D, K], l: adapter[K], s: adapter[], c: bias[K]) { relu(c + x @ w0 + (l * l + s)) }";
+    let linear = normalize(&layer(source)).unwrap().linear;
+    let bindings = Bindings::from_iter([("l", Value::vector(vec![1.0, 2.0, 3.0])), ("s", Value::scalar(0.5))]);
+    let (folded, offset) = linear.fold_with_offset(&bindings).unwrap();
+    assert_eq!((folded.virtual_rows, offset), (vec![VirtualRow::default()], Some(vec![1.5, 4.5, 9.5])));
+    assert!(linear.bias.is_some() && linear.activation == Activation::Relu);
+    assert!(matches!(linear.fold(&bindings), Err(FoldError::Offset { layer }) if layer == "f"));
+    let large = Bindings::from_iter([("l", Value::vector(vec![1e30; 3])), ("s", Value::scalar(0.5))]);
+    assert!(matches!(linear.fold_with_offset(&large), Err(FoldError::NotFinite { .. })));
+    let plain = normalize(builtin::builtin("linear").unwrap()).unwrap().linear;
+    assert_eq!(plain.fold_with_offset(&Bindings::new()).unwrap().1, None);
+}
+
+/// The rank of an elementwise product is the product of the ranks, whatever stands where.
+#[test]
+fn hadamard_products_of_low_rank_weights_have_the_product_of_their_ranks() {
+    let operands = "x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K], d: adapter[D, 2], \
+        c: adapter[2, K], s: adapter[]";
+    let (p, q) = ("(b @ a)", "(d @ c)");
+    for (weight, counts) in [
+        (format!("w0 + s * ({p} * {q})"), (1, 6)),
+        (format!("w0 + {p} * {q} * {p}"), (1, 18)),
+        (format!("w0 + {p} * ({q} * ({p} * (s * {q})))"), (1, 36)),
+        (format!("w0 + ({p} * {q}) * ({p} * {q})"), (1, 36)),
+        (format!("w0 + (({p} * {q}) * ({p} * {q})) * ({p} * {q})"), (1, 216)),
+        (format!("w0 * ({p} * {q})"), (6, 0)),
+        (format!("{p} * (w0 * {q})"), (6, 0)),
+        (format!("w0 + w0 * (1 + {p} * {q}) * {p}"), (22, 0)),
+        (format!("w0 * ({p} * {q} * {q} * {p})"), (36, 0)),
+        (format!("({p} * {q}) * ({q} * w0) / s"), (12, 0)),
+    ] {
+        let source = format!("layer f({operands}) {{ x @ ({weight}) + s * (x @ (b @ a + d @ c)) }}");
+        let layer = layer(&source);
+        check(&layer, [2, 5, 7, 3], 1).unwrap();
+        let layout = normalize(&layer).expect(&source).linear.layout(3);
+        assert_eq!((layout.virtual_rows.len(), layout.low_rank - 5), counts, "{weight}");
+    }
+}
+
+/// (I + u v) w0 (I + p q), its factors written on either side of w0 or around what it gives.
+#[test]
+fn square_low_rank_updates_of_the_identity_are_low_rank() {
+    let operands =
+        "x: input[tokens, D], w0: weight[D, K], u: adapter[D, R], v: adapter[R, D], p: adapter[K, R], q: adapter[R, K]";
+    for (equation, rank) in [
+        ("x @ (w0 + (u @ v) @ w0) + (x @ w0) @ (p @ q)", 2),
+        ("x @ (w0 + u @ (v @ w0)) + ((x @ w0) @ p) @ q", 2),
+        ("(x + (x @ u) @ v) @ (w0 + w0 @ (p @ q))", 2),
+        ("let y = (x + (x @ u) @ v) @ w0; y + (y @ p) @ q", 3),
+        ("let w = w0 + (u @ v) @ w0; x @ (w + w0 @ (p @ q))", 2),
+    ] {
+        let layer = layer(&format!("layer f({operands}) {{ {equation} }}"));
+        check(&layer, [2, 5, 7, 3], 1).unwrap();
+        let linear = normalize(&layer).expect(equation).linear;
+        assert_eq!((linear.layout(1).virtual_rows.len(), linear.layout(1).low_rank), (1, rank), "{equation}");
+        assert!(linear.reads_base_weight(), "{equation}");
     }
 }

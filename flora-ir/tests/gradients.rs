@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use support::equations::{equation, sizes, source};
 use support::loss::{DEGREE, Loss, ROUNDING, differentiable, fail, output_gradient, with_elements};
-use support::{bindings, config, layer};
+use support::{bindings, config, layer, with_offset};
 
 /// f64 against f64: sums of a few hundred products, in another order.
 const EXACT: f64 = 1e-9;
@@ -37,10 +37,12 @@ fn check(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> Result<(), Test
 
     // By way of the folded vectors, whose numbers are rounded to f32: by u = 2⁻²⁴ of them. Two of them meet in every product, and
     // the slope of an activation, whose own slope is at most 1.2, moves with a sum of products of size S by 2·u·1.2·S.
-    let (folded, sum) = (linear.fold(&loss.bindings).map_err(fail)?, folded_sums(&linear, &loss)?);
+    let ((folded, offset), sum) =
+        (linear.fold_with_offset(&loss.bindings).map_err(fail)?, folded_sums(&linear, &loss)?);
     let (x, w0, bias) = (loss.get(linear.input), loss.get(linear.base_weight), linear.bias.map(|bias| loss.get(bias)));
+    let sum_of_biases = with_offset(bias, offset.as_deref());
     let LinearGradient { input, bias: d_bias, adapter } =
-        folded.gradient(x, w0, bias, linear.activation, &loss.dy).map_err(fail)?;
+        folded.gradient(x, w0, sum_of_biases.as_ref(), linear.activation, &loss.dy).map_err(fail)?;
     let unit = 2.0 / (1u64 << 24) as f64;
     let stretch = if linear.activation == Activation::Identity { 0.0 } else { 1.2 * sum.largest };
     let further = unit * DEGREE * loss.size * (1.0 + stretch);
@@ -54,7 +56,8 @@ fn check(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> Result<(), Test
     if let Some(bias) = linear.bias {
         loss.check(&loss.layer.layer().operands[bias].name, &d_bias, further)?;
     }
-    let unfolded = linear.unfolding().unfold(&loss.bindings, &adapter).map_err(fail)?;
+    let d_offset = offset.map(|_| d_bias.data());
+    let unfolded = linear.unfolding().unfold_with_offset(&loss.bindings, &adapter, d_offset).map_err(fail)?;
     for operand in differentiable(layer).filter(|operand| operand.role == Role::Adapter) {
         loss.check(&operand.name, unfolded.get(&operand.name).expect("unfolded"), further)?;
     }
@@ -98,7 +101,7 @@ fn check_adjoint(linear: &NormalForm, loss: &Loss, g: &Value, further: f64) -> R
     let all = of(&adjoint, g, &transposed);
     let dx = &loss.layer.layer().operands[linear.input].name;
     loss.check(dx, &evaluate_root(&adjoint.layer, &all).map_err(fail)?, 0.0)?;
-    let folded = linear.fold(&loss.bindings).map_err(fail)?;
+    let (folded, _) = linear.fold_with_offset(&loss.bindings).map_err(fail)?;
     for adapter in [folded.adjoint(), adjoint.fold(&all).map_err(fail)?] {
         loss.check(dx, &adapter.apply(g, &transposed, None, Activation::Identity).map_err(fail)?, further)?;
     }
@@ -180,6 +183,21 @@ const OTHERS: [&str; 3] = [
     }",
 ];
 
+/// Elementwise products of low-rank weights beside the base weight and as its factor, updates of the identity on either side of it,
+/// and biases of the adapter's own.
+const FACTORS_AND_BIASES: [&str; 3] = [
+    "layer loha(x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K], d: adapter[D, R], c: adapter[R, K], s: adapter[]) {
+        x @ (w0 * (1 + (b @ a) * (d @ c)) + s * ((b @ c) * (d @ a)))
+    }",
+    "layer around(x: input[tokens, D], w0: weight[D, K], u: adapter[D, R], v: adapter[R, D], p: adapter[K, 2], q: adapter[2, K]) {
+        let y = (x + (x @ u) @ v) @ w0;
+        y + (y @ p) @ q
+    }",
+    "layer shifted(x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K], l: adapter[K], s: adapter[]) {
+        x @ (w0 + b @ a) + l * (1 + s) + sum_rank(rows(a)) + s
+    }",
+];
+
 proptest! {
     #![proptest_config(config(6))]
 
@@ -203,6 +221,18 @@ proptest! {
             let layer = layer(source);
             check(&layer, sizes, seed)?;
             for function in Activation::ALL {
+                check(&with_epilogue(&layer, function), sizes, seed)?;
+            }
+        }
+    }
+
+    /// Of activations, those without a kink: sums of so many products come near to it.
+    #[test]
+    fn gradients_of_factors_and_biases(sizes in sizes(), seed in any::<u64>()) {
+        for source in FACTORS_AND_BIASES {
+            let layer = layer(source);
+            check(&layer, sizes, seed)?;
+            for function in Activation::ALL.into_iter().filter(|function| *function != Activation::Relu) {
                 check(&with_epilogue(&layer, function), sizes, seed)?;
             }
         }

@@ -30,6 +30,17 @@ fn an_equation_in_the_form_of_eq5_with_scales_everywhere() {
     insta::assert_snapshot!("eq5.gradient", gradients(&layer));
 }
 
+/// LoHa, whose derivation reads as fLoRA's does.
+#[test]
+fn an_elementwise_product_of_low_rank_weights() {
+    let source = "layer loha(x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K], d: adapter[D, R], c: adapter[R, K]) {
+        x @ (w0 + (b @ a) * (d @ c))
+    }";
+    let layer = verify(parse(source).unwrap()).unwrap();
+    insta::assert_snapshot!("loha.derivation", normalize(&layer).unwrap().derivation.to_string());
+    insta::assert_snapshot!("loha.gradient", gradients(&layer));
+}
+
 #[test]
 fn a_residual_in_the_middle_of_a_sum() {
     let source = "layer residual(x: input[tokens, D], w0: weight[D, K], b: adapter[D, R], a: adapter[R, K], c: bias[K], e: residual[tokens, K]) {

@@ -4,7 +4,7 @@
 mod body;
 mod signature;
 
-use flora_ir::{Activation, ElementType, Operator, Reduce, Role, Shape, TensorType};
+use flora_ir::{Activation, ElementType, Operator, Pairs, Reduce, Role, Shape, TensorType};
 use proc_macro2::Span;
 use syn::{Ident, ItemFn};
 
@@ -72,6 +72,8 @@ pub(crate) enum ExpressionKind {
     Elementwise(Operator, Box<Expression>, Box<Expression>),
     /// `lhs.matmul(rhs)`, `lhs.matmul_mean(rhs)`
     MatMul(Reduce, Box<Expression>, Box<Expression>),
+    /// `lhs.face_splitting(rhs)`, `lhs.khatri_rao(rhs)`
+    PairProduct(Pairs, Box<Expression>, Box<Expression>),
     /// `value.function()`
     Unary(Unary, Box<Expression>),
 }

@@ -90,6 +90,9 @@ impl Built {
             ExpressionKind::MatMul(reduce, lhs, rhs) => {
                 Node::MatMul { lhs: self.expression(lhs), rhs: self.expression(rhs), reduce: *reduce }
             }
+            ExpressionKind::PairProduct(pairs, lhs, rhs) => {
+                Node::PairProduct { pairs: *pairs, lhs: self.expression(lhs), rhs: self.expression(rhs) }
+            }
             ExpressionKind::Unary(function, value) => {
                 let value = self.expression(value);
                 match *function {

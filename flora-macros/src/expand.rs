@@ -2,8 +2,8 @@
 //! through flora-ir's public builder.
 
 use flora_ir::{
-    Activation, Dimension, ElementType, Handle, Layer, Node, Operand, Operator, Reduce, Role, Scope, Shape, Span,
-    TensorType,
+    Activation, Dimension, ElementType, Handle, Layer, Node, Operand, Operator, Pairs, Reduce, Role, Scope, Shape,
+    Span, TensorType,
 };
 use proc_macro_crate::{FoundCrate, crate_name};
 use proc_macro2::TokenStream;
@@ -167,6 +167,10 @@ impl Code<'_> {
             Dimension::Tokens => quote!(#ir::Dimension::Tokens),
             Dimension::Symbol(name) => quote!(#ir::Dimension::Symbol(::core::convert::From::from(#name))),
             Dimension::Fixed(extent) => quote!(#ir::Dimension::Fixed(#extent)),
+            Dimension::Product(first, second) => {
+                let (first, second) = (self.dimension(first), self.dimension(second));
+                quote!(#ir::Dimension::Product(::core::convert::From::from(#first), ::core::convert::From::from(#second)))
+            }
         }
     }
 
@@ -218,6 +222,14 @@ impl Code<'_> {
             Node::Transpose(value) => {
                 let value = node_name(value);
                 quote!(Transpose(#value))
+            }
+            Node::PairProduct { pairs, lhs, rhs } => {
+                let (lhs, rhs) = (node_name(lhs), node_name(rhs));
+                let pairs = match pairs {
+                    Pairs::Columns => quote!(Columns),
+                    Pairs::Rows => quote!(Rows),
+                };
+                quote!(PairProduct { pairs: #ir::Pairs::#pairs, lhs: #lhs, rhs: #rhs })
             }
             // The equation is verified, and the verifier refuses what gradients alone have.
             Node::Backward(_) => return quote!(::core::compile_error!("an equation has no operation of gradients")),

@@ -87,6 +87,10 @@ fn expression() -> impl Strategy<Value = (String, String)> {
             ("gelu", "gelu_erf"),
             ("silu", "silu"),
         ];
+        let pairs = prop::sample::select(&["face_splitting", "khatri_rao"][..]);
+        let pairs = (inner.clone(), pairs, inner.clone()).prop_map(|((l, text_l), name, (r, text_r))| {
+            (format!("({l}).{name}({r})"), format!("{name}({text_l}, {text_r})"))
+        });
         let binary = (inner.clone(), operator, inner.clone()).prop_map(|((l, text_l), operator, (r, text_r))| {
             let rust = if operator == "@" { format!("({l}).matmul({r})") } else { format!("({l}) {operator} ({r})") };
             (rust, format!("({text_l}) {operator} ({text_r})"))
@@ -95,7 +99,7 @@ fn expression() -> impl Strategy<Value = (String, String)> {
             (prop::sample::select(functions.to_vec()), inner).prop_map(|((method, function), (value, text))| {
                 (format!("({value}).{method}()"), format!("{function}({text})"))
             });
-        prop_oneof![3 => binary, 1 => unary]
+        prop_oneof![3 => binary, 1 => pairs, 1 => unary]
     })
 }
 
@@ -106,6 +110,7 @@ fn output() -> impl Strategy<Value = (String, String)> {
         ("(w0 + s * b.matmul(a))", "(w0 + s * (b @ a))"),
         ("(w0 - w0 * b.matmul_mean(a))", "(w0 + -1 * (w0 * matmul_mean(b, a)))"),
         ("(w0 / w0.column_norm() * 0.5)", "(w0 / column_norm(w0) * 0.5)"),
+        ("(w0 + b.face_splitting(b).matmul(a.khatri_rao(a)))", "(w0 + face_splitting(b, b) @ khatri_rao(a, a))"),
         ("(w0 + a.transpose().matmul(b.transpose()).transpose())", "(w0 + transpose(transpose(a) @ transpose(b)))"),
     ];
     // `$` is the value so far.

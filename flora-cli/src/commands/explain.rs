@@ -34,6 +34,8 @@ struct Report {
     equation: String,
     derivation: Vec<Step>,
     terms: Vec<String>,
+    /// What each adapter adds to its rows.
+    offset: Vec<String>,
     bias: Option<String>,
     activation: &'static str,
     /// What is added last.
@@ -131,6 +133,7 @@ fn report(source: String, compiled: &CompiledLayer) -> Report {
         equation: print_equation(written.layer()),
         derivation: steps.collect(),
         terms: linear.terms.iter().map(|term| term_text(linear, term)).collect(),
+        offset: linear.offset.iter().map(|node| value_text(linear, *node)).collect(),
         bias: linear.bias.map(name),
         activation: linear.activation.name(),
         residual: linear.residual.map(name),
@@ -172,6 +175,7 @@ fn part_name(part: Part) -> &'static str {
 fn human(report: &Report, compiled: &CompiledLayer) -> String {
     let mut text = format!("{}\nDerivation\n{}\n", report.source, compiled.derivation);
     text += &format!("Normal form: y = {}( sum of the terms", report.activation);
+    text += &report.offset.iter().map(|offset| format!(" + {offset}")).collect::<String>();
     text += &report.bias.as_ref().map(|bias| format!(" + {bias}")).unwrap_or_default();
     text += " )";
     text += &report.residual.as_ref().map(|residual| format!(" + {residual}")).unwrap_or_default();
@@ -219,14 +223,17 @@ fn lowerings_text(report: &Report) -> String {
     text
 }
 
+/// A value that is known when an adapter is loaded, in brackets unless it is one word.
+fn value_text(linear: &NormalForm, node: Handle<Node>) -> String {
+    let mut part = linear.layer.layer().clone();
+    part.root = Some(node);
+    let text = print_equation(&part);
+    if text.contains([' ', '\n']) { format!("({text})") } else { text }
+}
+
 /// `outer ∘ core(inner ∘ x)` with the load-time values written out.
 fn term_text(linear: &NormalForm, term: &Term) -> String {
-    let value = |node: Handle<Node>| {
-        let mut part = linear.layer.layer().clone();
-        part.root = Some(node);
-        let text = print_equation(&part);
-        if text.contains([' ', '\n']) { format!("({text})") } else { text }
-    };
+    let value = |node: Handle<Node>| value_text(linear, node);
     let operand = |operand| linear.layer.layer().operands[operand].name.clone();
     let (x, w0) = (operand(linear.input), operand(linear.base_weight));
     let x = term.inner.map_or_else(|| x.clone(), |inner| format!("({} ∘ {x})", value(inner)));

@@ -36,6 +36,12 @@ pub enum FoldError {
         /// The value.
         value: f64,
     },
+    /// The layer's adapters add a vector of their own, which a folded adapter doesn't hold.
+    #[error("adapters of the layer `{layer}` add a vector to the output: use fold_with_offset and unfold_with_offset")]
+    Offset {
+        /// The layer.
+        layer: String,
+    },
     /// The tensors that [`FoldedAdapter::apply`] got don't fit.
     #[error("{what} has the shape {found:?}, expected {expected:?}")]
     WrongShape {
@@ -92,8 +98,20 @@ impl NormalForm {
     /// A tensor that holds a NaN or an infinity gives an adapter that does; finite tensors never do.
     ///
     /// # Errors
-    /// A missing tensor, extents that disagree or aren't known, a mean over rank 0, a value beyond f32.
+    /// A missing tensor, extents that disagree or aren't known, a mean over rank 0, a value beyond f32; a layer with an
+    /// [`offset`](Self::offset).
     pub fn fold(&self, bindings: &Bindings) -> Result<FoldedAdapter, FoldError> {
+        match &self.offset[..] {
+            [] => Ok(self.fold_with_offset(bindings)?.0),
+            _ => Err(FoldError::Offset { layer: self.layer.layer().name.clone() }),
+        }
+    }
+
+    /// [`fold`](Self::fold), and the vector `[k]` that the adapter adds to the sum, where it adds one.
+    ///
+    /// # Errors
+    /// As [`fold`](Self::fold).
+    pub fn fold_with_offset(&self, bindings: &Bindings) -> Result<(FoldedAdapter, Option<Vec<f32>>), FoldError> {
         let extents = bindings.extents(self.layer.layer().operands.iter().map(|(_, operand)| operand))?;
         let nodes = self.load_time_values();
         let values = evaluate_graph(self.layer.layer(), &nodes, bindings)?;
@@ -102,7 +120,8 @@ impl NormalForm {
         for folding in self.foldings() {
             fold.add(&folding)?;
         }
-        Ok(fold.folded)
+        let offset = fold.offset()?;
+        Ok((fold.folded, offset))
     }
 }
 
@@ -168,6 +187,20 @@ impl Fold<'_> {
         }
     }
 
+    /// The sum of what the adapter adds to every row, `[k]`.
+    fn offset(&self) -> Result<Option<Vec<f32>>, FoldError> {
+        let Some(last) = self.linear.offset.last() else { return Ok(None) };
+        let mut sum = Scale::Scalar(0.0);
+        for node in &self.linear.offset {
+            sum = sum.plus(self.scale(Some(*node))?);
+        }
+        let sum = match sum {
+            Scale::Scalar(number) => vec![number; self.out_extent()?],
+            Scale::Vector(vector) => vector,
+        };
+        self.rounded(sum, *last).map(Some)
+    }
+
     /// (inner ∘ b_r, outer ∘ a_r) for each r; a mean's 1/r goes to the second.
     fn rank_one_pairs(&self, term: &Term, Pair { b, a, reduce }: Pair) -> Result<Vec<RankOne>, FoldError> {
         let (b, a) = (self.value(b)?, self.value(a)?);
@@ -208,10 +241,14 @@ impl Fold<'_> {
     }
 
     fn round(&self, values: Vec<f64>, term: &Term) -> Result<Vec<f32>, FoldError> {
+        self.rounded(values, term.outer.or(term.inner).unwrap_or(self.linear.layer.root()))
+    }
+
+    /// The values of a part of the equation, in f32.
+    fn rounded(&self, values: Vec<f64>, node: Handle<Node>) -> Result<Vec<f32>, FoldError> {
         let rounded: Vec<f32> = values.iter().map(|value| *value as f32).collect();
         match rounded.iter().position(|value| !value.is_finite()) {
             Some(index) if self.linear.is_finite(self.bindings) => {
-                let node = term.outer.or(term.inner).unwrap_or(self.linear.layer.root());
                 let term = print_node(self.linear.layer.layer(), node);
                 Err(FoldError::NotFinite { term, value: values[index] })
             }

@@ -97,10 +97,10 @@ impl NormalForm {
     }
 
     /// The vectors that [`fold`](Self::fold) gives of an adapter of rank `rank`. A pair whose rank the equation itself writes
-    /// as a number has that rank.
+    /// as a number has that rank; one of pairs has the product of theirs.
     pub fn layout(&self, rank: usize) -> FoldedLayout {
-        let rank_of = |pair: Pair| match self.layer.type_of(pair.b).shape {
-            Shape::Matrix(_, Dimension::Fixed(extent)) => usize::try_from(extent).unwrap_or(usize::MAX),
+        let rank_of = |pair: Pair| match &self.layer.type_of(pair.b).shape {
+            Shape::Matrix(_, columns) => extent(columns, rank),
             _ => rank,
         };
         let mut layout = FoldedLayout::default();
@@ -126,5 +126,14 @@ impl NormalForm {
     /// scaled with it.
     pub fn scales_base_output(&self) -> bool {
         self.terms.iter().any(|term| term.outer.is_some() && !matches!(term.core, Core::Additive { .. }))
+    }
+}
+
+/// The extent of a dimension that is made of ranks, where a rank that has a name is `rank`.
+fn extent(dimension: &Dimension, rank: usize) -> usize {
+    match dimension {
+        Dimension::Fixed(extent) => usize::try_from(*extent).unwrap_or(usize::MAX),
+        Dimension::Product(first, second) => extent(first, rank).saturating_mul(extent(second, rank)),
+        Dimension::Symbol(_) | Dimension::Tokens => rank,
     }
 }

@@ -24,7 +24,7 @@ use crate::arena::Handle;
 use crate::layer::{Activation, Node, Operand, Reduce};
 use crate::verify::VerifiedLayer;
 
-/// What every adapted linear layer is rewritten to: y = φ(Σ terms + bias) + residual. Every `Handle<Node>` points into
+/// What every adapted linear layer is rewritten to: y = φ(Σ terms + offset + bias) + residual. Every `Handle<Node>` points into
 /// `layer` and depends on adapters, base weight and constants alone, never on the input or the residual, so it is computed
 /// once, when an adapter is loaded.
 #[derive(Clone, Debug)]
@@ -37,6 +37,8 @@ pub struct NormalForm {
     pub base_weight: Handle<Operand>,
     /// What is summed.
     pub terms: Vec<Term>,
+    /// The vectors `[k]` and numbers that each adapter adds to its rows, a bias of its own: their sum.
+    pub offset: Vec<Handle<Node>>,
     /// A shared vector `[k]`.
     pub bias: Option<Handle<Operand>>,
     /// φ
@@ -108,14 +110,18 @@ impl NormalForm {
     /// The scales and factors of all terms, each node once, in the order of the arena: what [`fold`](Self::fold) evaluates
     /// when an adapter is loaded.
     pub fn load_time_values(&self) -> Vec<Handle<Node>> {
-        let values = self.terms.iter().flat_map(|term| {
+        Vec::from_iter(BTreeSet::from_iter(self.values_of_terms().chain(self.offset.iter().copied())))
+    }
+
+    /// The scales and factors of all terms.
+    pub(crate) fn values_of_terms(&self) -> impl Iterator<Item = Handle<Node>> {
+        self.terms.iter().flat_map(|term| {
             let pair = match term.core {
                 Core::Base => None,
                 Core::Multiplicative { b, a, .. } | Core::Additive { b, a, .. } => Some([b, a]),
             };
             term.inner.into_iter().chain(term.outer).chain(pair.into_iter().flatten())
-        });
-        Vec::from_iter(BTreeSet::from_iter(values))
+        })
     }
 
     /// Whether a load-time value depends on w0, as DoRA's norm does: only then does [`fold`](Self::fold) need it bound.

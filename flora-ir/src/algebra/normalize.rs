@@ -46,7 +46,7 @@ fn step(layer: &VerifiedLayer) -> Option<(&'static Rule, VerifiedLayer)> {
     let mut seen = vec![false; layer.layer().nodes.len()];
     let mut places = vec![layer.root()];
     while let Some(place) = places.pop() {
-        if !subject.reads_input(place) || std::mem::replace(&mut seen[place.index()], true) {
+        if std::mem::replace(&mut seen[place.index()], true) {
             continue;
         }
         if let Some(applied) = rules().iter().find_map(|rule| Some((rule, apply(rule, &subject, place)?))) {

@@ -46,7 +46,7 @@ pub enum Obstacle {
     #[error("an activation is applied before the output is complete")]
     InnerActivation,
     /// A term that is no function of the input and not the bias.
-    #[error("it does not depend on the input and is not the layer's bias")]
+    #[error("it does not depend on the input and is no vector of the adapter's and no bias")]
     AddedConstant,
     /// More than one bias is added.
     #[error("a bias is already added")]
@@ -67,7 +67,7 @@ pub enum Obstacle {
     #[error("the input meets a matrix that is neither the base weight nor of low rank")]
     DenseWeight,
     /// w0 ∘ c with a full matrix c.
-    #[error("the base weight is multiplied elementwise with something that is not one low-rank product b @ a")]
+    #[error("the base weight is multiplied elementwise with something that is not of low rank")]
     DenseFactor,
     /// (x @ w0) @ …
     #[error("the output of one weight is multiplied with another")]
@@ -90,7 +90,7 @@ impl Obstacle {
             Obstacle::ProductOfInputs => "the layer must be linear in the input: scale it by adapters only",
             Obstacle::DivisionByInput => "divide by what is known when the adapter is loaded, such as column_norm(w0)",
             Obstacle::InnerActivation => "apply one activation, around the whole equation",
-            Obstacle::AddedConstant => "add a shared vector, declared bias[K]",
+            Obstacle::AddedConstant => "add a vector: bias[K] for all rows, adapter[K] for those of one adapter",
             Obstacle::SecondBias => "add the vectors beforehand and declare one bias",
             Obstacle::SecondResidual => "add the residual once",
             Obstacle::InnerResidual => {
@@ -101,7 +101,7 @@ impl Obstacle {
                 "multiply it with w0 or with b @ a; to add a residual, declare it residual[tokens, K]"
             }
             Obstacle::DenseWeight => "write the matrix as a product b @ a",
-            Obstacle::DenseFactor => "write the factor as one product b @ a, or as a sum of such",
+            Obstacle::DenseFactor => "write the factor as a product b @ a, or as sums and elementwise products of such",
             Obstacle::MatMulChain => "make it two layers",
             Obstacle::MeanOverInput => "use `@` with the input; take means over the rank only",
             Obstacle::RankReduction => "write x @ (w0 * (b @ a)) and leave the rest to the rules",

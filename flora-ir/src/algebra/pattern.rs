@@ -22,6 +22,7 @@ pub(super) enum Letter {
     BaseWeight,
     WeightShaped,
     Matrix,
+    Factor,
     NarrowMatrix,
     Scalar,
     Scale,
@@ -37,7 +38,8 @@ impl Letter {
             "y" | "z" => Letter::Stream,
             "w" => Letter::BaseWeight,
             "t" | "u" | "v" => Letter::WeightShaped,
-            "a" | "b" | "c" => Letter::Matrix,
+            "a" | "b" | "c" | "d" => Letter::Matrix,
+            "f" => Letter::Factor,
             "r" => Letter::NarrowMatrix,
             "s" => Letter::Scalar,
             "l" | "m" => Letter::Scale,
@@ -118,6 +120,7 @@ impl<'l> Subject<'l> {
                 Letter::BaseWeight => self.is_base_weight(node),
                 Letter::WeightShaped => !ranked && shape == base_weight,
                 Letter::Matrix => !ranked && is_matrix,
+                Letter::Factor => !ranked && is_matrix && !self.is_base_weight(node),
                 Letter::NarrowMatrix => !ranked && is_matrix && shape != base_weight,
                 Letter::Scalar => !ranked && *shape == Shape::Scalar,
                 Letter::Scale => !ranked && !is_matrix,
@@ -170,6 +173,11 @@ impl Pattern {
                     all.extend(pair([*l, *rhs], [*r, *lhs]));
                 }
                 all
+            }
+            (Node::PairProduct { pairs: wanted, lhs: l, rhs: r }, Node::PairProduct { pairs, lhs, rhs })
+                if wanted == pairs =>
+            {
+                pair([*l, *lhs], [*r, *rhs])
             }
             (Node::Columns(p), Node::Columns(n)) | (Node::Rows(p), Node::Rows(n)) => {
                 self.match_node(*p, subject, *n, found)

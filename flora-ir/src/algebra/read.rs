@@ -5,12 +5,13 @@ use super::pattern::Subject;
 use super::{Core, NormalForm, Term};
 use crate::arena::Handle;
 use crate::layer::{Activation, Node, Operator, Reduce, Role};
+use crate::types::Scope;
 use crate::verify::VerifiedLayer;
 
 /// The most summands of a normal form.
 pub const MAX_TERMS: usize = 256;
 
-/// φ(Σ terms + bias) + residual
+/// φ(Σ terms + offset + bias) + residual
 pub(super) fn read(layer: &VerifiedLayer) -> Result<NormalForm, NormalizeError> {
     let subject = Subject::new(layer);
     if let Some(error) = misplaced_residual(&subject) {
@@ -29,7 +30,7 @@ pub(super) fn read(layer: &VerifiedLayer) -> Result<NormalForm, NormalizeError> 
         Some(Node::Activation { function, value }) => (*function, summands(&subject, *value)?),
         _ => (Activation::Identity, outermost),
     };
-    let (mut terms, mut bias) = (Vec::new(), None);
+    let (mut terms, mut offset, mut bias) = (Vec::new(), Vec::new(), None);
     for summand in sum {
         match *subject.node(summand) {
             Node::Operand(operand) if layer.layer().operands[operand].role == Role::Bias => {
@@ -37,11 +38,23 @@ pub(super) fn read(layer: &VerifiedLayer) -> Result<NormalForm, NormalizeError> 
                     return Err(NormalizeError::at(layer, summand, Obstacle::SecondBias));
                 }
             }
+            _ if is_offset(&subject, summand) => offset.push(summand),
             _ => terms.push(term(&subject, summand).ok_or_else(|| blame(&subject, summand))?),
         }
     }
     let (input, base_weight) = (layer.input(), layer.base_weight());
-    Ok(NormalForm { layer: layer.clone(), input, base_weight, terms, bias, activation, residual: layer.residual() })
+    let residual = layer.residual();
+    Ok(NormalForm { layer: layer.clone(), input, base_weight, terms, offset, bias, activation, residual })
+}
+
+/// Whether `node` is a vector or number that an adapter brings, known when it is loaded. A shared bias is no part of it.
+fn is_offset(subject: &Subject<'_>, node: Handle<Node>) -> bool {
+    let layer = subject.layer.layer();
+    let reads_bias = || {
+        let mut biases = layer.operands.iter().filter(|(_, operand)| operand.role == Role::Bias);
+        biases.any(|(bias, _)| layer.depends_on(node, bias))
+    };
+    subject.is_scale(node) && subject.layer.type_of(node).scope == Scope::PerSegment && !reads_bias()
 }
 
 /// What the additions at `node` add, from the left.

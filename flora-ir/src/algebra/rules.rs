@@ -8,7 +8,8 @@
 //! | `y`, `z` | anything that depends on the input |
 //! | `w` | the base weight itself |
 //! | `t`, `u`, `v` | a matrix known when the adapter is loaded, of the base weight's shape |
-//! | `a`, `b`, `c` | any matrix known when the adapter is loaded, without rank axis |
+//! | `a`, `b`, `c`, `d` | any matrix known when the adapter is loaded, without rank axis |
+//! | `f` | as `a`, but not the base weight itself |
 //! | `r` | as `a`, but not of the base weight's shape |
 //! | `s` | a scalar known when the adapter is loaded, without rank axis |
 //! | `l`, `m` | a scalar or vector known when the adapter is loaded, without rank axis |
@@ -16,7 +17,7 @@
 //! | `e` | the residual itself |
 //! | `n`, `o` | anything that the residual is no part of |
 //!
-//! `+` and `*` match either way round. A rule applies only where it keeps the type of what it rewrites, and a rewritten
+//! `+` and `*` match either way round. A rule without a letter for the input rewrites what is known when the adapter is loaded. A rule applies only where it keeps the type of what it rewrites, and a rewritten
 //! equation is verified anew. No rule undoes another: sums move to the root, scales outwards, matmuls inwards to the input.
 
 use std::sync::LazyLock;
@@ -68,9 +69,9 @@ const TABLE: &[[&str; 4]] = &[
     // Sums move to the root.
     ["distribute-weights", "x @ (u + v)", "x @ u + x @ v",
      "a sum of weights gives a sum of outputs"],
-    ["distribute-hadamard", "x @ (t * (u + v))", "x @ (t * u) + x @ (t * v)",
+    ["distribute-hadamard", "t * (u + v)", "t * u + t * v",
      "elementwise multiplication distributes over a sum"],
-    ["distribute-hadamard-scale", "x @ (t * (u + l))", "x @ (t * u) + x @ (l * t)",
+    ["distribute-hadamard-scale", "t * (u + l)", "t * u + l * t",
      "elementwise multiplication distributes over a matrix and a broadcast scale"],
     ["distribute-inputs", "(y + z) @ a", "y @ a + z @ a",
      "a sum of inputs gives a sum of outputs"],
@@ -94,7 +95,7 @@ const TABLE: &[[&str; 4]] = &[
      "scaling the columns of a weight scales the output"],
     ["scale-columns-over-rank", "x @ (p * u)", "p * (x @ u)",
      "scaling the columns of a weight scales the output, for each rank"],
-    ["scale-factor", "x @ (t * (l * u))", "x @ (l * (t * u))",
+    ["scale-factor", "t * (l * u)", "l * (t * u)",
      "a scale of one factor scales the product"],
     ["scale-input", "(s * y) @ a", "s * (y @ a)",
      "a scalar commutes with a matmul"],
@@ -105,12 +106,26 @@ const TABLE: &[[&str; 4]] = &[
     ["scale-rank-mean", "matmul_mean(l * (x @ r), a)", "matmul_mean(x @ (l * r), a)",
      "scaling between two low-rank matmuls scales the columns of the first factor"],
 
+    // Hadamard products of any number of low-rank weights become one low-rank weight, with the base weight as a factor or without.
+    ["merge-hadamard", "(b @ a) * (d @ c)", "face_splitting(b, d) @ khatri_rao(a, c)",
+     "low-rank matrices multiply elementwise to a low-rank matrix, which has a component for each two of theirs"],
+    ["merge-hadamard-factors", "(t * (b @ a)) * (d @ c)", "t * (face_splitting(b, d) @ khatri_rao(a, c))",
+     "low-rank factors multiply elementwise to a low-rank factor, which has a component for each two of theirs"],
+
+    // Square low-rank updates of the identity beside the base weight: what stands beside it becomes a factor known at load time.
+    ["update-outputs", "x @ (w @ (b @ a))", "(x @ (w @ b)) @ a",
+     "a low-rank update of the outputs: the base weight meets its first factor at load time"],
+    ["update-outputs-of-base", "(x @ w) @ (b @ a)", "(x @ (w @ b)) @ a",
+     "a low-rank update of the outputs: the base weight meets its first factor at load time"],
+    ["update-outputs-chain", "((x @ w) @ b) @ a", "(x @ (w @ b)) @ a",
+     "a low-rank update of the outputs: the base weight meets its first factor at load time"],
+
     // Low-rank weights: Eq. 2 to Eq. 5, and the two matmuls of A.2.
     ["hadamard-to-scales", "x @ (w * (b @ a))", "sum_rank(rows(a) * ((columns(b) * x) @ w))",
      "Eq. 2 to Eq. 5: the columns of b scale the input, the rows of a the output, summed over the rank"],
     ["hadamard-to-scales-mean", "x @ (w * matmul_mean(b, a))", "mean_rank(rows(a) * ((columns(b) * x) @ w))",
      "Eq. 2 to Eq. 5, with the mean over the rank"],
-    ["associate", "x @ (b @ a)", "(x @ b) @ a",
+    ["associate", "x @ (f @ a)", "(x @ f) @ a",
      "a low-rank weight is two small matmuls"],
     ["associate-mean", "x @ matmul_mean(b, a)", "matmul_mean(x @ b, a)",
      "a low-rank weight is two small matmuls, the second a mean"],

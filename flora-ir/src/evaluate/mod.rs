@@ -137,6 +137,7 @@ impl Extents {
     pub(crate) fn get(&self, dimension: &Dimension) -> Option<usize> {
         match dimension {
             Dimension::Fixed(extent) => usize::try_from(*extent).ok(),
+            Dimension::Product(first, second) => self.get(first)?.checked_mul(self.get(second)?),
             other => self.0.get(other).map(|(extent, _)| *extent),
         }
     }

@@ -2,7 +2,7 @@
 
 use super::{EvaluateError, Value};
 use crate::arena::Handle;
-use crate::layer::{Activation, Axis, Backward, Node, Operator, Reduce};
+use crate::layer::{Activation, Axis, Backward, Node, Operator, Pairs, Reduce, Side};
 
 /// The value of `node`, which is not an operand, from the values of what it reads.
 pub(super) fn evaluate_node<'v>(
@@ -39,6 +39,7 @@ pub(super) fn evaluate_node<'v>(
                 value.broadcast_at(rank, column, row)
             })
         }
+        Node::PairProduct { pairs, lhs, rhs } => pair_product(pairs, value_of(lhs)?, value_of(rhs)?),
         Node::Activation { function, value } => elements(value_of(value)?, |x| apply_activation(function, x)),
         Node::Backward(ref backward) => evaluate_backward(backward, value_of),
     }
@@ -62,6 +63,7 @@ fn evaluate_backward<'v>(
                 value.broadcast_at(rank, row, column)
             })
         }
+        Backward::SumPairs { side, value, like } => sum_pairs(side, value_of(value)?, value_of(like)?),
         Backward::Extent { axis, value } => {
             let value = value_of(value)?;
             let extent = match axis {
@@ -125,6 +127,39 @@ fn elementwise(operator: Operator, l: &Value, r: &Value) -> Result<Value, Evalua
             Operator::Multiply => l * r,
             Operator::Divide => l / r,
         }
+    })
+}
+
+fn pair_product(pairs: Pairs, l: &Value, r: &Value) -> Result<Value, EvaluateError> {
+    let ((rows, columns), (other_rows, other_columns)) = (l.rows_and_columns(), r.rows_and_columns());
+    match pairs {
+        Pairs::Columns => Value::from_fn(None, vec![rows, columns * other_columns], |_, row, pair| {
+            l.broadcast_at(0, row, pair / other_columns) * r.broadcast_at(0, row, pair % other_columns)
+        }),
+        Pairs::Rows => Value::from_fn(None, vec![rows * other_rows, columns], |_, pair, column| {
+            l.broadcast_at(0, pair / other_rows, column) * r.broadcast_at(0, pair % other_rows, column)
+        }),
+    }
+}
+
+/// The sum of `value` over the pairs that a place of `like` is in. Along the axis that isn't paired, both are as long; where both
+/// axes are, each pair is alone.
+fn sum_pairs(side: Side, value: &Value, like: &Value) -> Result<Value, EvaluateError> {
+    let ((rows, columns), (like_rows, like_columns)) = (value.rows_and_columns(), like.rows_and_columns());
+    let along_columns = rows == like_rows;
+    let (pairs, own) = if along_columns { (columns, like_columns) } else { (rows, like_rows) };
+    let others = pairs / own.max(1);
+    Value::from_fn(None, like.shape().to_vec(), |_, row, column| {
+        let place = if along_columns { column } else { row };
+        let pair = |other: usize| match side {
+            Side::Left => place * others + other,
+            Side::Right => other * own + place,
+        };
+        let at = |pair: usize| match along_columns {
+            true => value.broadcast_at(0, row, pair),
+            false => value.broadcast_at(0, pair, column),
+        };
+        (0..others).map(|other| at(pair(other))).sum()
     })
 }
 

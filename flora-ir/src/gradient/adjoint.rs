@@ -10,7 +10,8 @@ use crate::verify::{VerifiedLayer, verify};
 
 impl NormalForm {
     /// The layer that gives dx: a sum of terms `inner ∘ coreᵀ(outer ∘ g)` over w0ᵀ, `[k, d]`. Its input is g, `[tokens, k]`, the
-    /// gradient of the sum before bias, activation and residual, which it has none of. Its adapter's operands are this layer's.
+    /// gradient of the sum before bias, activation and residual, which it has none of, nor an offset. Its adapter's operands are
+    /// those of this layer's that the terms read.
     ///
     /// # Errors
     /// [`Obstacle::TooLong`] when the layer is beyond the verifier's limits.
@@ -42,6 +43,7 @@ impl<'l> Adjoint<'l> {
         let g = fresh_name(forward, "g");
         let transposed = fresh_name(forward, &format!("{}_transposed", base_weight.name));
         let (mut g_operand, mut transposed_operand) = (None, None);
+        let is_read = |operand| linear.values_of_terms().any(|value| forward.depends_on(value, operand));
         let mut operands = vec![None; forward.operands.len()];
         for (handle, operand) in forward.operands.iter() {
             let span = forward.operand_span(handle);
@@ -56,6 +58,7 @@ impl<'l> Adjoint<'l> {
                     let operand = Operand { name: transposed.clone(), role: Role::BaseWeight, ty };
                     transposed_operand = Some(layer.declare(operand, span));
                 }
+                Role::Adapter if !is_read(handle) => {}
                 Role::Adapter => operands[handle.index()] = Some(layer.declare(operand.clone(), span)),
                 Role::Bias | Role::Residual => {}
             }

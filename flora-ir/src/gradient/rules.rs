@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `sum_like(v, m)` | `v` summed over the rows, elements and ranks that `m` doesn't have: what undoes a broadcast |
 //! | `broadcast_like(v, m)` | `v` at every place of `m`: what undoes a sum |
+//! | `sum_pairs_left(v, m)`, `sum_pairs_right(v, n)` | `v` summed over the pairs that a column or row is in, as the first or the second |
 //! | `stack(v)` | vectors over the rank axis as the rows of a matrix: what undoes `rows` |
 //! | `rank_extent(m)`, `width(m)` | how many a mean over the rank, or over the columns of `m`, divides by |
 //! | `relu_derivative(m)` and its like | φ'(m) |
@@ -63,6 +64,12 @@ const TABLE: &[Row] = &[
      "the gradients of the columns are the columns of the gradient"),
     ("rows(m)", &["stack(g)"],
      "the gradients of the rows are the rows of the gradient"),
+    ("face_splitting(m, n)",
+     &["sum_pairs_left(g * face_splitting(broadcast_like(1, m), n), m)", "sum_pairs_right(g * face_splitting(m, broadcast_like(1, n)), n)"],
+     "a column's gradient is that of its pairs, each scaled by the other column"),
+    ("khatri_rao(m, n)",
+     &["sum_pairs_left(g * khatri_rao(broadcast_like(1, m), n), m)", "sum_pairs_right(g * khatri_rao(m, broadcast_like(1, n)), n)"],
+     "a row's gradient is that of its pairs, each scaled by the other row"),
     ("sum_rank(m)", &["broadcast_like(g, m)"],
      "each summand has the gradient of the sum"),
     ("mean_rank(m)", &["broadcast_like(g, m) / rank_extent(m)"],

@@ -15,7 +15,10 @@ use crate::types::{Dimension, ElementType, Scope, Shape, TensorType};
 #[derive(Clone, Debug)]
 pub struct Unfolding {
     vectors: Vec<FoldedVectors>,
+    /// Where the layer's adapters add a vector to the sum.
+    offset: Option<Seed>,
     operands: OperandGradients,
+    layer: String,
 }
 
 /// A run of folded vectors that one part of the equation gives.
@@ -44,11 +47,12 @@ impl NormalForm {
     pub fn unfolding(&self) -> Unfolding {
         let mut unfold = Unfold { linear: self, graph: Graph::of(&self.layer), seeds: Vec::new() };
         let vectors = self.foldings().iter().map(|folding| unfold.vectors(folding)).collect();
+        let offset = unfold.offset();
         let Unfold { mut graph, seeds, .. } = unfold;
         let reversed = reverse(&mut graph, &seeds, |operand| operand.role == Role::Adapter);
         let own = self.layer.layer().operands.iter().filter(|(_, operand)| operand.role == Role::Adapter);
         let operands = OperandGradients::new(graph, &reversed, own.map(|(operand, _)| operand));
-        Unfolding { vectors, operands }
+        Unfolding { vectors, offset, operands, layer: self.layer.layer().name.clone() }
     }
 }
 
@@ -99,6 +103,23 @@ impl Unfold<'_> {
         self.run(rank, is_low_rank, Some(input), Some(output))
     }
 
+    /// The gradient of the sum is that of every vector and number in it.
+    fn offset(&mut self) -> Option<Seed> {
+        if self.linear.offset.is_empty() {
+            return None;
+        }
+        let Shape::Matrix(_, k) = &self.linear.layer.type_of(self.linear.layer.root()).shape else { return None };
+        let ty = TensorType {
+            shape: Shape::Vector(k.clone()),
+            rank_axis: None,
+            element: ElementType::F32,
+            scope: Scope::PerSegment,
+        };
+        let (name, gradient) = self.graph.declare("d_offset", ty);
+        self.seeds.extend(self.linear.offset.iter().map(|node| (*node, gradient)));
+        Some(Seed { name, dimension: k.clone() })
+    }
+
     /// The product of the scales that are there; 1 where none is.
     fn product<const N: usize>(&mut self, scales: [Option<Handle<Node>>; N]) -> Handle<Node> {
         let product = scales.into_iter().flatten().reduce(|l, r| self.graph.binary(Operator::Multiply, l, r));
@@ -138,8 +159,23 @@ impl Unfolding {
     /// gradients of what it gave. A norm is taken as a constant, and an operand that norms alone read has a gradient of zeros.
     ///
     /// # Errors
-    /// A missing tensor, extents that disagree, or gradients of another layout or length than the adapter's vectors.
+    /// A missing tensor, extents that disagree, or gradients of another layout or length than the adapter's vectors; a layer whose
+    /// adapters add a vector to the output.
     pub fn unfold(&self, bindings: &Bindings, folded: &FoldedGradient) -> Result<Bindings, FoldError> {
+        self.unfold_with_offset(bindings, folded, None)
+    }
+
+    /// [`unfold`](Self::unfold), for a layer whose adapters add a vector to the output: `offset` is the gradient of that vector,
+    /// `[k]`, the sum of g over the rows.
+    ///
+    /// # Errors
+    /// As [`unfold`](Self::unfold); the vector's gradient where there is none, or none where there is one.
+    pub fn unfold_with_offset(
+        &self,
+        bindings: &Bindings,
+        folded: &FoldedGradient,
+        offset: Option<&[f64]>,
+    ) -> Result<Bindings, FoldError> {
         let extents = bindings.extents(self.operands.graph_operands())?;
         let extent = |dimension: &Dimension| {
             extents.get(dimension).ok_or_else(|| FoldError::UnknownExtent { dimension: dimension.clone() })
@@ -164,6 +200,14 @@ impl Unfolding {
                 let length = extent(dimension)?;
                 found.iter().try_for_each(|vector| check("a folded vector's gradient", vector.len(), length))?;
                 bindings.insert(name.clone(), Value::new(rank, vec![length], found.concat())?);
+            }
+        }
+        match (&self.offset, offset) {
+            (None, given) => check("the gradient of a vector that is added", given.map_or(0, <[f64]>::len), 0)?,
+            (Some(_), None) => return Err(FoldError::Offset { layer: self.layer.clone() }),
+            (Some(Seed { name, dimension }), Some(given)) => {
+                check("the gradient of a vector that is added", given.len(), extent(dimension)?)?;
+                bindings.insert(name.clone(), Value::vector(given.to_vec()));
             }
         }
         check("the gradients of folded vectors beyond the adapter's", rows.len() + pairs.len(), 0)?;

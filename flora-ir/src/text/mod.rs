@@ -12,8 +12,8 @@
 //!   `weight`, `bias`, `adapter` and `residual`; no dimension is a scalar, one a vector, two a matrix. A dimension is `tokens`, a name, or
 //!   a number.
 //! - `@`, `*` and `/` bind alike and from the left, as in Python; `+` binds weaker.
-//! - Functions: `columns`, `rows`, `sum_rank`, `mean_rank`, `column_norm`, `transpose`, `matmul_mean` (of two), and the
-//!   activations `identity`, `relu`, `gelu_erf`, `gelu_tanh`, `silu`.
+//! - Functions: `columns`, `rows`, `sum_rank`, `mean_rank`, `column_norm`, `transpose`, `matmul_mean`,
+//!   `face_splitting` and `khatri_rao` (of two each), and the activations `identity`, `relu`, `gelu_erf`, `gelu_tanh`, `silu`.
 //! - `let` names a value, used by that name any number of times; `//` starts a comment.
 
 mod lexer;
@@ -29,7 +29,7 @@ pub use print::{print, print_equation};
 use std::borrow::Cow;
 
 use crate::arena::Handle;
-use crate::layer::{Activation, Axis, Backward, Node, Reduce, Role};
+use crate::layer::{Activation, Axis, Backward, Node, Pairs, Reduce, Role, Side};
 use crate::types::ElementType;
 
 const ROLES: [(&str, Role); 5] = [
@@ -65,11 +65,23 @@ fn unary_function(name: &str) -> Option<fn(Handle<Node>) -> Node> {
     })
 }
 
+/// A function of two arguments by its name.
+fn binary_function(name: &str) -> Option<fn(Handle<Node>, Handle<Node>) -> Node> {
+    Some(match name {
+        "matmul_mean" => |lhs, rhs| Node::MatMul { lhs, rhs, reduce: Reduce::Mean },
+        "face_splitting" => |lhs, rhs| Node::PairProduct { pairs: Pairs::Columns, lhs, rhs },
+        "khatri_rao" => |lhs, rhs| Node::PairProduct { pairs: Pairs::Rows, lhs, rhs },
+        _ => return None,
+    })
+}
+
 /// An operation of gradients by its name, as the rules of gradients are written with it.
 fn backward_function(name: &str, value: Handle<Node>, like: Option<Handle<Node>>) -> Option<Backward> {
     Some(match (name, like) {
         ("sum_like", Some(like)) => Backward::SumLike { value, like },
         ("broadcast_like", Some(like)) => Backward::BroadcastLike { value, like },
+        ("sum_pairs_left", Some(like)) => Backward::SumPairs { side: Side::Left, value, like },
+        ("sum_pairs_right", Some(like)) => Backward::SumPairs { side: Side::Right, value, like },
         ("stack", None) => Backward::Stack(value),
         ("rank_extent", None) => Backward::Extent { axis: Axis::Rank, value },
         ("width", None) => Backward::Extent { axis: Axis::Columns, value },
@@ -95,11 +107,14 @@ fn function_name(node: &Node) -> Option<Cow<'static, str>> {
         Node::Transpose(_) => "transpose",
         Node::ReduceRank { reduce: Reduce::Sum, .. } => "sum_rank",
         Node::ReduceRank { reduce: Reduce::Mean, .. } => "mean_rank",
+        Node::PairProduct { pairs, .. } => pairs.name(),
         Node::Activation { function, .. } => function.name(),
         Node::Backward(backward) => match backward {
             Backward::Stack(_) => "stack",
             Backward::SumLike { .. } => "sum_like",
             Backward::BroadcastLike { .. } => "broadcast_like",
+            Backward::SumPairs { side: Side::Left, .. } => "sum_pairs_left",
+            Backward::SumPairs { side: Side::Right, .. } => "sum_pairs_right",
             Backward::Extent { axis: Axis::Rank, .. } => "rank_extent",
             Backward::Extent { axis: Axis::Columns, .. } => "width",
             Backward::Derivative { function, .. } => return Some(format!("{}{DERIVATIVE}", function.name()).into()),

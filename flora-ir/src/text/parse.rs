@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use logos::Logos;
 
 use super::lexer::Token;
-use super::{ELEMENTS, ROLES, backward_function, unary_function};
+use super::{ELEMENTS, ROLES, backward_function, binary_function, unary_function};
 use crate::arena::Handle;
 use crate::diagnostic::Diagnostic;
 use crate::layer::{Layer, Node, Operand, Operator, Reduce, Role, Span};
@@ -341,10 +341,10 @@ impl<'s> Parser<'s> {
         let text = self.text(name);
         let node = if let Some(function) = unary_function(text) {
             function(self.expression()?)
-        } else if text == "matmul_mean" {
+        } else if let Some(function) = binary_function(text) {
             let lhs = self.expression()?;
             self.expect(Token::Comma, "`,`")?;
-            Node::MatMul { lhs, rhs: self.expression()?, reduce: Reduce::Mean }
+            function(lhs, self.expression()?)
         } else if self.free_names {
             let value = self.expression()?;
             let like = if self.accept(Token::Comma) { Some(self.expression()?) } else { None };
@@ -354,7 +354,7 @@ impl<'s> Parser<'s> {
             }
         } else {
             let help = "the functions are columns, rows, sum_rank, mean_rank, column_norm, transpose, matmul_mean, \
-                        identity, relu, gelu_erf, gelu_tanh and silu";
+                        face_splitting, khatri_rao, identity, relu, gelu_erf, gelu_tanh and silu";
             return error(name, format!("there is no function `{text}`"), help);
         };
         self.expect(Token::Close, "`)`")?;

@@ -14,6 +14,8 @@ pub(crate) fn equation() -> impl Strategy<Value = String> {
         Just("(d @ (a * l))".to_owned()),
         Just("((b * e) @ c)".to_owned()),
         Just("((b + d) @ c)".to_owned()),
+        Just("((b @ a) * (d @ c))".to_owned()),
+        Just("((d @ a) * (s * (b @ c)) * (b @ a))".to_owned()),
     ];
     let pair = pair.prop_recursive(2, 6, 2, move |pair| {
         prop_oneof![
@@ -24,6 +26,8 @@ pub(crate) fn equation() -> impl Strategy<Value = String> {
     });
     let weight = prop_oneof![
         Just("w0".to_owned()),
+        Just("(w0 @ (transpose(a) @ c))".to_owned()),
+        Just("((b @ transpose(d)) @ w0)".to_owned()),
         pair.clone(),
         pair.clone().prop_map(|pair| format!("(w0 * {pair})")),
         pair.clone().prop_map(|pair| format!("({pair} * w0)")),
@@ -71,6 +75,8 @@ pub(crate) fn equation() -> impl Strategy<Value = String> {
         "gelu_tanh($ + bias) + residual",
         "residual + relu($ + bias)",
         "$ + bias + residual",
+        "$ + l * k + bias",
+        "silu($ + (s + bias) + l)",
         "$ + (residual + bias)",
         "(bias + identity(residual + $))",
     ]);

@@ -7,8 +7,8 @@ pub(crate) mod loss;
 use std::collections::HashMap;
 
 use flora_ir::{
-    Activation, Bindings, Dimension, ElementType, Handle, Layer, Node, Operand, Operator, Reduce, Role, Scope, Shape,
-    TensorType, Value, VerifiedLayer, parse, verify,
+    Activation, Bindings, Dimension, ElementType, Handle, Layer, Node, Operand, Operator, Pairs, Reduce, Role, Scope,
+    Shape, TensorType, Value, VerifiedLayer, parse, verify,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, RngSeed};
@@ -68,12 +68,13 @@ pub(crate) fn square_layer_from_choices(choices: &[[u8; 3]]) -> Layer {
         // Later nodes are likelier, so that the graph grows deep.
         let pick = |choice: u8| nodes[nodes.len() - 1 - usize::from(choice).min(nodes.len() - 1)];
         let (lhs, rhs) = (pick(first % 8), pick(second % 8));
-        let node = match operation % 8 {
+        let node = match operation % 9 {
             0 | 1 => Node::MatMul { lhs, rhs, reduce: Reduce::Sum },
             2 => Node::MatMul { lhs, rhs, reduce: Reduce::Mean },
             3 | 4 => multiply(lhs, rhs),
             5 => Node::Elementwise { operator: Operator::Divide, lhs, rhs },
             6 => Node::Transpose(lhs),
+            7 => Node::PairProduct { pairs: [Pairs::Columns, Pairs::Rows][usize::from(*second) % 2], lhs, rhs },
             _ => add(lhs, rhs),
         };
         // What doesn't type-check is left out; what can't be a summand of the output is a part of later nodes.
@@ -121,7 +122,7 @@ pub(crate) fn layer_from_choices(choices: &[[u8; 3]]) -> Layer {
         } else {
             let lhs = nodes[usize::from(*first) % nodes.len()];
             let rhs = nodes[usize::from(*second) % nodes.len()];
-            match operation % 13 {
+            match operation % 14 {
                 0 => leaf,
                 1 => Node::Constant((f64::from(*first) - 100.0) * 0.37),
                 2 => Node::MatMul { lhs, rhs, reduce: Reduce::Sum },
@@ -134,6 +135,7 @@ pub(crate) fn layer_from_choices(choices: &[[u8; 3]]) -> Layer {
                 9 => Node::ReduceRank { reduce: [Reduce::Sum, Reduce::Mean][usize::from(*second) % 2], value: lhs },
                 10 => Node::ColumnNorm(lhs),
                 11 => Node::Transpose(lhs),
+                12 => Node::PairProduct { pairs: [Pairs::Columns, Pairs::Rows][usize::from(*second) % 2], lhs, rhs },
                 _ => Node::Activation { function: Activation::ALL[usize::from(*second) % 5], value: lhs },
             }
         };
@@ -155,15 +157,15 @@ pub(crate) fn same_graph(one: &Layer, other: &Layer) -> bool {
         && same_node(one, one_root, other, other_root, &mut forth, &mut back)
 }
 
-type Pairs = HashMap<Handle<Node>, Handle<Node>>;
+type Partners = HashMap<Handle<Node>, Handle<Node>>;
 
 fn same_node(
     one: &Layer,
     a: Handle<Node>,
     other: &Layer,
     b: Handle<Node>,
-    forth: &mut Pairs,
-    back: &mut Pairs,
+    forth: &mut Partners,
+    back: &mut Partners,
 ) -> bool {
     match (&one.nodes[a], &other.nodes[b]) {
         (Node::Operand(a), Node::Operand(b)) => return a == b,
@@ -189,6 +191,7 @@ pub(crate) fn extent(dimension: &Dimension, sizes: [usize; 4]) -> usize {
         Dimension::Tokens => sizes[0],
         Dimension::Symbol(name) => sizes[1 + "DKR".find(name.as_str()).expect("D, K or R")],
         Dimension::Fixed(extent) => *extent as usize,
+        Dimension::Product(first, second) => extent(first, sizes) * extent(second, sizes),
     }
 }
 
@@ -214,6 +217,13 @@ pub(crate) fn bindings(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> B
         (operand.name.clone(), value)
     });
     operands.collect()
+}
+
+/// A shared bias, and what an adapter adds.
+pub(crate) fn with_offset(bias: Option<&Value>, offset: Option<&[f32]>) -> Option<Value> {
+    let Some(offset) = offset else { return bias.cloned() };
+    let bias = bias.map_or_else(|| vec![0.0; offset.len()], |bias| bias.data().to_vec());
+    Some(Value::vector(bias.iter().zip(offset).map(|(bias, offset)| bias + f64::from(*offset)).collect()))
 }
 
 /// Whether two values agree to `tolerance`, relative to the largest element.

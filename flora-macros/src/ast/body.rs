@@ -1,6 +1,6 @@
 //! Reads the body: `let` bindings, then the output.
 
-use flora_ir::{Activation, Operator, Reduce};
+use flora_ir::{Activation, Operator, Pairs, Reduce};
 use proc_macro2::Span;
 use quote::ToTokens;
 use syn::ext::IdentExt;
@@ -18,10 +18,11 @@ const MAX_DEPTH: usize = 128;
 #[derive(Clone, Copy)]
 enum Method {
     MatMul(Reduce),
+    PairProduct(Pairs),
     Unary(Unary),
 }
 
-const METHODS: [(&str, Method); 12] = [
+const METHODS: [(&str, Method); 14] = [
     ("matmul", Method::MatMul(Reduce::Sum)),
     ("matmul_mean", Method::MatMul(Reduce::Mean)),
     ("columns", Method::Unary(Unary::Columns)),
@@ -30,6 +31,8 @@ const METHODS: [(&str, Method); 12] = [
     ("mean_rank", Method::Unary(Unary::ReduceRank(Reduce::Mean))),
     ("column_norm", Method::Unary(Unary::ColumnNorm)),
     ("transpose", Method::Unary(Unary::Transpose)),
+    ("face_splitting", Method::PairProduct(Pairs::Columns)),
+    ("khatri_rao", Method::PairProduct(Pairs::Rows)),
     ("relu", Method::Unary(Unary::Activation(Activation::Relu))),
     ("gelu", Method::Unary(Unary::Activation(Activation::GeluErf))),
     ("gelu_tanh", Method::Unary(Unary::Activation(Activation::GeluTanh))),
@@ -209,10 +212,17 @@ impl Scope {
             (Method::MatMul(reduce), Some(rhs), None) => {
                 ExpressionKind::MatMul(reduce, Box::new(receiver), Box::new(rhs))
             }
+            (Method::PairProduct(pairs), Some(rhs), None) => {
+                ExpressionKind::PairProduct(pairs, Box::new(receiver), Box::new(rhs))
+            }
             (Method::Unary(function), None, None) => ExpressionKind::Unary(function, Box::new(receiver)),
             (Method::MatMul(_), ..) => {
                 let message = format!("`{}` takes one argument, the right-hand side", call.method);
                 return Err(at(span, message, "write `x.matmul(w0)` for x @ w0"));
+            }
+            (Method::PairProduct(_), ..) => {
+                let message = format!("`{}` takes one argument, the other matrix", call.method);
+                return Err(at(span, message, "write `b.face_splitting(d)`"));
             }
             (Method::Unary(_), ..) => {
                 let message = format!("`{}` takes no argument", call.method);

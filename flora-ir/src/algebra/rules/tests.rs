@@ -30,7 +30,7 @@ fn types_of(letter: Letter) -> Vec<LetterType> {
             .flat_map(|width| over_rank().map(move |rank| (Shape::Matrix(Dimension::Tokens, width.clone()), rank)))
             .collect(),
         Letter::BaseWeight | Letter::WeightShaped => vec![(Shape::Matrix(symbol("D"), symbol("K")), None)],
-        Letter::Matrix | Letter::NarrowMatrix => widths()
+        Letter::Matrix | Letter::Factor | Letter::NarrowMatrix => widths()
             .flat_map(|rows| widths().map(move |columns| (Shape::Matrix(rows.clone(), columns), None)))
             .collect(),
         Letter::Scalar => vec![(Shape::Scalar, None)],
@@ -66,16 +66,24 @@ fn root_type(layer: &Layer) -> Option<TensorType> {
 
 /// Every pair of typed sides that the rewriting would accept.
 fn instances(rule: &Rule) -> Vec<Instance> {
-    let letters: Vec<String> = rule.from.layer().operands.iter().map(|(_, operand)| operand.name.clone()).collect();
-    let mut choices = vec![Vec::new()];
-    for name in &letters {
-        let types = types_of(Letter::named(name).unwrap());
-        choices = choices
-            .into_iter()
-            .flat_map(|choice| types.iter().map(move |ty| [choice.clone(), vec![(name.clone(), ty.clone())]].concat()))
-            .collect();
-    }
-    let sides = choices.into_iter().filter_map(|choice| {
+    let letters: Vec<(String, Vec<LetterType>)> = rule
+        .from
+        .layer()
+        .operands
+        .iter()
+        .map(|(_, operand)| (operand.name.clone(), types_of(Letter::named(&operand.name).unwrap())))
+        .collect();
+    // Each number below the product of their counts is a choice of a type for every letter.
+    let count: usize = letters.iter().map(|(_, types)| types.len()).product();
+    let choices = (0..count).map(|mut number| {
+        let mut choice = Vec::with_capacity(letters.len());
+        for (name, types) in &letters {
+            choice.push((name.clone(), types[number % types.len()].clone()));
+            number /= types.len();
+        }
+        choice
+    });
+    let sides = choices.filter_map(|choice| {
         let from = typed(rule.from.layer(), &choice);
         let before = root_type(&from)?;
         let to = typed(rule.to.layer(), &choice);
@@ -88,9 +96,9 @@ fn instances(rule: &Rule) -> Vec<Instance> {
 #[test]
 fn the_table_is_well_formed() {
     assert_eq!(rules().len(), TABLE.len(), "a rule does not parse, or uses a letter without meaning");
-    for (index, rule) in rules().iter().enumerate() {
+    for (index, (rule, instances)) in INSTANCES.iter().enumerate() {
         assert!(rules()[..index].iter().all(|other| other.name != rule.name), "two rules are called {}", rule.name);
-        assert!(!instances(rule).is_empty(), "{} can never apply", rule.name);
+        assert!(!instances.is_empty(), "{} can never apply", rule.name);
         let declares = |side: &Layer, name: &str| side.operands.iter().any(|(_, operand)| operand.name == name);
         for (_, operand) in rule.from.layer().operands.iter() {
             assert!(declares(rule.to.layer(), &operand.name), "{} loses {}", rule.name, operand.name);
@@ -124,6 +132,7 @@ proptest! {
             Dimension::Tokens => sizes[0],
             Dimension::Symbol(name) => sizes[1 + "DKRP".find(name.as_str()).unwrap()],
             Dimension::Fixed(extent) => *extent as usize,
+            Dimension::Product(..) => unreachable!("no letter stands for pairs"),
         };
         for (rule, sides) in INSTANCES.iter() {
             for (from, to) in sides {

@@ -8,7 +8,7 @@ use super::super::graph::Graph;
 use super::super::reverse::reverse;
 use super::*;
 use crate::evaluate::{Bindings, Value, evaluate_graph};
-use crate::layer::{Activation, Reduce};
+use crate::layer::{Activation, Pairs, Reduce};
 use crate::types::{Dimension, ElementType, Scope, Shape, TensorType};
 use crate::verify::infer_types;
 
@@ -82,6 +82,7 @@ fn every_operation_of_a_layer_has_a_row() {
     nodes.extend(reductions.map(|reduce| Node::MatMul { lhs: value, rhs: value, reduce }));
     nodes.extend(reductions.map(|reduce| Node::ReduceRank { reduce, value }));
     nodes.extend(operators.map(|operator| Node::Elementwise { operator, lhs: value, rhs: value }));
+    nodes.extend([Pairs::Columns, Pairs::Rows].map(|pairs| Node::PairProduct { pairs, lhs: value, rhs: value }));
     nodes.extend(Activation::ALL.map(|function| Node::Activation { function, value }));
     let missing: Vec<_> = nodes.iter().filter(|node| GradientRule::of(node).is_none()).collect();
     assert!(missing.is_empty(), "{missing:?}");
@@ -112,6 +113,15 @@ fn number() -> impl Strategy<Value = f64> {
     (0.5f64..2.0, any::<bool>()).prop_map(|(size, negative)| if negative { -size } else { size })
 }
 
+fn extent(dimension: &Dimension, sizes: &[usize; 3]) -> usize {
+    match dimension {
+        Dimension::Symbol(name) => sizes["DKR".find(name.as_str()).unwrap()],
+        Dimension::Fixed(extent) => *extent as usize,
+        Dimension::Tokens => 1,
+        Dimension::Product(first, second) => extent(first, sizes) * extent(second, sizes),
+    }
+}
+
 /// Of two powers of two, so that a moved number is exact but for a rounding.
 const STEP: f64 = 1.0 / (1 << 13) as f64;
 
@@ -129,11 +139,7 @@ proptest! {
         sizes in [1usize..6, 1usize..6, 1usize..4],
         numbers in prop::collection::vec(number(), 97),
     ) {
-        let extent = |dimension: &Dimension| match dimension {
-            Dimension::Symbol(name) => sizes["DKR".find(name.as_str()).unwrap()],
-            Dimension::Fixed(extent) => *extent as usize,
-            Dimension::Tokens => 1,
-        };
+        let extent = |dimension: &Dimension| extent(dimension, &sizes);
         for Instance { rule, forward, graph, gradients } in INSTANCES.iter() {
             let mut bindings = Bindings::new();
             for (index, (_, operand)) in graph.layer.operands.iter().enumerate() {
