@@ -9,11 +9,12 @@ use flora_checkpoint::{
     Replaced, StoredTensor,
 };
 use flora_ir::algebra::{FoldError, FoldedAdapter, NormalForm, RankOne, VirtualRow};
-use flora_ir::{Bindings, EvaluateError, Value};
+use flora_ir::{Bindings, Dimension, EvaluateError, Shape, Value};
 use flora_plan::pipeline::CompiledLayer;
 
 use crate::adapted::{AdaptedEmbedding, AdaptedHead, AdaptedModel};
-use crate::store::{LoadedAdapter, StoreError};
+use crate::derive::{self, Derivation, DeriveError};
+use crate::store::StoreError;
 use crate::weights::{BaseError, BaseForm};
 
 /// The layers of every kind of adapter, compiled: what adapters are folded by.
@@ -32,6 +33,16 @@ pub(crate) struct FoldTarget<'a> {
     pub(crate) path: &'a str,
     pub(crate) d: usize,
     pub(crate) k: usize,
+}
+
+/// A module of an adapter, folded for its base weight.
+pub(crate) struct Prepared<'a> {
+    pub(crate) layer: &'a CompiledLayer,
+    /// The adapter's own tensors by the names of the layer's operands.
+    pub(crate) operands: Bindings,
+    pub(crate) folded: FoldedAdapter,
+    /// What the adapter adds to every row, `[k]`.
+    pub(crate) offset: Option<Vec<f32>>,
 }
 
 /// One end of a decoder as the weight `[d, k]` of a projection.
@@ -80,6 +91,11 @@ impl<'a> FoldTarget<'a> {
         let (adapter, module) = (self.adapter.to_owned(), self.path.to_owned());
         StoreError::Fold { adapter, module, source: source.into() }
     }
+
+    fn not_derived(&self, operand: String, source: DeriveError) -> StoreError {
+        let (adapter, module) = (self.adapter.to_owned(), self.path.to_owned());
+        StoreError::Derive { adapter, module, operand, source }
+    }
 }
 
 impl Layers {
@@ -95,7 +111,8 @@ impl Layers {
 
     /// Whether folding `module` reads the base weight.
     pub(crate) fn read_base(&self, module: &AdapterModule) -> bool {
-        self.compiled.get(&module.layer).is_some_and(|layer| layer.linear.reads_base_weight())
+        let derived = self.kinds.layer(&module.layer).is_some_and(derive::reads_base);
+        derived || self.compiled.get(&module.layer).is_some_and(|layer| layer.linear.reads_base_weight())
     }
 
     /// Checks that an adapter fits `model`, projections by themselves: modules, shapes, that what its config targets is there, and
@@ -124,10 +141,15 @@ impl Layers {
         self.layer_scales_bias(&module.layer)
     }
 
-    /// Whether modules of the layer called `name` scale the base layer's bias along with its output, as IA3's do.
+    /// Whether modules of the layer called `name` scale the base layer's bias along with its output, as IA3's do, or do something
+    /// else to it.
     pub fn layer_scales_bias(&self, name: &str) -> bool {
-        let scales = self.compiled.get(name).is_some_and(|layer| layer.linear.scales_base_output());
-        scales && self.kinds.layer(name).is_some_and(|layer| layer.bias == Some(BiasRule::Scaled))
+        let scales = || self.compiled.get(name).is_some_and(|layer| layer.linear.scales_base_output());
+        self.kinds.layer(name).is_some_and(|layer| match layer.bias {
+            Some(BiasRule::Scaled) => scales(),
+            Some(BiasRule::Transformed) => true,
+            Some(BiasRule::Unscaled) | None => false,
+        })
     }
 
     /// The refusal of an adapter that would scale a bias.
@@ -162,7 +184,11 @@ impl Layers {
             let end = ends.as_ref().and_then(|ends| EndWeight::of(path, ends, &replaced));
             if let Some(end) = end {
                 let target = FoldTarget { adapter: &adapter.name, path, d: end.d, k: end.k };
-                let folded = self.fold(&target, module, || end.value(&target))?.folded;
+                let Prepared { folded, offset, .. } = self.fold(&target, adapter, module, || end.value(&target))?;
+                // Nothing adds one at either end of a decoder.
+                if offset.is_some() {
+                    return Err(self.own_bias(&target, module));
+                }
                 match end.is_embedding {
                     true => embedding = Some(folded),
                     false => {
@@ -178,7 +204,8 @@ impl Layers {
                 let weight = form.weight(model, path).map_err(failed)?;
                 base_value(&weight).map_err(|error| target.failed(error.into()))
             };
-            let folded = self.fold(&target, module, base)?.folded;
+            let Prepared { folded, offset, .. } = self.fold(&target, adapter, module, base)?;
+            offset.into_iter().for_each(|offset| add(adapted.bias_offsets.entry(path.clone()).or_default(), offset));
             if projection.has_bias && self.scales_bias(module) {
                 let bias = model.bias(path).map_err(|error| failed(error.into()))?.unwrap_or_default();
                 let offset = self.scaled_offset(&target, module, &folded, &bias)?;
@@ -226,26 +253,46 @@ impl Layers {
         }
     }
 
+    /// The refusal of an adapter's own bias where there is no place for one.
+    pub(crate) fn own_bias(&self, target: &FoldTarget<'_>, module: &AdapterModule) -> StoreError {
+        let kind = self.kinds.layer(&module.layer).map_or(module.layer.as_str(), |layer| layer.kind());
+        let (adapter, module) = (target.adapter.to_owned(), target.path.to_owned());
+        StoreError::OwnBias { adapter, kind: kind.to_owned(), module }
+    }
+
     /// Folds one module; `base` is asked for the base weight where the fold reads it.
     pub(crate) fn fold(
         &self,
         target: &FoldTarget<'_>,
+        adapter: &AdapterFolder,
         module: &AdapterModule,
         base: impl FnOnce() -> Result<Value, StoreError>,
-    ) -> Result<LoadedAdapter<'_>, StoreError> {
+    ) -> Result<Prepared<'_>, StoreError> {
         let layer = self.layer(target.adapter, target.path, module)?;
         let failed = |source| target.failed(source);
-        let operands = bindings(&module.operands).map_err(|error| failed(error.into()))?;
-        let folded = if layer.linear.reads_base_weight() {
-            let mut all = operands.clone();
-            all.insert(base_weight_name(&layer.linear), base()?);
-            layer.linear.fold(&all)
-        } else {
-            layer.linear.fold(&operands)
+        let base = self.read_base(module).then(base).transpose()?;
+        let described = self.kinds.layer(&module.layer).filter(|described| !described.derived.is_empty());
+        let operands = match described {
+            None => bindings(&module.operands).map_err(|error| failed(error.into()))?,
+            Some(described) => {
+                let derivation =
+                    Derivation { described, adapter, module, d: target.d, k: target.k, base: base.as_ref() };
+                let operands = derivation.operands(layer.written.layer());
+                operands.map_err(|(operand, source)| target.not_derived(operand, source))?
+            }
         };
-        let folded = folded.map_err(failed)?;
+        let mut all = operands.clone();
+        all.insert_extent(output_dimension(&layer.linear), target.k);
+        if let Some(base) = base.filter(|_| layer.linear.reads_base_weight()) {
+            all.insert(base_weight_name(&layer.linear), base);
+        }
+        let (folded, offset) = layer.linear.fold_with_offset(&all).map_err(failed)?;
         folded.check(target.d, target.k).map_err(failed)?;
-        Ok(LoadedAdapter { layer, operands, folded })
+        if let Some(offset) = offset.as_ref().filter(|offset| offset.len() != target.k) {
+            let (found, expected) = (vec![offset.len()], vec![target.k]);
+            return Err(failed(FoldError::WrongShape { what: "the adapter's bias", found, expected }));
+        }
+        Ok(Prepared { layer, operands, folded, offset })
     }
 }
 
@@ -292,6 +339,14 @@ pub fn bindings(operands: &BTreeMap<String, Operand>) -> Result<Bindings, Evalua
         bindings.insert(name.clone(), value);
     }
     Ok(bindings)
+}
+
+/// K
+fn output_dimension(linear: &NormalForm) -> Dimension {
+    match &linear.layer.layer().operands[linear.base_weight].ty.shape {
+        Shape::Matrix(_, k) => k.clone(),
+        _ => Dimension::Fixed(0),
+    }
 }
 
 fn base_weight_name(linear: &NormalForm) -> String {

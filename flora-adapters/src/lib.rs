@@ -2,12 +2,14 @@
 //! form in which a device keeps them. The crate that reads files knows no layer, and the crate that runs layers knows no file.
 
 pub mod adapted;
+mod derive;
 pub mod layers;
 pub mod register;
 pub mod store;
 pub mod weights;
 
 pub use adapted::{AdaptedEmbedding, AdaptedHead, AdaptedModel};
+pub use derive::DeriveError;
 pub use layers::Layers;
 pub use register::RegisterError;
 pub use store::{AdapterStore, LoadedAdapter, StoreError};

@@ -9,6 +9,7 @@ use flora_checkpoint::{AdapterKinds, KindDescription, KindError};
 use flora_ir::{Activation, Dimension, ParseError, Role, Shape, VerifiedLayer, builtin, parse, verify};
 use flora_plan::pipeline::{CompileError, CompiledLayer, compile_verified};
 
+use crate::derive;
 use crate::layers::Layers;
 
 /// Why a kind of adapter can't be registered.
@@ -113,6 +114,18 @@ pub enum RegisterError {
         layer: String,
         /// What it has.
         what: &'static str,
+    },
+    /// A function that there isn't.
+    #[error("the operand `{operand}` of the layer `{layer}` is derived by `{function}`, which isn't one of {known}")]
+    UnknownFunction {
+        /// The layer.
+        layer: String,
+        /// The operand.
+        operand: String,
+        /// The function.
+        function: String,
+        /// Those that there are.
+        known: String,
     },
     /// An equation that scales the base layer's output, of which nobody says what becomes of the bias.
     #[error(
@@ -240,10 +253,25 @@ fn check(layer: &CompiledLayer, described: &LayerDescription) -> Result<(), Regi
     if let Some((_, what)) = foreign.into_iter().find(|(has, _)| *has) {
         return Err(RegisterError::Epilogue { layer: name(), what });
     }
-    let mut extents = Extents { base: &written.operands[layer.written.base_weight()].ty.shape, rank: None };
+    let base = &written.operands[layer.written.base_weight()].ty.shape;
+    let mut extents = Extents { base, rank: None, components: None };
+    for derived in &described.derived {
+        if derive::function(&derived.function).is_none() {
+            return Err(RegisterError::UnknownFunction {
+                layer: name(),
+                operand: derived.operand.clone(),
+                function: derived.function.clone(),
+                known: derive::names().collect::<Vec<_>>().join(", "),
+            });
+        }
+    }
     let tensors = described.tensors.iter().map(|tensor| (&tensor.operand, tensor.shape()));
     let scalars = described.scalars.iter().map(|scalar| (&scalar.operand, Vec::new()));
-    let sources: Vec<(&String, Vec<Extent>)> = tensors.chain(scalars).collect();
+    let derived = described.derived.iter().map(|derived| (&derived.operand, derived.shape.clone()));
+    // What functions alone read is no operand.
+    let is_operand = |name: &str| adapters().any(|own| own.name == name) || !described.is_input(name);
+    let sources = tensors.chain(scalars).chain(derived).filter(|(name, _)| is_operand(name));
+    let sources: Vec<(&String, Vec<Extent>)> = sources.collect();
     for (operand, shape) in &sources {
         let Some(declared) = adapters().find(|own| own.name == **operand) else {
             let known = adapters().map(|own| format!("`{}`", own.name)).collect::<Vec<_>>().join(", ");
@@ -274,6 +302,8 @@ struct Extents<'a> {
     base: &'a Shape,
     /// R, once some operand had it.
     rank: Option<&'a Dimension>,
+    /// Q, likewise.
+    components: Option<&'a Dimension>,
 }
 
 impl<'a> Extents<'a> {
@@ -292,9 +322,11 @@ impl<'a> Extents<'a> {
             Extent::Inputs => declared == inputs,
             Extent::Outputs => declared == outputs,
             Extent::Fixed(number) => *declared == Dimension::Fixed(number as u64),
-            Extent::Rank => {
+            Extent::Any => false,
+            Extent::Rank | Extent::Components => {
+                let known = if described == Extent::Rank { &mut self.rank } else { &mut self.components };
                 let is_symbol = matches!(declared, Dimension::Symbol(_)) && declared != inputs && declared != outputs;
-                is_symbol && *self.rank.get_or_insert(declared) == declared
+                is_symbol && *known.get_or_insert(declared) == declared
             }
         }
     }

@@ -11,7 +11,8 @@ use flora_ir::algebra::{FoldError, FoldedAdapter};
 use flora_plan::pipeline::CompiledLayer;
 use rayon::prelude::*;
 
-use crate::layers::{FoldTarget, Layers, base_value};
+use crate::derive::DeriveError;
+use crate::layers::{FoldTarget, Layers, Prepared, base_value};
 use crate::weights::BaseError;
 
 /// The adapters that batches may name, each whole in host memory (f32).
@@ -94,6 +95,28 @@ pub enum StoreError {
         kind: String,
         /// The module.
         module: String,
+    },
+    /// A kind that adds a vector of the adapter's own, where nothing adds one.
+    #[error("the adapter `{adapter}` ({kind}) adds a bias of its own to `{module}`, which isn't supported here")]
+    OwnBias {
+        /// The adapter.
+        adapter: String,
+        /// Its kind.
+        kind: String,
+        /// The module.
+        module: String,
+    },
+    /// An operand that a function of its kind can't make.
+    #[error("the adapter `{adapter}` can't be used for `{module}`: its `{operand}` can't be derived: {source}")]
+    Derive {
+        /// The adapter.
+        adapter: String,
+        /// The module.
+        module: String,
+        /// The operand.
+        operand: String,
+        /// Why.
+        source: DeriveError,
     },
     /// The model's own weight, which an adapter is folded with, can't be read.
     #[error("the adapter `{adapter}` is folded with a base weight that can't be read: {source}")]
@@ -280,11 +303,15 @@ impl AdapterStore {
                     return Err(self.layers.scaled_bias(name, module, adapted));
                 }
                 let target = FoldTarget { adapter: name, path: module, d: base.d, k: base.k };
-                let loaded = self.layers.fold(&target, adapted, || match &base_weight {
+                let prepared = self.layers.fold(&target, adapter, adapted, || match &base_weight {
                     Some(base_weight) => base_weight.clone().map_err(|error| target.failed(error.into())),
                     None => base_value(base).map_err(|error| target.failed(error.into())),
                 })?;
-                Ok((name.as_str(), Some(loaded)))
+                let Prepared { layer, operands, folded, offset } = prepared;
+                match offset {
+                    Some(_) => Err(self.layers.own_bias(&target, adapted)),
+                    None => Ok((name.as_str(), Some(LoadedAdapter { layer, operands, folded }))),
+                }
             })
             .collect();
         outcomes.into_iter().collect()

@@ -37,6 +37,7 @@ use crate::error::FileError;
 use crate::json::Json;
 use crate::safetensors_file;
 use config::Config;
+use modules::Read;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use targets::Targets;
@@ -53,6 +54,8 @@ pub struct AdapterFolder {
     pub kind: AdapterKind,
     /// By module path, such as `model.layers.0.self_attn.q_proj`.
     pub modules: BTreeMap<String, AdapterModule>,
+    /// What all of its modules have in common, such as projections that they share: operands by their names in the description.
+    pub shared: BTreeMap<String, Operand>,
     /// What it brings along in place of the base model's own.
     pub replaced: Replacements,
     path: PathBuf,
@@ -75,7 +78,7 @@ pub struct AdapterModule {
 /// A named tensor of an adapter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Operand {
-    /// `[]`, `[n]` or `[rows, columns]`.
+    /// `[]`, `[n]` or `[rows, columns]`; more extents of what functions alone read.
     pub shape: Vec<usize>,
     /// Row-major; finite after [`AdapterFolder::open`].
     pub values: Vec<f32>,
@@ -86,7 +89,8 @@ impl AdapterFolder {
     pub fn new(name: impl Into<String>, kind: AdapterKind, modules: BTreeMap<String, AdapterModule>) -> Self {
         let name = name.into();
         let targets = Targets::exactly(modules.keys().cloned());
-        Self { path: PathBuf::from(&name), name, kind, modules, replaced: Replacements::default(), targets }
+        let (path, shared, replaced) = (PathBuf::from(&name), BTreeMap::new(), Replacements::default());
+        Self { path, name, kind, modules, shared, replaced, targets }
     }
 
     /// Reads and checks a folder of one of `kinds` whole; nothing of it stays open. The adapter has the name that the folder is
@@ -101,13 +105,15 @@ impl AdapterFolder {
         let (config_path, tensors_path) = (path.join(CONFIG), path.join(TENSORS));
         let json = Json::parse(&config_path, files.config.as_slice())?;
         let config = Config::read(&config_path, &json, kinds)?;
-        let tensors = safetensors_file::parse(&tensors_path, files.tensors.clone())?;
-        let (modules, replaced) = modules::read(&config, &tensors)?;
+        let tensors = files.tensors.clone();
+        let tensors = safetensors_file::parse_with_integers(&tensors_path, tensors, |name| config.has_integers(name))?;
+        let Read { modules, shared, replaced } = modules::read(&config, &tensors)?;
         // PEFT targets the embedding alone then, and saves the tied output matrix's factors beside.
         let is_tied = |path: &&String| config.keeps_ties && *path == against::HEAD;
         config.targets.check_modules(&config_path, &tensors_path, modules.keys().filter(|path| !is_tied(path)))?;
         let name = folder_name(path)?;
-        Ok(AdapterFolder { name, kind: config.kind, modules, replaced, path: path.to_owned(), targets: config.targets })
+        let (kind, path, targets) = (config.kind, path.to_owned(), config.targets);
+        Ok(AdapterFolder { name, kind, modules, shared, replaced, path, targets })
     }
 }
 

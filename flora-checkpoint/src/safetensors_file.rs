@@ -50,6 +50,38 @@ pub(crate) fn map(path: &Path) -> Result<TensorTable, FileError> {
 
 /// The tensors of the safetensors file `bytes`.
 pub(crate) fn parse(path: &Path, bytes: SharedBytes) -> Result<TensorTable, FileError> {
+    parse_with(path, bytes, |_, _, _| None)
+}
+
+/// The same, with the integers of tensors that `has_integers` names as the floats that they equal, where all of a tensor's do.
+pub(crate) fn parse_with_integers(
+    path: &Path,
+    bytes: SharedBytes,
+    has_integers: impl Fn(&str) -> bool,
+) -> Result<TensorTable, FileError> {
+    parse_with(path, bytes, |name, dtype, bytes| has_integers(name).then(|| floats_of_integers(dtype, bytes)).flatten())
+}
+
+/// Every integer up to this one is an f32.
+const EXACT_LIMIT: u64 = 1 << 24;
+
+fn floats_of_integers(dtype: safetensors::Dtype, bytes: &[u8]) -> Option<Vec<u8>> {
+    let float = |integer: i64| (integer.unsigned_abs() <= EXACT_LIMIT).then_some((integer as f32).to_le_bytes());
+    let floats: Option<Vec<[u8; 4]>> = match dtype {
+        safetensors::Dtype::I32 => {
+            bytes.as_chunks().0.iter().map(|bytes| float(i32::from_le_bytes(*bytes).into())).collect()
+        }
+        safetensors::Dtype::I64 => bytes.as_chunks().0.iter().map(|bytes| float(i64::from_le_bytes(*bytes))).collect(),
+        _ => None,
+    };
+    floats.map(|floats| floats.concat())
+}
+
+fn parse_with(
+    path: &Path,
+    bytes: SharedBytes,
+    floats: impl Fn(&str, safetensors::Dtype, &[u8]) -> Option<Vec<u8>>,
+) -> Result<TensorTable, FileError> {
     let fail = |problem| FileError::Safetensors { path: path.to_owned(), problem };
     let whole = bytes.as_slice();
     let truncated = || fail(SafetensorsProblem::Truncated { length: whole.len() });
@@ -77,14 +109,19 @@ pub(crate) fn parse(path: &Path, bytes: SharedBytes) -> Result<TensorTable, File
     let mut entries = BTreeMap::new();
     for (name, info) in metadata.tensors() {
         let (start, end) = info.data_offsets;
-        let entry = match Encoding::from_safetensors(info.dtype) {
-            None => TensorEntry::Unsupported { element_type: format!("{:?}", info.dtype), shape: info.shape.clone() },
-            Some(encoding) => {
-                let outside = || fail(SafetensorsProblem::OutsideFile { tensor: name.clone() });
-                let data = bytes.slice(data_start + start, end.saturating_sub(start)).ok_or_else(outside)?;
+        let outside = || fail(SafetensorsProblem::OutsideFile { tensor: name.clone() });
+        let stored =
+            |encoding, data| {
                 let tensor = StoredTensor::new(info.shape.clone(), encoding, data)
-                    .map_err(|problem| FileError::Tensor { path: path.to_owned(), tensor: name.clone(), problem })?;
-                TensorEntry::Stored(tensor)
+                    .map_err(|problem| FileError::Tensor { path: path.to_owned(), tensor: name.clone(), problem });
+                tensor.map(TensorEntry::Stored)
+            };
+        let data = bytes.slice(data_start + start, end.saturating_sub(start)).ok_or_else(outside)?;
+        let entry = match (Encoding::from_safetensors(info.dtype), floats(&name, info.dtype, data.as_slice())) {
+            (Some(encoding), _) => stored(encoding, data)?,
+            (None, Some(floats)) => stored(Encoding::F32, SharedBytes::from(floats))?,
+            (None, None) => {
+                TensorEntry::Unsupported { element_type: format!("{:?}", info.dtype), shape: info.shape.clone() }
             }
         };
         entries.insert(name, entry);

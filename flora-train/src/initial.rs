@@ -35,6 +35,8 @@ impl Place<'_> {
             Extent::Outputs => self.k,
             Extent::Rank => self.rank,
             Extent::Fixed(number) => number,
+            // Only what functions read or make, which isn't trained.
+            Extent::Components | Extent::Any => 0,
         }
     }
 

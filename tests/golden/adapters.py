@@ -9,13 +9,21 @@ from torch import nn
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+# Parts of the names of parameters, by what they are filled with: scales around 1, all others around 0, angles near to it.
+AROUND_ONE = ["ia3_", "road_alpha", "boft_s"]
+AROUND_ZERO = ["lora_", "hira_", "hada_", "lokr_", "vera_lambda", "delora_", "miss_", "hra_", "beft_", "c3a_", "shira_", "road_theta"]
+SMALL = ["oft_R", "randlora_"]
+
+
 def fill(adapted, std):
     """Fills a PEFT model's adapter by normal numbers, because PEFT's adapters start as the identity."""
     for key, parameter in adapted.named_parameters():
-        if "lora_" in key or "hira_" in key:
-            nn.init.normal_(parameter, std=std)
-        elif "ia3_" in key:
+        if any(part in key for part in SMALL):
+            nn.init.normal_(parameter, std=std / 5)
+        elif any(part in key for part in AROUND_ONE):
             nn.init.normal_(parameter, mean=1.0, std=std)
+        elif any(part in key for part in AROUND_ZERO):
+            nn.init.normal_(parameter, std=std)
     return adapted.eval()
 
 

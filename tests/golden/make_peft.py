@@ -14,34 +14,35 @@ from pathlib import Path
 
 import torch
 from adapters import fill, save
-from peft import HiraConfig, IA3Config, LoraConfig, get_peft_model
+from peft import HiraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-HERE = Path(__file__).parent / "peft"
+HERE = Path(__file__).parent
 D, HEADS, KEYS, HIDDEN, ROWS = 37, 29, 11, 19, 3
 
 
 class Attention(nn.Module):
-    def __init__(self, bias):
+    def __init__(self, bias, d, heads, keys):
         super().__init__()
-        self.q_proj = nn.Linear(D, HEADS, bias=bias)
-        self.k_proj = nn.Linear(D, KEYS, bias=bias)
+        self.q_proj = nn.Linear(d, heads, bias=bias)
+        self.k_proj = nn.Linear(d, keys, bias=bias)
 
 
 class Mlp(nn.Module):
-    def __init__(self, bias):
+    def __init__(self, bias, d, hidden):
         super().__init__()
-        self.up_proj = nn.Linear(D, HIDDEN, bias=bias)
-        self.down_proj = nn.Linear(HIDDEN, D, bias=bias)
+        self.up_proj = nn.Linear(d, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, d, bias=bias)
 
 
 class Layer(nn.Module):
-    def __init__(self, bias):
+    def __init__(self, bias, sizes):
         super().__init__()
-        self.self_attn = Attention(bias)
-        self.mlp = Mlp(bias)
+        d, heads, keys, hidden = sizes
+        self.self_attn = Attention(bias, d, heads, keys)
+        self.mlp = Mlp(bias, d, hidden)
 
 
 class Model(nn.Module):
@@ -49,10 +50,10 @@ class Model(nn.Module):
 
     model_type = "llama"
 
-    def __init__(self, bias=False):
+    def __init__(self, bias=False, sizes=(D, HEADS, KEYS, HIDDEN)):
         super().__init__()
         self.model = nn.Module()
-        self.model.layers = nn.ModuleList(Layer(bias) for _ in range(2))
+        self.model.layers = nn.ModuleList(Layer(bias, sizes) for _ in range(2))
 
 
 class Block(nn.Module):
@@ -98,7 +99,8 @@ CASES = {
 }
 
 
-def make(name, build, config, seed):
+def make(name, build, config, seed, folder="peft", again=False):
+    """One case; with `again`, the outputs are those of the adapter as it is loaded from its folder."""
     torch.manual_seed(seed)
     model = build()
     for parameter in model.parameters():
@@ -106,9 +108,14 @@ def make(name, build, config, seed):
     base = {key: value.detach().clone() for key, value in model.state_dict().items()}
     model = fill(get_peft_model(model, config), std=0.3 if isinstance(config, IA3Config) else 0.5)
 
-    folder = HERE / name
+    folder = HERE / folder / name
     shutil.rmtree(folder, ignore_errors=True)
     save(model, folder / "adapter")
+
+    if again:
+        plain = build()
+        plain.load_state_dict(base)
+        model = PeftModel.from_pretrained(plain, folder / "adapter").eval()
 
     inputs, outputs = {}, {}
     with torch.no_grad():

@@ -122,13 +122,14 @@ impl<'a> Against<'a, '_> {
         let described = self.adapter.kind.layer(&module.layer).map_or(&[][..], |layer| &layer.tensors);
         for (operand, tensor) in &module.operands {
             let Some(described) = described.iter().find(|tensor| tensor.operand == *operand) else { continue };
-            let extent = |extent| match extent {
+            let extent = |(extent, found): (Extent, &usize)| match extent {
                 Extent::Inputs => d,
                 Extent::Outputs => k,
                 Extent::Rank => module.rank,
                 Extent::Fixed(number) => number,
+                Extent::Any | Extent::Components => *found,
             };
-            let expected: Vec<usize> = described.shape().into_iter().map(extent).collect();
+            let expected: Vec<usize> = described.shape().into_iter().zip(&tensor.shape).map(extent).collect();
             if tensor.shape != expected {
                 let expected = format!("{expected:?} (the model {} has d {d}, k {k})", self.model.name());
                 let problem = TensorProblem::WrongShape { found: tensor.shape.clone(), expected };

@@ -2,6 +2,7 @@
 
 use super::description::{
     Choice, ComponentFillings, Divisor, Extent, Filling, Initial, KindDescription, LayerDescription, OptionRule, READ,
+    TensorDescription,
 };
 use super::kind_error::{KindError, KindProblem};
 use super::options;
@@ -17,7 +18,7 @@ impl KindDescription {
     pub(super) fn check(&self) -> Result<(), KindError> {
         self.check_names().map_err(|problem| self.problem(problem))?;
         for layer in &self.layers {
-            check_layer(layer).map_err(|problem| self.problem(problem))?;
+            check_layer(layer, self.rank.is_some()).map_err(|problem| self.problem(problem))?;
         }
         self.check_options().map_err(|problem| self.problem(problem))?;
         self.check_tensor_names().map_err(|problem| self.problem(problem))?;
@@ -164,26 +165,53 @@ fn name(what: &'static str, name: &str) -> Result<(), KindProblem> {
     }
 }
 
-fn check_layer(layer: &LayerDescription) -> Result<(), KindProblem> {
+/// Every function reads what there is.
+fn check_derived(layer: &LayerDescription) -> Result<(), KindProblem> {
+    for (index, derived) in layer.derived.iter().enumerate() {
+        let is_known = |input: &&String| {
+            layer.tensors.iter().any(|tensor| tensor.operand == **input)
+                || layer.scalars.iter().any(|scalar| scalar.operand == **input)
+                || layer.derived[..index].iter().any(|earlier| earlier.operand == **input)
+        };
+        if let Some(input) = derived.of.iter().find(|input| !is_known(input)) {
+            let (layer, operand, input) = (layer.name.clone(), derived.operand.clone(), input.clone());
+            return Err(KindProblem::NoInput { layer, operand, input });
+        }
+        if derived.shape.len() > 2 || derived.shape.contains(&Extent::Any) {
+            return Err(KindProblem::Shape { layer: layer.name.clone(), operand: derived.operand.clone() });
+        }
+    }
+    Ok(())
+}
+
+fn check_layer(layer: &LayerDescription, says_rank: bool) -> Result<(), KindProblem> {
     let layer_name = || layer.name.clone();
     let mut operands = BTreeSet::new();
     let sources = layer.tensors.iter().map(|tensor| &tensor.operand).chain(layer.scalars.iter().map(|s| &s.operand));
-    for operand in sources {
+    for operand in sources.chain(layer.derived.iter().map(|derived| &derived.operand)) {
         name("an operand", operand)?;
         if !operands.insert(operand) {
             return Err(KindProblem::OperandTwice { layer: layer_name(), operand: operand.clone() });
         }
     }
-    let always = || layer.tensors.iter().filter(|tensor| tensor.default.is_none());
-    if always().next().is_none() {
+    check_derived(layer)?;
+    let is_always = |tensor: &&TensorDescription| tensor.default.is_none() && !tensor.optional && !tensor.shared;
+    let always = || layer.tensors.iter().filter(is_always);
+    if always().next().is_none() && layer.derived.is_empty() {
         return Err(KindProblem::NoTensor(layer_name()));
     }
     let shown: BTreeSet<Extent> = always().flat_map(|tensor| tensor.stored.iter().copied()).collect();
     for tensor in &layer.tensors {
         let operand = || tensor.operand.clone();
         let shape = tensor.shape();
-        if shape.len() > 2 || tensor.stored.len() > 4 || tensor.transposed && shape.len() != 2 {
+        let is_wide = (shape.len() > 2 || shape.contains(&Extent::Any)) && !layer.is_input(&tensor.operand)
+            || shape.contains(&Extent::Components);
+        if is_wide || tensor.stored.len() > 4 || tensor.transposed && shape.len() != 2 {
             return Err(KindProblem::Shape { layer: layer_name(), operand: operand() });
+        }
+        if !layer.derived.is_empty() && (tensor.init.is_some() || tensor.reference.is_some()) {
+            let problem = "starts a training, but adapters of a layer with derived operands aren't trained";
+            return Err(KindProblem::Number { layer: layer_name(), operand: operand(), problem });
         }
         for initial in tensor.init.iter().chain(&tensor.reference) {
             if let Some(problem) = misfilled(*initial, &shape) {
@@ -191,10 +219,14 @@ fn check_layer(layer: &LayerDescription) -> Result<(), KindProblem> {
             }
         }
         let unknown = |extent: &&Extent| !matches!(extent, Extent::Fixed(_)) && !shown.contains(extent);
-        if let Some(extent) = shape.iter().find(unknown) {
+        if let Some(extent) = shape.iter().find(unknown).filter(|_| tensor.default.is_some()) {
             return Err(KindProblem::UnknownExtent { layer: layer_name(), operand: operand(), extent: *extent });
         }
         let problem = match tensor.default {
+            _ if tensor.optional && !layer.is_input(&tensor.operand) => "may be missing, but no function reads it",
+            Some(_) if tensor.optional || tensor.shared => {
+                "has a default, which neither an optional nor a shared tensor has"
+            }
             Some(default) if !default.is_finite() => "has a default that isn't finite",
             Some(_) if shape.len() > 1 => "has a default, which only a number or a vector can have",
             _ => continue,
@@ -210,7 +242,7 @@ fn check_layer(layer: &LayerDescription) -> Result<(), KindProblem> {
         if let Some(problem) = problem {
             return Err(KindProblem::Number { layer: layer_name(), operand: scalar.operand.clone(), problem });
         }
-        if scalar.over.is_some() && !shown.contains(&Extent::Rank) {
+        if scalar.over.is_some() && !shown.contains(&Extent::Rank) && !says_rank {
             return Err(KindProblem::NoRank(layer_name()));
         }
     }

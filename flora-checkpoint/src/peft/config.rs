@@ -157,6 +157,12 @@ impl Config {
         self.layers.iter().filter_map(|index| self.kind.description().layers.get(*index))
     }
 
+    /// Whether the tensor called `name` may be stored as integers.
+    pub(super) fn has_integers(&self, name: &str) -> bool {
+        let described = self.layers().flat_map(|layer| &layer.tensors).filter(|tensor| tensor.integers);
+        described.flat_map(|tensor| &tensor.names).any(|end| name.ends_with(end.as_str()))
+    }
+
     /// A number of the config for `module`, over r or √r where the kind says so.
     pub(super) fn scalar(&self, scalar: &ScalarDescription, module: &str, rank: usize) -> Result<f32, AdapterError> {
         let missing = || self.invalid(&scalar.option, "missing".to_string(), "it must be a number".to_string());
@@ -169,6 +175,9 @@ impl Config {
             (Some(Divisor::Rank), true) | (Some(Divisor::RootRank), _) => (rank as f64).sqrt(),
         };
         let value = (number / divisor) as f32;
+        if scalar.positive && number <= 0.0 {
+            return Err(self.invalid(&scalar.option, number.to_string(), "it must be above 0".to_owned()));
+        }
         if !value.is_finite() {
             let expected = format!("the scale of module `{module}` exceeds the range of f32");
             return Err(self.invalid(&scalar.option, number.to_string(), expected));

@@ -62,12 +62,21 @@ pub struct LayerDescription {
     /// The operands that are computed from options.
     #[serde(default)]
     pub scalars: Vec<ScalarDescription>,
+    /// The operands that functions make of tensors and numbers, once the module's size is known. Adapters of a layer that has some
+    /// are neither trained nor written.
+    #[serde(default)]
+    pub derived: Vec<DerivedDescription>,
 }
 
 impl LayerDescription {
     /// What the kind is called.
     pub fn kind(&self) -> &str {
         self.kind.as_deref().unwrap_or(&self.name)
+    }
+
+    /// Whether a function reads what is called `name`.
+    pub fn is_input(&self, name: &str) -> bool {
+        self.derived.iter().any(|derived| derived.of.iter().any(|input| input == name))
     }
 }
 
@@ -79,6 +88,9 @@ pub enum BiasRule {
     Scaled,
     /// It is added as it is: l ∘ (x @ w0) + bias.
     Unscaled,
+    /// Whatever is done to the output of the base weight is done to it, too, and no scale says what. Modules with a bias are
+    /// refused.
+    Transformed,
 }
 
 /// The value of an option that is a choice.
@@ -111,6 +123,15 @@ pub struct TensorDescription {
     pub names: Vec<String>,
     /// The shape in the file. The operand has the same one without extents of 1, or its transpose.
     pub stored: Vec<Extent>,
+    /// Whether the file has the tensor once, for all modules: its name follows `base_model.` then.
+    #[serde(default)]
+    pub shared: bool,
+    /// Whether a module may be without it. Then functions alone read it.
+    #[serde(default)]
+    pub optional: bool,
+    /// Whether it may be stored as integers, such as indices, up to 2²⁴.
+    #[serde(default)]
+    pub integers: bool,
     /// Whether the operand is the transpose of what is stored.
     #[serde(default)]
     pub transposed: bool,
@@ -171,6 +192,21 @@ impl TensorDescription {
     }
 }
 
+/// An operand that a function makes.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DerivedDescription {
+    /// The operand of the equation, or what a later function reads.
+    pub operand: String,
+    /// Its shape.
+    pub shape: Vec<Extent>,
+    /// The function, one of the table in `flora-adapters/src/derive.rs`.
+    pub function: String,
+    /// What the function reads: tensors, numbers and operands that were derived before.
+    #[serde(default)]
+    pub of: Vec<String>,
+}
+
 /// One extent of a stored tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(try_from = "ExtentText")]
@@ -181,6 +217,10 @@ pub enum Extent {
     Outputs,
     /// `R`: the rank.
     Rank,
+    /// `Q`: the components of a low-rank pair, as many as functions make.
+    Components,
+    /// `*`: any number, of a tensor that functions alone read.
+    Any,
     /// A number.
     Fixed(usize),
 }
@@ -203,7 +243,11 @@ impl TryFrom<ExtentText> for Extent {
                 "D" => Ok(Extent::Inputs),
                 "K" => Ok(Extent::Outputs),
                 "R" => Ok(Extent::Rank),
-                _ => Err(format!("an extent is D (inputs), K (outputs), R (rank) or a number, not {symbol:?}")),
+                "Q" => Ok(Extent::Components),
+                "*" => Ok(Extent::Any),
+                _ => Err(format!(
+                    "an extent is D (inputs), K (outputs), R (rank), Q (components), * (any) or a number, not {symbol:?}"
+                )),
             },
         }
     }
@@ -215,6 +259,8 @@ impl std::fmt::Display for Extent {
             Extent::Inputs => f.write_str("D"),
             Extent::Outputs => f.write_str("K"),
             Extent::Rank => f.write_str("R"),
+            Extent::Components => f.write_str("Q"),
+            Extent::Any => f.write_str("*"),
             Extent::Fixed(number) => write!(f, "{number}"),
         }
     }
@@ -234,6 +280,9 @@ pub struct ScalarDescription {
     pub over: Option<Divisor>,
     /// A flag of the config that, when it is set, makes √r of r.
     pub root: Option<String>,
+    /// Whether the number has to be above 0.
+    #[serde(default)]
+    pub positive: bool,
     /// The number where the config doesn't have the option. Without it, the option has to be there.
     pub default: Option<f64>,
 }
@@ -259,6 +308,8 @@ pub enum OptionRule {
     Read,
     /// Refused unless null, false or empty, or one of the given values.
     Refused(Refusal),
+    /// Refused unless it is one of the given values; missing, too.
+    Required(Refusal),
 }
 
 /// Why an option is refused, and when it isn't.

@@ -105,6 +105,18 @@ pub enum KindProblem {
         /// The extent.
         extent: Extent,
     },
+    /// A function of something that there isn't.
+    #[error(
+        "the operand `{operand}` of the layer `{layer}` is derived of `{input}`, which no tensor, number or earlier operand is"
+    )]
+    NoInput {
+        /// The layer.
+        layer: String,
+        /// The operand.
+        operand: String,
+        /// What its function should read.
+        input: String,
+    },
     /// A number that can't be made.
     #[error("the operand `{operand}` of the layer `{layer}` {problem}")]
     Number {

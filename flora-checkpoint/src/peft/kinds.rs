@@ -6,11 +6,30 @@ use std::cmp::Ordering;
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, LazyLock};
 
-const BUILTIN: [&str; 4] = [
+const BUILTIN: [&str; 23] = [
     include_str!("kinds/lora.toml"),
     include_str!("kinds/ia3.toml"),
     include_str!("kinds/hira.toml"),
     include_str!("kinds/flora.toml"),
+    include_str!("kinds/loha.toml"),
+    include_str!("kinds/adalora.toml"),
+    include_str!("kinds/vera.toml"),
+    include_str!("kinds/pvera.toml"),
+    include_str!("kinds/vblora.toml"),
+    include_str!("kinds/unilora.toml"),
+    include_str!("kinds/tinylora.toml"),
+    include_str!("kinds/delora.toml"),
+    include_str!("kinds/miss.toml"),
+    include_str!("kinds/gralora.toml"),
+    include_str!("kinds/hra.toml"),
+    include_str!("kinds/beft.toml"),
+    include_str!("kinds/lokr.toml"),
+    include_str!("kinds/c3a.toml"),
+    include_str!("kinds/shira.toml"),
+    include_str!("kinds/road.toml"),
+    include_str!("kinds/oft.toml"),
+    include_str!("kinds/boft.toml"),
+    include_str!("kinds/randlora.toml"),
 ];
 
 /// The kinds of adapter that can be read, a row each; by default none. Cloning is cheap.
@@ -18,7 +37,7 @@ const BUILTIN: [&str; 4] = [
 pub struct AdapterKinds(Vec<Arc<KindDescription>>);
 
 impl AdapterKinds {
-    /// LORA (with DoRA), IA3, HIRA and FLORA.
+    /// LORA (with DoRA), IA3, HIRA, FLORA, and those of PEFT's other kinds that docs/adapters.md lists.
     pub fn builtin() -> Self {
         static KINDS: LazyLock<Vec<Arc<KindDescription>>> = LazyLock::new(|| {
             BUILTIN.iter().filter_map(|text| KindDescription::parse(text).ok().map(Arc::new)).collect()
@@ -156,7 +175,13 @@ mod tests {
             KindDescription::parse(text).unwrap_or_else(|error| panic!("{error}\n{text}"));
         }
         let kinds = AdapterKinds::builtin();
-        assert_eq!(kinds.peft_types().collect::<Vec<_>>(), ["LORA", "IA3", "HIRA", "FLORA"]);
+        assert_eq!(
+            kinds.peft_types().collect::<Vec<_>>(),
+            [
+                "LORA", "IA3", "HIRA", "FLORA", "LOHA", "ADALORA", "VERA", "PVERA", "VBLORA", "UNILORA", "TINYLORA",
+                "DELORA", "MISS", "GRALORA", "HRA", "BEFT", "LOKR", "C3A", "SHIRA", "ROAD", "OFT", "BOFT", "RANDLORA"
+            ]
+        );
         let kind = |layer: &str| kinds.kind_of_layer(layer).map(|kind| kind.name().to_owned());
         assert_eq!(kind("dora").as_deref(), Some("dora"));
         assert_eq!(kind("ia3_feedforward").as_deref(), Some("ia3"));

@@ -10,6 +10,9 @@ use std::collections::BTreeMap;
 /// What PEFT puts before the module path.
 pub(super) const PREFIX: &str = "base_model.model.";
 
+/// What PEFT puts before what is shared by all modules.
+const SHARED_PREFIX: &str = "base_model.";
+
 /// The longest tensor name, in bytes.
 const NAME_LIMIT: usize = 1024;
 /// The most matches of patterns with modules that are tried: a thousand patterns for four thousand modules.
@@ -18,12 +21,16 @@ const MATCH_LIMIT: usize = 4_000_000;
 /// The tensors of one module, by what follows its path: the whole name and the tensor.
 type Found<'a> = BTreeMap<&'a str, (&'a str, &'a StoredTensor)>;
 
+/// What a file holds.
+pub(super) struct Read {
+    pub(super) modules: BTreeMap<String, AdapterModule>,
+    pub(super) shared: BTreeMap<String, Operand>,
+    pub(super) replaced: Replacements,
+}
+
 /// Every module of the file, its operands checked against each other and the config.
-pub(super) fn read(
-    config: &Config,
-    tensors: &TensorTable,
-) -> Result<(BTreeMap<String, AdapterModule>, Replacements), AdapterError> {
-    let (found, parts) = group(config, tensors)?;
+pub(super) fn read(config: &Config, tensors: &TensorTable) -> Result<Read, AdapterError> {
+    let Grouped { modules: found, shared, parts } = group(config, tensors)?;
     if found.is_empty() && parts.is_empty() {
         let problem = format!("the file holds no {} tensors", config.kind.name());
         return Err(AdapterError::NotAnAdapter { path: tensors.path().to_owned(), reason: problem });
@@ -41,19 +48,27 @@ pub(super) fn read(
         modules.insert(module, read);
     }
     let replaced = replaced::read(config, tensors, &parts, &modules)?;
-    Ok((modules, replaced))
+    let shared = shared_operands(config, tensors, &shared)?;
+    Ok(Read { modules, shared, replaced })
 }
 
 /// The tensors that replace something of the base model: module and part → the tensor's whole name.
 type Parts = BTreeMap<(String, Part), String>;
 
+/// The tensors of a file by what they are of.
+struct Grouped<'a> {
+    modules: BTreeMap<String, Found<'a>>,
+    /// Those of all modules, by their names after [`SHARED_PREFIX`].
+    shared: Found<'a>,
+    parts: Parts,
+}
+
 /// Assigns every tensor to a module; what has no place in one is an error.
-fn group<'a>(
-    config: &'a Config,
-    tensors: &'a TensorTable,
-) -> Result<(BTreeMap<String, Found<'a>>, Parts), AdapterError> {
-    let described = || config.layers().flat_map(|layer| &layer.tensors);
+fn group<'a>(config: &'a Config, tensors: &'a TensorTable) -> Result<Grouped<'a>, AdapterError> {
+    let described = || config.layers().flat_map(|layer| &layer.tensors).filter(|tensor| !tensor.shared);
+    let shared_names = || config.layers().flat_map(|layer| &layer.tensors).filter(|tensor| tensor.shared);
     let mut modules: BTreeMap<String, Found<'_>> = BTreeMap::new();
+    let mut shared = Found::new();
     let mut parts = Parts::new();
     for name in tensors.entries().keys() {
         let extra = |problem: String| AdapterError::ExtraTensor {
@@ -64,9 +79,26 @@ fn group<'a>(
         if name.len() > NAME_LIMIT {
             return Err(extra(format!("has a name of {} bytes; at most {NAME_LIMIT} are accepted", name.len())));
         }
+        let end = name.strip_prefix(SHARED_PREFIX);
+        let is_shared = |end: &&str| shared_names().flat_map(|tensor| &tensor.names).any(|name| name == *end);
+        if let Some(end) = end.filter(is_shared) {
+            shared.insert(end, (name, tensors.get(name)?));
+            continue;
+        }
         let Some(path) = name.strip_prefix(PREFIX) else {
             return Err(extra(format!("does not start with `{PREFIX}`; save the adapter with PEFT's save_pretrained")));
         };
+        // PEFT saves some for each module once more.
+        let is_copy = |shared: &&String| path.strip_suffix(shared.as_str()).is_some_and(|module| module.ends_with('.'));
+        if let Some(shared) = shared_names().flat_map(|tensor| &tensor.names).find(is_copy) {
+            let (copy, original) = (tensors.get(name)?, tensors.get(&format!("{SHARED_PREFIX}{shared}"))?);
+            if (copy.shape(), copy.encoding(), copy.bytes())
+                != (original.shape(), original.encoding(), original.bytes())
+            {
+                return Err(extra(format!("isn't the copy of `{SHARED_PREFIX}{shared}` that it should be")));
+            }
+            continue;
+        }
         let matched = described().find_map(|tensor| {
             let (suffix, module) = tensor.names.iter().find_map(|suffix| {
                 Some((
@@ -99,7 +131,33 @@ fn group<'a>(
         }
         found.insert(suffix, (name, tensor));
     }
-    Ok((modules, parts))
+    Ok(Grouped { modules, shared, parts })
+}
+
+/// The operands that all modules have in common.
+fn shared_operands(
+    config: &Config,
+    tensors: &TensorTable,
+    found: &Found<'_>,
+) -> Result<BTreeMap<String, Operand>, AdapterError> {
+    let mut shared = BTreeMap::new();
+    for layer in config.layers() {
+        let mut reader = Reader { config, tensors, module: "", found, extents: BTreeMap::new() };
+        for described in layer.tensors.iter().filter(|tensor| tensor.shared) {
+            let Some((name, tensor)) = reader.tensor(described) else {
+                let name = described.names.first().map_or("", String::as_str);
+                return Err(AdapterError::MissingTensor {
+                    path: tensors.path().to_owned(),
+                    tensor: format!("{SHARED_PREFIX}{name}"),
+                    module: "all modules".to_owned(),
+                    kind: config.kind.name().to_owned(),
+                });
+            };
+            let operand = reader.operand(described, name, tensor)?;
+            shared.insert(described.operand.clone(), operand);
+        }
+    }
+    Ok(shared)
 }
 
 /// Reads one module.
@@ -124,11 +182,12 @@ impl<'a> Reader<'a> {
         }
         let mut operands = BTreeMap::new();
         let mut missing = Vec::new();
-        for described in &layer.tensors {
+        for described in layer.tensors.iter().filter(|tensor| !tensor.shared) {
             match self.tensor(described) {
                 Some((name, tensor)) => {
                     operands.insert(described.operand.clone(), self.operand(described, name, tensor)?);
                 }
+                None if described.optional => {}
                 None => missing.push(described),
             }
         }
@@ -136,7 +195,14 @@ impl<'a> Reader<'a> {
             let operand = self.filled(described)?;
             operands.insert(described.operand.clone(), operand);
         }
-        let rank = self.extent(Extent::Rank).unwrap_or(0);
+        let rank = match (self.extent(Extent::Rank), &self.config.rank) {
+            (Some(shown), _) => shown,
+            // What functions read may not show it.
+            (None, Some(setting)) if !layer.derived.is_empty() => {
+                setting.ranks.of(self.module).map_err(self.config.pattern_error())?
+            }
+            (None, _) => 0,
+        };
         for scalar in &layer.scalars {
             let values = vec![self.config.scalar(scalar, self.module, rank)?];
             operands.insert(scalar.operand.clone(), Operand { shape: Vec::new(), values });
@@ -185,7 +251,7 @@ impl<'a> Reader<'a> {
         let fits = |layer: &&&LayerDescription| {
             let fits = |tensor: &TensorDescription| match self.tensor(tensor) {
                 Some((_, stored)) => is_stored_as(stored.shape(), &tensor.stored),
-                None => tensor.default.is_some(),
+                None => tensor.default.is_some() || tensor.optional || tensor.shared,
             };
             layer.tensors.iter().all(fits) && self.foreign(layer).is_none()
         };
@@ -240,7 +306,12 @@ impl<'a> Reader<'a> {
             self.show(*extent, *number, described, name, tensor)?;
         }
         let values = tensor.to_finite_f32().map_err(|problem| self.tensors.error(name, problem))?;
-        let shape: Vec<usize> = described.shape().iter().filter_map(|extent| self.extent(*extent)).collect();
+        let extents = described.stored.iter().zip(tensor.shape());
+        let extents = extents.filter(|(extent, _)| **extent != Extent::Fixed(1)).map(|(_, number)| *number);
+        let mut shape: Vec<usize> = extents.collect();
+        if described.transposed {
+            shape.reverse();
+        }
         let values = match shape[..] {
             [rows, columns] if described.transposed => transpose(&values, columns, rows),
             _ => values,
@@ -257,7 +328,7 @@ impl<'a> Reader<'a> {
         name: &str,
         tensor: &StoredTensor,
     ) -> Result<(), AdapterError> {
-        if let Extent::Fixed(_) = extent {
+        if matches!(extent, Extent::Fixed(_) | Extent::Any | Extent::Components) {
             return Ok(());
         }
         if extent == Extent::Rank {

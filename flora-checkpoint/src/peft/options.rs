@@ -22,6 +22,7 @@ pub(super) fn common<'a>() -> impl Iterator<Item = &'a str> {
 enum Rule<'a> {
     Accepted,
     Refused { because: &'a str, unless: &'a [Choice] },
+    Required { because: &'a str, unless: &'a [Choice] },
     Unknown,
 }
 
@@ -32,6 +33,7 @@ fn rule<'a>(kind: &'a KindDescription, option: &str) -> Rule<'a> {
     match kind.options.get(option) {
         Some(OptionRule::Harmless | OptionRule::Read) => Rule::Accepted,
         Some(OptionRule::Refused(Refusal { because, unless })) => Rule::Refused { because, unless },
+        Some(OptionRule::Required(Refusal { because, unless })) => Rule::Required { because, unless },
         None => Rule::Unknown,
     }
 }
@@ -60,10 +62,22 @@ pub(super) fn check(path: &Path, kind: &KindDescription, config: &[(String, Json
                 let (key, reason) = (key.clone(), because.to_owned());
                 return Err(AdapterError::UnsupportedOption { path, key, value: shown, reason });
             }
+            Rule::Required { because, unless } if !unless.iter().any(|choice| is_choice(value, choice)) => {
+                let (key, reason) = (key.clone(), because.to_owned());
+                return Err(AdapterError::UnsupportedOption { path, key, value: shown, reason });
+            }
             Rule::Unknown if !value.is_falsy() => {
                 return Err(AdapterError::UnknownOption { path, key: key.clone(), value: shown });
             }
-            Rule::Accepted | Rule::Refused { .. } | Rule::Unknown => {}
+            Rule::Accepted | Rule::Refused { .. } | Rule::Required { .. } | Rule::Unknown => {}
+        }
+    }
+    // What is missing has PEFT's default, which may be another value than the one that is needed.
+    for (key, rule) in &kind.options {
+        let OptionRule::Required(Refusal { because, .. }) = rule else { continue };
+        if config.iter().all(|(known, _)| known != key) {
+            let (path, key, reason) = (path.to_owned(), key.clone(), because.clone());
+            return Err(AdapterError::UnsupportedOption { path, key, value: "missing".to_owned(), reason });
         }
     }
     Ok(())
@@ -87,11 +101,17 @@ pub(super) fn is_choice(value: &Json, choice: &Choice) -> bool {
 mod tests {
     use super::*;
     use crate::peft::AdapterKinds;
+    use crate::peft::description::OptionRule;
 
     fn checked(peft_type: &str, key: &str, value: &str) -> Result<(), AdapterError> {
         let value = Json::parse(Path::new("value.json"), value.as_bytes()).expect("a JSON value");
         let kinds = AdapterKinds::builtin();
-        check(Path::new("c.json"), kinds.described(peft_type).expect("a kind"), &[(key.to_string(), value)])
+        let kind = kinds.described(peft_type).expect("a kind");
+        // Beside what the kind asks for.
+        let required =
+            kind.options.iter().filter(|(option, rule)| matches!(rule, OptionRule::Required(_)) && *option != key);
+        let required = required.map(|(option, _)| (option.clone(), Json::Bool(true)));
+        check(Path::new("c.json"), kind, &required.chain([(key.to_string(), value)]).collect::<Vec<_>>())
     }
 
     #[test]
@@ -119,8 +139,23 @@ mod tests {
                 }
             }
         }
-        // LoRA's alone.
-        assert_eq!(refused, 11);
+        // LoRA's are 11, AdaLoRA's 15.
+        assert_eq!(refused, 30);
+    }
+
+    #[test]
+    fn a_required_option_is_asked_for() {
+        let kinds = AdapterKinds::builtin();
+        for (peft_type, key) in [("VERA", "save_projection"), ("UNILORA", "save_indices")] {
+            let kind = kinds.described(peft_type).expect("a kind");
+            let missing = check(Path::new("c.json"), kind, &[]).expect_err(key).to_string();
+            assert!(missing.contains(&format!("`{key}` = missing")), "{missing}");
+            for value in ["false", "null", "1", "\"yes\""] {
+                let message = checked(peft_type, key, value).expect_err(key).to_string();
+                assert!(message.contains(&format!("`{key}`")) && message.contains("not supported"), "{message}");
+            }
+            assert!(checked(peft_type, key, "true").is_ok());
+        }
     }
 
     #[test]

@@ -62,6 +62,11 @@ impl AdapterFolder {
             let problem = "it replaces weights of the base model, which only PEFT writes".to_string();
             return Err(self.unwritable("", problem));
         }
+        let derived = |layer: &&LayerDescription| !layer.derived.is_empty();
+        if let Some(layer) = self.kind.layers().filter_map(|name| self.kind.layer(name)).find(derived) {
+            let problem = format!("operands of the layer `{}` are derived from what only PEFT writes", layer.name);
+            return Err(self.unwritable("", problem));
+        }
         let config = self.config()?;
         let tensors = self.tensors()?;
         std::fs::create_dir_all(parent).map_err(|source| FileError::io(parent, "create", source))?;

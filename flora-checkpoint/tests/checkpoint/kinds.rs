@@ -108,7 +108,7 @@ fn mistakes_in_a_folder_are_named() {
         (r#""shuffle": "none""#, r#""shuffle": "all""#, TENSORS, "`shuffle` = \"all\" is not supported: it shuffles"),
         (r#""epochs": 3"#, r#""epoch": 3"#, TENSORS, "`epoch` = 3 is unknown"),
         (r#""tied": false"#, r#""tied": 1"#, TENSORS, "`tied` is 1"),
-        ("GATED", "GRATED", TENSORS, "supported: LORA, IA3, HIRA, FLORA, GATED"),
+        ("GATED", "GRATED", TENSORS, "BOFT, RANDLORA, GATED"),
         ("", "", &TENSORS[..3], "`base_model.model.q.temperature` is missing, which gated needs for module `q`"),
         ("", "", &[TENSORS[0], TENSORS[1], ("q.gate", &[1, 4]), TENSORS[3]], "where [1, 3], the outputs of `up`"),
         ("", "", &[TENSORS[0], ("q.up.weight", &[3, 3]), TENSORS[2], TENSORS[3]], "has rank 3"),
@@ -142,6 +142,8 @@ fn contradictions_in_a_description_are_named() {
     assert!(matches!(problem("\"up.weight\"", "\".up\""), P::TensorName { .. }));
     assert!(matches!(problem("[\"up.weight\"]", "[]"), P::TensorName { .. }));
     assert!(matches!(problem("[\"R\", \"K\"]", "[\"R\", \"K\", 2]"), P::Shape { .. }));
+    assert!(matches!(problem("[\"R\", \"K\"]", "[\"R\", \"Q\"]"), P::Shape { .. }), "components are made, not stored");
+    assert!(matches!(problem("[\"R\", \"K\"]", "[\"R\", \"*\"]"), P::Shape { .. }), "no function reads it");
     assert!(matches!(problem("stored = [1] }", "stored = [1], transposed = true }"), P::Shape { .. }));
     assert!(matches!(problem("stored = [\"R\", \"K\"]", "stored = [\"R\", 3]"), P::UnknownExtent { .. }));
     assert!(matches!(problem("default = 1.0", "default = nan"), P::Number { .. }));
@@ -169,7 +171,7 @@ fn contradictions_in_a_description_are_named() {
     assert!(matches!(problem("stored = [\"D\"] }]", "stored = [\"D\"], default = 1.0 }]"), P::NoTensor(_)));
 
     for (old, new) in
-        [("[\"R\", \"K\"]", "[\"R\", \"Q\"]"), ("[\"R\", \"K\"]", "[0]"), ("epochs", "= 1"), ("names", "name")]
+        [("[\"R\", \"K\"]", "[\"R\", \"Z\"]"), ("[\"R\", \"K\"]", "[0]"), ("epochs", "= 1"), ("names", "name")]
     {
         let error = KindDescription::parse(&GATED.replacen(old, new, 1)).expect_err(new);
         assert!(matches!(error, KindError::Text(_)), "{new}: {error}");

@@ -118,7 +118,7 @@ fn ia3_feedforward_comes_from_the_config_and_must_agree_with_the_shape() {
 fn mistakes_in_the_config_are_named() {
     let cases = [
         ("{}", "`peft_type` is missing"),
-        (r#"{"peft_type": "LOHA"}"#, "`peft_type` `LOHA` is not supported"),
+        (r#"{"peft_type": "POLY"}"#, "`peft_type` `POLY` is not supported"),
         (r#"{"peft_type": ["LORA"]}"#, "`peft_type`"),
         ("[]", "must be an object"),
         (r#"{"peft_type": "LORA", "peft_type": "LORA"}"#, "there twice"),

@@ -1,0 +1,100 @@
+//! Low-rank pairs of weights that are made of blocks.
+
+use super::{Call, DeriveError, Tensor};
+
+/// GraLoRA: component c of block i of the inputs, `[D, Q]`, and behind all blocks the general part's.
+pub(super) fn grouped_inputs(call: &Call<'_>) -> Result<Tensor, DeriveError> {
+    let ([blocks, width, rank], values) = call.of_extents(0, "it must have an extent for blocks, inputs and rank")?;
+    let (general, general_rank) = general(call)?;
+    let own = blocks * rank;
+    call.matrix(blocks * width, own + general_rank, |input, component| match component.checked_sub(own) {
+        Some(component) => general.map_or(0.0, |general| general[component * blocks * width + input]),
+        None if component / rank == input / width => values[input * rank + component % rank],
+        None => 0.0,
+    })
+}
+
+/// GraLoRA: what component c of block i of the inputs gives, `[Q, K]`: to the block of outputs that its share of the components
+/// belongs to.
+pub(super) fn grouped_outputs(call: &Call<'_>) -> Result<Tensor, DeriveError> {
+    let ([blocks, rank, width], values) = call.of_extents(0, "it must have an extent for blocks, rank and outputs")?;
+    if blocks == 0 || !rank.is_multiple_of(blocks) || rank == 0 {
+        return Err(call.misshapen(0, "its blocks must divide the rank"));
+    }
+    let (general, general_rank) = general(call)?;
+    let (own, share) = (blocks * rank, rank / blocks);
+    call.matrix(own + general_rank, blocks * width, |component, output| match component.checked_sub(own) {
+        Some(component) => general.map_or(0.0, |general| general[output * general_rank + component]),
+        None => {
+            let (from, within, to) = (component / rank, component % rank, output / width);
+            match within / share == to {
+                true => values[(to * rank + from * share + within % share) * width + output % width],
+                false => 0.0,
+            }
+        }
+    })
+}
+
+/// The factor of the part that has no blocks, and its rank: `[h, D]` of the inputs, `[K, h]` of the outputs.
+fn general<'a>(call: &Call<'a>) -> Result<(Option<&'a [f64]>, usize), DeriveError> {
+    if call.optional(1).is_none() {
+        return Ok((None, 0));
+    }
+    let ([rows, columns], values) = call.of_extents(1, "it must be a matrix")?;
+    match (call.shape.first(), call.shape.last()) {
+        (Some(Some(inputs)), _) if columns == *inputs => Ok((Some(values), rows)),
+        (_, Some(Some(outputs))) if rows == *outputs => Ok((Some(values), columns)),
+        _ => Err(call.misshapen(1, "it must be a factor of a linear layer of the module's sizes")),
+    }
+}
+
+/// A matrix as a product of two, `[rows, rank]` and `[rank, columns]`: its own factors, or the identity beside it.
+struct Factored {
+    left: Tensor,
+    right: Tensor,
+}
+
+impl Factored {
+    /// LoKr's matrix whose whole is the input at `first`, or whose factors are the two behind it.
+    fn of(call: &Call<'_>, first: usize) -> Result<Self, DeriveError> {
+        let identity = |extent| Tensor::matrix(extent, extent, |row, column| f64::from(u8::from(row == column)));
+        let Some(whole) = call.optional(first) else {
+            let ([_, rank], _) = call.of_extents(first + 1, "it must be a matrix")?;
+            let ([rows, _], _) = call.of_extents(first + 2, "it must be a matrix")?;
+            return match rank == rows {
+                true => Ok(Self { left: call.input(first + 1)?.clone(), right: call.input(first + 2)?.clone() }),
+                false => Err(call.misshapen(first + 2, "the factors of one matrix must have one rank")),
+            };
+        };
+        let ([rows, columns], _) = call.of_extents(first, "it must be a matrix")?;
+        Ok(match rows <= columns {
+            true => Self { left: identity(rows), right: whole.clone() },
+            false => Self { left: whole.clone(), right: identity(columns) },
+        })
+    }
+}
+
+/// Of `[rows, columns]` both.
+fn kronecker(one: &Tensor, other: &Tensor) -> ([usize; 2], impl Fn(usize, usize) -> f64) {
+    let sizes =
+        |tensor: &Tensor| [tensor.shape.first().copied().unwrap_or(0), tensor.shape.last().copied().unwrap_or(0)];
+    let ([rows, columns], [other_rows, other_columns]) = (sizes(one), sizes(other));
+    let element = move |row: usize, column: usize| {
+        one.values[(row / other_rows) * columns + column / other_columns]
+            * other.values[(row % other_rows) * other_columns + column % other_columns]
+    };
+    ([rows * other_rows, columns * other_columns], element)
+}
+
+/// LoKr: (p₁ q₁) ⊗ (p₂ q₂) = (p₁ ⊗ p₂) (q₁ ⊗ q₂), so that the rank is the product of both.
+pub(super) fn kronecker_inputs(call: &Call<'_>) -> Result<Tensor, DeriveError> {
+    let (first, second) = (Factored::of(call, 0)?, Factored::of(call, 3)?);
+    let ([rank, inputs], element) = kronecker(&first.right, &second.right);
+    call.matrix(inputs, rank, |input, component| element(component, input))
+}
+
+pub(super) fn kronecker_outputs(call: &Call<'_>) -> Result<Tensor, DeriveError> {
+    let (first, second) = (Factored::of(call, 0)?, Factored::of(call, 3)?);
+    let ([outputs, rank], element) = kronecker(&first.left, &second.left);
+    call.matrix(rank, outputs, |component, output| element(output, component))
+}
