@@ -3,7 +3,7 @@
 pub mod backward;
 
 use flora_ir::algebra::{FoldError, FoldedAdapter};
-use flora_ir::{Activation, Bindings, EvaluateError, Node, Role, Shape, Value, VerifiedLayer, evaluate_root};
+use flora_ir::{Activation, Bindings, EvaluateError, Node, Pairs, Role, Shape, Value, VerifiedLayer, evaluate_root};
 use flora_plan::layer::{Element, LayerFormat, LayerShape, WeightFormat};
 
 /// How far sampled outputs are from the oracle's.
@@ -196,13 +196,21 @@ pub fn check(
     Ok(Deviation { relative_error, rounding_units: units })
 }
 
-/// Whether no operation of `layer` sums over the outputs, as a matmul with a transposed factor may, or takes them for ranks.
+/// Whether no operation of `layer` sums over the outputs, as a matmul with a transposed factor may, or takes them for ranks or pairs.
 fn keeps_columns_apart(layer: &VerifiedLayer) -> bool {
     let Shape::Matrix(_, outputs) = &layer.layer().operands[layer.base_weight()].ty.shape else { return false };
     layer.layer().nodes.iter().all(|(handle, node)| {
         let sums = match *node {
             Node::MatMul { lhs: value, .. } => {
                 matches!(&layer.type_of(value).shape, Shape::Matrix(_, n) if n == outputs)
+            }
+            Node::PairProduct { pairs, lhs, rhs } => {
+                [lhs, rhs].into_iter().any(|value| match (&layer.type_of(value).shape, pairs) {
+                    (Shape::Matrix(_, paired), Pairs::Columns) | (Shape::Matrix(paired, _), Pairs::Rows) => {
+                        paired == outputs
+                    }
+                    _ => false,
+                })
             }
             Node::ColumnNorm(value) => matches!(&layer.type_of(value).shape, Shape::Matrix(m, _) if m == outputs),
             _ => false,
