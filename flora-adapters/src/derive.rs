@@ -22,12 +22,33 @@ pub(crate) struct Function {
     name: &'static str,
     /// Whether it reads the base weight.
     reads_base: bool,
+    /// How many components it makes, in words; none where the operand's shape says it.
+    pub(crate) components: Option<&'static str>,
     make: fn(&Call<'_>) -> Result<Tensor, DeriveError>,
 }
 
 const fn function_of(name: &'static str, make: fn(&Call<'_>) -> Result<Tensor, DeriveError>) -> Function {
-    Function { name, reads_base: false, make }
+    Function { name, reads_base: false, components: None, make }
 }
+
+/// One of the base weight.
+const fn of_base(name: &'static str, make: fn(&Call<'_>) -> Result<Tensor, DeriveError>) -> Function {
+    Function { name, reads_base: true, components: None, make }
+}
+
+/// One of a factor with as many components as it makes.
+const fn factor(
+    name: &'static str,
+    components: &'static str,
+    make: fn(&Call<'_>) -> Result<Tensor, DeriveError>,
+) -> Function {
+    Function { name, reads_base: false, components: Some(components), make }
+}
+
+const DENSE: &str = "min(d, k)";
+const GROUPED: &str = "r for each block, and those of the general part";
+const KRONECKER: &str = "the ranks of the two matrices, multiplied";
+const RANDOM: &str = "min(d, k), up to the next multiple of r";
 
 /// Every function. `[D, R]` and the like are the shapes of what they make, `{}` what they read.
 const TABLE: [Function; 26] = [
@@ -58,31 +79,31 @@ const TABLE: [Function; 26] = [
     // {u [D, R], unit columns}: v [D, R] of (I − 2 u_r u_rᵀ) ⋯ (I − 2 u_1 u_1ᵀ) = I + v uᵀ.
     function_of("reflections", reflections::reflections),
     // {shrink [n, D/n, R], general [h, D]}: [D, Q], the inputs of each of the n · r components.
-    function_of("grouped_inputs", blocks::grouped_inputs),
+    factor("grouped_inputs", GROUPED, blocks::grouped_inputs),
     // {expand [n, R, K/n], general [K, h]}: [Q, K]
-    function_of("grouped_outputs", blocks::grouped_outputs),
+    factor("grouped_outputs", GROUPED, blocks::grouped_outputs),
     // {w1, w1_a, w1_b, w2, w2_a, w2_b}: [D, Q] of their Kronecker product, transposed.
-    function_of("kronecker_inputs", blocks::kronecker_inputs),
+    factor("kronecker_inputs", KRONECKER, blocks::kronecker_inputs),
     // The same: [Q, K].
-    function_of("kronecker_outputs", blocks::kronecker_outputs),
+    factor("kronecker_outputs", KRONECKER, blocks::kronecker_outputs),
     // {kernel [K/n, D/n, n]}: [D, K], circulant blocks over d.
     function_of("circulant_blocks", dense::circulant_blocks),
     // {values [n], places [2, n]}: [D, K], zero but there.
     function_of("scattered", dense::scattered),
     // {upper triangles [blocks, n], terms}: [D, K], what turning blocks of the inputs adds to w0; turns are power series.
-    Function { name: "turned_inputs", reads_base: true, make: rotations::turned_inputs },
+    of_base("turned_inputs", rotations::turned_inputs),
     // {blocks [blocks, n, n]}: the same; turns are exact.
-    Function { name: "turned_input_blocks", reads_base: true, make: rotations::turned_input_blocks },
+    of_base("turned_input_blocks", rotations::turned_input_blocks),
     // {lambda [R, n], gamma [n, min(d, k)], one [R, ·], many [·, ·, R]}: [D, Q] of n · r components.
-    function_of("random_inputs", vectors::random_inputs),
+    factor("random_inputs", RANDOM, vectors::random_inputs),
     // The same: [Q, K].
-    function_of("random_outputs", vectors::random_outputs),
+    factor("random_outputs", RANDOM, vectors::random_outputs),
     // {angles, scales, group size}: [D, K], what turning pairs of w0's outputs adds to it.
-    Function { name: "turned_outputs", reads_base: true, make: dense::turned_outputs },
+    of_base("turned_outputs", dense::turned_outputs),
     // {m [D, K]}: [D, Q] of m = b a, q the lesser of d and k.
-    function_of("dense_inputs", dense::inputs),
+    factor("dense_inputs", DENSE, dense::inputs),
     // The same: [Q, K].
-    function_of("dense_outputs", dense::outputs),
+    factor("dense_outputs", DENSE, dense::outputs),
 ];
 
 /// The function called `name`.

@@ -94,7 +94,7 @@ impl<'a> FoldTarget<'a> {
 
     fn not_derived(&self, operand: String, source: DeriveError) -> StoreError {
         let (adapter, module) = (self.adapter.to_owned(), self.path.to_owned());
-        StoreError::Derive { adapter, module, operand, source }
+        StoreError::Derive { adapter, module, operand, source: Box::new(source) }
     }
 }
 

@@ -7,6 +7,7 @@ pub mod layers;
 pub mod register;
 pub mod store;
 pub mod weights;
+pub mod zoo;
 
 pub use adapted::{AdaptedEmbedding, AdaptedHead, AdaptedModel};
 pub use derive::DeriveError;

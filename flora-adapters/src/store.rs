@@ -116,7 +116,7 @@ pub enum StoreError {
         /// The operand.
         operand: String,
         /// Why.
-        source: DeriveError,
+        source: Box<DeriveError>,
     },
     /// The model's own weight, which an adapter is folded with, can't be read.
     #[error("the adapter `{adapter}` is folded with a base weight that can't be read: {source}")]

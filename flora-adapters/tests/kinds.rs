@@ -113,6 +113,59 @@ fn a_registered_kind_computes_its_equation() {
 }
 
 #[test]
+fn a_function_that_there_isn_t_is_named() {
+    let line = "]\nderived = [{ operand = \"l\", shape = [\"D\"], function = \"leaden\", of = [\"a\"] }]\nscalars";
+    let text = text().replace("]\nscalars", line);
+    let tensor = text.lines().find(|line| line.contains("input_scale")).expect("the scale").to_owned();
+    let description = KindDescription::parse(&text.replace(&tensor, "")).expect("a description");
+    let mut layers = Layers::builtin().expect("the built-in kinds");
+    let error = layers.register([], description).expect_err("no function is called so");
+    assert!(matches!(&error, RegisterError::UnknownFunction { function, .. } if function == "leaden"), "{error}");
+    assert!(error.to_string().contains("leading, tiled_identity"), "{error}");
+}
+
+/// A kind that PEFT doesn't have, by its text form and description alone: an elementwise product of two low-rank matrices.
+#[test]
+fn an_elementwise_product_is_registered_by_its_equation() {
+    let mut layers = Layers::builtin().expect("the built-in kinds");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/kinds/abba.toml");
+    layers.register_file(&file).expect("the example");
+    let stored =
+        |shape: [usize; 2], step| Operand { shape: shape.to_vec(), values: numbers(shape[0] * shape[1], step) };
+    let factors = [("b", [D, RANK], 3), ("a", [RANK, OUTPUTS], 5), ("d", [D, RANK], 7), ("c", [RANK, OUTPUTS], 11)];
+    let mut operands: BTreeMap<String, Operand> =
+        factors.iter().map(|(name, shape, step)| ((*name).to_owned(), stored(*shape, *step))).collect();
+    operands.insert("s".to_owned(), Operand { shape: Vec::new(), values: vec![1.5] });
+    let kind = layers.kinds().kind_of_layer("abba").expect("it is registered");
+    let modules = [(Q.to_owned(), AdapterModule { layer: "abba".to_owned(), rank: RANK, operands })];
+    let adapter = AdapterFolder::new("mine", kind, modules.into());
+    let parent = tempfile::tempdir().expect("a temporary folder");
+    adapter.write(parent.path()).expect("a writable adapter");
+    let store = AdapterStore::open(parent.path(), layers).expect("one adapter");
+    let w0 = numbers(D * OUTPUTS, 13);
+    let base = BaseWeight { d: D, k: OUTPUTS, values: w0.clone(), bias: None };
+    let loaded = store.fold(Q, &base).expect("it fits");
+    let folded = &loaded["mine"].as_ref().expect("it adapts the module").folded;
+    assert_eq!((folded.virtual_rows.len(), folded.low_rank.len()), (1, RANK * RANK));
+    let factor = |position: usize| {
+        let (_, [_, columns], step) = factors[position];
+        let values = numbers(factors[position].1.iter().product(), step);
+        move |row: usize, column: usize| f64::from(values[row * columns + column])
+    };
+    let (b, a, d, c) = (factor(0), factor(1), factor(2), factor(3));
+    for (input, output) in (0..D * OUTPUTS).map(|index| (index / OUTPUTS, index % OUTPUTS)) {
+        let product = |one: &dyn Fn(usize, usize) -> f64, other: &dyn Fn(usize, usize) -> f64| {
+            (0..RANK).map(|r| one(input, r) * other(r, output)).sum::<f64>()
+        };
+        let expected = 1.5 * product(&b, &a) * product(&d, &c);
+        let pairs = folded.low_rank.iter();
+        let found: f64 = pairs.map(|pair| f64::from(pair.shrink[input]) * f64::from(pair.expand[output])).sum();
+        // Numbers of at most 17 eighths: products of four of them are far above the rounding of the vectors to f32.
+        assert!((found - expected).abs() <= 1e-5, "[{input}, {output}]: {found} is not {expected}");
+    }
+}
+
+#[test]
 fn a_registered_kind_is_held_against_its_model() {
     let parent = tempfile::tempdir().expect("a temporary folder");
     let adapter = folder(parent.path());

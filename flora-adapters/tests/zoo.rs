@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use flora_adapters::{AdapterStore, Layers};
+use flora_adapters::{AdapterStore, Layers, zoo};
 use flora_checkpoint::{AdapterFolder, Model, read_matrices};
 use flora_ir::{Activation, Value};
 
@@ -139,4 +139,25 @@ fn changed_folders_are_adapters_or_errors() {
         }
     }
     assert!(refused > 100 && accepted > 100, "{refused} refused, {accepted} accepted");
+}
+
+/// The table of `docs/adapters.md` is what the command prints, and has every kind of PEFT (`tests/golden/peft_types.txt`).
+#[test]
+fn the_table_of_kinds_is_the_one_that_is_printed() {
+    let layers = Layers::builtin().expect("the built-in kinds");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let types = std::fs::read_to_string(root.join("tests/golden/peft_types.txt")).expect("PEFT's kinds");
+    let listed: BTreeSet<String> = zoo::kinds(&layers).into_iter().map(|kind| kind.peft_type).collect();
+    let expected: BTreeSet<String> = types.lines().map(str::to_owned).chain(["FLORA".to_owned()]).collect();
+    assert_eq!(listed, expected);
+    let page = root.join("docs/adapters.md");
+    let text = std::fs::read_to_string(&page).expect("the page");
+    let (marks, table) = (["<!-- flora explain --zoo -->\n", "<!-- end -->"], zoo::markdown(&layers));
+    let (before, rest) = text.split_once(marks[0]).expect("the first mark");
+    let (own, after) = rest.split_once(marks[1]).expect("the second mark");
+    if std::env::var_os("FLORA_UPDATE_DOCS").is_some() {
+        std::fs::write(&page, format!("{before}{}{table}{}{after}", marks[0], marks[1])).expect("a writable page");
+        return;
+    }
+    assert_eq!(own, table, "write it anew: FLORA_UPDATE_DOCS=1 cargo test -p flora-adapters --test zoo");
 }

@@ -1,14 +1,23 @@
-"""Makes the golden files of `zoo/`: adapters of PEFT's other kinds as PEFT saves them, and the outputs that PEFT computes with them.
+"""Makes the golden files of `zoo/` and `mixed/`: adapters of PEFT's other kinds as PEFT saves them, and the outputs that PEFT computes
+with them.
 
     python -m venv venv && venv/bin/pip install torch==2.9.1 'peft==0.21.*'
     venv/bin/python tests/golden/make_zoo.py
 
-The folders are those of `make_peft.py`, with the outputs of adapters as they are loaded; each kind has at least two, with other options. Sizes are odd, or multiples of 6 where blocks
+`mixed/` has an adapter of every kind for one model, and what PEFT computes of the same inputs with each of them. `peft_types.txt` lists the
+kinds that PEFT has.
+
+The folders of `zoo/` are those of `make_peft.py`, with the outputs of adapters as they are loaded; each kind has at least two, with other options. Sizes are odd, or multiples of 6 where blocks
 have to divide them.
 """
 
+import copy
+import json
+import shutil
+
 import torch
-from make_peft import Model, make
+from adapters import fill, save
+from make_peft import HERE, Model, make
 from peft import (
     AdaLoraConfig,
     BeftConfig,
@@ -16,11 +25,16 @@ from peft import (
     C3AConfig,
     DeloraConfig,
     GraloraConfig,
+    HiraConfig,
     HRAConfig,
+    IA3Config,
     LoHaConfig,
     LoKrConfig,
+    LoraConfig,
     MissConfig,
     OFTConfig,
+    PeftModel,
+    PeftType,
     PveraConfig,
     RandLoraConfig,
     RoadConfig,
@@ -29,7 +43,10 @@ from peft import (
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
+    get_peft_model,
 )
+from safetensors.torch import save_file
+from torch import nn
 
 QK = ["q_proj", "k_proj"]
 UP_DOWN = ["up_proj", "down_proj"]
@@ -115,7 +132,46 @@ CASES = {
     "road_4": (blocked(), RoadConfig(variant="road_4", group_size=6, target_modules=UP_DOWN)),
 }
 
+# Those of `make_peft.py`, which share the batch.
+OTHERS = {
+    "lora": LoraConfig(r=3, lora_alpha=7),
+    "dora": LoraConfig(r=2, lora_alpha=5, use_dora=True),
+    "ia3": IA3Config(feedforward_modules=[]),
+    "hira": HiraConfig(r=3),
+}
+
+
+def mixed(seed):
+    torch.manual_seed(seed)
+    model = blocked()()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    base = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    paths = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    inputs = {path: torch.randn(3, 30) for path in paths}
+    folder = HERE / "mixed"
+    shutil.rmtree(folder, ignore_errors=True)
+    outputs = {}
+    # A kind's first case is the one without further words in its name.
+    firsts = {name: config for name, (_, config) in CASES.items() if "_" not in name}
+    for name, config in (OTHERS | firsts).items():
+        config = copy.deepcopy(config)
+        config.target_modules = {"q_proj"}
+        adapted = fill(get_peft_model(copy.deepcopy(model), config), std=0.3)
+        save(adapted, folder / "adapters" / name)
+        adapted = PeftModel.from_pretrained(copy.deepcopy(model), folder / "adapters" / name).eval()
+        with torch.no_grad():
+            for path in paths:
+                outputs[f"{name}:{path}"] = adapted.base_model.model.get_submodule(path)(inputs[path]).contiguous()
+    (folder / "config.json").write_text(json.dumps({"model_type": Model.model_type}) + "\n")
+    kept = {f"{path}.weight": base[f"{path}.weight"] for path in paths}
+    for file, tensors in [("base", kept), ("inputs", inputs), ("outputs", outputs)]:
+        save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
+
+
 if __name__ == "__main__":
     for seed, (name, (build, config)) in enumerate(CASES.items()):
         torch.manual_seed(seed)
         make(name, build, config, 100 + seed, folder="zoo", again=True)
+    mixed(7)
+    (HERE / "peft_types.txt").write_text("".join(f"{name}\n" for name in sorted(PeftType.__members__)))

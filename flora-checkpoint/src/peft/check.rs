@@ -224,6 +224,10 @@ fn check_layer(layer: &LayerDescription, says_rank: bool) -> Result<(), KindProb
         }
         let problem = match tensor.default {
             _ if tensor.optional && !layer.is_input(&tensor.operand) => "may be missing, but no function reads it",
+            _ if tensor.shared && !layer.is_input(&tensor.operand) => "is of all modules, but no function reads it",
+            _ if tensor.shared && (shape.contains(&Extent::Inputs) || shape.contains(&Extent::Outputs)) => {
+                "is of all modules, but has the inputs or outputs of one; write * for that extent"
+            }
             Some(_) if tensor.optional || tensor.shared => {
                 "has a default, which neither an optional nor a shared tensor has"
             }

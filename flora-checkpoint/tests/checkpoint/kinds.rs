@@ -124,6 +124,38 @@ fn mistakes_in_a_folder_are_named() {
     }
 }
 
+/// A kind with a tensor of all modules, which a function reads.
+const SHARING: &str = r#"
+peft_type = "SHARING"
+[[layers]]
+name = "sharing"
+tensors = [
+    { operand = "b", names = ["down"], stored = ["D", "R"] },
+    { operand = "p", names = ["bank"], stored = ["*", "R"], shared = true },
+]
+derived = [{ operand = "a", shape = ["R", "K"], function = "f", of = ["p"] }]
+"#;
+
+#[test]
+fn contradictions_of_what_functions_read_are_named() {
+    use KindProblem as P;
+    KindDescription::parse(SHARING).expect("a description");
+    let problem = |old: &str, new: &str| match KindDescription::parse(&SHARING.replacen(old, new, 1)).expect_err(new) {
+        KindError::Inconsistent { problem, .. } => problem,
+        other => panic!("{other}"),
+    };
+    assert!(matches!(problem("of = [\"p\"]", "of = [\"q\"]"), P::NoInput { input, .. } if input == "q"));
+    assert!(matches!(problem("of = [\"p\"]", "of = [\"a\"]"), P::NoInput { .. }), "nothing is made of itself");
+    assert!(matches!(problem("of = [\"p\"]", "of = [\"b\"]"), P::Shape { .. }), "no function reads the bank");
+    assert!(matches!(problem("\"*\", \"R\"", "\"D\", \"R\""), P::Number { .. }), "D is of one module");
+    assert!(matches!(problem("[\"R\", \"K\"]", "[\"R\", \"*\"]"), P::Shape { .. }), "what is made has a shape");
+    assert!(matches!(problem("operand = \"a\"", "operand = \"b\""), P::OperandTwice { .. }));
+    for more in ["optional = true", "init = \"zeros\""] {
+        let new = format!("stored = [\"D\", \"R\"], {more} }}");
+        assert!(matches!(problem("stored = [\"D\", \"R\"] }", &new), P::Number { .. }), "{more}");
+    }
+}
+
 #[test]
 fn contradictions_in_a_description_are_named() {
     let problem = |old: &str, new: &str| {

@@ -1,7 +1,12 @@
 //! `flora explain`: from the written equation to the normal form and the legal lowerings.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
 use clap::Args;
 use flora::prelude::*;
+use flora_adapters::{Layers, zoo};
+use flora_checkpoint::AdapterFolder;
 use flora_ir::algebra::{Core, NormalForm, Term};
 use flora_ir::gradient::Gradient;
 use flora_ir::text::{print, print_equation};
@@ -17,8 +22,15 @@ use super::output;
 /// Show how a layer's equation becomes the normal form, and how it can be computed
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// A built-in layer (linear, flora, flora_mean, hira, lora, ia3, ia3_feedforward, dora) or a file in the text form
-    layer: String,
+    /// A built-in layer (linear, flora, hira, lora, loha, ...; `--zoo` lists all) or a file in the text form
+    #[arg(required_unless_present_any = ["peft", "zoo"])]
+    layer: Option<String>,
+    /// Show the layers of an adapter instead: a folder as PEFT saves it
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["layer", "gradient"])]
+    peft: Option<PathBuf>,
+    /// List the kinds of adapters that are read, with their equations, and PEFT's kinds that aren't, as docs/adapters.md has them
+    #[arg(long, conflicts_with_all = ["layer", "gradient", "peft", "json"])]
+    zoo: bool,
     /// Show the gradients that follow from the equation instead: the layer that gives the input's, and those of the operands
     #[arg(long)]
     gradient: bool,
@@ -96,10 +108,16 @@ struct OperandGradient {
 }
 
 pub(crate) fn explain(arguments: &Arguments) -> Result<(), CommandError> {
-    let NamedLayer { source, compiled } = layer::open(&arguments.layer)?;
+    if arguments.zoo {
+        return output::print(&zoo::markdown(&Layers::builtin()?));
+    }
+    if let Some(folder) = &arguments.peft {
+        return explain_folder(folder, arguments.json);
+    }
+    let name = arguments.layer.as_deref().unwrap_or_default();
+    let NamedLayer { source, compiled } = layer::open(name)?;
     if arguments.gradient {
-        let gradient =
-            compiled.gradient().map_err(|error| layer::in_source(&arguments.layer, &source, &[error.diagnostic()]))?;
+        let gradient = compiled.gradient().map_err(|error| layer::in_source(name, &source, &[error.diagnostic()]))?;
         let report = gradient_report(&compiled, &gradient, source);
         return match arguments.json {
             true => output::print_json(&report),
@@ -108,6 +126,49 @@ pub(crate) fn explain(arguments: &Arguments) -> Result<(), CommandError> {
     }
     let report = report(source, &compiled);
     if arguments.json { output::print_json(&report) } else { output::print(&human(&report, &compiled)) }
+}
+
+/// What is said of an adapter's folder: its layers, each once.
+#[derive(Serialize)]
+struct FolderReport {
+    adapter: String,
+    kind: String,
+    layers: Vec<LayerOfFolder>,
+}
+
+#[derive(Serialize)]
+struct LayerOfFolder {
+    /// The paths of the modules that are of it.
+    modules: Vec<String>,
+    /// Their ranks, each once; 0 for a layer without rank.
+    ranks: BTreeSet<usize>,
+    report: Report,
+}
+
+fn explain_folder(folder: &Path, json: bool) -> Result<(), CommandError> {
+    let layers = Layers::builtin()?;
+    let adapter = AdapterFolder::open(folder, layers.kinds())?;
+    let mut by_layer: BTreeMap<&str, Vec<(&String, usize)>> = BTreeMap::new();
+    for (path, module) in &adapter.modules {
+        by_layer.entry(&module.layer).or_default().push((path, module.rank));
+    }
+    let (mut own, mut text) = (Vec::new(), format!("{}: {}\n", adapter.name, adapter.kind.name()));
+    for (name, modules) in by_layer {
+        let Some(compiled) = layers.compiled(name) else { continue };
+        let report = report(print(compiled.written.layer()), compiled);
+        let ranks: BTreeSet<usize> = modules.iter().map(|(_, rank)| *rank).collect();
+        let listed = ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+        text += &format!("\n{} modules, of rank {listed}\n{}", modules.len(), human(&report, compiled));
+        let modules = modules.into_iter().map(|(path, _)| path.clone()).collect();
+        own.push(LayerOfFolder { modules, ranks, report });
+    }
+    match json {
+        true => {
+            let (adapter, kind) = (adapter.name.clone(), adapter.kind.name().to_owned());
+            output::print_json(&FolderReport { adapter, kind, layers: own })
+        }
+        false => output::print(&text),
+    }
 }
 
 fn report(source: String, compiled: &CompiledLayer) -> Report {

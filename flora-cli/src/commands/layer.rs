@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use flora::prelude::*;
-use flora_ir::{Diagnostic, builtin, parse, verify};
+use flora_adapters::Layers;
+use flora_ir::{Diagnostic, builtin, parse, print, verify};
 
 use super::error::CommandError;
 
@@ -18,9 +19,16 @@ pub(crate) fn open(name: &str) -> Result<NamedLayer, CommandError> {
     if let (Some(written), Some(source)) = (builtin::builtin(name), builtin::source(name)) {
         return compiled(name, source.to_owned(), written.clone());
     }
+    // Those of kinds whose descriptions have the equations.
+    let layers = Layers::builtin()?;
+    if let Some(layer) = layers.compiled(name) {
+        return Ok(NamedLayer { source: print(layer.written.layer()), compiled: layer.clone() });
+    }
     let path = Path::new(name);
     if !path.is_file() {
-        let known = builtin::names().collect::<Vec<_>>().join(", ");
+        let described = layers.kinds().descriptions().flat_map(|kind| &kind.layers).map(|layer| layer.name.as_str());
+        let described = described.filter(|name| builtin::builtin(name).is_none()).map(str::to_owned);
+        let known = builtin::names().map(str::to_owned).chain(described).collect::<Vec<_>>().join(", ");
         return Err(CommandError::UnknownLayer { name: name.to_owned(), known });
     }
     let failed = |source| CommandError::Io { action: "read", path: path.to_owned(), source };

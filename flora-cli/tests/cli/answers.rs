@@ -140,7 +140,18 @@ fn explain_derives_every_built_in_layer() {
         let explained = answer(["explain", layer, "--json"]);
         has_keys(
             &explained,
-            &["layer", "source", "equation", "derivation", "terms", "bias", "activation", "residual", "lowerings"],
+            &[
+                "layer",
+                "source",
+                "equation",
+                "derivation",
+                "terms",
+                "offset",
+                "bias",
+                "activation",
+                "residual",
+                "lowerings",
+            ],
         );
         assert_eq!(array(&explained["lowerings"]).is_empty(), layer == "linear");
         let text = flora(["explain", layer]);
@@ -161,6 +172,25 @@ fn explain_derives_every_built_in_layer() {
     assert_eq!((&explained["bias"], &explained["residual"]), (&"c".into(), &"before".into()));
     let text = String::from_utf8_lossy(&flora(["explain", &file]).stdout).into_owned();
     assert!(text.contains("y = silu( sum of the terms + c ) + before"), "{text}");
+}
+
+/// An adapter of the golden files, whose kind's equation stands in its description; and the table of `docs/adapters.md`.
+#[test]
+fn explain_shows_folders_and_the_kinds_that_are_read() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let folder = root.join("tests/golden/zoo/loha_patterns/adapter").to_string_lossy().into_owned();
+    let explained = answer(["explain", "--peft", &folder, "--json"]);
+    assert_eq!((&explained["kind"], &explained["layers"][0]["ranks"]), (&"loha".into(), &vec![2, 4].into()));
+    assert_eq!(array(&explained["layers"][0]["modules"]).len(), 4);
+    let text = String::from_utf8_lossy(&flora(["explain", "--peft", &folder]).stdout).into_owned();
+    assert!(text.contains("4 modules, of rank 2, 4") && text.contains("khatri_rao(a, c)"), "{text}");
+    let text = String::from_utf8_lossy(&flora(["explain", "loha"]).stdout).into_owned();
+    assert!(text.contains("merge-hadamard") && text.contains("fused"), "{text}");
+    let text = String::from_utf8_lossy(&flora(["explain", "beft"]).stdout).into_owned();
+    assert!(text.contains("sum of the terms + v"), "{text}");
+    let table = String::from_utf8_lossy(&flora(["explain", "--zoo"]).stdout).into_owned();
+    let page = std::fs::read_to_string(root.join("docs/adapters.md")).expect("the page");
+    assert!(page.contains(table.trim_end()), "{table}");
 }
 
 #[test]

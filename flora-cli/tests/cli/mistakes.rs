@@ -84,12 +84,12 @@ fn adapters() {
     let without = world.write("without.json", r#"[{"adapter": "a-lora", "rows": 2}]"#).to_string_lossy().into_owned();
     let config = world.path("adapters/d-ia3/adapter_config.json");
     let good = std::fs::read_to_string(&config).expect("the config");
-    std::fs::write(&config, good.replace("IA3", "VERA")).expect("a writable folder");
+    std::fs::write(&config, good.replace("IA3", "POLY")).expect("a writable folder");
     // A bad folder fails its own requests, and the others are run.
     let output = flora(world.run(&["--batch", &batch]));
     let message = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{message}");
-    assert!(message.contains("requests of d-ia3 weren't run") && message.contains("VERA"), "{message}");
+    assert!(message.contains("requests of d-ia3 weren't run") && message.contains("POLY"), "{message}");
     assert!(!output.stdout.is_empty(), "the others are in the answer");
     let others = flora(world.run(&["--batch", &without]));
     assert!(others.status.success() && stderr(&others).contains("warning: the adapter `d-ia3`"), "{}", stderr(&others));

@@ -65,8 +65,11 @@ fn unary_function(name: &str) -> Option<fn(Handle<Node>) -> Node> {
     })
 }
 
+/// What a function of two arguments makes of them.
+type Binary = fn(Handle<Node>, Handle<Node>) -> Node;
+
 /// A function of two arguments by its name.
-fn binary_function(name: &str) -> Option<fn(Handle<Node>, Handle<Node>) -> Node> {
+fn binary_function(name: &str) -> Option<Binary> {
     Some(match name {
         "matmul_mean" => |lhs, rhs| Node::MatMul { lhs, rhs, reduce: Reduce::Mean },
         "face_splitting" => |lhs, rhs| Node::PairProduct { pairs: Pairs::Columns, lhs, rhs },

@@ -2,12 +2,15 @@
 
 use std::path::Path;
 
+use flora_adapters::BaseForm;
+use flora_checkpoint::Model;
 use flora_engine::{AdapterId, Decoder, SequenceId, StepSegment};
+use flora_model::ServeOptions;
 use flora_plan::layer::Element;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use crate::served::{Served, load, load_in, smollm2};
+use crate::served::{Files, Served, golden, load, load_files, load_in, smollm2};
 use crate::{device, is_host};
 
 /// One prompt of a golden file.
@@ -159,6 +162,26 @@ fn gpt_big_code_equals_transformers() {
 fn llama_of_a_folder_equals_transformers() {
     let mut model = load("llama_tiny");
     ["base", "lora", "hira"].iter().for_each(|name| check(&mut model, name));
+}
+
+/// Of each of PEFT's kinds that are read, with whatever the decoder does to their parts.
+#[test]
+fn every_kind_of_adapter_equals_transformers() {
+    let outputs = golden("llama_zoo");
+    let files = Files {
+        model: golden("llama_tiny").join("model"),
+        outputs: outputs.join("outputs"),
+        adapters: outputs.join("adapters"),
+        base: BaseForm::default(),
+    };
+    let load = |model: &Model, options: &ServeOptions<'_>| flora_model::load(&device(), model, options);
+    let mut model = load_files("llama_zoo", &files, Element::F32, load);
+    let entries = std::fs::read_dir(&files.adapters).expect("the golden folder");
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    assert_eq!(names.len(), 19);
+    names.iter().for_each(|name| check(&mut model, name));
 }
 
 /// Greedy choices may differ where two logits are near; the logits may not.
