@@ -123,7 +123,7 @@ pub mod serving {
 /// Adapters that are trained, many at once over one base.
 #[cfg(feature = "serve")]
 pub mod training {
-    pub use flora_model::{TrainError, TrainOptions, TrainedModel};
+    pub use flora_model::{TargetScore, TrainError, TrainOptions, TrainedModel};
     pub use flora_train::{
         AdamW, Adapter, AddError, DataError, Dataset, Decay, EndedJob, Ending, Evaluation, Event, Happened, JobId,
         JobOptions, Length, NewJob, Places, Sources, Start, TrainSegment, Trainee, Trainer, Warmup,

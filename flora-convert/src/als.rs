@@ -89,7 +89,7 @@ pub enum FitError {
 /// The most unknowns of the half-step that solves for b: their system is a square matrix of so many, 512 MiB.
 const UNKNOWNS: usize = 8192;
 
-/// Factors of rank `rank` for `problem`: what the better of two [`Start`]s comes to.
+/// Factors of rank `rank` for `problem`: what the better of two starts comes to: the base model, and the update over w0.
 ///
 /// # Errors
 /// See [`FitError`].

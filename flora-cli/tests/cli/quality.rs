@@ -147,6 +147,6 @@ fn what_cannot_be_compared_is_told() {
     };
     refused(&["--languages", "sideways"], "there is no folder");
     refused(&["--held-out-files", "3"], "at least 8");
-    refused(&["--variants", "dora"], "no `[[variant]]`");
+    refused(&["--variants", "lora,dora"], "no variant `dora`");
     refused(&["--steps", "0"], "`steps` is 0");
 }

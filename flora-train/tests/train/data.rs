@@ -136,6 +136,15 @@ fn held_out_documents_are_drawn_once_and_the_rest_keeps_its_order() {
 }
 
 #[test]
+fn sequences_that_are_kept_are_other_data() {
+    let all = Dataset::new(&[document(&[1, 2, 3, 4, 5, 6, 7], 0, Excess::Continued)], 2).expect("sequences");
+    let kept = all.clone().keep(|position| position != 1);
+    assert_eq!(kept.sequences(), [all.sequences()[0].clone(), all.sequences()[2].clone()]);
+    assert_ne!(kept.digest(), all.digest());
+    assert_eq!(all.clone().keep(|_| true), all);
+}
+
+#[test]
 fn batches_are_full_and_hold_each_sequence_once_an_epoch() {
     let data = data(8, 30, 7);
     let lengths: Vec<usize> = data.sequences().iter().map(|own| own.tokens.len()).collect();

@@ -1,7 +1,7 @@
 //! A job's numbers are its own: alone, in company, beside jobs that fail, and whatever comes and goes.
 
 use flora_train::event::NotFinite;
-use flora_train::{AddError, Ending, Evaluation, Length, MakeError, Places, Start, Trainer};
+use flora_train::{AddError, Ending, Evaluation, Length, MakeError, Places, Start, TrainSegment, Trainee, Trainer};
 use std::path::Path;
 
 use crate::model::{KINDS, Small, add_job, data, finish, job, layers, options};
@@ -34,6 +34,17 @@ fn a_job_has_the_same_bits_alone_and_with_others() {
         // The first event is told when it is added.
         assert_eq!(outcome, &together_outcomes[&name], "{name}");
     }
+}
+
+#[test]
+fn a_model_that_is_taken_back_holds_no_job() {
+    let mut trainer = Trainer::new(Small::new(), 40);
+    let id = add_job(&mut trainer, job(options("own", "lora", Some(2))));
+    trainer.step();
+    let segment = TrainSegment { job: Some(id), tokens: &[1], targets: &[Some(2)] };
+    let mut model = trainer.into_trainee();
+    assert!(model.losses(&[segment]).is_err(), "the job is gone");
+    assert!(model.losses(&[TrainSegment { job: None, ..segment }]).is_ok());
 }
 
 #[test]

@@ -109,7 +109,7 @@ fn plan(arguments: &Arguments) -> Result<Plan, CommandError> {
         plan.seeds.clone_from(&arguments.seeds);
     }
     if !arguments.variants.is_empty() {
-        plan.keep(&arguments.variants);
+        plan.keep(&arguments.variants, &arguments.plan)?;
     }
     plan.steps = arguments.steps.unwrap_or(plan.steps);
     plan.rate_steps = arguments.rate_steps.unwrap_or(plan.rate_steps);

@@ -131,10 +131,15 @@ impl Plan {
         Err(PlanError { path: path.to_owned(), problem })
     }
 
-    /// Keeps the variants of these names alone, and the comparisons among them.
-    pub(super) fn keep(&mut self, families: &[String]) {
+    /// Keeps the variants of these names alone, and the comparisons among them. `path` is where the plan is written.
+    pub(super) fn keep(&mut self, families: &[String], path: &Path) -> Result<(), PlanError> {
+        let has = |name: &&String| self.variants.iter().any(|own| own.family() == **name);
+        if let Some(unknown) = families.iter().find(|name| !has(name)) {
+            return Err(PlanError { path: path.to_owned(), problem: format!("it has no variant `{unknown}`") });
+        }
         self.variants.retain(|own| families.iter().any(|name| name == own.family()));
         self.comparisons.retain(|own| families.contains(&own.of) && families.contains(&own.with));
+        Ok(())
     }
 
     /// All variants, one for each rank.
@@ -272,7 +277,9 @@ with = "ia3-default"
         assert_eq!(names, ["flora-r1", "flora-r4", "lora-r4", "lora-r1", "ia3-default"]);
         assert_eq!(plan.pairs(), [(0, 3), (1, 2), (0, 4), (1, 4)]);
         let mut fewer = plan.clone();
-        fewer.keep(&["flora".to_owned(), "lora".to_owned()]);
+        let path = Path::new("plan.toml");
+        fewer.keep(&["flora".to_owned(), "lora".to_owned()], path).expect("they are there");
+        assert!(fewer.clone().keep(&["ia3-default".to_owned()], path).is_err(), "it isn't there any more");
         assert_eq!((fewer.variants().len(), fewer.pairs()), (4, vec![(0, 3), (1, 2)]));
     }
 
