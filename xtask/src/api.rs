@@ -8,7 +8,7 @@ use std::process::{Command, ExitCode};
 use crate::cargo;
 
 /// The libraries, the facade first. The macro's face is its documentation.
-const LIBRARIES: [&str; 15] = [
+const LIBRARIES: [&str; 16] = [
     "flora",
     "flora-ir",
     "flora-plan",
@@ -23,6 +23,7 @@ const LIBRARIES: [&str; 15] = [
     "flora-burn",
     "flora-engine",
     "flora-train",
+    "flora-convert",
     "flora-model",
 ];
 
