@@ -8,10 +8,14 @@ use flora_checkpoint::{AdapterFolder, Model, read_matrices};
 
 use super::case::{device, plans};
 
-/// The cases' folders: of `FLORA_GOLDEN` where the tests run away from the checkout that they were built in.
+/// A folder of golden files: of `FLORA_GOLDEN` where the tests run away from the checkout that they were built in.
+pub(crate) fn golden(name: &str) -> PathBuf {
+    let built_in = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    std::env::var_os("FLORA_GOLDEN").map_or_else(built_in, PathBuf::from).join(name)
+}
+
 fn cases() -> Vec<PathBuf> {
-    let built_in = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/peft");
-    let folder = std::env::var_os("FLORA_GOLDEN").map_or_else(built_in, PathBuf::from);
+    let folder = golden("peft");
     let mut cases: Vec<_> =
         folder.read_dir().expect("the golden folder").map(|entry| entry.expect("an entry").path()).collect();
     cases.sort();

@@ -228,8 +228,10 @@ fn an_empty_batch_has_no_gradients() {
 /// NaN in every other adapter and in its rows, and any other company.
 #[test]
 fn the_rest_of_the_batch_changes_no_bit_of_a_gradient() {
+    // What computes is the same for kinds of one class; where the processor stands in for a card, one of each.
+    let every = if device().info().software { 3 } else { 1 };
     for element in [Element::F32, Element::F16].into_iter().filter(|element| has(*element)) {
-        for kind in kinds() {
+        for kind in kinds().into_iter().step_by(every) {
             let mut crowd = case(LayerFormat::uniform(element), [96, 140], 4, 3);
             crowd.adapters.insert(0, Adapter { name: "own".to_owned(), kind, rank: 6 });
             crowd.segments.iter_mut().for_each(|(adapter, _)| *adapter += 1);

@@ -7,5 +7,6 @@ mod formats;
 mod golden;
 mod gradients;
 mod isolation;
+mod mixed;
 mod on_burn;
 mod oracle;

@@ -119,7 +119,7 @@ fn rehearse(out: &Path, card: &str, minutes: f64) -> Result<(), GpuError> {
 fn leave([flora, conformance, nvrtc]: &[PathBuf; 3], before: Build, out: &Path) -> Result<u64, folder::FolderError> {
     let changed_during_build = before != Build::of_checkout();
     let build = serde_json::json!(Build { changed_during_build, ..before }).to_string();
-    let (peers, golden) = (cargo::root().join("benches/peers"), cargo::root().join("tests/golden/peft"));
+    let (peers, golden) = (cargo::root().join("benches/peers"), cargo::root().join("tests/golden"));
     folder::make(&Contents { flora, conformance, nvrtc, peers: &peers, golden: &golden, build: &build }, out)
 }
 

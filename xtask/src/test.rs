@@ -32,22 +32,41 @@ const SANITIZED: &str = "CUDA text, sanitized";
 
 /// The longest first. An emulated card is slow: every format on one of them, and on the others and under sanitizers a few of each.
 /// `docs/gpu.md` says how to run the rest.
-const PARTS: [Part; 9] = [
+const PARTS: [Part; 10] = [
     Part::on_lavapipe(&["--test", "conformance", "--", "isolation::"]),
     Part::on_lavapipe(&["--test", "conformance", "--", "formats::", "golden::"]),
     Part::emulated(
         "cuda-emulated:sm_90",
-        &["--test", "conformance", "--", "formats::", "gradients::", "a_batch", "wrong_batches"],
+        &[
+            "--test",
+            "conformance",
+            "--",
+            "formats::",
+            "gradients_equal",
+            "of_a_gradient",
+            "in_one_batch",
+            "a_batch",
+            "wrong_batches",
+        ],
     ),
-    Part::on_lavapipe(&["--test", "conformance", "--", "oracle::", "gradients::"]),
+    Part::on_lavapipe(&[
+        "--test",
+        "conformance",
+        "--",
+        "oracle::",
+        "gradients_equal",
+        "gradients_over",
+        "of_a_gradient",
+    ]),
     Part::on_lavapipe(&["--test", "decoders"]),
+    Part::on_lavapipe(&["--test", "conformance", "--", "give_peft_s_outputs"]),
     Part::emulated(
         "cuda-emulated:sm_80",
-        &["--test", "conformance", "--", "a_merged", "a_split", "a_batch", "gradients_over"],
+        &["--test", "conformance", "--", "a_merged", "a_split", "a_batch", "gradients_of_one"],
     ),
     Part::emulated(
         "cuda-emulated:sm_100",
-        &["--test", "conformance", "--", "a_merged", "a_split", "a_batch", "gradients_over"],
+        &["--test", "conformance", "--", "a_merged", "a_split", "a_batch", "gradients_of_one"],
     ),
     Part::sanitized(
         &["sanitize", "thread"],

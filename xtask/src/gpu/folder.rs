@@ -19,6 +19,9 @@ const SCRIPTS: [(&str, &str); 8] = [
 /// What a folder that was made here has; written first, so that one that was left half made can be renewed.
 const MARK: &str = "build.json";
 
+/// The golden files that conformance reads, of the folder of all of them.
+const GOLDEN: [&str; 2] = ["mixed", "peft"];
+
 /// The folders in it that are made here. What else lies in it are results.
 pub(super) const MADE: [&str; 6] = ["bin", "lib", "kernels", "measure", "peers", "golden"];
 
@@ -69,7 +72,9 @@ pub(super) fn make(contents: &Contents<'_>, out: &Path) -> Result<u64, FolderErr
     bytes += program(contents.conformance, &out.join("bin/conformance"))?;
     bytes += program(contents.nvrtc, &out.join("lib/libnvrtc.so"))?;
     bytes += tree(contents.peers, &out.join("peers"), &|file| file.extension().is_some_and(|end| end == "py"))?;
-    bytes += tree(contents.golden, &out.join("golden"), &|_| true)?;
+    for part in GOLDEN {
+        bytes += tree(&contents.golden.join(part), &out.join("golden").join(part), &|_| true)?;
+    }
     for (name, text) in SCRIPTS {
         bytes += write(&out.join(name), text)?;
     }
@@ -147,7 +152,9 @@ mod tests {
             ("libflora_nvrtc.so", "the library"),
             ("peers/torch_lora.py", "python"),
             ("peers/__pycache__/torch_lora.pyc", "compiled"),
-            ("peft/lora/adapter/adapter_config.json", "{}"),
+            ("golden/mixed/config.json", "{}"),
+            ("golden/peft/lora/adapter/adapter_config.json", "{}"),
+            ("golden/texts/prompts.json", "{}"),
         ] {
             write(&root.join(name), text).unwrap();
         }
@@ -155,7 +162,7 @@ mod tests {
 
     fn make_from(root: &Path, out: &Path) -> Result<u64, FolderError> {
         let [flora, conformance, nvrtc, peers, golden] =
-            ["flora", "conformance-0123", "libflora_nvrtc.so", "peers", "peft"].map(|name| root.join(name));
+            ["flora", "conformance-0123", "libflora_nvrtc.so", "peers", "golden"].map(|name| root.join(name));
         let contents = Contents {
             flora: &flora,
             conformance: &conformance,
@@ -176,7 +183,8 @@ mod tests {
             "bin/conformance",
             "bin/flora",
             "build.json",
-            "golden/lora/adapter/adapter_config.json",
+            "golden/mixed/config.json",
+            "golden/peft/lora/adapter/adapter_config.json",
             "lib/libnvrtc.so",
             "measure/__main__.py",
             "measure/kernels.py",
@@ -215,7 +223,7 @@ mod tests {
     fn a_folder_of_somebody_else_is_left_alone() {
         let root = tempfile::tempdir().unwrap();
         sources(root.path());
-        let out = root.path().join("peft");
+        let out = root.path().join("golden/peft");
         assert!(matches!(make_from(root.path(), &out), Err(FolderError::Foreign(path)) if path == out));
         assert_eq!(files(&out), ["lora/adapter/adapter_config.json"]);
     }

@@ -58,17 +58,17 @@ impl World {
         // The blank is part of the test.
         let root = tempfile::Builder::new().prefix("flora gpu ").tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
-        for folder in ["peers", "peft/lora", "site"] {
+        for folder in ["peers", "golden/mixed", "golden/peft/lora", "site"] {
             fs::create_dir_all(at(folder)).unwrap();
         }
         program(&at("flora"), FLORA);
         program(&at("conformance"), CONFORMANCE);
         fs::write(at("libnvrtc.so"), "no library").unwrap();
         fs::write(at("peers/torch_lora.py"), "print('right')").unwrap();
-        fs::write(at("peft/lora/config.json"), "{}").unwrap();
+        fs::write(at("golden/peft/lora/config.json"), "{}").unwrap();
         fs::write(at("site/torch.py"), TORCH).unwrap();
         let [flora, conformance, nvrtc, peers, golden] =
-            ["flora", "conformance", "libnvrtc.so", "peers", "peft"].map(&at);
+            ["flora", "conformance", "libnvrtc.so", "peers", "golden"].map(&at);
         let contents = Contents {
             flora: &flora,
             conformance: &conformance,
