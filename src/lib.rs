@@ -101,7 +101,8 @@ pub mod oracle {
 #[cfg(feature = "emit")]
 pub mod target {
     pub use flora_codegen::target::{
-        Capability, Emission, EmitError, EmittedKernel, EqualBatch, Pass, Target, UnknownTarget, emit, emit_layer,
+        Capability, Emission, EmitError, EmittedKernel, EqualBatch, Pass, Target, UnknownTarget, emit, emit_gradient,
+        emit_layer,
     };
 }
 

@@ -3,7 +3,7 @@
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use flora::prelude::*;
-use flora_codegen::target::{Capability, EmittedKernel, EqualBatch, Pass, Target, emit_layer};
+use flora_codegen::target::{Capability, EmittedKernel, EqualBatch, Target, emit_gradient, emit_layer};
 use flora_plan::lowering::{Part, PartLowering, lowerings_of};
 use flora_toolchain::{
     Architecture, Bound, Class, Compiled, CudaCompiler, Defect, Expectations, MAX_WARPS, Mix, Occupancy, Source, Unit,
@@ -119,7 +119,7 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
         (true, None) => Plan::fixed_adjoint(),
         (_, lowering) => plan_of(&arguments.layer, &compiled.parts, lowering)?,
     };
-    let pass = if arguments.gradient { Pass::Backward } else { Pass::Forward };
+    let emit = if arguments.gradient { emit_gradient } else { emit_layer };
     let plan = if arguments.split { plan.with_split() } else { plan };
     let compiler = compiler(arguments, target)?;
     let &Arguments { ref layer, d, k, rank, rows, .. } = arguments;
@@ -134,7 +134,7 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
     if !format.weight.fits(shape) {
         return Err(CommandError::PartialBlock { format: format.weight, block: format.weight.whole(1), d });
     }
-    let kernels = emit_layer(&compiled, target, (pass, plan), (shape, format), EqualBatch { rank, segments, rows })?;
+    let kernels = emit(&compiled, target, plan, (shape, format), EqualBatch { rank, segments, rows })?;
     // A weight that one tile of rows multiplies is read once, from the device's memory.
     let source = if u64::from(segments) * u64::from(rows) <= 128 { Source::Memory } else { Source::Cache };
     let mut reports = Vec::new();

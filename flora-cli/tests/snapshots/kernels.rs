@@ -119,13 +119,7 @@ fn a_batch_that_the_target_cannot_hold_is_refused() {
     let emit = |name: &str| {
         let format = LayerFormat::default();
         let batch = EqualBatch { rank: 1, segments: 3, rows: 1 };
-        emit_layer(
-            &flora.layer,
-            target(name),
-            (flora.pass, flora.plan),
-            (LayerShape { d: 4096, k: 4096 }, format),
-            batch,
-        )
+        emit_layer(&flora.layer, target(name), flora.plan, (LayerShape { d: 4096, k: 4096 }, format), batch)
     };
     let refused = emit("wgsl").expect_err("too large").to_string();
     assert_eq!(

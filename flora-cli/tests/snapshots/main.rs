@@ -8,7 +8,7 @@ mod plan;
 mod report;
 
 use flora::prelude::*;
-use flora_codegen::target::{EmittedKernel, EqualBatch, Pass, Target, emit_layer};
+use flora_codegen::target::{EmittedKernel, EqualBatch, Pass, Target, emit_gradient, emit_layer};
 use flora_ir::builtin;
 use flora_plan::lowering::lowerings_of;
 use flora_plan::pipeline::CompiledLayer;
@@ -95,13 +95,12 @@ fn lowered() -> Vec<Lowered> {
 impl Lowered {
     fn emit(&self, target: Target, format: LayerFormat, load: Load) -> Vec<EmittedKernel> {
         let Load { d, k, rank, segments, rows } = load;
-        let emitted = emit_layer(
-            &self.layer,
-            target,
-            (self.pass, self.plan),
-            (LayerShape { d, k }, format),
-            EqualBatch { rank, segments, rows },
-        );
+        let emit = match self.pass {
+            Pass::Forward => emit_layer,
+            Pass::Backward => emit_gradient,
+        };
+        let emitted =
+            emit(&self.layer, target, self.plan, (LayerShape { d, k }, format), EqualBatch { rank, segments, rows });
         emitted.unwrap_or_else(|error| panic!("{} {} for {target}: {error}", self.name, self.lowering))
     }
 

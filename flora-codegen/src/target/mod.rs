@@ -282,11 +282,36 @@ pub struct EqualBatch {
     pub rows: u32,
 }
 
-/// The launches that `plan` makes on `target` in a pass of a batch of equal segments of a layer.
+/// The launches that `plan` makes on `target` for a batch of equal segments of a layer.
 ///
 /// # Errors
 /// Whatever keeps the batch from being launched there.
 pub fn emit_layer(
+    layer: &CompiledLayer,
+    target: Target,
+    plan: Plan,
+    kind: (LayerShape, LayerFormat),
+    batch: EqualBatch,
+) -> Result<Vec<EmittedKernel>, EmitError> {
+    emit_pass(layer, target, (Pass::Forward, plan), kind, batch)
+}
+
+/// The launches of the backward pass of such a batch: dx by `plan`, [`Plan::fixed_adjoint`] in projections, and the gradients of the
+/// adapters' vectors.
+///
+/// # Errors
+/// Whatever keeps the batch from being launched there.
+pub fn emit_gradient(
+    layer: &CompiledLayer,
+    target: Target,
+    plan: Plan,
+    kind: (LayerShape, LayerFormat),
+    batch: EqualBatch,
+) -> Result<Vec<EmittedKernel>, EmitError> {
+    emit_pass(layer, target, (Pass::Backward, plan), kind, batch)
+}
+
+fn emit_pass(
     layer: &CompiledLayer,
     target: Target,
     (pass, plan): (Pass, Plan),
