@@ -116,7 +116,7 @@ impl Site<'_> {
             self.size("gradients of in-vectors", &[schedule.in_vectors() as usize, d as usize], Element::F32)?,
             self.size("gradients of out-vectors", &[schedule.out_vectors() as usize, k as usize], Element::F32)?,
         ];
-        let scaled: Vec<_> = schedule.adapters().iter().filter(|own| scales_of(own) > 0).collect();
+        let scaled: Vec<_> = schedule.adapters().iter().filter(|own| own.scales() > 0).collect();
         let scales = if scaled.is_empty() { Vec::new() } else { self.outer_launches(&scaled)? };
         let ranked: Vec<_> = schedule.adapters().iter().filter(|own| own.low_rank.rank > 0).collect();
         let expand = Side {
@@ -265,10 +265,6 @@ impl Site<'_> {
             ],
         })
     }
-}
-
-fn scales_of(own: &AdapterGradient) -> usize {
-    own.in_scales.len() + own.out_scales.len()
 }
 
 /// The rows of an adapter, in the order of the batch.
