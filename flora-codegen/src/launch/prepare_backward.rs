@@ -190,7 +190,7 @@ impl Site<'_> {
                 first_out: partners[1].len() as u32,
                 out_scales: own.out_scales.len() as u32,
             });
-            rows.extend(rows_of(own));
+            rows.extend(own.row_indices());
             partners[0].extend(&own.in_scales);
             partners[1].extend(&own.out_scales);
             targets[0].extend((own.first_in..).take(own.in_scales.len()));
@@ -239,7 +239,7 @@ impl Site<'_> {
                     hidden += u64::from(TASK_SIDE.min(run.rows - start)) * u64::from(rank);
                 }
             }
-            rows.extend(rows_of(own));
+            rows.extend(own.row_indices());
         }
         let tasks = shrink_tasks(&items);
         let (mut task_words, mut words) = (Words::default(), Words::default());
@@ -265,9 +265,4 @@ impl Site<'_> {
             ],
         })
     }
-}
-
-/// The rows of an adapter, in the order of the batch.
-fn rows_of(own: &AdapterGradient) -> impl Iterator<Item = u32> + '_ {
-    own.runs.iter().flat_map(|run| run.first_row..run.first_row + run.rows)
 }

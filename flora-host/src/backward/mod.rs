@@ -111,8 +111,3 @@ impl<S: Simd> Inputs<'_, S> {
         low_rank::shrink(self, adapters, in_gradients, &mut memory.lent);
     }
 }
-
-/// The rows of an adapter, in the order of the batch.
-fn rows_of(adapter: &AdapterGradient) -> impl Iterator<Item = u32> + Clone + '_ {
-    adapter.runs.iter().flat_map(|run| run.first_row..run.first_row + run.rows)
-}

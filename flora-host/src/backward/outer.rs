@@ -16,7 +16,7 @@ use flora_plan::schedule::AdapterGradient;
 use pulp::Simd;
 use rayon::prelude::*;
 
-use super::{Inputs, rows_of};
+use super::Inputs;
 use crate::buffer::Buffer;
 use crate::call_memory::{GradientMemory, OuterAdapter};
 use crate::fetch::{Ahead, Pieces};
@@ -158,7 +158,7 @@ fn pack<S: Simd>(
     let strips = &mut strips[own.strips..][..extents.strips * own.rows * STRIP];
     strips.par_chunks_exact_mut(own.rows * STRIP).enumerate().for_each(|(strip, out)| {
         let columns = strip * STRIP..k.min((strip + 1) * STRIP);
-        for (row, out) in rows_of(adapter).zip(out.chunks_exact_mut(STRIP)) {
+        for (row, out) in adapter.row_indices().zip(out.chunks_exact_mut(STRIP)) {
             let (numbers, padding) = out.split_at_mut(columns.len());
             inputs.g.widen(row as usize, columns.start, numbers);
             padding.fill(0.0);
@@ -312,7 +312,7 @@ impl<S: Simd> TileSums<'_, S> {
         let (outs, ins) = (adapter.out_scales.len(), adapter.in_scales.len());
         let x = PackedRows::of::<S>(inputs.len(), own.rows);
         let packed = packed.floats(x.len());
-        x.pack(rows, rows_of(adapter), inputs.start, packed);
+        x.pack(rows, adapter.row_indices(), inputs.start, packed);
         let partners = inner.floats(outs * X_PITCH);
         for (partner, out) in adapter.out_scales.iter().zip(partners.chunks_exact_mut(X_PITCH)) {
             partner_vector(layer.in_pool, *partner, inputs.start, &mut out[..inputs.len()]);

@@ -10,7 +10,7 @@ use flora_plan::gradient::GradientLowering;
 use flora_plan::schedule::{AdapterGradient, ScheduledRow};
 use pulp::Simd;
 
-use super::{Inputs, rows_of};
+use super::Inputs;
 use crate::call_memory::{GradientMemory, Lent};
 use crate::gemm::{self, Pass, Rows};
 use crate::operands::Layer;
@@ -86,7 +86,7 @@ impl Side<'_> {
         sources.clear();
         for adapter in of_lowering(adapters) {
             for partner in (self.partners)(adapter) {
-                for row in rows_of(adapter) {
+                for row in adapter.row_indices() {
                     rows.push(ScheduledRow { row: sources.len() as u32, in_slot: *partner, out_slot: 0, last: 1 });
                     sources.push(row);
                 }
@@ -130,7 +130,7 @@ impl Side<'_> {
                         let first = ((self.first)(adapter) as usize + scale) * width + columns.start;
                         // SAFETY: the gradients outlive the call, and no other task has these columns.
                         let gradient = unsafe { gradients.slice(first, columns.len()) };
-                        for (row, product) in rows_of(adapter).zip(products.by_ref()) {
+                        for (row, product) in adapter.row_indices().zip(products.by_ref()) {
                             self.others.widen(row as usize, columns.start, other);
                             add_products(inputs.simd, gradient, other, &product[columns.clone()]);
                         }

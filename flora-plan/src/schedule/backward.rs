@@ -83,6 +83,11 @@ impl AdapterGradient {
         (self.in_scales.len() + self.out_scales.len()) as u64
     }
 
+    /// Its rows of the batch, in their order.
+    pub fn row_indices(&self) -> impl Iterator<Item = u32> + Clone + '_ {
+        self.runs.iter().flat_map(|run| run.first_row..run.first_row + run.rows)
+    }
+
     /// Rows of all runs.
     pub fn rows(&self) -> u64 {
         self.runs.iter().map(|run| u64::from(run.rows)).sum()
