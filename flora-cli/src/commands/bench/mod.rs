@@ -2,6 +2,7 @@
 
 mod case;
 mod grid;
+mod kinds;
 mod layers;
 pub(crate) mod paper;
 mod peaks;
@@ -35,6 +36,7 @@ pub(crate) struct Arguments {
 #[derive(Subcommand)]
 enum Table {
     Layers(layers::Arguments),
+    Kinds(kinds::Arguments),
     Planner(planner::Arguments),
     Tuning(tuning::Arguments),
     Paper(paper::Arguments),
@@ -51,6 +53,7 @@ enum Table {
 pub(crate) fn bench(arguments: &Arguments) -> Result<(), CommandError> {
     match &arguments.table {
         Table::Layers(arguments) => layers::layers(arguments),
+        Table::Kinds(arguments) => kinds::kinds(arguments),
         Table::Planner(arguments) => planner::planner(arguments),
         Table::Tuning(arguments) => tuning::tuning(arguments),
         Table::Paper(arguments) => paper::paper(arguments),

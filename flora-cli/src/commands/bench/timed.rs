@@ -36,7 +36,11 @@ pub(super) struct Clock<'a> {
 impl Clock<'_> {
     /// One timed repetition, after untimed calls that wake the threads and fill the caches: seconds of a call.
     pub(super) fn seconds(self, timed: &Timed) -> Result<f64, DeviceError> {
-        let call = || self.device.execute(&timed.operands, &timed.schedule, &timed.x, None);
+        self.seconds_of(|| self.device.execute(&timed.operands, &timed.schedule, &timed.x, None))
+    }
+
+    /// The same of any call that queues work on the device.
+    pub(super) fn seconds_of<E: From<DeviceError>>(self, call: impl Fn() -> Result<Buffer, E>) -> Result<f64, E> {
         let warm_up = Instant::now();
         let own = loop {
             let start = Instant::now();
