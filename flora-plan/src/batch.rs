@@ -2,6 +2,7 @@
 //! device's pools. No tensor data.
 
 use flora_ir::algebra::{FoldedLayout, RowScales};
+use serde::Serialize;
 
 use crate::lowering::MultiplicativeLowering;
 
@@ -14,7 +15,7 @@ fn row_class(rows: u32) -> usize {
 }
 
 /// A run of rows that share one adapter; segments follow one another in the batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Segment {
     /// How many rows.
     pub rows: u32,
@@ -23,7 +24,7 @@ pub struct Segment {
 }
 
 /// One virtual row of an adapter: positions in the pool of in-vectors `[slots, d]` and out-vectors `[slots, k]`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 pub struct VirtualRowSlots {
     /// `None`: not scaled.
     pub in_scale: Option<u32>,
@@ -32,7 +33,7 @@ pub struct VirtualRowSlots {
 }
 
 /// The additive part of an adapter: `rank` consecutive vectors in both pools.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 pub struct LowRankSlots {
     /// The first shrink vector, in the pool of in-vectors.
     pub shrink: u32,
@@ -49,7 +50,7 @@ impl LowRankSlots {
 }
 
 /// Where a folded adapter lies in the pools.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct AdapterSlots {
     /// At least one for every adapter that has a multiplicative or base part.
     pub virtual_rows: Vec<VirtualRowSlots>,

@@ -1,57 +1,22 @@
 //! `flora inspect`: the source of the kernels that a launch would run, and what it compiles to.
 
 use clap::Args;
-use clap::builder::RangedU64ValueParser;
 use flora::prelude::*;
 use flora_codegen::target::{Capability, EmittedKernel, EqualBatch, Target, emit_gradient, emit_layer};
-use flora_plan::lowering::{Part, PartLowering, lowerings_of};
 use flora_toolchain::{
     Architecture, Bound, Class, Compiled, CudaCompiler, Defect, Expectations, MAX_WARPS, Mix, Occupancy, Source, Unit,
 };
 use serde::Serialize;
 
 use super::error::CommandError;
-use super::{layer, output, types};
+use super::output;
+use super::selection::{Chosen, Selection};
 
 /// Print the kernels that a batch would launch
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// A built-in layer (linear, flora, flora_mean, hira, lora, ia3, ia3_feedforward, dora) or a file in the text form
-    layer: String,
-    /// cuda:sm_80, cuda:sm_90, cuda:sm_100, wgsl or spirv
-    #[arg(long, default_value = "cuda:sm_90")]
-    target: String,
-    /// stacked, on_chip, bmm or merged for what is multiplied into the weight (fLoRA, HiRA, IA3), fused, segmented, bmm or merged for
-    /// what is added (LoRA); the layer's first legal one unless given
-    #[arg(long)]
-    lowering: Option<String>,
-    /// Inputs of the layer
-    #[arg(long, default_value = "576", value_parser = RangedU64ValueParser::<u32>::new().range(1..=65536))]
-    d: u32,
-    /// Outputs of the layer
-    #[arg(long, default_value = "576", value_parser = RangedU64ValueParser::<u32>::new().range(1..=65536))]
-    k: u32,
-    /// Rank of every adapter
-    #[arg(long, default_value = "8", value_parser = RangedU64ValueParser::<u32>::new().range(1..=1024))]
-    rank: u32,
-    /// Segments of the batch, each with an adapter of its own; 4 unless given, 1 for `merged`
-    #[arg(long, value_parser = RangedU64ValueParser::<u32>::new().range(1..=256))]
-    segments: Option<u32>,
-    /// Rows of a segment
-    #[arg(long, default_value = "16", value_parser = RangedU64ValueParser::<u32>::new().range(1..=4096))]
-    rows: u32,
-    /// The type of activations; the equation's types unless given, which are f32 where it names none
-    #[arg(long, value_parser = types::element())]
-    dtype: Option<Element>,
-    /// The type of adapters; that of the activations, or the equation's, unless given
-    #[arg(long, value_parser = types::element())]
-    adapter_dtype: Option<Element>,
-    /// The format of the base weight; the type of the activations, or the equation's, unless given
-    #[arg(long, value_parser = types::weight_format())]
-    weight: Option<WeightFormat>,
-    /// Let cubes share the depth where the device would be short of work
-    #[arg(long)]
-    split: bool,
+    #[command(flatten)]
+    selection: Selection,
     /// The backward pass: of the input by the lowering that is given, or as projections choose, and of the adapters' vectors
     #[arg(long)]
     gradient: bool,
@@ -113,28 +78,13 @@ struct Found {
 }
 
 pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
-    let compiled = layer::open(&arguments.layer)?.compiled;
-    let target: Target = arguments.target.parse()?;
-    let plan = match (arguments.gradient, arguments.lowering.as_deref()) {
-        (true, None) => Plan::fixed_adjoint(),
-        (_, lowering) => plan_of(&arguments.layer, &compiled.parts, lowering)?,
-    };
+    let chosen = arguments.selection.chosen(arguments.gradient)?;
+    let Chosen { compiled, target, plan, shape, format, batch } = &chosen;
+    let (plan, shape, format, batch) = (*plan, *shape, *format, *batch);
     let emit = if arguments.gradient { emit_gradient } else { emit_layer };
-    let plan = if arguments.split { plan.with_split() } else { plan };
-    let compiler = compiler(arguments, target)?;
-    let &Arguments { ref layer, d, k, rank, rows, .. } = arguments;
-    let segments = arguments.segments.unwrap_or(if plan.is_merged() { 1 } else { 4 });
-    let shape = LayerShape { d, k };
-    let format = arguments.dtype.map_or_else(|| compiled.format(), LayerFormat::uniform);
-    let format = LayerFormat {
-        adapters: arguments.adapter_dtype.unwrap_or(format.adapters),
-        weight: arguments.weight.unwrap_or(format.weight),
-        ..format
-    };
-    if !format.weight.fits(shape) {
-        return Err(CommandError::PartialBlock { format: format.weight, block: format.weight.whole(1), d });
-    }
-    let kernels = emit(&compiled, target, plan, (shape, format), EqualBatch { rank, segments, rows })?;
+    let compiler = compiler(arguments, *target)?;
+    let EqualBatch { rank, segments, rows } = batch;
+    let kernels = emit(compiled, *target, plan, (shape, format), batch)?;
     // A weight that one tile of rows multiplies is read once, from the device's memory.
     let source = if u64::from(segments) * u64::from(rows) <= 128 { Source::Memory } else { Source::Cache };
     let mut reports = Vec::new();
@@ -142,7 +92,7 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
         let compiled = match &compiler {
             Some((compiler, architecture)) => {
                 let code = compiler.compile(&kernel.source, *architecture)?;
-                Some(Checked::of(code, expectations(&kernel.name, format, k), source))
+                Some(Checked::of(code, expectations(&kernel.name, format, shape.k), source))
             }
             None => None,
         };
@@ -156,16 +106,16 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
         [] => "base GEMM".to_owned(),
         parts => parts.iter().map(|part| plan.of(*part).name()).collect::<Vec<_>>().join(" + "),
     };
-    let split = if arguments.split { ", split" } else { "" };
+    let split = if arguments.selection.split { ", split" } else { "" };
     let pass = if arguments.gradient { "gradients of " } else { "" };
     let launches = match reports.len() {
         1 => "1 launch".to_owned(),
         launches => format!("{launches} launches"),
     };
     let mut text = format!(
-        "// {pass}{layer} by {lowerings}{split} for {target}: d {d}, k {k}, {segments} segments of {rows} rows, rank {rank}, {launches}\n\
+        "// {pass}{} by {lowerings}{split} for {target}: d {}, k {}, {segments} segments of {rows} rows, rank {rank}, {launches}\n\
          // activations {}, adapters {}, base weight {}\n",
-        format.activations, format.adapters, format.weight
+        arguments.selection.layer, shape.d, shape.k, format.activations, format.adapters, format.weight
     );
     for (position, report) in reports.iter().enumerate() {
         text += &human(position + 1, report);
@@ -259,26 +209,6 @@ impl Checked {
 fn loads(mix: &Mix) -> String {
     let loads: Vec<_> = mix.forms(Class::GlobalLoad).map(|(width, count)| format!("{width}×{count}")).collect();
     if loads.is_empty() { "none".to_owned() } else { loads.join(" ") }
-}
-
-/// The plan in which every part of the layer that `lowering` can compute is computed by it.
-fn plan_of(layer: &str, parts: &[Part], lowering: Option<&str>) -> Result<Plan, CommandError> {
-    let rows = || parts.iter().flat_map(|part| lowerings_of(*part));
-    let wrong = |lowering: &str| {
-        let names: Vec<_> = rows().map(|row| row.lowering().name()).collect();
-        let help = match &names[..] {
-            [] => "the layer has no adapter, only the base GEMM; leave --lowering out".to_owned(),
-            names => format!("it can be lowered by {}", names.join(" or ")),
-        };
-        CommandError::WrongLowering { layer: layer.to_owned(), lowering: lowering.to_owned(), help }
-    };
-    let Some(name) = lowering else { return Ok(Plan::default()) };
-    let wanted = Lowering::from_name(name).ok_or_else(|| wrong(name))?;
-    if rows().all(|row| row.lowering() != wanted) {
-        return Err(wrong(wanted.name()));
-    }
-    let computing = [Part::Multiplicative, Part::Additive].map(|part| PartLowering::find(part, wanted));
-    Ok(computing.into_iter().flatten().fold(Plan::default(), Plan::with_part))
 }
 
 /// The compilers for --check.

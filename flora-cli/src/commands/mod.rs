@@ -7,6 +7,8 @@ mod devices;
 mod error;
 mod explain;
 #[cfg(feature = "emit")]
+mod export;
+#[cfg(feature = "emit")]
 mod inspect;
 mod kinds;
 mod layer;
@@ -18,6 +20,8 @@ mod planner;
 mod plot;
 mod report;
 mod run;
+#[cfg(feature = "emit")]
+mod selection;
 #[cfg(feature = "serve")]
 mod serving;
 #[cfg(feature = "serve")]
@@ -48,6 +52,10 @@ enum Command {
     Inspect(inspect::Arguments),
     #[cfg(not(feature = "emit"))]
     Inspect(missing::Arguments),
+    #[cfg(feature = "emit")]
+    Export(export::Arguments),
+    #[cfg(not(feature = "emit"))]
+    Export(missing::Arguments),
     Bench(bench::Arguments),
     Report(report::Arguments),
     #[cfg(feature = "serve")]
@@ -80,6 +88,10 @@ pub(crate) fn main() -> ExitCode {
         Command::Inspect(arguments) => inspect::inspect(&arguments),
         #[cfg(not(feature = "emit"))]
         Command::Inspect(_) => missing::missing("inspect", "emit"),
+        #[cfg(feature = "emit")]
+        Command::Export(arguments) => export::export(&arguments),
+        #[cfg(not(feature = "emit"))]
+        Command::Export(_) => missing::missing("export", "emit"),
         Command::Bench(arguments) => bench::bench(&arguments),
         Command::Report(arguments) => report::report(&arguments),
         #[cfg(feature = "serve")]

@@ -6,6 +6,7 @@ mod bench;
 mod command;
 mod convert;
 mod data;
+mod export;
 #[allow(dead_code, reason = "it can write more than these tests want")]
 #[path = "../../../flora-checkpoint/tests/checkpoint/gguf_writer.rs"]
 mod gguf_writer;

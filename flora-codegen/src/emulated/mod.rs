@@ -10,6 +10,8 @@
 mod keep;
 mod memory;
 mod program;
+#[cfg(test)]
+mod replay;
 mod server;
 #[cfg(test)]
 mod tests;

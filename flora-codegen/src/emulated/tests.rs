@@ -11,6 +11,10 @@ use flora_plan::weight::PackedWeight;
 use flora_runtime::{Device, LayerOperands, PoolBuffer};
 use flora_toolchain::{CxxCompiler, Sanitizer};
 
+use super::replay::Replay;
+use crate::target::export::{LaunchList, Operand, export};
+use crate::target::{Capability, Emission, Pass};
+
 /// What a child process changes in the text of every kernel for halves: `barrier N` takes out the N-th barrier, `index` writes one vector too far.
 const BREAK: &str = "FLORA_TEST_BREAK";
 
@@ -58,65 +62,96 @@ fn numbers(count: usize, seed: usize) -> Vec<f32> {
     (0..count).map(|at| ((at * 37 + seed * 11) % 23) as f32 / 16.0 - 0.625).collect()
 }
 
-/// A batch of base rows, scaled rows and rows with low-rank sums, of sizes that are multiples of nothing, and what f64 makes of it.
-fn run(device: &Device, plan: &Plan, element: Element) -> f64 {
-    let (d, k, slots) = (72usize, 40usize, 12u32);
-    let scaled = |first: u32, rows: u32| {
-        let row = |slot: u32| VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) };
-        (first..first + rows).map(row).collect::<Vec<_>>()
-    };
-    let adapters = [
-        AdapterSlots::base(),
-        AdapterSlots { virtual_rows: scaled(0, 3), low_rank: LowRankSlots::default() },
-        AdapterSlots { low_rank: LowRankSlots { shrink: 3, expand: 3, rank: 5 }, ..AdapterSlots::base() },
-        AdapterSlots { virtual_rows: scaled(8, 1), low_rank: LowRankSlots { shrink: 9, expand: 9, rank: 3 } },
-    ];
-    let segments = [(0, 3), (1, 19), (2, 17), (3, 2), (1, 1)].map(|(adapter, rows)| Segment { rows, adapter });
-    let tokens: usize = segments.iter().map(|segment| segment.rows as usize).sum();
-    let round = |values: Vec<f32>| values.into_iter().map(|value| element.round(value)).collect::<Vec<_>>();
-    let (w0, x) = (round(numbers(d * k, 1)), round(numbers(tokens * d, 2)));
-    let (ins, outs) = (round(numbers(slots as usize * d, 3)), round(numbers(slots as usize * k, 4)));
+/// A batch of base rows, scaled rows and rows with low-rank sums, of sizes that are multiples of nothing.
+struct Case {
+    element: Element,
+    adapters: Vec<AdapterSlots>,
+    segments: Vec<Segment>,
+    /// Rounded to the type, as those below.
+    w0: Vec<f32>,
+    x: Vec<f32>,
+    ins: Vec<f32>,
+    outs: Vec<f32>,
+}
 
-    let shape = LayerShape { d: d as u32, k: k as u32 };
-    let format = LayerFormat { fragments: element != Element::F32, ..LayerFormat::uniform(element) };
-    let schedule = schedule(plan, shape, &segments, &adapters, false).expect("it is scheduled");
-    let weight = PackedWeight::from_f32(WeightFormat::Float(element), shape, &w0).expect("as long as the shape says");
-    let upload = |values: &[f32]| device.upload_as(values, element).expect("it fits");
-    let pools = (PoolBuffer::new(upload(&ins), slots), PoolBuffer::new(upload(&outs), slots));
-    let weight = device.upload_weight(&weight).expect("it fits");
-    let operands = LayerOperands::new(format, weight, None, pools, Epilogue::default()).expect("they fit");
-    let y = device.execute(&operands, &schedule, &upload(&x), None).expect("it runs");
-    let y = device.read(&y).expect("no launch failed");
+impl Case {
+    const SHAPE: LayerShape = LayerShape { d: 72, k: 40 };
+    const SLOTS: u32 = 12;
 
-    let mut worst = 0.0f64;
-    let mut row = 0;
-    for segment in &segments {
-        let adapter = &adapters[segment.adapter as usize];
-        for _ in 0..segment.rows {
-            let at = |values: &[f32], slot: Option<u32>, width: usize, place: usize| {
-                slot.map_or(1.0, |slot| f64::from(values[slot as usize * width + place]))
-            };
-            for column in 0..k {
-                let product = |slot: Option<u32>| {
-                    let term =
-                        |i: usize| at(&ins, slot, d, i) * f64::from(x[row * d + i]) * f64::from(w0[i * k + column]);
-                    (0..d).map(term).sum::<f64>()
-                };
-                let rows = adapter.virtual_rows.iter();
-                let mut expected: f64 =
-                    rows.map(|row| at(&outs, row.out_scale, k, column) * product(row.in_scale)).sum();
-                for rank in 0..adapter.low_rank.rank {
-                    let shrink =
-                        |i: usize| at(&ins, Some(adapter.low_rank.shrink + rank), d, i) * f64::from(x[row * d + i]);
-                    expected +=
-                        (0..d).map(shrink).sum::<f64>() * at(&outs, Some(adapter.low_rank.expand + rank), k, column);
-                }
-                worst = worst.max((f64::from(y[row * k + column]) - expected).abs());
-            }
-            row += 1;
-        }
+    fn new(element: Element) -> Self {
+        let (d, k, slots) = (Self::SHAPE.d as usize, Self::SHAPE.k as usize, Self::SLOTS as usize);
+        let scaled = |first: u32, rows: u32| {
+            let row = |slot: u32| VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) };
+            (first..first + rows).map(row).collect::<Vec<_>>()
+        };
+        let adapters = vec![
+            AdapterSlots::base(),
+            AdapterSlots { virtual_rows: scaled(0, 3), low_rank: LowRankSlots::default() },
+            AdapterSlots { low_rank: LowRankSlots { shrink: 3, expand: 3, rank: 5 }, ..AdapterSlots::base() },
+            AdapterSlots { virtual_rows: scaled(8, 1), low_rank: LowRankSlots { shrink: 9, expand: 9, rank: 3 } },
+        ];
+        let segments = [(0, 3), (1, 19), (2, 17), (3, 2), (1, 1)].map(|(adapter, rows)| Segment { rows, adapter });
+        let tokens: usize = segments.iter().map(|segment| segment.rows as usize).sum();
+        let round = |values: Vec<f32>| values.into_iter().map(|value| element.round(value)).collect::<Vec<_>>();
+        let (w0, x) = (round(numbers(d * k, 1)), round(numbers(tokens * d, 2)));
+        let (ins, outs) = (round(numbers(slots * d, 3)), round(numbers(slots * k, 4)));
+        Self { element, adapters, segments: segments.to_vec(), w0, x, ins, outs }
     }
-    worst
+
+    fn format(&self) -> LayerFormat {
+        LayerFormat { fragments: self.element != Element::F32, ..LayerFormat::uniform(self.element) }
+    }
+
+    /// y on a device.
+    fn on(&self, device: &Device, plan: &Plan) -> Vec<f32> {
+        let Self { element, adapters, segments, w0, x, ins, outs } = self;
+        let shape = Self::SHAPE;
+        let schedule = schedule(plan, shape, segments, adapters, false).expect("it is scheduled");
+        let weight =
+            PackedWeight::from_f32(WeightFormat::Float(*element), shape, w0).expect("as long as the shape says");
+        let upload = |values: &[f32]| device.upload_as(values, *element).expect("it fits");
+        let pools = (PoolBuffer::new(upload(ins), Self::SLOTS), PoolBuffer::new(upload(outs), Self::SLOTS));
+        let weight = device.upload_weight(&weight).expect("it fits");
+        let epilogue = Epilogue::default();
+        let operands = LayerOperands::new(self.format(), weight, None, pools, epilogue).expect("they fit");
+        let y = device.execute(&operands, &schedule, &upload(x), None).expect("it runs");
+        device.read(&y).expect("no launch failed")
+    }
+
+    /// The largest difference to what f64 makes of it.
+    fn worst(&self, y: &[f32]) -> f64 {
+        let Self { adapters, segments, w0, x, ins, outs, .. } = self;
+        let (d, k) = (Self::SHAPE.d as usize, Self::SHAPE.k as usize);
+        let mut worst = 0.0f64;
+        let mut row = 0;
+        for segment in segments {
+            let adapter = &adapters[segment.adapter as usize];
+            for _ in 0..segment.rows {
+                let at = |values: &[f32], slot: Option<u32>, width: usize, place: usize| {
+                    slot.map_or(1.0, |slot| f64::from(values[slot as usize * width + place]))
+                };
+                for column in 0..k {
+                    let product = |slot: Option<u32>| {
+                        let term =
+                            |i: usize| at(ins, slot, d, i) * f64::from(x[row * d + i]) * f64::from(w0[i * k + column]);
+                        (0..d).map(term).sum::<f64>()
+                    };
+                    let rows = adapter.virtual_rows.iter();
+                    let mut expected: f64 =
+                        rows.map(|row| at(outs, row.out_scale, k, column) * product(row.in_scale)).sum();
+                    for rank in 0..adapter.low_rank.rank {
+                        let shrink =
+                            |i: usize| at(ins, Some(adapter.low_rank.shrink + rank), d, i) * f64::from(x[row * d + i]);
+                        expected +=
+                            (0..d).map(shrink).sum::<f64>() * at(outs, Some(adapter.low_rank.expand + rank), k, column);
+                    }
+                    worst = worst.max((f64::from(y[row * k + column]) - expected).abs());
+                }
+                row += 1;
+            }
+        }
+        worst
+    }
 }
 
 /// The largest sums are of some 30; a half has 11 bits, a bfloat16 8.
@@ -136,9 +171,63 @@ fn every_lowering_is_right_on_every_card() {
     for name in ["sm_80", "sm_90", "sm_100"] {
         let device = device(name);
         for element in Element::ALL {
+            let case = Case::new(element);
             for plan in Plan::unmerged() {
-                let worst = run(&device, &plan, element);
+                let worst = case.worst(&case.on(&device, &plan));
                 assert!(worst <= tolerance(element), "{name} {element} {plan:?}: {worst}");
+            }
+        }
+    }
+}
+
+/// Numbers in a type's bytes.
+fn bytes(values: &[f32], element: Element) -> Vec<u8> {
+    let of = |value: &f32| match element {
+        Element::F32 => value.to_le_bytes().to_vec(),
+        Element::F16 => half::f16::from_f32(*value).to_le_bytes().to_vec(),
+        Element::Bf16 => half::bf16::from_f32(*value).to_le_bytes().to_vec(),
+    };
+    values.iter().flat_map(of).collect()
+}
+
+/// What is exported gives the bits that the runtime's own launches give, on every card and each time that it is run.
+#[test]
+fn exported_launches_give_the_bits_of_the_runtime_s() {
+    if !there_is_a_compiler() {
+        return;
+    }
+    let compiler = CxxCompiler::find().expect("a C++ compiler");
+    for (name, capability) in Capability::ALL {
+        let device = device(name);
+        for element in Element::ALL {
+            let case = Case::new(element);
+            for plan in Plan::unmerged().flat_map(|plan| [plan, plan.with_split()]) {
+                let emission = Emission {
+                    pass: Pass::Forward,
+                    shape: Case::SHAPE,
+                    format: case.format(),
+                    epilogue: Epilogue::default(),
+                    plan,
+                    segments: &case.segments,
+                    adapters: &case.adapters,
+                };
+                let list = export(capability, &emission).expect("it is exported");
+                let list = serde_json::to_string(&list).expect("JSON");
+                let list: LaunchList = serde_json::from_str(&list).expect("a list");
+                let mut replay = Replay::new(&compiler, &list).expect("the kernels compile");
+                for (operand, values) in [
+                    (Operand::BaseWeight, &case.w0),
+                    (Operand::X, &case.x),
+                    (Operand::InPool, &case.ins),
+                    (Operand::OutPool, &case.outs),
+                ] {
+                    replay.set(operand, &bytes(values, element));
+                }
+                let expected = bytes(&case.on(&device, &plan), element);
+                for time in 0..2 {
+                    let found = replay.run().expect("no launch failed");
+                    assert_eq!(found, expected, "{name} {element} {plan:?}, time {time}");
+                }
             }
         }
     }
@@ -151,9 +240,9 @@ fn batches_by_fragments() {
         return;
     }
     println!("watched by {:?}", Sanitizer::of_process());
-    let device = device("sm_90");
+    let (device, case) = (device("sm_90"), Case::new(Element::F16));
     for plan in Plan::unmerged() {
-        let worst = run(&device, &plan, Element::F16);
+        let worst = case.worst(&case.on(&device, &plan));
         // A broken kernel may be wrong here; whether it is caught is the sanitizer's matter.
         assert!(std::env::var(BREAK).is_ok() || worst <= tolerance(Element::F16), "{plan:?}: {worst}");
     }

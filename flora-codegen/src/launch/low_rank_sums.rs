@@ -64,6 +64,15 @@ impl LowRankSums {
     }
 }
 
+#[cfg(feature = "emit")]
+impl LowRankSums {
+    /// The buffers that launches leave for those after them.
+    pub(crate) fn handles(&self) -> Vec<Handle> {
+        let streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        streams.values().map(|halves| halves.handle.clone()).collect()
+    }
+}
+
 impl Halves {
     /// Two empty halves of at least `wanted` words: the bytes that a buffer takes anyway are used.
     fn new<R: Runtime>(client: &ComputeClient<R>, wanted: u32, largest_buffer: u64) -> Self {

@@ -2,6 +2,8 @@
 //! the place of its driver, so that what is printed is what a launch there would compile.
 
 pub(crate) mod cuda;
+pub mod export;
+mod nowhere;
 pub(crate) mod recorder;
 #[cfg(feature = "wgpu")]
 mod shader;
@@ -12,6 +14,7 @@ mod stable_spirv;
 use std::str::FromStr;
 
 use cubecl::prelude::*;
+use cubecl::server::Handle;
 use serde::Serialize;
 
 use crate::launch::{LaunchError, LayerBuffers, LowRankSums, Merged, Pool, backward, launch};
@@ -138,6 +141,15 @@ enum LaidOut {
 }
 
 impl LaidOut {
+    fn of(emission: &Emission) -> Result<Self, ScheduleError> {
+        let Emission { pass, shape, plan, segments, adapters, .. } = emission;
+        let finishes = !emission.epilogue.is_identity();
+        Ok(match pass {
+            Pass::Forward => Self::Forward(schedule(plan, *shape, segments, adapters, finishes)?),
+            Pass::Backward => Self::Backward(backward_schedule(plan, *shape, segments, adapters)?),
+        })
+    }
+
     /// Inputs, outputs and the merged adapter that it needs: slots of both pools, and rows.
     fn needs(&self) -> (u32, u32, u32, Option<u32>) {
         match self {
@@ -214,47 +226,13 @@ where
     R: Runtime<Device = OfflineDevice>,
     R::Server: cubecl::server::ComputeServer<Info = recorder::Recording>,
 {
-    let Emission { pass, shape, plan, segments, adapters, .. } = emission;
-    let laid_out = match pass {
-        Pass::Forward => {
-            LaidOut::Forward(schedule(plan, *shape, segments, adapters, !emission.epilogue.is_identity())?)
-        }
-        Pass::Backward => LaidOut::Backward(backward_schedule(plan, *shape, segments, adapters)?),
-    };
-    let (in_slots, out_slots, tokens, merged) = laid_out.needs();
+    let laid_out = LaidOut::of(emission)?;
     let client = R::client(&OfflineDevice { variant });
-    let LayerShape { d, k } = emission.shape;
-    let buffer = |bytes: u64| client.empty(bytes.next_multiple_of(4) as usize);
-    let LayerFormat { activations, adapters, weight, .. } = emission.format;
-    let (in_slots, out_slots) = (in_slots.max(1), out_slots.max(1));
-    let pool =
-        |slots: u32, width: u32| Pool { handle: buffer(adapters.bytes() * u64::from(slots) * u64::from(width)), slots };
     let sums = LowRankSums::default();
     let mut hardware = Hardware::of(client.properties());
     hardware.largest_buffer = largest_buffer.unwrap_or(hardware.largest_buffer);
-    let buffers = || {
-        let layer = LayerBuffers {
-            shape: emission.shape,
-            format: emission.format,
-            base_weight: buffer(weight.bytes(emission.shape) - 4 * weight.scale_words(emission.shape)),
-            weight_scales: weight.quantisation().map(|_| buffer(4 * weight.scale_words(emission.shape))),
-            bias: emission.epilogue.bias.then(|| buffer(4 * u64::from(k))),
-            in_pool: pool(in_slots, d),
-            out_pool: pool(out_slots, k),
-            epilogue: emission.epilogue,
-            merged: merged
-                .map(|adapter| Merged { adapter, weight: buffer(activations.bytes() * u64::from(d) * u64::from(k)) }),
-        };
-        let rows = u64::from(tokens.max(1));
-        let x = buffer(activations.bytes() * rows * u64::from(d));
-        // The residual, or the output's gradient.
-        let reads_outputs = emission.epilogue.residual || *pass == Pass::Backward;
-        let outputs = reads_outputs.then(|| buffer(activations.bytes() * rows * u64::from(k)));
-        // What is asked of the recorder is handed to its own thread; a read waits for it.
-        let _ = client.read_one(x.clone());
-        (layer, x, outputs)
-    };
-    Ok(client.info().record(buffers, |(layer, x, outputs)| {
+    let buffers = || Buffers::new(&client, emission, &laid_out);
+    Ok(client.info().record(buffers, |Buffers { layer, x, outputs }| {
         let launched = (0..layers).try_for_each(|_| match &laid_out {
             // SAFETY: a recorder has no memory that a kernel could miss.
             LaidOut::Forward(schedule) => unsafe {
@@ -271,6 +249,46 @@ where
     }))
 }
 
+/// What a batch's launches read.
+struct Buffers {
+    layer: LayerBuffers,
+    x: Handle,
+    /// The residual, or the output's gradient.
+    outputs: Option<Handle>,
+}
+
+impl Buffers {
+    fn new<R: Runtime>(client: &ComputeClient<R>, emission: &Emission, laid_out: &LaidOut) -> Self {
+        let (in_slots, out_slots, tokens, merged) = laid_out.needs();
+        let LayerShape { d, k } = emission.shape;
+        let buffer = |bytes: u64| client.empty(bytes.next_multiple_of(4) as usize);
+        let LayerFormat { activations, adapters, weight, .. } = emission.format;
+        let pool = |slots: u32, width: u32| {
+            let slots = slots.max(1);
+            Pool { handle: buffer(adapters.bytes() * u64::from(slots) * u64::from(width)), slots }
+        };
+        let layer = LayerBuffers {
+            shape: emission.shape,
+            format: emission.format,
+            base_weight: buffer(weight.bytes(emission.shape) - 4 * weight.scale_words(emission.shape)),
+            weight_scales: weight.quantisation().map(|_| buffer(4 * weight.scale_words(emission.shape))),
+            bias: emission.epilogue.bias.then(|| buffer(4 * u64::from(k))),
+            in_pool: pool(in_slots, d),
+            out_pool: pool(out_slots, k),
+            epilogue: emission.epilogue,
+            merged: merged
+                .map(|adapter| Merged { adapter, weight: buffer(activations.bytes() * u64::from(d) * u64::from(k)) }),
+        };
+        let rows = u64::from(tokens.max(1));
+        let x = buffer(activations.bytes() * rows * u64::from(d));
+        let reads_outputs = emission.epilogue.residual || emission.pass == Pass::Backward;
+        let outputs = reads_outputs.then(|| buffer(activations.bytes() * rows * u64::from(k)));
+        // What is asked of the recorder is handed to its own thread; a read waits for it.
+        let _ = client.read_one(x.clone());
+        Self { layer, x, outputs }
+    }
+}
+
 /// Segments of so many rows, each with an adapter of its own of one rank: a batch to emit launches for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EqualBatch {
@@ -280,6 +298,17 @@ pub struct EqualBatch {
     pub segments: u32,
     /// Rows of a segment.
     pub rows: u32,
+}
+
+impl EqualBatch {
+    /// Its segments, and where the pools have the vectors of their adapters, one adapter behind the other.
+    pub fn of(self, layer: &CompiledLayer) -> (Vec<Segment>, Vec<AdapterSlots>) {
+        let stride = layer.slots(self.rank, 0);
+        let stride = stride.in_slots().max(stride.out_slots());
+        let segments = (0..self.segments).map(|adapter| Segment { rows: self.rows, adapter });
+        let adapters = (0..self.segments).map(|adapter| layer.slots(self.rank, adapter.saturating_mul(stride)));
+        (segments.collect(), adapters.collect())
+    }
 }
 
 /// The launches that `plan` makes on `target` for a batch of equal segments of a layer.
@@ -318,11 +347,7 @@ fn emit_pass(
     (shape, format): (LayerShape, LayerFormat),
     batch: EqualBatch,
 ) -> Result<Vec<EmittedKernel>, EmitError> {
-    let stride = layer.slots(batch.rank, 0);
-    let stride = stride.in_slots().max(stride.out_slots());
-    let slots = |adapter: u32| layer.slots(batch.rank, adapter.saturating_mul(stride));
-    let adapters: Vec<_> = (0..batch.segments).map(slots).collect();
-    let segments: Vec<_> = (0..batch.segments).map(|adapter| Segment { rows: batch.rows, adapter }).collect();
+    let (segments, adapters) = batch.of(layer);
     let epilogue = layer.epilogue();
     emit(target, &Emission { pass, shape, format, epilogue, plan, segments: &segments, adapters: &adapters })
 }
@@ -439,7 +464,7 @@ mod tests {
                 let (outcome, records) =
                     recorded::<Offline<Cuda>>(variant, None, &emission, layers).expect("scheduled");
                 assert_eq!(outcome, Ok(()));
-                (records.uploads, records.kernels.len())
+                (records.uploads.len(), records.kernels.len())
             };
             let ((once, launches), (thrice, launches_of_three)) = (uploads(1), uploads(3));
             assert_eq!(launches_of_three, 3 * launches, "{plan:?}");

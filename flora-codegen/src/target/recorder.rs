@@ -1,4 +1,4 @@
-//! A cubecl runtime that compiles what it is asked to launch and keeps the source instead of running it.
+//! A cubecl runtime that compiles what it is asked to launch and keeps the source, and what the launch takes, instead of running it.
 
 use std::fmt::Debug;
 use std::marker::PhantomData;
@@ -6,11 +6,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cubecl::Compiler;
+use cubecl::MemoryConfiguration;
 use cubecl::device::{Device, DeviceId};
-use cubecl::ir::{DeviceProperties, TargetProperties};
+use cubecl::ir::{DeviceProperties, MemoryDeviceProperties, TargetProperties};
 use cubecl::prelude::*;
 use cubecl::server::{
-    Binding, ComputeServer, CopyDescriptor, ExecutionMode, KernelArguments, ProfileError, ProfilingToken,
+    Binding, ComputeServer, CopyDescriptor, ExecutionMode, IoError, KernelArguments, ProfileError, ProfilingToken,
     ServerCommunication, ServerError, ServerUtilities,
 };
 use cubecl_common::backtrace::BackTrace;
@@ -23,9 +24,12 @@ use cubecl_core::zspace::{Shape, Strides};
 use cubecl_runtime::allocator::ContiguousMemoryLayoutPolicy;
 use cubecl_runtime::compiler::CubeTask;
 use cubecl_runtime::logging::ServerLogger;
-use cubecl_runtime::memory_management::{ManagedMemoryHandle, MemoryAllocationMode, MemoryUsage};
-use cubecl_runtime::storage::{BytesStorage, ComputeStorage, ManagedResource};
+use cubecl_runtime::memory_management::{
+    ManagedMemoryHandle, MemoryAllocationMode, MemoryManagement, MemoryManagementOptions, MemoryUsage,
+};
+use cubecl_runtime::storage::{ComputeStorage, ManagedResource};
 
+use super::nowhere::{Nowhere, Place};
 use super::{EmitError, EmittedKernel};
 
 /// What stands in for a device: its compiler and its properties.
@@ -61,10 +65,24 @@ impl Device for OfflineDevice {
 pub(crate) struct Records {
     /// The launches, in order.
     pub(super) kernels: Vec<Result<EmittedKernel, EmitError>>,
+    /// What each of them takes.
+    pub(super) arguments: Vec<Arguments>,
     /// Bytes of the largest buffer, rounded up as cubecl does.
     pub(super) largest_buffer: u64,
-    /// Buffers that were written from the host.
-    pub(super) uploads: usize,
+    /// What was written from the host, and where.
+    pub(super) uploads: Vec<(Place, Bytes)>,
+    /// Every buffer since the first launch, so that none takes another's place.
+    alive: Vec<ManagedMemoryHandle>,
+}
+
+/// What a launch takes.
+#[derive(Debug)]
+pub(super) struct Arguments {
+    pub(super) buffers: Vec<Place>,
+    /// What is passed by value, behind the buffers.
+    pub(super) by_value: Vec<u64>,
+    /// What has no fixed size of that: a further buffer.
+    pub(super) dynamic: Vec<u64>,
 }
 
 /// The records of one device.
@@ -127,7 +145,17 @@ pub(crate) fn emitted<D: Dialect>(
 /// The server side: compiles every launch.
 pub(crate) struct OfflineServer<D: Dialect> {
     options: <D::Compiler as Compiler>::CompilationOptions,
+    memory: MemoryManagement<Nowhere>,
     utilities: Arc<ServerUtilities<Self>>,
+}
+
+impl<D: Dialect> OfflineServer<D> {
+    /// As much of a buffer as its owner asked for.
+    fn place(&mut self, binding: Binding) -> Result<Place, IoError> {
+        let bytes = binding.size_in_used();
+        let place = self.memory.get_resource(binding.memory, binding.offset_start, binding.offset_end)?;
+        Ok(Place { bytes, ..place })
+    }
 }
 
 impl<D: Dialect> Debug for OfflineServer<D> {
@@ -146,8 +174,16 @@ impl<D: Dialect> DeviceService for OfflineServer<D> {
         let properties = D::properties(variant);
         let layout = ContiguousMemoryLayoutPolicy::new(properties.memory.alignment as usize);
         let logger = Arc::new(ServerLogger::default());
+        // A page for each buffer, and no limit: a buffer that is too large for the device is refused before it is made.
+        let memory = MemoryManagement::from_configuration(
+            Nowhere,
+            &MemoryDeviceProperties { max_page_size: u64::MAX >> 1, alignment: properties.memory.alignment },
+            MemoryConfiguration::ExclusivePages,
+            logger.clone(),
+            MemoryManagementOptions::new("offline"),
+        );
         let utilities = ServerUtilities::new(properties, logger, Recording::default(), layout);
-        Self { options: D::options(variant), utilities: Arc::new(utilities) }
+        Self { options: D::options(variant), memory, utilities: Arc::new(utilities) }
     }
 
     fn utilities(&self) -> Arc<dyn std::any::Any + Send + Sync> {
@@ -159,11 +195,14 @@ impl<D: Dialect> ComputeServer for OfflineServer<D> {
     type Kernel = Box<dyn CubeTask<D::Compiler>>;
     type Info = Recording;
     type MemoryLayoutPolicy = ContiguousMemoryLayoutPolicy;
-    type Storage = BytesStorage;
+    type Storage = Nowhere;
 
-    fn initialize_memory(&mut self, _memory: ManagedMemoryHandle, size: u64, _stream: StreamId) {
+    fn initialize_memory(&mut self, memory: ManagedMemoryHandle, size: u64, _stream: StreamId) {
         let mut records = lock(&self.utilities.info.records);
         records.largest_buffer = records.largest_buffer.max(size);
+        records.alive.push(memory.clone());
+        // What isn't bound is missed where it is used.
+        let _ = self.memory.reserve(size).and_then(|reserved| self.memory.bind(reserved, memory, 0));
     }
 
     fn logger(&self) -> Arc<ServerLogger> {
@@ -181,7 +220,9 @@ impl<D: Dialect> ComputeServer for OfflineServer<D> {
     }
 
     fn write(&mut self, descriptors: Vec<(CopyDescriptor, Bytes)>, _stream: StreamId) {
-        lock(&self.utilities.info.records).uploads += descriptors.len();
+        let written = descriptors.into_iter().filter_map(|(to, bytes)| Some((self.place(to.handle).ok()?, bytes)));
+        let written: Vec<_> = written.collect();
+        lock(&self.utilities.info.records).uploads.extend(written);
     }
 
     fn sync(&mut self, _stream: StreamId) -> DynFut<Result<(), ServerError>> {
@@ -190,22 +231,40 @@ impl<D: Dialect> ComputeServer for OfflineServer<D> {
 
     fn get_resource(
         &mut self,
-        _binding: Binding,
+        binding: Binding,
         _stream: StreamId,
     ) -> Result<ManagedResource<<Self::Storage as ComputeStorage>::Resource>, ServerError> {
-        Err(ServerError::Generic { reason: "an offline target has no memory".into(), backtrace: BackTrace::capture() })
+        let memory = binding.memory.clone();
+        Ok(ManagedResource::new(memory, self.place(binding).map_err(ServerError::Io)?))
     }
 
     unsafe fn launch(
         &mut self,
         kernel: Self::Kernel,
         count: CubeCount,
-        _bindings: KernelArguments,
+        arguments: KernelArguments,
         mode: ExecutionMode,
         _stream: StreamId,
     ) {
-        let record = emitted::<D>(&*kernel, &self.options, &count, mode);
-        lock(&self.utilities.info.records).kernels.push(record);
+        let buffers = arguments.buffers.into_iter().map(|binding| self.place(binding)).collect::<Result<_, _>>();
+        let by_value = arguments.info.data;
+        let dynamic = by_value.get(arguments.info.dynamic_metadata_offset..).unwrap_or_default().to_vec();
+        let record = match buffers {
+            Ok(buffers) => emitted::<D>(&*kernel, &self.options, &count, mode)
+                .map(|kernel| (kernel, Arguments { buffers, by_value, dynamic })),
+            Err(error) => {
+                let (kernel, reason) = (kernel.name().to_owned(), first_line(&error.to_string()));
+                Err(EmitError::Compile { kernel, reason })
+            }
+        };
+        let mut records = lock(&self.utilities.info.records);
+        match record {
+            Ok((kernel, arguments)) => {
+                records.kernels.push(Ok(kernel));
+                records.arguments.push(arguments);
+            }
+            Err(error) => records.kernels.push(Err(error)),
+        }
     }
 
     fn flush(&mut self, _stream: StreamId) -> Result<(), ServerError> {
