@@ -14,7 +14,7 @@ use flora_toolchain::{Cache, CudaCompiler, CxxCompiler, Lavapipe, openai_client,
 use crate::cargo::{self, Tally};
 
 /// Cases for each fuzz test, chosen so that all of them take about a minute.
-const FUZZ_CASES: &str = "20000";
+const FUZZ_CASES: &str = "6000";
 
 /// Tests once more on a device that this machine plays. A device compiles its kernels by one thread, so parts run side by side.
 struct Part {
