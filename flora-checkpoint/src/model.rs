@@ -16,6 +16,7 @@ use crate::gguf::Gguf;
 use crate::tensor::{Encoding, StoredTensor, nearest, transpose};
 use parameter::Place;
 use settings::Settings;
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -299,6 +300,31 @@ impl Model {
             tensor: projection.source.layout.in_order(tensor, projection.k),
             rows_are_inputs: projection.source.layout == Layout::InputsByOutputs,
         })
+    }
+
+    /// What tells the numbers of this model from any other's: a digest of its tensors as they are stored, with their names. Reads all of
+    /// them.
+    ///
+    /// # Errors
+    /// An element type that can't be read.
+    pub fn digest(&self) -> Result<String, ModelError> {
+        let mut hasher = Sha256::new();
+        let mut add = |path: &str, tensor: &StoredTensor| {
+            hasher.update(path);
+            hasher.update(tensor.encoding().name());
+            tensor.shape().iter().for_each(|extent| hasher.update((*extent as u64).to_le_bytes()));
+            hasher.update(tensor.bytes());
+        };
+        for Projection { path, source, .. } in &self.projections {
+            add(path, source.weight.tensor()?);
+            if let Some(bias) = &source.bias {
+                add(path, bias.tensor()?);
+            }
+        }
+        for path in self.parameters.keys() {
+            add(path, self.parameter(path)?.stored());
+        }
+        Ok(hasher.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// [`StoredTensor::release`] for the weight of the projection at `path`.

@@ -54,6 +54,10 @@ impl Trainee for Shared {
         self.model.borrow().base_weight(layer)
     }
 
+    fn identity(&self) -> Result<String, TrainError> {
+        self.model.borrow().identity()
+    }
+
     fn place(&mut self, job: JobId, layers: &[(usize, FoldedAdapter)]) -> Result<(), TrainError> {
         self.model.borrow_mut().place(self.of(job), layers)
     }

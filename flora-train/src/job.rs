@@ -67,6 +67,8 @@ pub(crate) struct Job {
     pub(crate) progress: Progress,
     pub(crate) data: Arc<Dataset>,
     pub(crate) held_out: Option<Arc<Dataset>>,
+    /// Which model it is for, where its state is kept.
+    pub(crate) model: Option<Arc<str>>,
     pub(crate) schedule: Schedule,
     order: Order,
     gathered: Gathered,
@@ -102,6 +104,7 @@ impl Job {
             progress: Progress::default(),
             data,
             held_out,
+            model: None,
             schedule,
             order,
             gathered: Gathered::default(),

@@ -12,7 +12,7 @@ use crate::adamw::Moments;
 use crate::job::{Job, Progress, set};
 
 /// Of the layout of the file.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The note that holds the state.
 const NOTE: &str = "flora_job";
 
@@ -53,6 +53,8 @@ struct State {
     version: u32,
     /// What the job was told.
     options: Value,
+    /// Which model it is an adapter of.
+    model: Option<String>,
     /// Digests of what it learns from and what it is evaluated on.
     data: String,
     held_out: Option<String>,
@@ -133,6 +135,7 @@ impl Job {
         Ok(State {
             version: VERSION,
             options: serde_json::to_value(&self.options)?,
+            model: self.model.as_deref().map(str::to_owned),
             data: self.data.digest().to_owned(),
             held_out: self.held_out.as_ref().map(|data| data.digest().to_owned()),
             progress: Progress::default(),
@@ -155,7 +158,9 @@ fn difference(saved: &State, own: &State) -> Option<(String, String, String)> {
         }
     }
     let held = |state: &State| Value::from(state.held_out.clone());
+    let model = |state: &State| Value::from(state.model.clone());
     [
+        ("model", model(saved), model(own)),
         ("data", Value::from(saved.data.clone()), Value::from(own.data.clone())),
         ("held-out data", held(saved), held(own)),
     ]

@@ -76,6 +76,12 @@ pub trait Trainee {
     /// There is no such layer, or its weight can't be read.
     fn base_weight(&self, layer: usize) -> Result<Vec<f32>, Self::Error>;
 
+    /// What tells this model, in the form in which its base weights are multiplied, from any other: a job's state is of one of them.
+    ///
+    /// # Errors
+    /// Its files can't be read.
+    fn identity(&self) -> Result<String, Self::Error>;
+
     /// Makes these the job's adapters from now on, each with the index of its layer in [`Self::layers`]; the former ones are gone.
     ///
     /// # Errors

@@ -78,6 +78,14 @@ pub enum AddError {
     /// Its state can't be read, or is another job's.
     #[error(transparent)]
     State(#[from] StateError),
+    /// Which model its state is of can't be said.
+    #[error("which model the state of the job `{job}` is of can't be said: {problem}")]
+    Model {
+        /// The job.
+        job: String,
+        /// Why.
+        problem: String,
+    },
     /// The model doesn't take its adapter.
     #[error("the adapter of the job `{job}` can't be placed: {problem}")]
     Place {
@@ -92,6 +100,8 @@ pub enum AddError {
 #[derive(Debug)]
 pub struct Trainer<T> {
     trainee: T,
+    /// Its identity, once a job asked for it: all of its files are read for that.
+    model: Option<Arc<str>>,
     /// The most tokens of a batch.
     budget: usize,
     /// The next to have a batch is the first.
@@ -106,7 +116,7 @@ type Share = Result<(Vec<SegmentLoss>, JobGradients), String>;
 impl<T: Trainee> Trainer<T> {
     /// Over `trainee`, in batches of at most `tokens`.
     pub fn new(trainee: T, tokens: usize) -> Self {
-        Self { trainee, budget: tokens, jobs: VecDeque::new(), ended: Vec::new(), next: 0 }
+        Self { trainee, model: None, budget: tokens, jobs: VecDeque::new(), ended: Vec::new(), next: 0 }
     }
 
     /// Adds a job, which is trained with the others from the next step on. `place` is where its options are written, for errors.
@@ -132,6 +142,9 @@ impl<T: Trainee> Trainer<T> {
         let adapter = adapter.map_err(|source| AddError::Make { job: name.clone(), source: source.into() })?;
         let id = JobId(self.next);
         let mut job = Job::new(id, options, places, adapter, data, held_out);
+        if job.places.state.is_some() {
+            job.model = Some(self.model(&name)?);
+        }
         if let Some(state) = job.places.state.clone().filter(|state| state.exists()) {
             job.resume(&state)?;
         }
@@ -146,6 +159,15 @@ impl<T: Trainee> Trainer<T> {
         let what = Happened::Started { step, steps, parameters: job.adapter.size(), tokens: job.data.tokens() };
         self.jobs.push_back(job);
         Ok((id, Event { job: name, what }))
+    }
+
+    fn model(&mut self, job: &str) -> Result<Arc<str>, AddError> {
+        if let Some(model) = &self.model {
+            return Ok(model.clone());
+        }
+        let unsaid = |error: T::Error| AddError::Model { job: job.to_owned(), problem: error.to_string() };
+        let model: Arc<str> = self.trainee.identity().map_err(unsaid)?.into();
+        Ok(self.model.insert(model).clone())
     }
 
     /// Whether no job is under way.

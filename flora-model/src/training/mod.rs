@@ -282,6 +282,15 @@ impl Trainee for TrainedModel {
         Ok(self.base.weight(&self.model, &self.layers.get(layer).ok_or(unknown)?.path)?.values)
     }
 
+    fn identity(&self) -> Result<String, TrainError> {
+        let base = match self.base {
+            BaseForm::Stored => "stored",
+            BaseForm::F32 => "f32",
+            BaseForm::Int8 => "int8",
+        };
+        Ok(format!("{} in {base}", self.model.digest()?))
+    }
+
     fn place(&mut self, job: JobId, layers: &[(usize, FoldedAdapter)]) -> Result<(), TrainError> {
         self.remove(job);
         let position = self.free.pop().unwrap_or(self.jobs.len() as u32 + 1);

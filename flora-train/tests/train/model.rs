@@ -33,6 +33,7 @@ pub(crate) struct Small {
     placed: BTreeMap<JobId, Vec<(usize, FoldedAdapter)>>,
     /// How many tokens each call had.
     pub(crate) calls: Vec<usize>,
+    name: String,
 }
 
 /// A weight of a layer that no adapter is on.
@@ -63,7 +64,13 @@ impl Small {
             ],
             placed: BTreeMap::new(),
             calls: Vec::new(),
+            name: "small".to_owned(),
         }
+    }
+
+    pub(crate) fn named(mut self, name: &str) -> Self {
+        self.name = name.to_owned();
+        self
     }
 
     pub(crate) fn with_bias(mut self) -> Self {
@@ -128,6 +135,10 @@ impl Trainee for Small {
     fn base_weight(&self, layer: usize) -> Result<Vec<f32>, Failed> {
         let weight = self.weights.get(layer).ok_or_else(|| Failed(String::new(), "there is no such layer"))?;
         Ok(weight.data().iter().map(|weight| *weight as f32).collect())
+    }
+
+    fn identity(&self) -> Result<String, Failed> {
+        Ok(self.name.clone())
     }
 
     fn place(&mut self, job: JobId, layers: &[(usize, FoldedAdapter)]) -> Result<(), Failed> {

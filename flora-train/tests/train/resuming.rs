@@ -152,6 +152,11 @@ fn another_job_s_state_is_refused_by_what_differs() {
     assert_eq!(refused(&|job| job.options.seed = 9), "`seed`");
     assert_eq!(refused(&|job| job.data = crate::model::data(1, 3, 6)), "data");
     assert_eq!(refused(&|job| job.held_out = None), "held-out data");
+    let mut of_another = Trainer::new(Small::new().named("another"), 100);
+    let job = own("lora", Some(2), Some(folder.path()));
+    let of_another = of_another.add(job, Path::new("jobs.toml"), &layers());
+    let refused_state = of_another.expect_err("another model's").to_string();
+    assert!(refused_state.contains(r#"whose model was "small" and is "another""#), "{refused_state}");
     let mut other = own("lora", Some(2), Some(folder.path()));
     other.options.save_every = None;
     assert!(Trainer::new(Small::new(), 100).add(other, Path::new("jobs.toml"), &layers()).is_ok());
