@@ -7,7 +7,7 @@ use flora_plan::schedule::{
 
 use crate::error::HostError;
 use crate::operands::Operands;
-use crate::values::Values;
+use crate::values::{Values, span};
 use crate::weight::Weight;
 
 /// How many of each thing an index may point to.
@@ -21,13 +21,16 @@ struct Limits {
 pub(crate) fn check(
     operands: &Operands<'_>,
     schedule: &Schedule,
-    (x, y, residual): (usize, usize, Option<usize>),
+    ((x, x_pitch), (y, y_pitch)): ((usize, usize), (usize, usize)),
+    residual: Option<usize>,
 ) -> Result<(), HostError> {
     let shape = operands.weight.shape();
     schedule.fits(shape)?;
     let (d, k, tokens) = (shape.d as usize, shape.k as usize, schedule.tokens() as usize);
-    length("x", x, tokens.saturating_mul(d))?;
-    length("y", y, tokens.saturating_mul(k))?;
+    pitch("x", x_pitch, d)?;
+    pitch("y", y_pitch, k)?;
+    length("x", x, span(tokens, d, x_pitch))?;
+    length("y", y, span(tokens, k, y_pitch))?;
     if operands.epilogue.bias {
         length("the bias", operands.bias.ok_or(HostError::Missing { what: "a bias" })?.len(), k)?;
     }
@@ -71,6 +74,10 @@ pub(crate) fn check_recipe(operands: &Operands<'_>, step: &Materialised, positio
 
 fn length(what: &'static str, found: usize, expected: usize) -> Result<(), HostError> {
     if found == expected { Ok(()) } else { Err(HostError::WrongLength { what, expected, found }) }
+}
+
+fn pitch(what: &'static str, pitch: usize, width: usize) -> Result<(), HostError> {
+    if pitch >= width { Ok(()) } else { Err(HostError::Overlap { what, pitch, width }) }
 }
 
 fn check_shape(what: &'static str, weight: &Weight, LayerShape { d, k }: LayerShape) -> Result<(), HostError> {

@@ -75,7 +75,11 @@ fn pool(pool: &PoolBuffer, element: Element) -> Result<Values<'_>, DeviceError> 
     memory.ok_or_else(|| foreign(element))
 }
 
-fn operands(layer: &LayerOperands) -> Result<Operands<'_>, DeviceError> {
+/// The operands of one of the host's layers, as [`HostEngine::execute`] takes them.
+///
+/// # Errors
+/// Another device's.
+pub fn operands(layer: &LayerOperands) -> Result<Operands<'_>, DeviceError> {
     let bias = match layer.bias().map(crate::memory::values).transpose()? {
         Some(Values::F32(bias)) => Some(bias),
         _ => None,

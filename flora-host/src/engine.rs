@@ -1,5 +1,6 @@
 //! A schedule's steps, one after the other, on the processor.
 
+use flora_plan::layer::LayerShape;
 use flora_plan::schedule::{
     Gemm, LowRankBmm, LowRankRows, Materialised, NO_ROW, Packing, Schedule, ScheduledRow, SegmentItem, Step,
 };
@@ -11,7 +12,7 @@ use crate::call_memory::{CallMemory, Lent};
 use crate::check::{check, check_recipe};
 use crate::error::HostError;
 use crate::finish::Finish;
-use crate::gemm::{self, Pass, Rows};
+use crate::gemm::{self, Pass};
 use crate::layout::strips_len;
 use crate::low_rank::{self, Shrink};
 use crate::materialise::{self, Recipe};
@@ -19,7 +20,7 @@ use crate::operands::{Layer, Operands};
 use crate::pack::Vectors;
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::values::{Shared, Sink, Values, ValuesMut};
+use crate::values::{RowSink, Rows, RowsMut, Shared, Sink, Values, ValuesMut};
 use crate::weight::{Strips, Weight};
 
 /// The processor, and the memory that it computes in. One engine serves any number of layers and threads; what the largest
@@ -102,7 +103,29 @@ impl HostEngine {
         y: ValuesMut<'_>,
         residual: Option<Values<'_>>,
     ) -> Result<(), HostError> {
-        check(operands, schedule, (x.len(), y.len(), residual.map(|residual| residual.len())))?;
+        let LayerShape { d, k } = operands.weight.shape();
+        let x = Rows { values: x, pitch: d as usize };
+        self.execute_rows(operands, schedule, x, RowsMut { values: y, pitch: k as usize }, residual)
+    }
+
+    /// The same of rows that need not follow one another, such as the part of a wider matrix that a layer reads or writes.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute); rows that overlap.
+    pub fn execute_rows(
+        &self,
+        operands: &Operands<'_>,
+        schedule: &Schedule,
+        x: Rows<'_>,
+        y: RowsMut<'_>,
+        residual: Option<Values<'_>>,
+    ) -> Result<(), HostError> {
+        check(
+            operands,
+            schedule,
+            ((x.values.len(), x.pitch), (y.values.len(), y.pitch)),
+            residual.map(|own| own.len()),
+        )?;
         self.calls.lend(|memory| {
             let call = Call { engine: self, operands, schedule, x, y, residual, memory };
             self.arch.dispatch(call);
@@ -154,8 +177,8 @@ struct Call<'a> {
     engine: &'a HostEngine,
     operands: &'a Operands<'a>,
     schedule: &'a Schedule,
-    x: Values<'a>,
-    y: ValuesMut<'a>,
+    x: Rows<'a>,
+    y: RowsMut<'a>,
     residual: Option<Values<'a>>,
     memory: &'a mut CallMemory,
 }
@@ -179,7 +202,7 @@ impl WithSimd for Call<'_> {
         let sources = Sources {
             simd,
             layer: operands.layer(),
-            x: Vectors { values: x, width: operands.weight.shape().d as usize },
+            x: Vectors { values: x.values, width: operands.weight.shape().d as usize, pitch: x.pitch },
             finish: Finish {
                 bias: operands.bias.filter(|_| epilogue.bias),
                 activation: epilogue.activation,
@@ -201,26 +224,27 @@ fn writes(step: &Step) -> bool {
 
 impl<S: Simd> Sources<'_, S> {
     /// Runs a schedule that has been checked, and writes y `[tokens, k]`.
-    pub(crate) fn run(&self, schedule: &Schedule, mut y: ValuesMut<'_>, memory: &mut CallMemory) {
+    pub(crate) fn run(&self, schedule: &Schedule, y: RowsMut<'_>, memory: &mut CallMemory) {
         let (tokens, k) = (schedule.tokens() as usize, self.layer.out_pool.width);
         if tokens == 0 || k == 0 {
             return;
         }
         let CallMemory { stage, lent } = memory;
         if schedule.steps().iter().all(writes) && !schedule.steps().is_empty() {
-            let sink = Sink::new(&mut y);
+            let RowsMut { mut values, pitch } = y;
+            let sink = Sink::new(&mut values).rows(pitch);
             return schedule.steps().iter().for_each(|step| self.write(step, schedule.tokens(), sink, lent));
         }
         // Later steps add to y, so that it has to hold f32 until the last of them.
         match y {
-            ValuesMut::F32(y) => self.write_and_add(schedule, y, lent),
-            mut y => {
+            RowsMut { values: ValuesMut::F32(y), pitch } if pitch == k => self.write_and_add(schedule, y, lent),
+            RowsMut { mut values, pitch } => {
                 let stage = stage.floats(tokens * k);
                 self.write_and_add(schedule, stage, lent);
-                let sink = Sink::new(&mut y);
+                let sink = Sink::new(&mut values).rows(pitch);
                 stage.par_chunks(k).enumerate().for_each(|(row, values)| {
                     // SAFETY: y outlives the loop, and rows don't overlap.
-                    unsafe { sink.write(row * k, values) }
+                    unsafe { sink.write(row, 0, values) }
                 });
             }
         }
@@ -233,7 +257,12 @@ impl<S: Simd> Sources<'_, S> {
         }
         for step in steps {
             if writes(step) {
-                self.write(step, schedule.tokens(), Sink::F32(Shared::new(stage)), lent);
+                self.write(
+                    step,
+                    schedule.tokens(),
+                    Sink::F32(Shared::new(stage)).rows(self.layer.out_pool.width),
+                    lent,
+                );
             } else {
                 self.add(step, stage, lent);
             }
@@ -241,19 +270,25 @@ impl<S: Simd> Sources<'_, S> {
     }
 
     /// Runs a step of those that write.
-    fn write(&self, step: &Step, tokens: u32, sink: Sink, lent: &mut Lent) {
+    fn write(&self, step: &Step, tokens: u32, sink: RowSink, lent: &mut Lent) {
         let weight = self.layer.weight;
         match step {
             Step::Gemm(gemm) => {
                 let hidden = self.shrink(&gemm.low_rank, &mut lent.shrinks, &mut lent.hidden);
                 let Gemm { rows, segments, scales, low_rank, .. } = gemm;
-                self.pass(weight, Rows { rows, segments, scales, low_rank, sources: &[] }, hidden, gemm.finishes, sink);
+                self.pass(
+                    weight,
+                    gemm::Rows { rows, segments, scales, low_rank, sources: &[] },
+                    hidden,
+                    gemm.finishes,
+                    sink,
+                );
             }
             Step::Merged { .. } => {
                 if let Some(merged) = self.layer.merged {
                     lent.rows.clear();
                     plain_rows(0..tokens, &mut lent.rows);
-                    self.pass(merged, Rows::plain(&lent.rows), &[], true, sink);
+                    self.pass(merged, gemm::Rows::plain(&lent.rows), &[], true, sink);
                 }
             }
             Step::Materialised(step) => self.materialised(weight, step, sink, lent),
@@ -261,7 +296,7 @@ impl<S: Simd> Sources<'_, S> {
         }
     }
 
-    fn pass(&self, weight: Strips<'_>, rows: Rows<'_>, hidden: &[f32], finishes: bool, sink: Sink) {
+    fn pass(&self, weight: Strips<'_>, rows: gemm::Rows<'_>, hidden: &[f32], finishes: bool, sink: RowSink) {
         let (x, Layer { in_pool, out_pool, .. }) = (self.x, self.layer);
         let finish = finishes.then_some(self.finish);
         let pass = Pass { weight, x, in_pool, out_pool, rows, hidden, finish, sink };
@@ -269,7 +304,7 @@ impl<S: Simd> Sources<'_, S> {
     }
 
     /// One weight after the other is made in the same memory.
-    fn materialised(&self, weight: Strips<'_>, step: &Materialised, sink: Sink, lent: &mut Lent) {
+    fn materialised(&self, weight: Strips<'_>, step: &Materialised, sink: RowSink, lent: &mut Lent) {
         let Layer { in_pool, out_pool, .. } = self.layer;
         let size = strips_len(in_pool.width, out_pool.width);
         for at in 0..step.adapters.len() {
@@ -281,7 +316,7 @@ impl<S: Simd> Sources<'_, S> {
             let made = lent.weight.floats(size);
             materialise::make(self.simd, recipe, made, self.scratches);
             let made = Strips::floats(out_pool.width, made);
-            self.pass(made, Rows::plain(&lent.rows), &[], step.finishes, sink);
+            self.pass(made, gemm::Rows::plain(&lent.rows), &[], step.finishes, sink);
         }
     }
 

@@ -14,6 +14,16 @@ pub enum HostError {
         /// What it has.
         found: usize,
     },
+    /// Rows that lie over one another.
+    #[error("the rows of {what} begin {pitch} numbers apart and have {width}")]
+    Overlap {
+        /// Which operand.
+        what: &'static str,
+        /// From one row to the next.
+        pitch: usize,
+        /// Numbers of a row.
+        width: usize,
+    },
     /// A pool that isn't whole vectors.
     #[error("{what} has {found} numbers, which are not whole vectors of {width}")]
     PartialVector {

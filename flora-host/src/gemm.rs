@@ -24,7 +24,7 @@ use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::terms::{PackedSegment, Terms};
 use crate::tiles::{StripPart, Tiles};
-use crate::values::{Sink, Values};
+use crate::values::{RowSink, Values};
 use crate::weight::Strips;
 
 /// The rows of a pass; the fields are those of [`Gemm`](flora_plan::schedule::Gemm).
@@ -68,7 +68,7 @@ pub(crate) struct Pass<'a> {
     /// `None`: the sums are written as they are.
     pub(crate) finish: Option<Finish<'a>>,
     /// `[tokens, k]`
-    pub(crate) sink: Sink,
+    pub(crate) sink: RowSink,
 }
 
 /// Runs a pass.
@@ -319,7 +319,7 @@ impl<S: Simd> Panel<'_, S> {
                 finish.apply(self.frame.simd, (row, self.frame.columns.start, k), outputs, spare);
             }
             // SAFETY: y outlives the pass, a row is written once, and no other task has these columns.
-            unsafe { self.pass.sink.write(row * k + self.frame.columns.start, outputs) };
+            unsafe { self.pass.sink.write(row, self.frame.columns.start, outputs) };
         }
     }
 }

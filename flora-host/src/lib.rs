@@ -44,10 +44,10 @@ mod weight;
 mod widen;
 
 pub use backward::GradientsMut;
-pub use device::{HostPlace, describe, device};
+pub use device::{HostPlace, describe, device, operands};
 pub use engine::HostEngine;
 pub use error::HostError;
 pub use memory::{HostMemory, LentBytes, OwnedValues, buffer, into_values, lend, values};
 pub use operands::Operands;
-pub use values::{Values, ValuesMut};
+pub use values::{Rows, RowsMut, Values, ValuesMut};
 pub use weight::Weight;

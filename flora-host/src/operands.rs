@@ -40,8 +40,8 @@ impl<'a> Operands<'a> {
         Layer {
             weight: self.weight.strips(),
             merged: self.merged.map(Weight::strips),
-            in_pool: Vectors { values: self.in_pool, width: shape.d as usize },
-            out_pool: Vectors { values: self.out_pool, width: shape.k as usize },
+            in_pool: Vectors::dense(self.in_pool, shape.d as usize),
+            out_pool: Vectors::dense(self.out_pool, shape.k as usize),
         }
     }
 }

@@ -13,17 +13,26 @@ use crate::vectorise::vectorised;
 pub(crate) struct Vectors<'a> {
     pub(crate) values: Values<'a>,
     pub(crate) width: usize,
+    /// Numbers from one vector to the next.
+    pub(crate) pitch: usize,
+}
+
+impl<'a> Vectors<'a> {
+    /// Vectors that follow one another.
+    pub(crate) fn dense(values: Values<'a>, width: usize) -> Self {
+        Self { values, width, pitch: width }
+    }
 }
 
 impl Vectors<'_> {
     /// The numbers of vector `slot` from `first` on.
     pub(crate) fn widen(&self, slot: usize, first: usize, out: &mut [f32]) {
-        self.values.widen(slot * self.width + first, out);
+        self.values.widen(slot * self.pitch + first, out);
     }
 
     /// The same by `out`, number by number.
     fn multiply(&self, slot: usize, first: usize, out: &mut [f32]) {
-        let first = slot * self.width + first;
+        let first = slot * self.pitch + first;
         match self.values {
             Values::F32(values) => multiply(out, &values[first..first + out.len()]),
             _ => {

@@ -1,6 +1,8 @@
 //! Borrowed numbers of any element type. They are widened as they are packed and rounded as they are written; between that
 //! everything is f32.
 
+use std::ops::Range;
+
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -75,6 +77,15 @@ impl Values<'_> {
 }
 
 impl ValuesMut<'_> {
+    /// The same numbers for a while.
+    pub fn reborrow(&mut self) -> ValuesMut<'_> {
+        match self {
+            ValuesMut::F32(values) => ValuesMut::F32(values),
+            ValuesMut::F16(values) => ValuesMut::F16(values),
+            ValuesMut::Bf16(values) => ValuesMut::Bf16(values),
+        }
+    }
+
     /// How many.
     pub fn len(&self) -> usize {
         match self {
@@ -88,6 +99,45 @@ impl ValuesMut<'_> {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// Rows to read that need not follow one another: row i begins at the number i · pitch.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    /// From the first number of the first row to the last of the last one.
+    pub values: Values<'a>,
+    /// Numbers from the beginning of a row to that of the next.
+    pub pitch: usize,
+}
+
+/// The same to write. What lies between rows is left alone.
+#[derive(Debug)]
+pub struct RowsMut<'a> {
+    /// From the first number of the first row to the last of the last one.
+    pub values: ValuesMut<'a>,
+    /// Numbers from the beginning of a row to that of the next.
+    pub pitch: usize,
+}
+
+impl RowsMut<'_> {
+    /// Some columns of the first `rows` rows.
+    ///
+    /// # Panics
+    /// Beyond the numbers that there are.
+    pub fn columns(&mut self, rows: usize, columns: Range<usize>) -> RowsMut<'_> {
+        let range = columns.start..columns.start + span(rows, columns.len(), self.pitch);
+        let values = match &mut self.values {
+            ValuesMut::F32(values) => ValuesMut::F32(&mut values[range]),
+            ValuesMut::F16(values) => ValuesMut::F16(&mut values[range]),
+            ValuesMut::Bf16(values) => ValuesMut::Bf16(&mut values[range]),
+        };
+        RowsMut { values, pitch: self.pitch }
+    }
+}
+
+/// Numbers from the first of the first row to the last of the last one.
+pub(crate) fn span(rows: usize, width: usize, pitch: usize) -> usize {
+    rows.checked_sub(1).map_or(0, |steps| steps.saturating_mul(pitch).saturating_add(width))
 }
 
 /// Numbers that several threads write, each its own places.
@@ -137,6 +187,11 @@ impl Sink {
         }
     }
 
+    /// The same places as rows of `pitch` numbers.
+    pub(crate) fn rows(self, pitch: usize) -> RowSink {
+        RowSink { sink: self, pitch }
+    }
+
     /// Rounds `values` to the places from `first` on.
     ///
     /// # Safety
@@ -150,5 +205,23 @@ impl Sink {
                 Sink::Bf16(out) => out.slice(first, values.len()).convert_from_f32_slice(values),
             }
         }
+    }
+}
+
+/// Where rows of outputs are written.
+#[derive(Clone, Copy)]
+pub(crate) struct RowSink {
+    sink: Sink,
+    pitch: usize,
+}
+
+impl RowSink {
+    /// Rounds `values` to the places of a row from `column` on.
+    ///
+    /// # Safety
+    /// As [`Shared::slice`].
+    pub(crate) unsafe fn write(&self, row: usize, column: usize, values: &[f32]) {
+        // SAFETY: by the caller's promise.
+        unsafe { self.sink.write(row * self.pitch + column, values) }
     }
 }

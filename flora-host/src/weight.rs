@@ -7,7 +7,7 @@ use bytemuck::Pod;
 use flora_plan::layer::{Element, LayerShape, Quantisation, WeightFormat};
 use flora_plan::weight::{PackedWeight, WeightError, WeightValues};
 use half::{bf16, f16};
-use pulp::Simd;
+use pulp::{Arch, Simd, WithSimd};
 
 use crate::block_scales::BlockScales;
 use crate::buffer::Buffer;
@@ -67,6 +67,14 @@ impl Weight {
         self.format
     }
 
+    /// All of its numbers, `[d, k]`.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let (d, k) = (self.shape.d as usize, self.shape.k as usize);
+        let mut numbers = vec![0.0; d * k];
+        Arch::new().dispatch(Unpacking { strips: self.strips(), k, numbers: &mut numbers });
+        numbers
+    }
+
     pub(crate) fn strips(&self) -> Strips<'_> {
         let numbers = match (self.format, self.format.quantisation()) {
             (_, Some(quantisation)) => {
@@ -78,6 +86,34 @@ impl Weight {
         };
         let inputs = self.shape.d as usize;
         Strips { count: (self.shape.k as usize).div_ceil(STRIP), inputs, numbers, walk: Walk::Along }
+    }
+}
+
+/// [`Weight::to_f32`].
+struct Unpacking<'a> {
+    strips: Strips<'a>,
+    k: usize,
+    /// `[d, k]`
+    numbers: &'a mut [f32],
+}
+
+impl WithSimd for Unpacking<'_> {
+    type Output = ();
+
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { strips, k, numbers } = self;
+        let mut decoded = Buffer::default();
+        for at in 0..strips.count {
+            let columns = at * STRIP..k.min((at + 1) * STRIP);
+            // A multiple of what scales lie along.
+            for (first, rows) in (0..strips.inputs).step_by(256).zip(numbers.chunks_mut(256 * k)) {
+                let depth = first..strips.inputs.min(first + 256);
+                let strip = strips.read(simd, at, depth, &mut decoded);
+                for (row, strip) in rows.chunks_exact_mut(k).zip(strip.chunks_exact(STRIP)) {
+                    row[columns.clone()].copy_from_slice(&strip[..columns.len()]);
+                }
+            }
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use crate::operands::{Layer, Operands};
 use crate::pack::Vectors;
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::values::{Values, ValuesMut};
+use crate::values::{RowsMut, Values, ValuesMut};
 
 /// Where the gradients of a batch are written: what is wanted of them.
 #[derive(Debug)]
@@ -85,11 +85,11 @@ impl WithSimd for Call<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Call { engine, layer, schedule, x, g, gradients, memory } = self;
         let scratches = &engine.scratches;
-        let x = Vectors { values: x, width: layer.in_pool.width };
-        let g = Vectors { values: g, width: layer.out_pool.width };
+        let x = Vectors::dense(x, layer.in_pool.width);
+        let g = Vectors::dense(g, layer.out_pool.width);
         if let Some(dx) = gradients.input {
             let sources = Sources { simd, layer: layer.adjoint(), x: g, finish: Finish::default(), scratches };
-            sources.run(schedule.input(), dx, memory);
+            sources.run(schedule.input(), RowsMut { values: dx, pitch: layer.in_pool.width }, memory);
         }
         if let Some(vectors) = gradients.vectors {
             let inputs = Inputs { simd, layer, x, g, scratches };

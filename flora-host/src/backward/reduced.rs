@@ -105,7 +105,7 @@ impl Side<'_> {
             rows: Rows { sources, ..Rows::plain(rows) },
             hidden: &[],
             finish: None,
-            sink: Sink::F32(Shared::new(products)),
+            sink: Sink::F32(Shared::new(products)).rows(width),
         };
         gemm::run(inputs.simd, pass, inputs.scratches);
         self.reduce(inputs, adapters, products, gradients);
