@@ -44,15 +44,19 @@ impl Projection {
     }
 }
 
-/// A backward pass, with all that it needs of its projection.
-pub(crate) struct BackwardPass {
-    operands: LayerOperands,
-    schedule: Arc<BackwardSchedule>,
+/// A backward pass that is ready to run, with all that it needs of its projection.
+#[derive(Clone, Debug)]
+pub struct BackwardPass {
+    /// The layer.
+    pub operands: LayerOperands,
+    /// Its steps.
+    pub schedule: Arc<BackwardSchedule>,
     /// The adapters that have rows: position and vectors.
     adapters: Vec<(u32, Layout)>,
 }
 
 /// Which vectors an adapter has.
+#[derive(Clone, Debug)]
 struct Layout {
     virtual_rows: Vec<VirtualRowSlots>,
     low_rank: LowRankSlots,
@@ -95,8 +99,13 @@ impl BackwardPass {
         device: &Device,
         [in_vectors, out_vectors]: &[Buffer; 2],
     ) -> Result<Vec<(u32, FoldedGradient)>, DeviceError> {
+        Ok(self.gradients(&device.read(in_vectors)?, &device.read(out_vectors)?))
+    }
+
+    /// The gradients of vectors `[in_vectors, d]` and `[out_vectors, k]`, as the schedule has them, as those of the adapters that have
+    /// rows: position and gradients.
+    pub fn gradients(&self, in_vectors: &[f32], out_vectors: &[f32]) -> Vec<(u32, FoldedGradient)> {
         let shape = self.operands.shape();
-        let (in_vectors, out_vectors) = (device.read(in_vectors)?, device.read(out_vectors)?);
         let (d, k) = (shape.d as usize, shape.k as usize);
         let folded = |(position, layout): &(u32, Layout)| {
             let gradient = self.schedule.adapters().iter().find(|gradient| gradient.adapter == *position);
@@ -105,7 +114,7 @@ impl BackwardPass {
             let out_vectors = out_vectors.get(first_out as usize * k..).unwrap_or_default();
             (*position, layout.folded(in_vectors, out_vectors, (d, k)))
         };
-        Ok(self.adapters.iter().map(folded).collect())
+        self.adapters.iter().map(folded).collect()
     }
 }
 

@@ -17,13 +17,13 @@ pub mod projection;
 pub mod step;
 
 pub use backend::{Backend, Gradients, Storage, Wanted};
-pub use backward::ProjectionGradient;
+pub use backward::{BackwardPass, ProjectionGradient};
 pub use batch::{Batch, BatchError, BatchSegment};
 pub use buffer::{Buffer, PoolBuffer, WeightBuffer};
 pub use device::{Device, DeviceError};
 pub use found::Found;
 pub use info::{BackendKind, DeviceInfo};
 pub use operands::{LayerOperands, OperandError};
-pub use planned::{PlannedProjection, Planning};
+pub use planned::{PlannedProjection, Planning, Scheduled};
 pub use projection::{Projection, ProjectionError, ProjectionOptions};
 pub use step::StepBatch;

@@ -8,12 +8,14 @@ use flora_plan::cost::LayerPrices;
 use flora_plan::gradient::GradientLowering;
 use flora_plan::layer::{Element, LayerShape};
 use flora_plan::plan::{Plan, plan};
+use flora_plan::schedule::Schedule;
 use flora_plan::weight::PackedWeight;
 
 use crate::backend::Wanted;
 use crate::backward::{BackwardPass, ProjectionGradient};
 use crate::buffer::Buffer;
 use crate::device::Device;
+use crate::operands::LayerOperands;
 use crate::projection::{Projection, ProjectionError, ProjectionOptions, run};
 use crate::step::StepBatch;
 
@@ -30,6 +32,17 @@ pub struct PlannedProjection {
 struct Shared {
     projection: Projection,
     planning: Planning,
+}
+
+/// A batch that is ready to run.
+#[derive(Clone, Debug)]
+pub struct Scheduled {
+    /// Its steps.
+    pub schedule: Arc<Schedule>,
+    /// The layer.
+    pub operands: LayerOperands,
+    /// What is added to the outputs of some rows afterwards: first row, rows, `[k]`.
+    pub offsets: Vec<(usize, usize, Arc<[f32]>)>,
 }
 
 /// How a batch's lowerings are chosen.
@@ -97,22 +110,30 @@ impl PlannedProjection {
         self.write().planning = planning;
     }
 
+    /// What [`forward`](Self::forward) runs for a batch, for whoever runs it where x and y lie. It stays as it is while adapters come and
+    /// go.
+    ///
+    /// # Errors
+    /// A batch too large to index.
+    pub fn scheduled(&self, batch: &StepBatch) -> Result<Scheduled, ProjectionError> {
+        let shared = self.read();
+        let Shared { projection, planning } = &*shared;
+        let finishes = !projection.operands().epilogue().is_identity();
+        let schedule = batch.schedule(projection, |shape| match planning {
+            Planning::Fixed(plan) => *plan,
+            Planning::Priced(prices) => plan(prices, shape, finishes),
+        })?;
+        let (operands, offsets) = (projection.operands().clone(), projection.offsets_of(batch.segments()));
+        Ok(Scheduled { schedule, operands, offsets })
+    }
+
     /// Queues a batch: x `[rows, d]`, the result `[rows, k]`. Projections that get the same `batch` share its schedules. A
     /// projection whose equation adds a residual takes that as `[rows, k]`.
     ///
     /// # Errors
     /// An input of another shape, type or device, a launch that the device can't make.
     pub fn forward(&self, x: &Buffer, batch: &StepBatch, residual: Option<&Buffer>) -> Result<Buffer, ProjectionError> {
-        let (schedule, operands, offsets) = {
-            let shared = self.read();
-            let Shared { projection, planning } = &*shared;
-            let finishes = !projection.operands().epilogue().is_identity();
-            let schedule = batch.schedule(projection, |shape| match planning {
-                Planning::Fixed(plan) => *plan,
-                Planning::Priced(prices) => plan(prices, shape, finishes),
-            })?;
-            (schedule, projection.operands().clone(), projection.offsets_of(batch.segments()))
-        };
+        let Scheduled { schedule, operands, offsets } = self.scheduled(batch)?;
         // Without the lock: a thread of a pool that waits for a part of this batch may start another batch of the same projection.
         let y = run(&self.device, &operands, &schedule, x, residual)?;
         if offsets.is_empty() { Ok(y) } else { self.with_offsets(&y, &offsets) }
@@ -129,15 +150,20 @@ impl PlannedProjection {
         g: &Buffer,
         wanted: Wanted,
     ) -> Result<ProjectionGradient, ProjectionError> {
-        let pass = {
-            let shared = self.read();
-            let Shared { projection, planning } = &*shared;
-            BackwardPass::of(projection, batch, |rows, scales| match planning {
-                Planning::Fixed(_) => GradientLowering::cheapest(rows, scales),
-                Planning::Priced(prices) => prices.gradient_lowering(rows, scales),
-            })?
-        };
-        pass.run(&self.device, (x, g), wanted)
+        self.scheduled_backward(batch)?.run(&self.device, (x, g), wanted)
+    }
+
+    /// What [`backward`](Self::backward) runs for a batch, for whoever runs it where x and g lie.
+    ///
+    /// # Errors
+    /// A batch too large to index.
+    pub fn scheduled_backward(&self, batch: &StepBatch) -> Result<BackwardPass, ProjectionError> {
+        let shared = self.read();
+        let Shared { projection, planning } = &*shared;
+        BackwardPass::of(projection, batch, |rows, scales| match planning {
+            Planning::Fixed(_) => GradientLowering::cheapest(rows, scales),
+            Planning::Priced(prices) => prices.gradient_lowering(rows, scales),
+        })
     }
 
     /// y with the offsets of some rows added. Adapters with biases of their own are few, so this goes by way of the host, and by no
