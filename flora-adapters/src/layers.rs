@@ -27,6 +27,18 @@ pub struct Layers {
     pub(crate) kinds: AdapterKinds,
 }
 
+/// A base weight that somebody else holds.
+pub struct HeldBase<'a> {
+    /// Inputs.
+    pub d: usize,
+    /// Outputs.
+    pub k: usize,
+    /// Gives its numbers `[d, k]`, for a fold that reads them.
+    pub weight: &'a dyn Fn() -> Vec<f32>,
+    /// `[k]`
+    pub bias: Option<&'a [f32]>,
+}
+
 /// Which adapter is folded for which projection.
 pub(crate) struct FoldTarget<'a> {
     pub(crate) adapter: &'a str,
@@ -110,7 +122,7 @@ impl Layers {
     }
 
     /// Whether folding `module` reads the base weight.
-    pub(crate) fn read_base(&self, module: &AdapterModule) -> bool {
+    pub fn read_base(&self, module: &AdapterModule) -> bool {
         let derived = self.kinds.layer(&module.layer).is_some_and(derive::reads_base);
         derived || self.compiled.get(&module.layer).is_some_and(|layer| layer.linear.reads_base_weight())
     }
@@ -204,13 +216,9 @@ impl Layers {
                 let weight = form.weight(model, path).map_err(failed)?;
                 base_value(&weight).map_err(|error| target.failed(error.into()))
             };
-            let Prepared { folded, offset, .. } = self.fold(&target, adapter, module, base)?;
+            let bias = || model.bias(path).map_err(|error| failed(error.into()));
+            let (folded, offset) = self.adapt_target(&target, adapter, module, base, bias)?;
             offset.into_iter().for_each(|offset| add(adapted.bias_offsets.entry(path.clone()).or_default(), offset));
-            if projection.has_bias && self.scales_bias(module) {
-                let bias = model.bias(path).map_err(|error| failed(error.into()))?.unwrap_or_default();
-                let offset = self.scaled_offset(&target, module, &folded, &bias)?;
-                add(adapted.bias_offsets.entry(path.clone()).or_default(), offset);
-            }
             adapted.modules.insert(path.clone(), folded);
         }
         if let Some(ends) = ends {
@@ -233,6 +241,44 @@ impl Layers {
             }
         }
         Ok(adapted)
+    }
+
+    /// A module of an adapter, folded for a base weight that somebody else holds, and what is added to its rows' outputs, `[k]`.
+    ///
+    /// # Errors
+    /// A module that doesn't fold, or would do to a bias what isn't supported.
+    pub fn adapt(
+        &self,
+        adapter: &AdapterFolder,
+        path: &str,
+        module: &AdapterModule,
+        base: HeldBase<'_>,
+    ) -> Result<(FoldedAdapter, Option<Vec<f32>>), StoreError> {
+        let HeldBase { d, k, weight, bias } = base;
+        let target = FoldTarget { adapter: &adapter.name, path, d, k };
+        let weight = || {
+            let values = weight().into_iter().map(f64::from).collect();
+            Value::matrix(d, k, values).map_err(|error| target.failed(error.into()))
+        };
+        self.adapt_target(&target, adapter, module, weight, || Ok(bias.map(<[f32]>::to_vec)))
+    }
+
+    fn adapt_target(
+        &self,
+        target: &FoldTarget<'_>,
+        adapter: &AdapterFolder,
+        module: &AdapterModule,
+        base: impl FnOnce() -> Result<Value, StoreError>,
+        bias: impl FnOnce() -> Result<Option<Vec<f32>>, StoreError>,
+    ) -> Result<(FoldedAdapter, Option<Vec<f32>>), StoreError> {
+        let Prepared { folded, mut offset, .. } = self.fold(target, adapter, module, base)?;
+        if self.scales_bias(module)
+            && let Some(bias) = bias()?
+        {
+            let scaled = self.scaled_offset(target, module, &folded, &bias)?;
+            add(offset.get_or_insert_default(), scaled);
+        }
+        Ok((folded, offset))
     }
 
     /// What scaling the base layer's bias adds: (scale − 1) ∘ bias.
