@@ -58,6 +58,9 @@ pub(crate) fn of_operands(layer: &str, operands: BTreeMap<String, Operand>) -> R
             format!("has no operand `{name}`; it takes {}", expected.join(", ")),
         ));
     }
+    if let Some((name, _)) = operands.iter().find(|(_, operand)| operand.shape.contains(&0)) {
+        return Err(Error::shape(format!("the operand `{name}`"), "has no numbers"));
+    }
     let kind = layers()?.kinds().kind_of_layer(layer).ok_or_else(|| unknown(layer))?;
     let rank = operands.get("b").and_then(|b| b.shape.get(1)).copied().unwrap_or(0);
     let path = "this layer".to_owned();

@@ -6,6 +6,7 @@ memory is the processor's, that the types are those that it says, that the memor
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ class Numbers(NamedTuple):
     @property
     def described(self) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
         """What the native module takes."""
-        return self[:4]
+        return self.address, self.dtype, tuple(self.shape), tuple(self.strides)
 
 
 def is_tensor(value: Any) -> bool:
@@ -50,7 +51,7 @@ def numbers(value: Any, what: str) -> Numbers:
     if name == "bfloat16" and getattr(value.dtype, "name", "") != "bfloat16":
         name = None
     if name is None:
-        raise TypeError(f"{what} has numbers of the type {interface['typestr']}, which this takes none of")
+        raise TypeError(f"{what} has numbers of the type {value.dtype}, which this takes none of")
     address, read_only = interface["data"]
     shape = tuple(interface["shape"])
     size = value.dtype.itemsize
@@ -61,14 +62,20 @@ def numbers(value: Any, what: str) -> Numbers:
 
 
 def _of_tensor(value: Any, what: str) -> Numbers:
-    if value.device.type != "cpu":
+    if not value.is_cpu:
         raise ValueError(f"{what} is on the device {value.device}; this layer computes on the processor: move it there")
-    if value.layout.__str__() != "torch.strided" or value.is_conj() or value.is_neg():
+    if value.layout is not sys.modules["torch"].strided or value.is_neg():
         raise TypeError(f"{what} is no dense tensor; make one of it")
-    name = str(value.dtype).removeprefix("torch.")
-    if name not in _TORCH_TYPES:
-        raise TypeError(f"{what} has numbers of the type {name}, which this takes none of")
-    return Numbers(value.data_ptr(), name, tuple(value.shape), tuple(value.stride()), True)
+    name = _torch_types().get(value.dtype)
+    if name is None:
+        raise TypeError(f"{what} has numbers of the type {value.dtype}, which this takes none of")
+    return Numbers(value.data_ptr(), name, value.shape, value.stride(), True)
+
+
+@functools.cache
+def _torch_types() -> dict[Any, str]:
+    """The types of PyTorch's tensors and their names."""
+    return {getattr(sys.modules["torch"], name): name for name in _TORCH_TYPES}
 
 
 def _dense(shape: tuple[int, ...], step: int) -> tuple[int, ...]:

@@ -190,30 +190,30 @@ def _(x, g, operands, rows, adapters, layer, wanted):
     return [dx, *(operand.new_empty(operand.shape if is_wanted else 0) for operand, is_wanted in zip(operands, wanted[1:]))]
 
 
-def _keep(context, inputs, output):
+def _keep(ctx, inputs, output):
     x, rows, layer, _ = inputs
-    context.save_for_backward(x, rows)
-    context.layer = layer
+    ctx.save_for_backward(x, rows)
+    ctx.layer = layer
 
 
-def _backward(context, g):
-    x, rows = context.saved_tensors
-    dx = torch.ops.flora.adapted_linear_gradient(x, g, rows, context.layer) if context.needs_input_grad[0] else None
+def _backward(ctx, g):
+    x, rows = ctx.saved_tensors
+    dx = torch.ops.flora.adapted_linear_gradient(x, g, rows, ctx.layer) if ctx.needs_input_grad[0] else None
     return dx, None, None, None
 
 
-def _keep_trained(context, inputs, output):
+def _keep_trained(ctx, inputs, output):
     x, operands, rows, adapters, layer, _ = inputs
-    context.save_for_backward(x, rows, *operands)
-    context.adapters, context.layer = adapters, layer
+    ctx.save_for_backward(x, rows, *operands)
+    ctx.adapters, ctx.layer = adapters, layer
 
 
-def _backward_trained(context, g):
-    x, rows, *operands = context.saved_tensors
-    of_operands = context.needs_input_grad[1]
-    wanted = [context.needs_input_grad[0], *(operand.requires_grad and of_operands_at for operand, of_operands_at in zip(operands, _each(of_operands, len(operands))))]
+def _backward_trained(ctx, g):
+    x, rows, *operands = ctx.saved_tensors
+    of_operands = ctx.needs_input_grad[1]
+    wanted = [ctx.needs_input_grad[0], *(operand.requires_grad and of_operands_at for operand, of_operands_at in zip(operands, _each(of_operands, len(operands))))]
     dx, *gradients = torch.ops.flora.trained_linear_gradients(
-        x, g, operands, rows, context.adapters, context.layer, wanted
+        x, g, operands, rows, ctx.adapters, ctx.layer, wanted
     )
     gradients = [gradient if is_wanted else None for gradient, is_wanted in zip(gradients, wanted[1:])]
     return dx if wanted[0] else None, gradients, None, None, None, None

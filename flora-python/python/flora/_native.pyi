@@ -1,0 +1,79 @@
+"""The native module: everything here takes addresses. Use the package's own functions, which check what they pass."""
+
+from os import PathLike
+from typing import Optional, Union
+
+# The address of the first number, the type's name, extents, and numbers from one place to the next.
+_Described = tuple[int, str, tuple[int, ...], tuple[int, ...]]
+
+__version__: str
+
+class ClosedError(RuntimeError): ...
+
+class Linear:
+    handle: int
+    in_features: int
+    out_features: int
+    parts: list[int]
+    slots: int
+    activations: str
+    def __init__(
+        self,
+        weight: _Described,
+        bias: Optional[_Described],
+        parts: Optional[list[int]],
+        slots: int,
+        activations: Optional[str],
+    ) -> None: ...
+    def put(self, slot: int, part: int, layer: str, operands: dict[str, _Described]) -> None: ...
+    def put_adapter(
+        self,
+        slot: int,
+        part: int,
+        adapter: Adapter,
+        module: str,
+        inputs: Optional[tuple[int, int]],
+        outputs: Optional[tuple[int, int]],
+    ) -> None: ...
+    def clear(self, slot: int, part: Optional[int]) -> None: ...
+    def forward(self, x: int, x_stride: int, slots: int, rows: int, y: int, y_stride: int) -> None: ...
+    def unpack(self, out: int, rows: int, width: int, stride: int) -> None: ...
+    def close(self) -> None: ...
+
+class Adapter:
+    name: str
+    kind: str
+    modules: list[str]
+    @staticmethod
+    def open(folder: Union[str, PathLike[str]]) -> Adapter: ...
+    def layer_of(self, module: str) -> str: ...
+    def rank_of(self, module: str) -> int: ...
+
+def forward_handle(handle: int, x: int, x_stride: int, slots: int, rows: int, y: int, y_stride: int) -> None: ...
+def describe_handle(handle: int) -> tuple[int, int, str]: ...
+def trained_forward(
+    handle: int,
+    adapters: list[tuple[str, list[_Described]]],
+    x: int,
+    x_stride: int,
+    slots: int,
+    rows: int,
+    y: int,
+    y_stride: int,
+) -> None: ...
+def trained_backward(
+    handle: int,
+    adapters: list[tuple[str, list[_Described]]],
+    x: int,
+    g: int,
+    slots: int,
+    rows: int,
+    dx: int,
+    gradients: list[int],
+) -> None: ...
+def input_gradient(handle: int, x: int, g: int, slots: int, rows: int, dx: int) -> None: ...
+def layer_names() -> list[str]: ...
+def layer_operands(layer: str) -> list[str]: ...
+def set_num_threads(threads: int) -> None: ...
+def get_num_threads() -> int: ...
+def instruction_set() -> str: ...
