@@ -27,4 +27,4 @@ pub use cxx::{CxxCompiler, CxxError, Sanitizer, UnknownSanitizer};
 pub use error::FetchError;
 pub use lavapipe::Lavapipe;
 pub use pypi::{smollm2, smollm2_from_environment, smollm2_in};
-pub use python::{PythonPackages, openai_client, openai_client_from_environment};
+pub use python::{PythonPackages, maturin, openai_client, openai_client_from_environment, pytest};
