@@ -4,7 +4,8 @@
 //! where there is no GPU, the CUDA compilers that say what generated CUDA costs, and a client that others wrote, to test
 //! its server with. Each is fetched once, on first use, into the [`Cache`], pinned and checked; each failure is a
 //! [`FetchError`] that says what to do, and a caller goes on without the thing. A fifth, a C++ compiler for text that is to
-//! be executed, is the system's ([`CxxCompiler`]). Nothing here knows of layers, kernels or devices.
+//! be executed, is the system's ([`CxxCompiler`]). The Python package is built and tested by what comes from PyPI likewise. Nothing here
+//! knows of layers, kernels or devices.
 
 mod cache;
 mod cuda;
@@ -27,4 +28,6 @@ pub use cxx::{CxxCompiler, CxxError, Sanitizer, UnknownSanitizer};
 pub use error::FetchError;
 pub use lavapipe::Lavapipe;
 pub use pypi::{smollm2, smollm2_from_environment, smollm2_in};
-pub use python::{PythonPackages, maturin, openai_client, openai_client_from_environment, pytest};
+pub use python::{
+    PythonPackages, maturin, openai_client, openai_client_from_environment, pytest, torch_from_environment,
+};

@@ -30,6 +30,9 @@ const OPENAI: Requirements = Requirements { name: "openai-client", text: include
 /// What flora's own Python package is tested with: pytest and NumPy.
 const PYTEST: Requirements = Requirements { name: "pytest", text: include_str!("python/pytest.txt") };
 
+/// The same with PyTorch, transformers and PEFT.
+const TORCH: Requirements = Requirements { name: "torch", text: include_str!("python/torch.txt") };
+
 /// What its wheels are built with.
 const MATURIN: Requirements = Requirements { name: "maturin", text: include_str!("python/maturin.txt") };
 
@@ -46,6 +49,16 @@ impl PythonPackages {
     pub fn command(&self) -> Command {
         let mut command = Command::new(self.interpreter);
         command.env("PYTHONPATH", &self.folder).env("PYTHONNOUSERSITE", "1");
+        command
+    }
+
+    /// The same with the packages of another folder before its own.
+    #[must_use]
+    pub fn command_after(&self, folder: &Path) -> Command {
+        let mut command = self.command();
+        // A folder's path that can't be joined with another's has a separator in it; it can't be Python's then.
+        let paths = std::env::join_paths([folder, &self.folder]).unwrap_or_else(|_| folder.into());
+        command.env("PYTHONPATH", paths);
         command
     }
 
@@ -79,6 +92,24 @@ pub fn openai_client_from_environment() -> Result<Option<PythonPackages>, FetchE
 /// As [`openai_client`].
 pub fn pytest() -> Result<PythonPackages, FetchError> {
     PYTEST.ensure(&Cache::open()?)
+}
+
+/// A command that starts a Python with PyTorch, transformers, PEFT and pytest, and the packages of `folder` before them, as the
+/// environment variable `FLORA_TORCH` has it: `required` fetches them (some 4 GB) and fails where that fails, `absent` is none, a path is
+/// that of an interpreter that has them, and without it there is what was fetched before.
+///
+/// # Errors
+/// As [`openai_client`], with `required` only.
+pub fn torch_from_environment(folder: &Path) -> Result<Option<Command>, FetchError> {
+    const VARIABLE: &str = "FLORA_TORCH";
+    if let Some(path) = std::env::var_os(VARIABLE).filter(|said| Path::new(said).components().count() > 1) {
+        let mut command = Command::new(path);
+        command.env("PYTHONPATH", folder).env("PYTHONNOUSERSITE", "1");
+        return Ok(Some(command));
+    }
+    let packages =
+        from_environment(VARIABLE, || TORCH.ensure(&Cache::open()?), || TORCH.installed(&Cache::open().ok()?));
+    Ok(packages?.map(|packages| packages.command_after(folder)))
 }
 
 /// Python with `maturin`, which builds wheels, fetched into the cache folder (some 10 MB) on first use.
@@ -139,7 +170,9 @@ mod tests {
 
     #[test]
     fn every_package_is_pinned_by_version_and_digest() {
-        for (requirements, package, least) in [(OPENAI, "openai", 6), (PYTEST, "pytest", 6), (MATURIN, "maturin", 1)] {
+        for (requirements, package, least) in
+            [(OPENAI, "openai", 6), (PYTEST, "pytest", 6), (TORCH, "torch", 30), (MATURIN, "maturin", 1)]
+        {
             let lines = requirements.text.lines();
             let packages = lines.filter(|line| line.starts_with(|first: char| first.is_ascii_lowercase()));
             let mut count = 0;

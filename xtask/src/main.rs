@@ -12,6 +12,7 @@ mod machine_code;
 mod program;
 mod sanitize;
 mod test;
+mod wheel;
 
 use std::process::ExitCode;
 
@@ -35,6 +36,8 @@ enum Command {
     MachineCode(machine_code::Arguments),
     /// Compares the public items of every library with their listings, or writes these.
     Api(api::Arguments),
+    /// Builds the Python package's wheel.
+    Wheel(wheel::Arguments),
     /// Runs a program with software Vulkan that has cooperative matrices; also usable as cargo's runner.
     Lavapipe(lavapipe::Arguments),
     /// Runs a program in which kernels of emulated cards are watched for races or wrong accesses; also usable as cargo's runner.
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run(&arguments),
         Command::Api(arguments) => api::run(&arguments),
         Command::Gpu(arguments) => gpu::run(&arguments),
+        Command::Wheel(arguments) => wheel::run(&arguments),
         Command::MachineCode(arguments) => machine_code::run(&arguments),
         Command::Lavapipe(arguments) => lavapipe::run(&arguments),
         Command::Sanitize(arguments) => sanitize::run(&arguments),

@@ -1,8 +1,10 @@
 //! `cargo xtask test`: every test there is, and a table of what ran.
 //!
-//! Some tests need things from outside (the CUDA compilers, lavapipe, the real model, the client of the OpenAI API), which
+//! Some tests need things from outside (the CUDA compilers, lavapipe, the real model, the client of the OpenAI API, pytest), which
 //! are fetched first. Where one can't be had, what depends on it is listed as not run, loudly; in CI or with `--strict`
 //! that fails.
+
+mod python;
 
 use std::fmt;
 use std::process::{Command, ExitCode};
@@ -103,6 +105,8 @@ enum Outcome {
     Failed(String),
     /// Nothing ran, and why.
     NotRun(String),
+    /// Nothing ran, and nobody expects it to, and why.
+    LeftOut(String),
 }
 
 /// Runs everything.
@@ -133,6 +137,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     let mut fuzz = cargo::test(&["--tests", "fuzz"]);
     fuzz.env("FLORA_FUZZ_CASES", FUZZ_CASES);
     rows.push(suite("fuzz", fuzz));
+    rows.extend(python::suites());
     rows.extend([cuda, model, client].into_iter().filter_map(Result::err));
     report(&rows, strict)
 }
@@ -253,6 +258,7 @@ impl Outcome {
             (Self::Passed(one), Self::Passed(other)) => Self::Passed(one + other),
             (Self::Failed(reason), _) | (_, Self::Failed(reason)) => Self::Failed(reason),
             (Self::NotRun(reason), _) | (_, Self::NotRun(reason)) => Self::NotRun(reason),
+            (Self::LeftOut(reason), _) | (_, Self::LeftOut(reason)) => Self::LeftOut(reason),
         }
     }
 
@@ -272,6 +278,7 @@ impl fmt::Display for Outcome {
             Self::Passed(tests) => write!(formatter, "ok: {tests} passed"),
             Self::Failed(reason) => write!(formatter, "FAILED: {reason}"),
             Self::NotRun(reason) => write!(formatter, "NOT RUN: {reason}"),
+            Self::LeftOut(reason) => write!(formatter, "left out: {reason}"),
         }
     }
 }
