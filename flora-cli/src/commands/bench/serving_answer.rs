@@ -90,6 +90,12 @@ pub(crate) struct DecodeStep {
     pub(crate) sequences: u32,
     /// Measured; absent where the step is only predicted.
     pub(crate) seconds: Option<f64>,
+    /// Measured, beside the model without adapters that took turns with it: the median of the rounds' ratios.
+    #[serde(default)]
+    pub(crate) ratio_to_base: Option<f64>,
+    /// (third quartile − first quartile) / median of these ratios.
+    #[serde(default)]
+    pub(crate) spread: Option<f64>,
     /// Predicted: the projections by the device's coefficients, and where the model was measured the rest of its step without
     /// adapters. Where it wasn't, the projections are all there is.
     pub(crate) predicted_seconds: f64,

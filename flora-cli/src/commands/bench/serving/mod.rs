@@ -20,7 +20,8 @@ use flora_model::PlanningChoice;
 use tempfile::TempDir;
 
 use super::case::BASE;
-use super::serving_answer::{Answer, Latency, Percentiles, Throughput, Variant};
+use super::report::Times;
+use super::serving_answer::{Answer, DecodeStep, Latency, Percentiles, Throughput, Variant};
 use crate::commands::error::CommandError;
 use crate::commands::serving::{ModelArguments, engine, saved};
 use crate::commands::{output, serving};
@@ -52,9 +53,12 @@ pub(super) struct Arguments {
     /// How long prompts and outputs are beside those of real chats
     #[arg(long, default_value = "1")]
     scale: f64,
-    /// Steps of the decoding that predictions are held against; 0 for none
-    #[arg(long, default_value = "32")]
+    /// Steps of a decoding of all sequences, which takes turns with one without adapters and is held against predictions; 0 for none
+    #[arg(long, default_value = "16")]
     steps: u32,
+    /// How often each of the two has its turn
+    #[arg(long, default_value = "7", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
+    rounds: usize,
     /// Seed of everything random
     #[arg(long, default_value = "1")]
     seed: u64,
@@ -131,6 +135,8 @@ pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
         latency: Vec::new(),
         steps: Vec::new(),
     };
+    // Beside every other engine, to take turns with it.
+    let beside = (arguments.steps > 0).then(|| setting.start(WAYS[0], 0)).transpose()?;
     for (way, rank) in variants {
         let variant = setting.variant(way, rank);
         let engine = setting.start(way, rank)?;
@@ -153,12 +159,31 @@ pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
             let outcome = drive(&engine, &planned(&arriving, &arrivals), vocabulary, arguments.seed)?;
             answer.latency.push(latency(variant.clone(), arguments.rate, &outcome));
         }
-        if arguments.steps > 0 {
+        if let Some(beside) = &beside {
             let sequences = arguments.model.sequences;
             let equal = vec![Lengths { prompt: 1, output: arguments.steps }; sequences];
-            let outcome = drive(&engine, &planned(&equal, &[]), vocabulary, arguments.seed)?;
-            let seconds = outcome.seconds / outcome.steps.max(1) as f64;
-            answer.steps.extend(setting.predicted(&variant, sequences as u32, Some(seconds)));
+            let step = |engine: &Engine, planned: &[Planned]| -> Result<f64, CommandError> {
+                let outcome = drive(engine, planned, vocabulary, arguments.seed)?;
+                Ok(outcome.seconds / outcome.steps.max(1) as f64)
+            };
+            let own = planned(&equal, &[]);
+            let plain: Vec<_> = own.iter().map(|planned| Planned { adapter: None, ..planned.clone() }).collect();
+            let (mut seconds, mut ratios) = (Times::default(), Times::default());
+            // The first round warms up.
+            for round in 0..=arguments.rounds {
+                let (base, own) = (step(beside, &plain)?, step(&engine, &own)?);
+                if round > 0 {
+                    seconds.push(own);
+                    ratios.push(own / base);
+                }
+            }
+            let predicted = setting.predicted(&variant, sequences as u32);
+            answer.steps.extend(predicted.map(|predicted| DecodeStep {
+                seconds: Some(seconds.median()),
+                ratio_to_base: Some(ratios.median()),
+                spread: Some(ratios.spread()),
+                ..predicted
+            }));
         }
         bar.inc(1);
     }

@@ -21,7 +21,7 @@ struct Projections {
 
 impl Setting<'_> {
     /// One step of the model that is served; `None` where the device isn't tuned.
-    pub(super) fn predicted(&self, variant: &Variant, sequences: u32, seconds: Option<f64>) -> Option<DecodeStep> {
+    pub(super) fn predicted(&self, variant: &Variant, sequences: u32) -> Option<DecodeStep> {
         let planner = self.planner?;
         let dtype = self.arguments.model.dtype;
         let projections = self.model.projections().iter().map(|projection| {
@@ -33,7 +33,7 @@ impl Setting<'_> {
             let adapted = self.adapted.iter().any(|name| is_target(&projection.path, name));
             Projections { prices, count: 1, adapted }
         });
-        step(self.model.name(), variant, sequences, seconds, &projections.collect::<Vec<_>>())
+        step(self.model.name(), variant, sequences, &projections.collect::<Vec<_>>())
     }
 
     /// The paper's models, which are only predicted here, at every rank.
@@ -57,7 +57,7 @@ impl Setting<'_> {
             steps.extend(
                 variants(&self.arguments.ranks)
                     .into_iter()
-                    .filter_map(|(way, rank)| step(name, &self.variant(way, rank), sequences, None, &projections)),
+                    .filter_map(|(way, rank)| step(name, &self.variant(way, rank), sequences, &projections)),
             );
         }
         steps
@@ -65,13 +65,7 @@ impl Setting<'_> {
 }
 
 /// The projections of one step alone.
-fn step(
-    model: &str,
-    variant: &Variant,
-    sequences: u32,
-    seconds: Option<f64>,
-    projections: &[Projections],
-) -> Option<DecodeStep> {
+fn step(model: &str, variant: &Variant, sequences: u32, projections: &[Projections]) -> Option<DecodeStep> {
     let base = BatchShape::of(&[Segment { rows: sequences, adapter: 0 }], &[AdapterSlots::base()]);
     let plain = |own: &Projections| {
         let prices = &own.prices;
@@ -92,7 +86,9 @@ fn step(
         model: model.to_owned(),
         variant: variant.clone(),
         sequences,
-        seconds,
+        seconds: None,
+        ratio_to_base: None,
+        spread: None,
         predicted_seconds,
         predicted_base_seconds,
     })

@@ -66,6 +66,8 @@ pub(super) fn human(answer: &Answer) -> String {
             "<lowering",
             ">rank",
             ">measured",
+            ">of base",
+            ">± %",
             ">predicted",
             ">off by",
             ">predicted, of base",
@@ -79,13 +81,16 @@ pub(super) fn human(answer: &Answer) -> String {
                 lowering,
                 rank,
                 one.seconds.map_or("-".to_owned(), seconds),
+                one.ratio_to_base.map_or("-".to_owned(), |ratio| format!("{ratio:.3}")),
+                one.spread.map_or("-".to_owned(), |spread| format!("{:.1}", spread * 50.0)),
                 seconds(one.predicted_seconds),
                 off.map_or("-".to_owned(), |off| format!("{off:+.1} %")),
                 format!("{:.3}", one.predicted_seconds / one.predicted_base_seconds),
             ]);
         }
         text += &lines(&rows);
-        text += "\nPredicted: projections by tuned coefficients; of a measured model with the rest of its step without adapters, of\n\
+        text += "\nOf base: the median of the ratios to the model without adapters, round by round in turn.\n\
+                 Predicted: projections by tuned coefficients; of a measured model with the rest of its step without adapters, of\n\
                  others the projections alone.\n";
     }
     text
