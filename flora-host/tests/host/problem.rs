@@ -1,6 +1,6 @@
 //! Random layers and batches, and what they should give.
 
-use flora_host::{HostEngine, Operands, Values, ValuesMut, Weight};
+use flora_host::{HostEngine, Operands, Rows, RowsMut, Values, ValuesMut, Weight};
 use flora_ir::Activation;
 use flora_ir::evaluate::apply_activation;
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
@@ -130,11 +130,21 @@ impl Problem {
 
     /// What the engine makes of it.
     pub(crate) fn run(&self, engine: &HostEngine, plan: &Plan) -> Numbers {
+        self.run_apart(engine, plan, [0, 0])
+    }
+
+    /// The same with gaps of so many numbers between the rows of x and of y, whose numbers neither count nor change.
+    pub(crate) fn run_apart(&self, engine: &HostEngine, plan: &Plan, gaps: [usize; 2]) -> Numbers {
+        const KEPT: f32 = 7.0;
         let format = self.format;
+        let (tokens, d, k) = (self.tokens(), self.shape.d as usize, self.shape.k as usize);
+        let [x_pitch, y_pitch] = [d + gaps[0], k + gaps[1]];
         let finishes = !self.epilogue.is_identity();
         let schedule = schedule(plan, self.shape, &self.segments, &self.adapters, finishes).unwrap();
         let numbers = |values: &[f32], element| Numbers::new(element, values);
-        let (x, residual) = (numbers(&self.x, format.activations), numbers(&self.residual, format.activations));
+        let residual = numbers(&self.residual, format.activations);
+        let x: Vec<_> = self.x.chunks_exact(d).flat_map(|row| [row, &vec![f32::NAN; gaps[0]]].concat()).collect();
+        let x = numbers(&x[..x.len() - if tokens == 0 { 0 } else { gaps[0] }], format.activations);
         let (in_pool, out_pool) = (numbers(&self.in_pool, format.adapters), numbers(&self.out_pool, format.adapters));
         let weight = Weight::new(&self.weight);
         let operands = Operands {
@@ -150,9 +160,16 @@ impl Problem {
         let merged = plan.is_merged().then(|| engine.materialise(&operands, &self.recipe(adapter), 0).unwrap());
         let operands = Operands { merged: merged.as_ref(), ..operands };
         // What was there before must not matter.
-        let mut y = numbers(&vec![f32::NAN; self.tokens() * self.shape.k as usize], format.activations);
-        engine.execute(&operands, &schedule, x.values(), y.values_mut(), Some(residual.values())).unwrap();
-        y
+        let row = [vec![f32::NAN; k], vec![KEPT; gaps[1]]].concat();
+        let places = tokens * y_pitch - if tokens == 0 { 0 } else { gaps[1] };
+        let mut y = numbers(&row.repeat(tokens)[..places], format.activations);
+        let (from, to) =
+            (Rows { values: x.values(), pitch: x_pitch }, RowsMut { values: y.values_mut(), pitch: y_pitch });
+        engine.execute_rows(&operands, &schedule, from, to, Some(residual.values())).unwrap();
+        let found = y.widened();
+        assert!(found.chunks(y_pitch).all(|row| row[k..].iter().all(|kept| *kept == KEPT)), "{plan}");
+        let dense: Vec<_> = found.chunks(y_pitch).flat_map(|row| &row[..k]).copied().collect();
+        numbers(&dense, format.activations)
     }
 
     /// Every output in f64, and the sum of its products' magnitudes.

@@ -1,10 +1,11 @@
 //! Every plan, weight format and element type, on sizes that are multiples of nothing.
 
-use flora_host::HostEngine;
+use flora_host::{HostEngine, Weight};
 use flora_plan::batch::Segment;
-use flora_plan::layer::{Epilogue, LayerFormat, LayerShape, WeightFormat};
+use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
 use flora_plan::plan::Plan;
+use flora_plan::weight::PackedWeight;
 use proptest::prelude::*;
 
 use crate::problem::{Problem, config, elements, epilogues};
@@ -72,6 +73,32 @@ fn long_batches_wide_panels_and_several_slices() {
         problem.x = crate::problem::random_values(problem.tokens() * d as usize, &mut random);
         problem.residual = vec![0.0; problem.tokens() * k as usize];
         check(&problem, &engine);
+    }
+}
+
+#[test]
+fn rows_apart_have_the_bits_of_rows_together() {
+    let engine = HostEngine::new();
+    for (seed, activations) in Element::ALL.into_iter().enumerate() {
+        let format = LayerFormat { activations, ..LayerFormat::default() };
+        let problem = Problem::new(LayerShape { d: 301, k: 71 }, format, Epilogue::default(), seed as u64);
+        for plan in Plan::unmerged() {
+            let together = problem.run(&engine, &plan).bits();
+            for gaps in [[0, 5], [3, 0], [40, 130]] {
+                assert_eq!(problem.run_apart(&engine, &plan, gaps).bits(), together, "{plan}, {activations}, {gaps:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_weight_gives_its_numbers_back() {
+    let mut random = fastrand::Rng::with_seed(1);
+    for (name, format) in WeightFormat::ALL {
+        let shape = LayerShape { d: format.whole(333), k: 45 };
+        let numbers = crate::problem::random_values((shape.d * shape.k) as usize, &mut random);
+        let packed = PackedWeight::from_f32(format, shape, &numbers).unwrap();
+        assert_eq!(Weight::new(&packed).to_f32(), packed.to_f32(), "{name}");
     }
 }
 
