@@ -8,6 +8,7 @@
 //!
 //! The order of every sum depends on the layer alone, so that a row has the same bits whatever else is in its batch.
 
+pub mod attached;
 mod backward;
 mod block_scales;
 mod buffer;
@@ -35,6 +36,7 @@ mod pack;
 mod partition;
 mod pool;
 mod scratch;
+mod team;
 mod terms;
 mod tiles;
 mod transpose;
@@ -49,5 +51,6 @@ pub use engine::HostEngine;
 pub use error::HostError;
 pub use memory::{HostMemory, LentBytes, OwnedValues, buffer, into_values, lend, values};
 pub use operands::Operands;
+pub use team::Team;
 pub use values::{Rows, RowsMut, Values, ValuesMut};
 pub use weight::Weight;

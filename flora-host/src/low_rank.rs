@@ -252,7 +252,7 @@ impl WithSimd for Dot<'_> {
 
 /// The lanes' sum, halves on halves. In the open, because the library's is not compiled for the instruction set here.
 #[inline(always)]
-fn horizontal_sum<S: Simd>(vector: S::f32s) -> f32 {
+pub(crate) fn horizontal_sum<S: Simd>(vector: S::f32s) -> f32 {
     let mut lanes = [0.0f32; MOST_LANES];
     lanes[..S::F32_LANES].copy_from_slice(bytemuck::cast_slice(std::slice::from_ref(&vector)));
     let mut half = S::F32_LANES / 2;

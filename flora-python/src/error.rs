@@ -3,6 +3,7 @@
 use flora_adapters::StoreError;
 use flora_checkpoint::AdapterError;
 use flora_host::HostError;
+use flora_host::attached::AttachedError;
 use flora_ir::EvaluateError;
 use flora_ir::algebra::FoldError;
 use flora_plan::weight::WeightError;
@@ -108,6 +109,9 @@ pub(crate) enum Error {
     /// The kernels refuse.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// The kernels around another's product refuse.
+    #[error(transparent)]
+    Attached(#[from] AttachedError),
 }
 
 impl Error {

@@ -10,6 +10,8 @@ mod kinds;
 mod linear;
 mod memory;
 #[cfg(feature = "python")]
+mod openmp;
+#[cfg(feature = "python")]
 mod python;
 mod step;
 mod threads;

@@ -1,11 +1,14 @@
 //! The native module behind the Python package. It takes tensors as (address, type, shape, strides), which the package's own functions
 //! make of PyTorch's and NumPy's, and gives the interpreter free while it computes.
 
+mod attached;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use flora_checkpoint::{AdapterFolder, Operand};
+use flora_host::attached::AttachedError;
 use flora_plan::layer::Element;
 use pyo3::exceptions::{PyIndexError, PyKeyError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -25,7 +28,11 @@ impl From<Error> for PyErr {
         let said = error.to_string();
         match error {
             Error::Type { .. } => PyTypeError::new_err(said),
-            Error::RowSlot { .. } | Error::NoSuch { .. } => PyIndexError::new_err(said),
+            Error::RowSlot { .. }
+            | Error::NoSuch { .. }
+            | Error::Attached(
+                AttachedError::RowSlot { .. } | AttachedError::NoSlot { .. } | AttachedError::NoPart { .. },
+            ) => PyIndexError::new_err(said),
             Error::Closed(_) => ClosedError::new_err(said),
             Error::UnknownModule { .. } => PyKeyError::new_err(said),
             Error::Threads { .. } | Error::Device(_) => PyRuntimeError::new_err(said),
@@ -445,6 +452,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("ClosedError", module.py().get_type::<ClosedError>())?;
     module.add_class::<PyLinear>()?;
     module.add_class::<PyAdapter>()?;
+    module.add_class::<attached::PyAttached>()?;
+    module.add_class::<attached::PyFolded>()?;
+    module.add_function(wrap_pyfunction!(attached::reads_base, module)?)?;
     module.add_function(wrap_pyfunction!(forward_handle, module)?)?;
     module.add_function(wrap_pyfunction!(describe_handle, module)?)?;
     module.add_function(wrap_pyfunction!(trained_forward, module)?)?;
