@@ -77,3 +77,49 @@ def layer_operands(layer: str) -> list[str]: ...
 def set_num_threads(threads: int) -> None: ...
 def get_num_threads() -> int: ...
 def instruction_set() -> str: ...
+
+# The address of the first row's first number, and numbers from one row to the next.
+_At = tuple[int, int]
+
+class Folded:
+    inputs: int
+    outputs: int
+    rank: int
+    scales_inputs: bool
+    def __init__(
+        self,
+        adapter: Adapter,
+        module: str,
+        inputs: int,
+        outputs: int,
+        weight: Optional[_Described],
+        bias: Optional[_Described],
+    ) -> None: ...
+
+class Attached:
+    slots: int
+    bytes: int
+    def __init__(self, inputs: int, parts: list[int], slots: int, activations: str, adapters: str) -> None: ...
+    def put(
+        self, slot: int, part: int, folded: Folded, inputs: Optional[list[int]], outputs: Optional[list[int]]
+    ) -> None: ...
+    def put_low_rank(self, slot: int, part: int, shrink: _Described, expand: _Described) -> None: ...
+    def clear(self, slot: int) -> None: ...
+    def work(self, slots: int, rows: int) -> int: ...
+    def add(self, x: _At, slots: int, rows: int, y: _At) -> None: ...
+    def virtual_inputs(self, slots: int, rows: int, by_parts: bool) -> list[int]: ...
+    def expand(
+        self, by_parts: bool, group: int, x: _At, slots: int, rows: int, out: _At, out_rows: int
+    ) -> None: ...
+    def combine(
+        self,
+        by_parts: bool,
+        products: list[tuple[int, int, int, int]],
+        bias: Optional[int],
+        x: _At,
+        slots: int,
+        rows: int,
+        y: _At,
+    ) -> None: ...
+
+def reads_base(adapter: Adapter, module: str) -> bool: ...

@@ -6,10 +6,10 @@ import pytest
 from engine import start
 from mixed import ADAPTERS, COUNT, PROMPTS, requests
 from models import model
-from reference import reference
+from answers import reference
 
 
-def answers(dtype: str, **options):
+def served(dtype: str, **options):
     """Tokens and log-probabilities of each request of the mixed batch."""
     from vllm import SamplingParams
 
@@ -59,7 +59,7 @@ def _common(ours: list[int], theirs: list[int]) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_kind_in_one_batch_gives_pefts_answers(dtype):
-    check(dtype, answers(dtype))
+    check(dtype, served(dtype))
 
 
 def test_chunks_of_prompts_and_cached_prefixes_change_nothing():
@@ -79,4 +79,4 @@ def test_chunks_of_prompts_and_cached_prefixes_change_nothing():
 
 
 def test_two_ranks_give_the_same_answers():
-    check("float32", answers("float32", tensor_parallel_size=2))
+    check("float32", served("float32", tensor_parallel_size=2))
