@@ -39,9 +39,10 @@ def register() -> None:
 
     versions.check()
 
-    from . import admission, layers, loading
+    from . import admission, ends, layers, loading
 
     layers.install()
+    ends.install()
     loading.install()
     admission.install()
     _is_registered = True

@@ -77,7 +77,8 @@ class AttachedLayer:
                 self.attached.put(index, part, a.folded, inputs, outputs)
                 if a.folded.scales_inputs:
                     self.base.choose_cut()
-            elif a is not None and b is not None:
+            elif a is not None and b is not None and a.any() and b.any():
+                # Not the zeros that vLLM makes its first runs with.
                 self.attached.put_low_rank(index, part, *self._own(part, a, b))
 
     def shard(self, part: int, inputs: int, outputs: int) -> tuple[Optional[list[int]], Optional[list[int]]]:

@@ -38,6 +38,10 @@ RELIED = (
     Relied("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA.reset_lora", ("index",)),
     Relied("vllm.lora.layers.base", "BaseLayerWithLoRA.set_mapping", ("punica_wrapper",)),
     Relied("vllm.lora.layers.column_parallel_linear", "MergedColumnParallelLinearWithLoRA.expand_packed_lora", ("lora_a", "lora_b")),
+    # Replaced, and overridden: the ends of a decoder.
+    Relied("vllm.lora.utils", "LogitsProcessorWithLoRA", ("base_layer", "hidden_size", "dtype", "device", "sharded_to_full_mapping")),
+    Relied("vllm.lora.layers", "LogitsProcessorWithLoRA._get_logits", ("hidden_states", "lm_head", "embedding_bias", "skip_gather")),
+    Relied("vllm.model_executor.layers.logits_processor", "LogitsProcessor._get_logits", ("hidden_states", "lm_head", "embedding_bias", "skip_gather")),
     # Wrapped: reading an adapter's folder, in a worker.
     Relied("vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter", ("lora_request",)),
     Relied("vllm.lora.utils", "get_adapter_absolute_path", ("lora_path",)),
