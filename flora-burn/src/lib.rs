@@ -22,7 +22,7 @@
 //!
 //! // IA3: outputs are scaled by 1 and 10.
 //! let scaled = VirtualRow { in_scale: None, out_scale: Some(vec![1.0, 10.0]) };
-//! let alice = FoldedAdapter { virtual_rows: vec![scaled], low_rank: Vec::new() };
+//! let alice = FoldedAdapter { virtual_rows: vec![scaled], ..FoldedAdapter::default() };
 //! query.change(|projection| {
 //!     projection.reserve(8, 8)?;
 //!     projection.place(1, &alice)

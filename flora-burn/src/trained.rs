@@ -20,7 +20,7 @@ use burn::tensor::ops::FloatTensor;
 use burn::tensor::{DType, Shape, Tensor, TensorData, TensorMetadata, TensorPrimitive};
 use flora_ir::algebra::{FoldError, FoldedAdapter, NormalForm};
 use flora_ir::gradient::{FoldedGradient, Unfolding};
-use flora_ir::{Activation, Bindings, EvaluateError, Role, Value};
+use flora_ir::{Activation, Bindings, EvaluateError, Value};
 use flora_plan::layer::LayerShape;
 use flora_plan::pipeline::CompiledLayer;
 use flora_runtime::{PlannedProjection, Projection, ProjectionError, StepBatch, Wanted};
@@ -92,7 +92,7 @@ impl<B: Backend> AdapterParameters<B> {
         let (mut trained, mut parameters, mut constants) = (Vec::new(), Vec::new(), Bindings::new());
         for (handle, operand) in written.operands.iter() {
             let is_base = handle == layer.written.base_weight() && layer.linear.reads_base_weight();
-            if operand.role != Role::Adapter && !is_base {
+            if !operand.role.is_adapters() && !is_base {
                 continue;
             }
             let unbound = || EvaluateError::Unbound { operand: operand.name.clone() };

@@ -2,7 +2,7 @@
 //! with the folded vectors of the forward pass exchanged, against its equation in f64.
 
 use flora_ir::algebra::FoldedAdapter;
-use flora_ir::{Activation, Bindings, Dimension, Role, Shape, Value, builtin};
+use flora_ir::{Activation, Bindings, Dimension, Shape, Value, builtin};
 use flora_oracle::{Sample, check};
 use flora_plan::layer::{LayerFormat, LayerShape};
 use flora_plan::pipeline::{CompiledLayer, compile_verified};
@@ -25,7 +25,7 @@ impl Adapter {
     fn new(kind: &str, rank: usize, [d, k]: [usize; 2], w0: &[f32], random: &mut fastrand::Rng) -> Self {
         let layer = compile_verified(builtin::builtin(kind).expect(kind).clone()).expect(kind);
         let mut operands = Bindings::new();
-        for (_, operand) in layer.written.layer().operands.iter().filter(|(_, operand)| operand.role == Role::Adapter) {
+        for (_, operand) in layer.written.layer().operands.iter().filter(|(_, operand)| operand.role.is_adapters()) {
             let extent = |dimension: &Dimension| match dimension.to_string().as_str() {
                 "D" => d,
                 "K" => k,

@@ -1,7 +1,7 @@
 //! The graph of one layer: the equation as its author wrote it, before anything is checked.
 
 use crate::arena::{Arena, Handle};
-use crate::types::TensorType;
+use crate::types::{Scope, TensorType};
 
 /// A stretch of the source that a mistake can be shown at: bytes of the text form, or token numbers of a macro's input.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -23,8 +23,25 @@ pub enum Role {
     Bias,
     /// A matrix, vector or scalar that each segment's adapter brings.
     Adapter,
+    /// A matrix that each segment's adapter brings and that is mostly zeros: rows are multiplied by it entry by entry.
+    Sparse,
     /// A row for each token, `[tokens, k]`, added to the finished output, after the activation.
     Residual,
+}
+
+impl Role {
+    /// Whether each segment's adapter brings it.
+    pub fn is_adapters(self) -> bool {
+        match self {
+            Role::Adapter | Role::Sparse => true,
+            Role::Input | Role::BaseWeight | Role::Bias | Role::Residual => false,
+        }
+    }
+
+    /// Whose it is: each segment's own, or the same for all.
+    pub fn scope(self) -> Scope {
+        if self.is_adapters() { Scope::PerSegment } else { Scope::Shared }
+    }
 }
 
 /// A named argument of the layer.

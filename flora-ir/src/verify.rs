@@ -6,7 +6,7 @@
 //!   only nodes before it;
 //! - operand names are identifiers, no two are equal, and the root reads every operand;
 //! - there is exactly one input, `[tokens, d]`, exactly one base weight, `[m, n]`, and at most one residual, `[tokens, k]`; a
-//!   bias is a vector; only the input and the residual have the dimension `tokens`; no operand has a rank axis; adapters are
+//!   bias is a vector, a sparse operand a matrix; only the input and the residual have the dimension `tokens`; no operand has a rank axis; adapters are
 //!   per segment, everything else is shared;
 //! - every extent is positive, every constant finite;
 //! - the sides of a matmul are matrices that meet; elementwise operands broadcast; one value has at most one rank axis;
@@ -21,7 +21,7 @@ use crate::arena::Handle;
 use crate::diagnostic::Diagnostic;
 use crate::infer::{infer, mixes_rows};
 use crate::layer::{Layer, Node, Operand, Role, Span};
-use crate::types::{Dimension, Scope, Shape, TensorType};
+use crate::types::{Dimension, ElementType, Shape, TensorType};
 
 /// The most nodes of one layer: far above any equation, and low enough for passes that recurse.
 pub const MAX_NODES: usize = 1024;
@@ -198,7 +198,7 @@ fn check_operands(layer: &Layer, diagnostics: &mut Vec<Diagnostic>) -> Vec<bool>
 
 /// What is wrong with the declaration of one operand, each with its mend.
 fn operand_mistakes(operand: &Operand) -> Vec<(String, String)> {
-    let TensorType { shape, rank_axis, scope, .. } = &operand.ty;
+    let TensorType { shape, rank_axis, element, scope } = &operand.ty;
     let dimensions: Vec<&Dimension> = match shape {
         Shape::Scalar => vec![],
         Shape::Vector(n) => vec![n],
@@ -219,7 +219,11 @@ fn operand_mistakes(operand: &Operand) -> Vec<(String, String)> {
             format!("only the input and the residual have the dimension tokens, this is {shape}"),
             "name the dimension otherwise",
         ),
-        (Role::BaseWeight, Shape::Matrix(..)) | (Role::Bias, Shape::Vector(_)) | (Role::Adapter, _) => {}
+        (Role::BaseWeight | Role::Sparse, Shape::Matrix(..)) | (Role::Bias, Shape::Vector(_)) | (Role::Adapter, _) => {}
+        (Role::Sparse, _) => wrong(
+            format!("a sparse operand must be a matrix, this is {shape}"),
+            "declare it sparse[D, K], or adapter[..]",
+        ),
         (Role::BaseWeight, _) => {
             wrong(format!("the base weight must be a matrix, this is {shape}"), "declare it weight[D, K]")
         }
@@ -239,13 +243,16 @@ fn operand_mistakes(operand: &Operand) -> Vec<(String, String)> {
             _ => {}
         }
     }
+    if operand.role == Role::Sparse && *element != ElementType::F32 {
+        wrong("a sparse operand is kept in f32".to_owned(), "leave its element type out");
+    }
     if rank_axis.is_some() {
         wrong(
             "an operand can't have a rank axis".to_owned(),
             "declare a matrix and take columns(..) or rows(..) of it",
         );
     }
-    if (operand.role == Role::Adapter) != (*scope == Scope::PerSegment) {
+    if operand.role.scope() != *scope {
         wrong("its role and its scope disagree".to_owned(), "adapters are per segment, everything else is shared");
     }
     mistakes

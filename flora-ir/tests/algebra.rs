@@ -3,9 +3,12 @@
 mod support;
 
 use flora_ir::algebra::{
-    Core, FoldError, FoldedAdapter, NormalizeError, Obstacle, RankOne, RowScales, VirtualRow, normalize, rules,
+    Core, FoldError, FoldedAdapter, NormalizeError, Obstacle, RankOne, RowScales, SparseParts, VirtualRow, normalize,
+    rules,
 };
-use flora_ir::{Activation, Bindings, Dimension, EvaluateError, Role, Value, VerifiedLayer, builtin, evaluate_root};
+use flora_ir::{
+    Activation, Bindings, Dimension, EvaluateError, Role, SparseMatrix, Value, VerifiedLayer, builtin, evaluate_root,
+};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use support::equations::{OPERANDS, equation, sizes, source};
@@ -29,6 +32,7 @@ fn sizes_of_products(folded: &FoldedAdapter, x: &Value, w0: &Value) -> Result<Va
     for RankOne { shrink, expand } in &mut folded.low_rank {
         (*shrink, *expand) = (vector(shrink), vector(expand));
     }
+    folded.sparse = folded.sparse.map(|matrix| matrix.map(|_, _, value| value.abs()));
     let matrix = |value: &Value| {
         let data = value.data().iter().map(|element| element.abs()).collect();
         Value::matrix(value.shape()[0], value.shape()[1], data).expect("the same extents")
@@ -130,7 +134,7 @@ fn the_base_weight_is_read_by_norms_alone() {
     for name in builtin::names() {
         let layer = builtin::builtin(name).expect(name);
         let all = bindings(layer, [2, 5, 7, 3], 1);
-        let operands = layer.layer().operands.iter().filter(|(_, operand)| operand.role == Role::Adapter);
+        let operands = layer.layer().operands.iter().filter(|(_, operand)| operand.role.is_adapters());
         let mut own: Bindings =
             operands.map(|(_, operand)| (&*operand.name, all.get(&operand.name).expect("bound").clone())).collect();
         own.insert_extent(Dimension::Symbol("K".to_owned()), 7);
@@ -142,6 +146,7 @@ fn the_base_weight_is_read_by_norms_alone() {
 #[test]
 fn every_rule_has_a_use() {
     let operands = format!("{OPERANDS}, f: adapter[R, R], g: adapter[K, R], h: adapter[R, D]");
+    let transformed = normalize(&sparse_layer("x @ (w0 @ o)")).unwrap().derivation;
     // Each line is there for the rules that only it needs.
     let terms = [
         "x @ (w0 + b @ a)",
@@ -166,7 +171,7 @@ fn every_rule_has_a_use() {
     let unused: Vec<_> = rules()
         .iter()
         .map(|rule| rule.name)
-        .filter(|name| derivation.steps.iter().all(|step| step.rule.name != *name))
+        .filter(|name| derivation.steps.iter().chain(&transformed.steps).all(|step| step.rule.name != *name))
         .collect();
     assert!(unused.is_empty(), "no step uses {unused:?}");
 }
@@ -464,4 +469,114 @@ fn square_low_rank_updates_of_the_identity_are_low_rank() {
         assert_eq!((linear.layout(1).virtual_rows.len(), linear.layout(1).low_rank), (1, rank), "{equation}");
         assert!(linear.reads_base_weight(), "{equation}");
     }
+}
+
+/// A layer of some of these operands, those that its equation names.
+fn sparse_layer(equation: &str) -> VerifiedLayer {
+    let operands = [
+        "x: input[tokens, D]",
+        "w0: weight[D, K]",
+        "i: sparse[D, D]",
+        "o: sparse[K, K]",
+        "p: sparse[D, K]",
+        "q: sparse[D, R]",
+        "r: sparse[R, K]",
+        "b: adapter[D, R]",
+        "a: adapter[R, K]",
+        "l: adapter[D]",
+        "m: adapter[K]",
+        "n: adapter[R]",
+        "s: adapter[]",
+    ];
+    let words: Vec<&str> = equation.split(|letter: char| !letter.is_alphanumeric()).collect();
+    let used = operands.into_iter().filter(|operand| words.contains(&operand.split(':').next().unwrap_or_default()));
+    layer(&format!("layer f({}) {{ {equation} }}", used.collect::<Vec<_>>().join(", ")))
+}
+
+/// Sparse matrices before the base weight, behind it and beside it, with scales on every side, are what the equation says.
+#[test]
+fn sparse_matrices_are_transforms_and_sums() {
+    // Whether it transforms inputs, transforms outputs, and how many products it adds.
+    for (equation, parts) in [
+        ("x @ (w0 + p)", (false, false, 1)),
+        ("x @ (w0 + s * (m * p) / 2) + x @ (p * p)", (false, false, 2)),
+        ("m * ((l * x) @ (w0 + p))", (false, false, 1)),
+        ("x @ (w0 + s * (q @ r)) + m * ((n * ((l * x) @ q)) @ r)", (false, false, 2)),
+        ("x @ (w0 + w0 * p)", (false, false, 1)),
+        ("x @ (w0 + p + p)", (false, false, 2)),
+        ("x @ (i @ w0)", (true, false, 0)),
+        ("s * (x @ (i / s @ w0)) * m", (true, false, 0)),
+        ("m * ((s * (l * x)) @ ((i + i) @ w0)) + x @ p", (true, false, 1)),
+        ("(x @ w0) @ o", (false, true, 0)),
+        ("m * (x @ (w0 @ transpose(o)))", (false, true, 0)),
+        ("m * ((s * (l * x)) @ w0) @ (m * o) + (x @ q) @ (s * r)", (false, true, 1)),
+    ] {
+        let layer = sparse_layer(equation);
+        check(&layer, [3, 5, 7, 2], 1).unwrap_or_else(|error| panic!("{equation}: {error}"));
+        let linear = normalize(&layer).expect(equation).linear;
+        let folded = linear.fold(&bindings(&layer, [3, 5, 7, 2], 1)).expect(equation);
+        let SparseParts { inputs, outputs, added } = &folded.sparse;
+        assert_eq!((inputs.is_some(), outputs.is_some(), added.len()), parts, "{equation}");
+        assert!(linear.is_sparse() && !folded.sparse.is_empty());
+        assert_eq!(linear.layout(2), folded.layout(), "{equation}");
+        // The same from entries.
+        let dense = bindings(&layer, [3, 5, 7, 2], 1);
+        let mut entries = dense.clone();
+        for (_, operand) in layer.layer().operands.iter().filter(|(_, operand)| operand.role == Role::Sparse) {
+            let value = dense.get(&operand.name).expect("bound");
+            let matrix = SparseMatrix::of_dense(value.shape()[0], value.shape()[1], value.data());
+            entries.insert_sparse(&*operand.name, matrix);
+        }
+        assert_eq!(linear.fold(&entries).as_ref(), Ok(&folded), "{equation}");
+        assert_eq!(evaluate_root(&layer, &entries), evaluate_root(&layer, &dense), "{equation}");
+    }
+}
+
+/// What takes another form than a transform of all rows, or a sum, is refused with its term; where a dense form is right, it is taken.
+#[test]
+fn sparse_matrices_elsewhere_are_refused_or_dense() {
+    for (equation, obstacle) in [
+        ("x @ (w0 + i @ w0)", Obstacle::TransformBesideOthers),
+        ("(x @ w0) @ o + (x @ b) @ a", Obstacle::TransformBesideOthers),
+        ("((x @ w0) @ o) @ o", Obstacle::MatMulChain),
+        ("(m * (x @ w0)) @ o", Obstacle::MatMulChain),
+        ("x @ (w0 + column_norm(w0) * (p @ o))", Obstacle::MatMulChain),
+    ] {
+        match normalize(&sparse_layer(equation)) {
+            Err(error) => assert_eq!(error.obstacle, obstacle, "{equation}: {error}"),
+            Ok(normalized) => panic!("{equation} is {}", normalized.derivation),
+        }
+    }
+    for equation in [
+        "((x @ i) @ w0) @ o",
+        "x @ (w0 + q @ a)",
+        "x @ (w0 + b @ r)",
+        "x @ (w0 + matmul_mean(q, r))",
+        "x @ (w0 + i @ (b @ a))",
+    ] {
+        let layer = sparse_layer(equation);
+        check(&layer, [3, 5, 7, 2], 1).unwrap_or_else(|error| panic!("{equation}: {error}"));
+        assert!(!normalize(&layer).expect(equation).linear.is_sparse(), "{equation}");
+    }
+}
+
+#[test]
+fn sparse_matrices_that_do_not_fit_are_errors() {
+    let layer = sparse_layer("x @ (i @ w0) + (x @ q) @ r");
+    let bindings = bindings(&layer, [3, 5, 7, 2], 1);
+    let linear = normalize(&layer).unwrap().linear;
+    let folded = linear.fold(&bindings).unwrap();
+    assert!(folded.check(5, 7).is_ok());
+    for (d, k) in [(4, 7), (5, 6)] {
+        assert!(matches!(folded.check(d, k), Err(FoldError::WrongShape { .. })), "{d} {k}");
+    }
+    let mut large = bindings.clone();
+    large.insert("i", Value::matrix(5, 5, vec![1e39; 25]).unwrap());
+    assert!(matches!(linear.fold(&large), Err(FoldError::NotFinite { .. })));
+    let (x, w0) = (bindings.get("x").unwrap(), bindings.get("w0").unwrap());
+    let y = folded.apply(x, w0, None, Activation::Identity).unwrap();
+    let gradient = folded.gradient(x, w0, None, Activation::Identity, &y);
+    assert!(matches!(gradient, Err(FoldError::SparseGradient { .. })));
+    let unfolded = linear.unfolding().unfold(&bindings, &Default::default());
+    assert!(matches!(unfolded, Err(FoldError::SparseGradient { layer }) if layer == "f"));
 }

@@ -58,7 +58,7 @@ fn check(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> Result<(), Test
     }
     let d_offset = offset.map(|_| d_bias.data());
     let unfolded = linear.unfolding().unfold_with_offset(&loss.bindings, &adapter, d_offset).map_err(fail)?;
-    for operand in differentiable(layer).filter(|operand| operand.role == Role::Adapter) {
+    for operand in differentiable(layer).filter(|operand| operand.role.is_adapters()) {
         loss.check(&operand.name, unfolded.get(&operand.name).expect("unfolded"), further)?;
     }
 
@@ -153,7 +153,7 @@ fn typings(layer: &VerifiedLayer) -> Vec<VerifiedLayer> {
     let shapes: Vec<Shape> = std::iter::once(Shape::Scalar).chain(vectors).chain(matrices).collect();
     let mut choices = vec![Layer { operands: Default::default(), ..layer.layer().clone() }];
     for (_, operand) in layer.layer().operands.iter() {
-        let shapes = if operand.role == Role::Adapter { &shapes[..] } else { std::slice::from_ref(&operand.ty.shape) };
+        let shapes = if operand.role.is_adapters() { &shapes[..] } else { std::slice::from_ref(&operand.ty.shape) };
         let with = |choice: &Layer, shape: &Shape| {
             let mut choice = choice.clone();
             choice
@@ -357,7 +357,7 @@ fn what_does_not_fit_is_refused() {
         self::layer("layer f(x: input[tokens, D], w0: weight[D, K], l: adapter[K], s: adapter[]) { l * s * (x @ w0) }");
     let pair = FoldedGradient {
         virtual_rows: vec![VirtualRowGradient { out_scale: Some(vec![1.0; 7]), ..Default::default() }],
-        low_rank: Vec::new(),
+        ..Default::default()
     };
     let unbound = Bindings::from_iter([("l", Value::vector(vec![1.0; 7]))]);
     let found = normalize(&scaled).unwrap().linear.unfolding().unfold(&unbound, &pair);

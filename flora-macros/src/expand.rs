@@ -119,6 +119,7 @@ impl Code<'_> {
             Role::BaseWeight => quote!(BaseWeight),
             Role::Bias => quote!(Bias),
             Role::Adapter => quote!(Adapter),
+            Role::Sparse => quote!(Sparse),
             Role::Residual => quote!(Residual),
         };
         quote!(#ir::Operand { name: ::core::convert::From::from(#name), role: #ir::Role::#role, ty: #ty })

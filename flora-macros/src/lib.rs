@@ -43,6 +43,7 @@ use quote::quote;
 /// | `Bias<K>` | a shared vector |
 /// | `Residual<K>` | a row for each token, `[tokens, K]`, added last: `x.matmul(w0).relu() + residual` |
 /// | `Adapter<D, R>`, `Adapter<D>`, `Adapter` | a matrix, vector or scalar that each segment's adapter brings |
+/// | `Sparse<D, K>` | a matrix that each segment's adapter brings, mostly zeros |
 /// | `Scale` | the same as `Adapter` without extents |
 ///
 /// An extent is a name or an integer literal. A type may end with an element type, `f32` (the default), `f16` or `bf16`:

@@ -26,8 +26,11 @@ fn adapted(target: &BurnDevice<Host>, shape: LayerShape, values: &[f32], adapter
         projection.reserve(adapters * 8, adapters * 8).expect("it fits");
         for position in 1..=adapters {
             let pair = || RankOne { shrink: vec![0.01; shape.d as usize], expand: vec![0.01; shape.k as usize] };
-            let adapter =
-                FoldedAdapter { virtual_rows: vec![VirtualRow::default()], low_rank: (0..8).map(|_| pair()).collect() };
+            let adapter = FoldedAdapter {
+                virtual_rows: vec![VirtualRow::default()],
+                low_rank: (0..8).map(|_| pair()).collect(),
+                ..FoldedAdapter::default()
+            };
             projection.place(position, &adapter).expect("there is room");
         }
     });

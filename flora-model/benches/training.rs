@@ -31,21 +31,25 @@ fn row(shape: LayerShape) -> VirtualRow {
 
 fn lora(shape: LayerShape) -> FoldedAdapter {
     let pair = || RankOne { shrink: vector(shape.d), expand: vector(shape.k) };
-    FoldedAdapter { virtual_rows: vec![VirtualRow::default()], low_rank: (0..RANK).map(|_| pair()).collect() }
+    let low_rank = (0..RANK).map(|_| pair()).collect();
+    FoldedAdapter { virtual_rows: vec![VirtualRow::default()], low_rank, ..FoldedAdapter::default() }
 }
 
 fn flora(shape: LayerShape) -> FoldedAdapter {
-    FoldedAdapter { virtual_rows: (0..RANK).map(|_| row(shape)).collect(), low_rank: Vec::new() }
+    FoldedAdapter { virtual_rows: (0..RANK).map(|_| row(shape)).collect(), ..FoldedAdapter::default() }
 }
 
 fn hira(shape: LayerShape) -> FoldedAdapter {
     let base = [VirtualRow::default()];
-    FoldedAdapter { virtual_rows: base.into_iter().chain(flora(shape).virtual_rows).collect(), low_rank: Vec::new() }
+    FoldedAdapter {
+        virtual_rows: base.into_iter().chain(flora(shape).virtual_rows).collect(),
+        ..FoldedAdapter::default()
+    }
 }
 
 fn ia3(shape: LayerShape) -> FoldedAdapter {
     let row = VirtualRow { in_scale: None, out_scale: Some(vector(shape.k)) };
-    FoldedAdapter { virtual_rows: vec![row], low_rank: Vec::new() }
+    FoldedAdapter { virtual_rows: vec![row], ..FoldedAdapter::default() }
 }
 
 /// Whether the arguments name one of these words, or nothing of their kind.

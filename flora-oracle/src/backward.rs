@@ -170,7 +170,7 @@ mod tests {
             "K" => k,
             _ => rank,
         };
-        let adapter = layer.operands.iter().filter(|(_, operand)| operand.role == Role::Adapter);
+        let adapter = layer.operands.iter().filter(|(_, operand)| operand.role.is_adapters());
         let value = |(index, (_, operand)): (usize, (_, &Operand))| {
             let of = |count: usize| widened(&numbers(count, seed + index));
             let value = match &operand.ty.shape {
@@ -260,7 +260,7 @@ mod tests {
             close(&dx, expected.get("x").unwrap().data());
             add(&mut d_bias, expected.get("bias").unwrap().data());
             let operands = linear(index).unfolding().unfold(&bound[index], &found.adapters[index]).unwrap();
-            for (_, operand) in layer.layer().operands.iter().filter(|(_, operand)| operand.role == Role::Adapter) {
+            for (_, operand) in layer.layer().operands.iter().filter(|(_, operand)| operand.role.is_adapters()) {
                 close(operands.get(&operand.name).unwrap().data(), expected.get(&operand.name).unwrap().data());
             }
         }
@@ -271,7 +271,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let base = FoldedAdapter { virtual_rows: vec![Default::default()], low_rank: Vec::new() };
+        let base = FoldedAdapter { virtual_rows: vec![Default::default()], ..FoldedAdapter::default() };
         let numbers = numbers(12, 1);
         let batch = BatchRows {
             shape: LayerShape { d: 2, k: 3 },
@@ -300,7 +300,7 @@ mod tests {
         }
         let scaled = FoldedAdapter {
             virtual_rows: vec![flora_ir::algebra::VirtualRow { in_scale: Some(vec![1.0; 3]), out_scale: None }],
-            low_rank: Vec::new(),
+            ..FoldedAdapter::default()
         };
         assert!(matches!(backward(&batch, &[scaled], &[segment(2, 0)]), Err(BackwardError::Adapter(_))));
     }

@@ -2,8 +2,10 @@
 
 pub mod backward;
 
-use flora_ir::algebra::{FoldError, FoldedAdapter};
-use flora_ir::{Activation, Bindings, EvaluateError, Node, Pairs, Role, Shape, Value, VerifiedLayer, evaluate_root};
+use flora_ir::algebra::{FoldError, FoldedAdapter, SparseParts, SparseProduct};
+use flora_ir::{
+    Activation, Bindings, EvaluateError, Node, Pairs, Role, Shape, SparseMatrix, Value, VerifiedLayer, evaluate_root,
+};
 use flora_plan::layer::{Element, LayerFormat, LayerShape, WeightFormat};
 
 /// How far sampled outputs are from the oracle's.
@@ -48,7 +50,8 @@ fn worse(one: f64, other: f64) -> f64 {
 /// - Half types round each product by itself: x · b, w0 ∘ (b a) and the two vectors of that as they are staged, and of a low-rank
 ///   sum h and h·a, in the type of the activations (u_s); the adapter's two vectors in theirs (u_a), again where they are means
 ///   or scaled; a float w0 as it is staged. Independent roundings add up to the products' norm ‖p‖ = √Σp², not to Σ|p|.
-/// - y is written three times at most, as x @ w0, with the low-rank sum added, and finished.
+/// - y is written three times at most, as x @ w0, with the low-rank sum added, and finished. An adapter's sparse matrices stay f32;
+///   rows that they transform are written once before, and sums that they add to once between.
 ///
 /// f32 rounds nothing of that: those terms are left out.
 pub fn rounding(sizes: Sizes, n: f64, format: LayerFormat) -> f64 {
@@ -156,7 +159,7 @@ pub fn check(
             Role::Residual => {
                 residual.clone().map(|residual| Value::matrix(1, sample.columns.len(), residual)).transpose()?
             }
-            Role::Adapter => match operands.get(&operand.name) {
+            Role::Adapter | Role::Sparse => match operands.get(&operand.name) {
                 Some(value) => Some(sampled(layer, &operand.ty.shape, value, sample)?),
                 None => None,
             },
@@ -179,7 +182,8 @@ pub fn check(
     };
     let sums = products(folded, &x, &base_weight, sample.columns, f64::abs)?;
     let squares = products(folded, &x, &base_weight, sample.columns, |number| number * number)?;
-    let n = f64::from(d) + (folded.virtual_rows.len() + folded.low_rank.len()) as f64 + 8.0;
+    let longest = folded.sparse.matrices().map(SparseMatrix::longest_column).sum::<usize>();
+    let n = f64::from(d) + (folded.virtual_rows.len() + folded.low_rank.len() + longest) as f64 + 8.0;
     let (mut difference, mut norm, mut units) = (0.0f64, 0.0f64, 0.0f64);
     for (position, (column, expected)) in sample.columns.iter().zip(&expected).enumerate() {
         let sizes = Sizes {
@@ -264,6 +268,14 @@ fn products(
     for pair in &folded.low_rank {
         sizes.low_rank.push(flora_ir::algebra::RankOne { shrink: all(&pair.shrink), expand: sampled(&pair.expand) });
     }
+    // Where outputs are transformed, all are sampled.
+    let sampled = |product: &SparseProduct| match &product.second {
+        None => SparseProduct { first: product.first.with_columns(columns), second: None },
+        Some(second) => SparseProduct { first: product.first.clone(), second: Some(second.with_columns(columns)) },
+    };
+    let added = folded.sparse.added.iter().map(sampled).collect();
+    let sparse = SparseParts { added, ..folded.sparse.clone() };
+    sizes.sparse = sparse.map(|matrix| matrix.map(|_, _, value| number(&value)));
     let every = |value: &Value| value.data().iter().map(|number| of(*number)).collect::<Vec<_>>();
     let (&[rows, d], &[_, k]) = (x.shape(), base_weight.shape()) else { return Ok(Vec::new()) };
     let (x, base_weight) = (Value::matrix(rows, d, every(x))?, Value::matrix(d, k, every(base_weight))?);
@@ -289,7 +301,7 @@ mod tests {
             y,
             columns: &[0, 1],
         };
-        let folded = FoldedAdapter { virtual_rows: vec![VirtualRow::default()], low_rank: Vec::new() };
+        let folded = FoldedAdapter { virtual_rows: vec![VirtualRow::default()], ..FoldedAdapter::default() };
         let layer = builtin("linear").expect("a built-in layer");
         check(layer, &Bindings::new(), &folded, &sample).expect("a sample that fits")
     }

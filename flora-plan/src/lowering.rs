@@ -1,6 +1,8 @@
 //! The legal ways to compute the parts of an adapted linear, as one table.
 
-use flora_ir::algebra::NormalForm;
+use std::collections::BTreeSet;
+
+use flora_ir::algebra::{Core, NormalForm};
 use serde::{Deserialize, Serialize};
 
 /// The name of a lowering, in tables, files and on the command line: how a part of an adapter is computed. [`PartLowering`] says
@@ -241,6 +243,44 @@ pub fn parts_of(linear: &NormalForm) -> Vec<Part> {
     let multiplicative = !layout.virtual_rows.is_empty() && !layout.is_plain();
     let parts = [(multiplicative, Part::Multiplicative), (layout.low_rank > 0, Part::Additive)];
     parts.into_iter().filter_map(|(has, part)| has.then_some(part)).collect()
+}
+
+/// What an adapter's sparse matrices do to its rows beside the launch over the base weight. There is one way to compute each, the
+/// processor's, and it costs the same under every plan: a multiply-add an entry and row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SparsePass {
+    /// x @ t, before the launch.
+    Inputs,
+    /// y @ t, behind it.
+    Outputs,
+    /// x @ s, added to what it gives.
+    Added,
+}
+
+impl SparsePass {
+    /// What explanations call each.
+    pub const NAME: &'static str = "sparse";
+
+    /// One line for people.
+    pub fn summary(self) -> &'static str {
+        match self {
+            SparsePass::Inputs => "x @ t by the entries of t, before the base GEMM",
+            SparsePass::Outputs => "y @ t by the entries of t, after the base GEMM",
+            SparsePass::Added => "x @ s by the entries of s, added to the base GEMM",
+        }
+    }
+}
+
+/// The passes of an adapter of this form, each once.
+pub fn sparse_passes_of(linear: &NormalForm) -> BTreeSet<SparsePass> {
+    let pass = |core| match core {
+        Core::TransformedInputs(_) => Some(SparsePass::Inputs),
+        Core::TransformedOutputs(_) => Some(SparsePass::Outputs),
+        Core::Sparse { .. } => Some(SparsePass::Added),
+        Core::Base | Core::Multiplicative { .. } | Core::Additive { .. } => None,
+    };
+    linear.terms.iter().filter_map(|term| pass(term.core)).collect()
 }
 
 #[cfg(test)]

@@ -97,7 +97,7 @@ impl Backend for Failing {
 fn a_failed_write_leaks_no_room() {
     let shape = LayerShape { d: 3, k: 2 };
     let row = VirtualRow { in_scale: Some(vec![2.0; 3]), out_scale: Some(vec![3.0; 2]) };
-    let adapter = FoldedAdapter { virtual_rows: vec![row], low_rank: Vec::new() };
+    let adapter = FoldedAdapter { virtual_rows: vec![row], ..FoldedAdapter::default() };
     // The in-vectors are written first, then the out-vectors.
     for good in [0, 1] {
         let good_writes = Arc::new(AtomicUsize::new(usize::MAX));

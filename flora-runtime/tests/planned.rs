@@ -8,7 +8,7 @@ use flora_runtime::{BatchError, PlannedProjection, Planning, ProjectionError, Pr
 
 fn scaled(factor: f32) -> FoldedAdapter {
     let row = VirtualRow { in_scale: None, out_scale: Some(vec![1.0, factor]) };
-    FoldedAdapter { virtual_rows: vec![row], low_rank: Vec::new() }
+    FoldedAdapter { virtual_rows: vec![row], ..FoldedAdapter::default() }
 }
 
 /// Two outputs, each the sum of two inputs.

@@ -14,7 +14,7 @@ use flora_runtime::{
 /// Outputs scaled by a number.
 fn scaled(by: f32) -> FoldedAdapter {
     let row = VirtualRow { in_scale: None, out_scale: Some(vec![by; 2]) };
-    FoldedAdapter { virtual_rows: vec![row], low_rank: Vec::new() }
+    FoldedAdapter { virtual_rows: vec![row], ..FoldedAdapter::default() }
 }
 
 /// A weight of ones `[3, 2]`, with alice (10), bob (100) and one that leaves it alone.

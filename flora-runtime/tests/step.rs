@@ -31,10 +31,11 @@ fn adapter(position: u32, LayerShape { d, k }: LayerShape) -> FoldedAdapter {
         RankOne { shrink, expand }
     };
     match position % 2 {
-        0 => FoldedAdapter { virtual_rows: (0..3).map(row).collect(), low_rank: Vec::new() },
+        0 => FoldedAdapter { virtual_rows: (0..3).map(row).collect(), ..FoldedAdapter::default() },
         _ => FoldedAdapter {
             virtual_rows: vec![VirtualRow { in_scale: None, out_scale: None }],
             low_rank: (0..2).map(pair).collect(),
+            ..FoldedAdapter::default()
         },
     }
 }

@@ -132,7 +132,7 @@ pub(crate) struct Loaded {
 pub(crate) fn operands(adapter: &Adapter, d: usize, k: usize, numbers: &mut Numbers) -> Bindings {
     let layer = builtin::builtin(adapter.kind).expect("a built-in layer").layer();
     let mut bindings = Bindings::new();
-    for (_, operand) in layer.operands.iter().filter(|(_, operand)| operand.role == flora_ir::Role::Adapter) {
+    for (_, operand) in layer.operands.iter().filter(|(_, operand)| operand.role.is_adapters()) {
         let extent = |dimension: &flora_ir::Dimension| match dimension.to_string().as_str() {
             "D" => d,
             "K" => k,
@@ -247,7 +247,7 @@ impl Loaded {
                     y: &y[row * k..(row + 1) * k],
                     columns: &columns,
                 };
-                let base = FoldedAdapter { virtual_rows: vec![Default::default()], low_rank: Vec::new() };
+                let base = FoldedAdapter { virtual_rows: vec![Default::default()], ..FoldedAdapter::default() };
                 let deviation = match self.case.adapters.get(*adapter) {
                     Some(kind) => {
                         let layer = builtin::builtin(kind.kind).expect("a built-in layer");

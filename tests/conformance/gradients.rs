@@ -72,14 +72,14 @@ fn kept(folded: &FoldedAdapter, element: Element, number: fn(f32) -> f32) -> Fol
     });
     let pairs =
         folded.low_rank.iter().map(|pair| RankOne { shrink: vector(&pair.shrink), expand: vector(&pair.expand) });
-    FoldedAdapter { virtual_rows: rows.collect(), low_rank: pairs.collect() }
+    FoldedAdapter { virtual_rows: rows.collect(), low_rank: pairs.collect(), ..FoldedAdapter::default() }
 }
 
 /// The oracle's gradients of what `number` makes of every number.
 fn exact(loaded: &Loaded, g: &[f32], number: fn(f32) -> f32) -> BatchGradient {
     let Loaded { case, base_weight, x, folded, .. } = loaded;
     let numbers = |values: &[f32]| values.iter().map(|value| number(*value)).collect::<Vec<_>>();
-    let base = FoldedAdapter { virtual_rows: vec![VirtualRow::default()], low_rank: Vec::new() };
+    let base = FoldedAdapter { virtual_rows: vec![VirtualRow::default()], ..FoldedAdapter::default() };
     let adapters = folded.iter().map(|own| kept(own, case.format.adapters, number)).chain([base]);
     let segments: Vec<_> =
         case.segments.iter().map(|(adapter, rows)| Segment { rows: *rows, adapter: *adapter as u32 }).collect();

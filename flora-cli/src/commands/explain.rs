@@ -11,7 +11,7 @@ use flora_ir::algebra::{Core, NormalForm, Term};
 use flora_ir::gradient::Gradient;
 use flora_ir::text::{print, print_equation};
 use flora_ir::{Activation, Handle, Node, Reduce};
-use flora_plan::lowering::{Part, lowerings_of};
+use flora_plan::lowering::{Part, SparsePass, lowerings_of, sparse_passes_of};
 use flora_plan::pipeline::CompiledGradient;
 use serde::Serialize;
 
@@ -53,6 +53,14 @@ struct Report {
     /// What is added last.
     residual: Option<String>,
     lowerings: Vec<LegalLowering>,
+    /// What rows are multiplied by beside them.
+    sparse: Vec<Sparse>,
+}
+
+#[derive(Serialize)]
+struct Sparse {
+    pass: SparsePass,
+    summary: &'static str,
 }
 
 #[derive(Serialize)]
@@ -199,6 +207,7 @@ fn report(source: String, compiled: &CompiledLayer) -> Report {
         activation: linear.activation.name(),
         residual: linear.residual.map(name),
         lowerings: lowerings.collect(),
+        sparse: sparse_passes_of(linear).into_iter().map(|pass| Sparse { pass, summary: pass.summary() }).collect(),
     }
 }
 
@@ -271,14 +280,17 @@ fn gradient_text(report: &GradientReport, activation: Activation, gradient: &Com
 
 fn lowerings_text(report: &Report) -> String {
     let mut text = "\nLowerings\n".to_owned();
-    if report.lowerings.is_empty() {
+    if report.lowerings.is_empty() && report.sparse.is_empty() {
         text += "  the base GEMM: nothing is adapted\n";
     }
     let mut table = output::table(&["<  part", "<lowering", "<what it does"]);
     for row in &report.lowerings {
         table.add_row([format!("  {}", row.part), row.lowering.to_string(), row.summary.to_owned()]);
     }
-    if !report.lowerings.is_empty() {
+    for pass in &report.sparse {
+        table.add_row(["  sparse".to_owned(), SparsePass::NAME.to_owned(), pass.summary.to_owned()]);
+    }
+    if !report.lowerings.is_empty() || !report.sparse.is_empty() {
         text += &output::lines(&table);
     }
     text
@@ -308,6 +320,10 @@ fn term_text(linear: &NormalForm, term: &Term) -> String {
         Core::Additive { b, a, reduce } => {
             format!("{}({x} @ {}) @ {}", fold(reduce, "", "1/r · "), value(b), value(a))
         }
+        Core::TransformedInputs(matrix) => format!("({x} @ {}) @ {w0}", value(matrix)),
+        Core::TransformedOutputs(matrix) => format!("({x} @ {w0}) @ {}", value(matrix)),
+        Core::Sparse { first, second: None } => format!("{x} @ {}", value(first)),
+        Core::Sparse { first, second: Some(second) } => format!("({x} @ {}) @ {}", value(first), value(second)),
     };
     term.outer.map_or_else(|| core.clone(), |outer| format!("{} ∘ ({core})", value(outer)))
 }

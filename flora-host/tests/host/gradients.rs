@@ -86,7 +86,7 @@ impl Problem {
             shrink: vector(in_pool, d, slots.low_rank.shrink + rank),
             expand: vector(out_pool, k, slots.low_rank.expand + rank),
         });
-        FoldedAdapter { virtual_rows: rows.collect(), low_rank: pairs.collect() }
+        FoldedAdapter { virtual_rows: rows.collect(), low_rank: pairs.collect(), ..FoldedAdapter::default() }
     }
 
     /// Asserts that gradients are the oracle's but for rounding.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use flora_ir::algebra::{FoldedAdapter, RankOne};
 use flora_ir::gradient::FoldedGradient;
-use flora_ir::{Activation, Bindings, Dimension, Role, Shape, Value, builtin, parse, verify};
+use flora_ir::{Activation, Bindings, Dimension, Shape, Value, builtin, parse, verify};
 use flora_oracle::backward::{BatchRows, backward};
 use flora_plan::batch::Segment;
 use flora_plan::blueprints::Blueprints;
@@ -39,7 +39,7 @@ fn adapter(layer: &CompiledLayer, rank: usize, w0: &Value, random: &mut fastrand
     let &[d, k] = w0.shape() else { panic!("w0 is a matrix") };
     let mut bindings = Bindings::new();
     bindings.insert("w0", w0.clone());
-    for (_, operand) in layer.written.layer().operands.iter().filter(|(_, operand)| operand.role == Role::Adapter) {
+    for (_, operand) in layer.written.layer().operands.iter().filter(|(_, operand)| operand.role.is_adapters()) {
         let extent = |dimension: &Dimension| match dimension.to_string().as_str() {
             "D" => d,
             "K" => k,
@@ -144,7 +144,7 @@ proptest! {
         let found = projection.backward(&batch, &upload(&x), &upload(&g), Wanted::All).unwrap();
 
         // The base at 0 and at the position that has no adapter.
-        let base = FoldedAdapter { virtual_rows: vec![Default::default()], low_rank: Vec::new() };
+        let base = FoldedAdapter { virtual_rows: vec![Default::default()], ..FoldedAdapter::default() };
         let exact = |number: fn(f32) -> f32| {
             let numbers = |values: &[f32]| values.iter().map(|value| number(*value)).collect::<Vec<_>>();
             let kept = folded.iter().map(|own| mapped(own, |value| number(adapters.round(value))));

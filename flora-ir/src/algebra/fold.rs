@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 
 use super::layout::{Folding, Pair};
-use super::{FoldedAdapter, NormalForm, RankOne, Term, VirtualRow};
+use super::{Core, FoldedAdapter, NormalForm, RankOne, SparseProduct, Term, VirtualRow};
 use crate::arena::Handle;
 use crate::evaluate::{Bindings, EvaluateError, Extents, Value, apply_activation, evaluate_graph};
-use crate::layer::{Activation, Node, Reduce};
+use crate::layer::{Activation, Node, Operand, Reduce};
+use crate::sparse::SparseMatrix;
 use crate::text::print_node;
 use crate::types::{Dimension, Shape};
 
@@ -42,6 +43,14 @@ pub enum FoldError {
         /// The layer.
         layer: String,
     },
+    /// Gradients of sparse matrices, which nothing computes.
+    #[error(
+        "adapters of `{layer}` multiply rows by sparse matrices, which have no gradients here: such adapters can't be trained"
+    )]
+    SparseGradient {
+        /// The layer.
+        layer: String,
+    },
     /// The tensors that [`FoldedAdapter::apply`] got don't fit.
     #[error("{what} has the shape {found:?}, expected {expected:?}")]
     WrongShape {
@@ -67,6 +76,22 @@ impl Scale {
         match self {
             Scale::Scalar(scale) => other.iter().map(|other| scale * other).collect(),
             Scale::Vector(scale) => scale.iter().zip(other).map(|(scale, other)| scale * other).collect(),
+        }
+    }
+
+    /// The scale of one element.
+    fn at(&self, index: usize) -> f64 {
+        match self {
+            Scale::Scalar(scale) => *scale,
+            Scale::Vector(scale) => scale.get(index).copied().unwrap_or(f64::NAN),
+        }
+    }
+
+    /// A vector, if it is one, and the number that is left.
+    fn split(self) -> (Option<Vec<f64>>, Scale) {
+        match self {
+            Scale::Scalar(_) => (None, self),
+            Scale::Vector(scale) => (Some(scale), Scale::Scalar(1.0)),
         }
     }
 
@@ -113,7 +138,9 @@ impl NormalForm {
     /// As [`fold`](Self::fold).
     pub fn fold_with_offset(&self, bindings: &Bindings) -> Result<(FoldedAdapter, Option<Vec<f32>>), FoldError> {
         let extents = bindings.extents(self.layer.layer().operands.iter().map(|(_, operand)| operand))?;
-        let nodes = self.load_time_values();
+        // Of a sparse operand itself, the entries are all that is wanted.
+        let nodes: Vec<_> =
+            self.load_time_values().into_iter().filter(|node| self.sparse_operand(*node, bindings).is_none()).collect();
         let values = evaluate_graph(self.layer.layer(), &nodes, bindings)?;
         let values = nodes.into_iter().zip(values).collect();
         let mut fold = Fold { linear: self, bindings, extents, values, folded: FoldedAdapter::default() };
@@ -163,8 +190,54 @@ impl Fold<'_> {
                 let pairs = self.rank_one_pairs(term, *pair)?;
                 self.folded.low_rank.extend(pairs);
             }
+            Folding::Transformed { term, matrix, .. } => self.transformed(term, *matrix)?,
+            Folding::Sparse { term, first, second } => {
+                let (inner, outer, one) = (self.scale(term.inner)?, self.scale(term.outer)?, Scale::Scalar(1.0));
+                let product = match second {
+                    None => SparseProduct { first: self.sparse(*first, &inner, &outer)?, second: None },
+                    Some(second) => SparseProduct {
+                        first: self.sparse(*first, &inner, &one)?,
+                        second: Some(self.sparse(*second, &one, &outer)?),
+                    },
+                };
+                self.folded.sparse.added.push(product);
+            }
         }
         Ok(())
+    }
+
+    /// A term over the base weight whose input or output is transformed. A vector on the other side is the virtual row's; all other
+    /// scales go into the matrix.
+    fn transformed(&mut self, term: &Term, matrix: Handle<Node>) -> Result<(), FoldError> {
+        let (inner, outer) = (self.scale(term.inner)?, self.scale(term.outer)?);
+        let mut row = VirtualRow::default();
+        if let Core::TransformedOutputs(_) = term.core {
+            let (in_scale, inner) = inner.split();
+            self.folded.sparse.outputs = Some(self.sparse(matrix, &inner, &outer)?);
+            row.in_scale = in_scale.map(|scale| self.round(scale, term)).transpose()?;
+        } else {
+            let (out_scale, outer) = outer.split();
+            self.folded.sparse.inputs = Some(self.sparse(matrix, &inner, &outer)?);
+            row.out_scale = out_scale.map(|scale| self.round(scale, term)).transpose()?;
+        }
+        self.folded.virtual_rows.push(row);
+        Ok(())
+    }
+
+    /// The entries of a matrix, its rows and columns scaled.
+    fn sparse(&self, node: Handle<Node>, rows: &Scale, columns: &Scale) -> Result<SparseMatrix, FoldError> {
+        if let Some(matrix) = self.linear.sparse_operand(node, self.bindings) {
+            let scaled = matrix.map(|row, column, number| rows.at(row) * number * columns.at(column));
+            let mut rounded = self.rounded(scaled.values().to_vec(), node)?.into_iter();
+            let matrix = scaled.map(|_, _, _| rounded.next().unwrap_or(f32::NAN));
+            return Ok(matrix);
+        }
+        let value = self.value(node)?;
+        let &[height, width] = value.shape() else { return Ok(SparseMatrix::default()) };
+        let scaled = value.data().chunks(width.max(1)).enumerate().flat_map(|(row, numbers)| {
+            numbers.iter().enumerate().map(move |(column, number)| rows.at(row) * number * columns.at(column))
+        });
+        Ok(SparseMatrix::of_dense(height, width, &self.rounded(scaled.collect(), node)?))
     }
 
     /// The sum of the scales of base terms that scale the input by no vector, for each output.
@@ -258,8 +331,19 @@ impl Fold<'_> {
 }
 
 impl NormalForm {
+    /// What is bound to `node`, where that is an operand to which a sparse matrix is bound.
+    fn sparse_operand<'b>(&self, node: Handle<Node>, bindings: &'b Bindings) -> Option<&'b SparseMatrix<f64>> {
+        let Node::Operand(operand) = *self.layer.layer().nodes.get(node)? else { return None };
+        bindings.get_sparse(&self.layer.layer().operands.get(operand)?.name)
+    }
+
     /// Whether every bound operand is finite.
     fn is_finite(&self, bindings: &Bindings) -> bool {
+        let sparse = |operand: &Operand| bindings.get_sparse(&operand.name);
+        let mut matrices = self.layer.layer().operands.iter().filter_map(|(_, operand)| sparse(operand));
+        if matrices.any(|matrix| matrix.values().iter().any(|value| !value.is_finite())) {
+            return false;
+        }
         let operands = self.layer.layer().operands.iter();
         let mut values = operands.filter_map(|(_, operand)| bindings.get(&operand.name));
         values.all(|value| value.data().iter().all(|element| element.is_finite()))
@@ -267,8 +351,8 @@ impl NormalForm {
 }
 
 impl FoldedAdapter {
-    /// φ( Σ_v out_v ∘ ((in_v ∘ x) @ w0) + Σ_q (x · shrink_q) expand_q + bias ) in f64: what a kernel must give for x `[t, d]` and
-    /// w0 `[d, k]`.
+    /// φ( Σ_v out_v ∘ ((in_v ∘ x) @ w0) + Σ_q (x · shrink_q) expand_q + bias ) in f64, with the sparse parts around the sums: what a
+    /// device must give for x `[t, d]` and w0 `[d, k]`.
     ///
     /// # Errors
     /// [`FoldError::WrongShape`] when a tensor or a vector of the adapter doesn't fit the others.
@@ -290,7 +374,9 @@ impl FoldedAdapter {
         }
         let mut y = vec![0.0; tokens * k];
         for (token, y) in y.chunks_mut(k.max(1)).enumerate().take(tokens) {
-            let x = &x.data()[token * d..][..d];
+            let own = &x.data()[token * d..][..d];
+            let transformed = self.sparse.inputs.as_ref().map(|matrix| matrix.times_row(own));
+            let x = transformed.as_deref().unwrap_or(own);
             for row in &self.virtual_rows {
                 let scale =
                     |scales: &Option<Vec<f32>>, index: usize| scales.as_ref().map_or(1.0, |s| f64::from(s[index]));
@@ -303,6 +389,12 @@ impl FoldedAdapter {
             for RankOne { shrink, expand } in &self.low_rank {
                 let shrunk: f64 = shrink.iter().zip(x).map(|(shrink, x)| f64::from(*shrink) * x).sum();
                 y.iter_mut().zip(expand).for_each(|(y, expand)| *y += shrunk * f64::from(*expand));
+            }
+            if let Some(matrix) = &self.sparse.outputs {
+                y.copy_from_slice(&matrix.times_row(y));
+            }
+            for product in &self.sparse.added {
+                y.iter_mut().zip(product.times_row(own)).for_each(|(y, product)| *y += product);
             }
             for (column, y) in y.iter_mut().enumerate() {
                 *y = apply_activation(activation, *y + bias.map_or(0.0, |bias| bias.data()[column]));
@@ -350,10 +442,10 @@ impl FoldedAdapter {
             fits("a shrink vector", shrink, d)?;
             fits("an expand vector", expand, k)?;
         }
-        Ok(())
+        self.sparse.check(d, k)
     }
 }
 
-fn wrong(what: &'static str, found: &[usize], expected: &[usize]) -> FoldError {
+pub(super) fn wrong(what: &'static str, found: &[usize], expected: &[usize]) -> FoldError {
     FoldError::WrongShape { what, found: found.to_vec(), expected: expected.to_vec() }
 }

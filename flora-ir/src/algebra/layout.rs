@@ -54,6 +54,10 @@ pub(crate) enum Folding<'a> {
     RankRows { term: &'a Term, pair: Pair },
     /// A low-rank pair of vectors for each rank of the pair.
     LowRank { term: &'a Term, pair: Pair },
+    /// A virtual row whose input or output is multiplied by a sparse matrix. A scale that isn't the virtual row's goes into that.
+    Transformed { term: &'a Term, matrix: Handle<Node>, row: RowScales },
+    /// Sparse matrices that x is multiplied by.
+    Sparse { term: &'a Term, first: Handle<Node>, second: Option<Handle<Node>> },
 }
 
 /// The two factors of a term.
@@ -78,6 +82,15 @@ impl NormalForm {
             Core::Base => Folding::ScaledRow { term, out_scale: term.outer.is_some_and(is_vector) },
             Core::Multiplicative { b, a, reduce } => Folding::RankRows { term, pair: Pair { b, a, reduce } },
             Core::Additive { b, a, reduce } => Folding::LowRank { term, pair: Pair { b, a, reduce } },
+            Core::TransformedInputs(matrix) => {
+                let row = RowScales { in_scale: false, out_scale: term.outer.is_some_and(is_vector) };
+                Folding::Transformed { term, matrix, row }
+            }
+            Core::TransformedOutputs(matrix) => {
+                let row = RowScales { in_scale: term.inner.is_some_and(is_vector), out_scale: false };
+                Folding::Transformed { term, matrix, row }
+            }
+            Core::Sparse { first, second } => Folding::Sparse { term, first, second },
         });
         first.into_iter().chain(others).collect()
     }
@@ -117,15 +130,21 @@ impl NormalForm {
                     layout.virtual_rows.extend(std::iter::repeat_n(row, rank_of(pair)));
                 }
                 Folding::LowRank { pair, .. } => layout.low_rank = layout.low_rank.saturating_add(rank_of(pair)),
+                Folding::Transformed { row, .. } => layout.virtual_rows.push(row),
+                Folding::Sparse { .. } => {}
             }
         }
         layout
     }
 
-    /// Whether the output of the base weight is scaled. For a layer with a bias it then has to be said whether the bias is
-    /// scaled with it.
+    /// Whether the output of the base weight is scaled or transformed. For a layer with a bias it then has to be said what becomes
+    /// of that.
     pub fn scales_base_output(&self) -> bool {
-        self.terms.iter().any(|term| term.outer.is_some() && !matches!(term.core, Core::Additive { .. }))
+        self.terms.iter().any(|term| match term.core {
+            Core::Base | Core::Multiplicative { .. } | Core::TransformedInputs(_) => term.outer.is_some(),
+            Core::TransformedOutputs(_) => true,
+            Core::Additive { .. } | Core::Sparse { .. } => false,
+        })
     }
 }
 

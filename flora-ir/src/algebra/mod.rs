@@ -8,6 +8,7 @@ mod obstacle;
 mod pattern;
 mod read;
 pub mod rules;
+mod sparse_parts;
 
 pub use derivation::{Derivation, Step};
 pub use fold::FoldError;
@@ -17,6 +18,7 @@ pub use normalize::{MAX_STEPS, Normalized, normalize};
 pub use obstacle::{NormalizeError, Obstacle};
 pub use read::MAX_TERMS;
 pub use rules::{Rule, rules};
+pub use sparse_parts::{SparseParts, SparseProduct};
 
 use std::collections::BTreeSet;
 
@@ -99,6 +101,30 @@ pub enum Core {
         /// Sum or mean over the rank.
         reduce: Reduce,
     },
+    /// (x @ t) @ w0, t `[d, d]` sparse. No other term reads x but sparse ones.
+    TransformedInputs(Handle<Node>),
+    /// (x @ w0) @ t, t `[k, k]` sparse. No other term reads x but sparse ones.
+    TransformedOutputs(Handle<Node>),
+    /// x @ first, or (x @ first) @ second, both sparse.
+    Sparse {
+        /// `[d, k]`, or `[d, q]` before a second.
+        first: Handle<Node>,
+        /// `[q, k]`
+        second: Option<Handle<Node>>,
+    },
+}
+
+impl Core {
+    /// What it reads that is known when an adapter is loaded.
+    pub(crate) fn values(self) -> impl Iterator<Item = Handle<Node>> {
+        let [first, second] = match self {
+            Core::Base => [None, None],
+            Core::Multiplicative { b, a, .. } | Core::Additive { b, a, .. } => [Some(b), Some(a)],
+            Core::TransformedInputs(matrix) | Core::TransformedOutputs(matrix) => [Some(matrix), None],
+            Core::Sparse { first, second } => [Some(first), second],
+        };
+        first.into_iter().chain(second)
+    }
 }
 
 impl NormalForm {
@@ -115,13 +141,14 @@ impl NormalForm {
 
     /// The scales and factors of all terms.
     pub(crate) fn values_of_terms(&self) -> impl Iterator<Item = Handle<Node>> {
-        self.terms.iter().flat_map(|term| {
-            let pair = match term.core {
-                Core::Base => None,
-                Core::Multiplicative { b, a, .. } | Core::Additive { b, a, .. } => Some([b, a]),
-            };
-            term.inner.into_iter().chain(term.outer).chain(pair.into_iter().flatten())
-        })
+        self.terms.iter().flat_map(|term| term.inner.into_iter().chain(term.outer).chain(term.core.values()))
+    }
+
+    /// Whether adapters multiply rows by sparse matrices.
+    pub fn is_sparse(&self) -> bool {
+        let is_sparse =
+            |core| matches!(core, Core::TransformedInputs(_) | Core::TransformedOutputs(_) | Core::Sparse { .. });
+        self.terms.iter().any(|term| is_sparse(term.core))
     }
 
     /// Whether a load-time value depends on w0, as DoRA's norm does: only then does [`fold`](Self::fold) need it bound.
@@ -136,12 +163,16 @@ impl NormalForm {
 /// ```text
 /// y = φ( Σ_v out_v ∘ ((in_v ∘ x) @ w0)  +  Σ_q (x · shrink_q) expand_q  +  bias )  +  residual
 /// ```
+///
+/// Where it has [`SparseParts`], the two sums read x @ inputs, become sum @ outputs, and the products of x are added to that.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct FoldedAdapter {
     /// One GEMM row each per token. A base row has one without scales; IA3 one with a scale; fLoRA of rank r has r; HiRA r + 1.
     pub virtual_rows: Vec<VirtualRow>,
     /// The additive low-rank part; its length is the rank.
     pub low_rank: Vec<RankOne>,
+    /// What rows are multiplied by beside that. No kernel reads it.
+    pub sparse: SparseParts,
 }
 
 /// `out ∘ ((in ∘ x) @ w0)`

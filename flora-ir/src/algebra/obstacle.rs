@@ -63,6 +63,9 @@ pub enum Obstacle {
     /// x itself in the sum.
     #[error("it does not pass through the base weight or a low-rank pair")]
     Unprojected,
+    /// (x @ t) @ w0 or (x @ w0) @ t beside another term.
+    #[error("rows are transformed by a sparse matrix for this term alone, and other terms are not of it")]
+    TransformBesideOthers,
     /// x @ c with a full matrix c.
     #[error("the input meets a matrix that is neither the base weight nor of low rank")]
     DenseWeight,
@@ -100,7 +103,10 @@ impl Obstacle {
             Obstacle::Unprojected => {
                 "multiply it with w0 or with b @ a; to add a residual, declare it residual[tokens, K]"
             }
-            Obstacle::DenseWeight => "write the matrix as a product b @ a",
+            Obstacle::TransformBesideOthers => {
+                "leave the base weight one term, as in x @ (t @ w0); what is added beside it may be x @ s, with a sparse s"
+            }
+            Obstacle::DenseWeight => "write the matrix as a product b @ a, or declare it sparse[D, K]",
             Obstacle::DenseFactor => "write the factor as a product b @ a, or as sums and elementwise products of such",
             Obstacle::MatMulChain => "make it two layers",
             Obstacle::MeanOverInput => "use `@` with the input; take means over the rank only",

@@ -1,7 +1,7 @@
 //! Matching one side of a rule against a place of an equation, and writing the other side in its stead.
 
 use crate::arena::Handle;
-use crate::layer::{Layer, Node, Operand};
+use crate::layer::{Layer, Node, Operand, Operator, Role};
 use crate::text::parse_pattern;
 use crate::types::{Shape, TensorType};
 use crate::verify::VerifiedLayer;
@@ -24,6 +24,8 @@ pub(super) enum Letter {
     Matrix,
     Factor,
     NarrowMatrix,
+    Transform,
+    OtherMatrix,
     Scalar,
     Scale,
     RankScale,
@@ -41,6 +43,8 @@ impl Letter {
             "a" | "b" | "c" | "d" => Letter::Matrix,
             "f" => Letter::Factor,
             "r" => Letter::NarrowMatrix,
+            "k" => Letter::Transform,
+            "g" => Letter::OtherMatrix,
             "s" => Letter::Scalar,
             "l" | "m" => Letter::Scale,
             "p" | "q" => Letter::RankScale,
@@ -57,21 +61,34 @@ pub(super) struct Subject<'l> {
     reads_input: Vec<bool>,
     reads_residual: Vec<bool>,
     projected: Vec<bool>,
+    sparse: Vec<bool>,
 }
 
 impl<'l> Subject<'l> {
     pub(super) fn new(layer: &'l VerifiedLayer) -> Self {
-        let (mut reads_input, mut reads_residual, mut projected) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut reads_input, mut reads_residual) = (Vec::new(), Vec::new());
+        let (mut projected, mut sparse) = (Vec::new(), Vec::new());
         let residual = layer.residual().map(Node::Operand);
-        for (_, node) in layer.layer().nodes.iter() {
+        for (handle, node) in layer.layer().nodes.iter() {
             let reads = node.operands().any(|operand| reads_input[operand.index()]);
             let is_projection = reads && matches!(node, Node::MatMul { .. });
             projected.push(is_projection || node.operands().any(|operand| projected[operand.index()]));
             reads_input.push(reads || *node == Node::Operand(layer.input()));
             let reads = node.operands().any(|operand| reads_residual[operand.index()]);
             reads_residual.push(reads || Some(node) == residual.as_ref());
+            let is_sparse = |node: Handle<Node>| sparse[node.index()];
+            let is_sparse = match *node {
+                Node::Operand(operand) => layer.layer().operands[operand].role == Role::Sparse,
+                Node::Transpose(value) => is_sparse(value),
+                Node::Elementwise { operator: Operator::Add, lhs, rhs } => is_sparse(lhs) && is_sparse(rhs),
+                Node::Elementwise { operator: Operator::Multiply, lhs, rhs } => is_sparse(lhs) || is_sparse(rhs),
+                Node::Elementwise { operator: Operator::Divide, lhs, .. } => is_sparse(lhs),
+                _ => false,
+            };
+            // What is stacked over the rank, or no longer known when the adapter is loaded, is no matrix of its own.
+            sparse.push(is_sparse && !reads_input[handle.index()] && layer.type_of(handle).rank_axis.is_none());
         }
-        Self { layer, reads_input, reads_residual, projected }
+        Self { layer, reads_input, reads_residual, projected, sparse }
     }
 
     pub(super) fn node(&self, node: Handle<Node>) -> &'l Node {
@@ -90,6 +107,16 @@ impl<'l> Subject<'l> {
 
     pub(super) fn is_base_weight(&self, node: Handle<Node>) -> bool {
         *self.node(node) == Node::Operand(self.layer.base_weight())
+    }
+
+    /// Whether `node` is a matrix known at load time whose zeros those of a sparse operand are.
+    pub(super) fn is_sparse(&self, node: Handle<Node>) -> bool {
+        self.sparse[node.index()]
+    }
+
+    /// Whether `node` is a square sparse matrix.
+    pub(super) fn is_transform(&self, node: Handle<Node>) -> bool {
+        self.is_sparse(node) && matches!(&self.layer.type_of(node).shape, Shape::Matrix(m, n) if m == n)
     }
 
     pub(super) fn is_residual(&self, node: Handle<Node>) -> bool {
@@ -122,6 +149,8 @@ impl<'l> Subject<'l> {
                 Letter::Matrix => !ranked && is_matrix,
                 Letter::Factor => !ranked && is_matrix && !self.is_base_weight(node),
                 Letter::NarrowMatrix => !ranked && is_matrix && shape != base_weight,
+                Letter::Transform => self.is_transform(node),
+                Letter::OtherMatrix => !ranked && is_matrix && !self.is_transform(node),
                 Letter::Scalar => !ranked && *shape == Shape::Scalar,
                 Letter::Scale => !ranked && !is_matrix,
                 Letter::RankScale => ranked && !is_matrix,

@@ -31,6 +31,7 @@ pub(super) fn read(layer: &VerifiedLayer) -> Result<NormalForm, NormalizeError> 
         _ => (Activation::Identity, outermost),
     };
     let (mut terms, mut offset, mut bias) = (Vec::new(), Vec::new(), None);
+    let mut places = Vec::new();
     for summand in sum {
         match *subject.node(summand) {
             Node::Operand(operand) if layer.layer().operands[operand].role == Role::Bias => {
@@ -39,12 +40,25 @@ pub(super) fn read(layer: &VerifiedLayer) -> Result<NormalForm, NormalizeError> 
                 }
             }
             _ if is_offset(&subject, summand) => offset.push(summand),
-            _ => terms.push(term(&subject, summand).ok_or_else(|| blame(&subject, summand))?),
+            _ => {
+                terms.push(term(&subject, summand).ok_or_else(|| blame(&subject, summand))?);
+                places.push(summand);
+            }
         }
+    }
+    if let Some(place) = transform_beside_others(&terms) {
+        return Err(NormalizeError::at(layer, places[place], Obstacle::TransformBesideOthers));
     }
     let (input, base_weight) = (layer.input(), layer.base_weight());
     let residual = layer.residual();
     Ok(NormalForm { layer: layer.clone(), input, base_weight, terms, offset, bias, activation, residual })
+}
+
+/// The term that transforms rows by a sparse matrix where another term that isn't sparse itself would need them as they are.
+fn transform_beside_others(terms: &[Term]) -> Option<usize> {
+    let transforms = |term: &Term| matches!(term.core, Core::TransformedInputs(_) | Core::TransformedOutputs(_));
+    let others = terms.iter().filter(|term| !matches!(term.core, Core::Sparse { .. })).count();
+    terms.iter().position(transforms).filter(|_| others > 1)
 }
 
 /// Whether `node` is a vector or number that an adapter brings, known when it is loaded. A shared bias is no part of it.
@@ -85,14 +99,29 @@ fn term(subject: &Subject<'_>, node: Handle<Node>) -> Option<Term> {
 
 type Mapped = (Core, Option<Handle<Node>>, Handle<Node>);
 
-/// `(inner * x) @ w0` or `((inner * x) @ b) @ a`
+/// `(inner * x) @ w0`, `((inner * x) @ b) @ a`, or one of both with sparse matrices
 fn matmul(subject: &Subject<'_>, lhs: Handle<Node>, rhs: Handle<Node>, reduce: Reduce) -> Option<Mapped> {
-    if subject.is_base_weight(rhs) {
+    let is_sum = reduce == Reduce::Sum;
+    let Node::MatMul { lhs: scaled, rhs: b, reduce: Reduce::Sum } = *subject.node(lhs) else {
+        let core = match subject.is_base_weight(rhs) {
+            true => Some(Core::Base),
+            false => subject.is_sparse(rhs).then_some(Core::Sparse { first: rhs, second: None }),
+        };
         let (inner, x) = unscaled(subject, lhs);
-        return (reduce == Reduce::Sum).then_some((Core::Base, inner, x));
-    }
-    let Node::MatMul { lhs: scaled, rhs: b, reduce: Reduce::Sum } = *subject.node(lhs) else { return None };
+        return Some((core.filter(|_| is_sum)?, inner, x));
+    };
     let (inner, x) = unscaled(subject, scaled);
+    let of_base = match (subject.is_base_weight(b), subject.is_base_weight(rhs)) {
+        (false, true) => Some(Core::TransformedInputs(b)).filter(|_| subject.is_transform(b)),
+        (true, false) => Some(Core::TransformedOutputs(rhs)).filter(|_| subject.is_transform(rhs)),
+        _ if is_sum && subject.is_sparse(b) && subject.is_sparse(rhs) => {
+            Some(Core::Sparse { first: b, second: Some(rhs) })
+        }
+        _ => None,
+    };
+    if let Some(core) = of_base.filter(|_| is_sum) {
+        return Some((core, inner, x));
+    }
     let is_factor = |node| {
         let has_rank_axis = subject.layer.type_of(node).rank_axis.is_some();
         !subject.is_base_weight(node) && !subject.reads_input(node) && !has_rank_axis

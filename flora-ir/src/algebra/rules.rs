@@ -11,6 +11,8 @@
 //! | `a`, `b`, `c`, `d` | any matrix known when the adapter is loaded, without rank axis |
 //! | `f` | as `a`, but not the base weight itself |
 //! | `r` | as `a`, but not of the base weight's shape |
+//! | `k` | a square sparse matrix known when the adapter is loaded |
+//! | `g` | as `a`, but not such a one |
 //! | `s` | a scalar known when the adapter is loaded, without rank axis |
 //! | `l`, `m` | a scalar or vector known when the adapter is loaded, without rank axis |
 //! | `p`, `q` | a scalar or vector known when the adapter is loaded, over the rank axis |
@@ -113,12 +115,16 @@ const TABLE: &[[&str; 4]] = &[
      "low-rank factors multiply elementwise to a low-rank factor, which has a component for each two of theirs"],
 
     // Square low-rank updates of the identity beside the base weight: what stands beside it becomes a factor known at load time.
-    ["update-outputs", "x @ (w @ (b @ a))", "(x @ (w @ b)) @ a",
+    ["update-outputs", "x @ (w @ (g @ a))", "(x @ (w @ g)) @ a",
      "a low-rank update of the outputs: the base weight meets its first factor at load time"],
-    ["update-outputs-of-base", "(x @ w) @ (b @ a)", "(x @ (w @ b)) @ a",
+    ["update-outputs-of-base", "(x @ w) @ (g @ a)", "(x @ (w @ g)) @ a",
      "a low-rank update of the outputs: the base weight meets its first factor at load time"],
-    ["update-outputs-chain", "((x @ w) @ b) @ a", "(x @ (w @ b)) @ a",
+    ["update-outputs-chain", "((x @ w) @ g) @ a", "(x @ (w @ g)) @ a",
      "a low-rank update of the outputs: the base weight meets its first factor at load time"],
+
+    // Sparse transforms of rows: `associate` brings those of the inputs before the base weight.
+    ["transform-outputs", "x @ (w @ k)", "(x @ w) @ k",
+     "a sparse matrix behind the base weight transforms the outputs"],
 
     // Low-rank weights: Eq. 2 to Eq. 5, and the two matmuls of A.2.
     ["hadamard-to-scales", "x @ (w * (b @ a))", "sum_rank(rows(a) * ((columns(b) * x) @ w))",

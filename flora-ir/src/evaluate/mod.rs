@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 
 use crate::arena::Handle;
 use crate::layer::{Layer, Node, Operand};
+use crate::sparse::SparseMatrix;
 use crate::types::{Dimension, Shape, TensorType};
 use crate::verify::VerifiedLayer;
 
@@ -22,6 +23,7 @@ pub const MAX_ELEMENTS: usize = 1 << 30;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Bindings {
     values: BTreeMap<String, Value>,
+    sparse: BTreeMap<String, SparseMatrix<f64>>,
     extents: BTreeMap<Dimension, usize>,
 }
 
@@ -33,8 +35,22 @@ impl Bindings {
 
     /// Binds `name` to `value`, in place of an earlier value.
     pub fn insert(&mut self, name: impl Into<String>, value: Value) -> &mut Self {
-        self.values.insert(name.into(), value);
+        let name = name.into();
+        self.sparse.remove(&name);
+        self.values.insert(name, value);
         self
+    }
+
+    /// Binds `name` to a matrix that is mostly zeros, in place of an earlier value. What evaluates an equation makes a dense matrix of
+    /// it; folding doesn't.
+    pub fn insert_sparse(&mut self, name: impl Into<String>, matrix: SparseMatrix<f64>) -> &mut Self {
+        self.sparse.insert(name.into(), matrix);
+        self
+    }
+
+    /// The sparse matrix bound to `name`.
+    pub fn get_sparse(&self, name: &str) -> Option<&SparseMatrix<f64>> {
+        self.sparse.get(name)
     }
 
     /// Says how long `dimension` is, where no bound operand has it.
@@ -55,8 +71,10 @@ impl Bindings {
             extents.unify(dimension, *extent, "the given extents")?;
         }
         for operand in operands {
-            if let Some(value) = self.get(&operand.name) {
-                extents.unify_operand(operand, value)?;
+            if let Some(matrix) = self.get_sparse(&operand.name) {
+                extents.unify_operand(operand, &matrix.shape(), false)?;
+            } else if let Some(value) = self.get(&operand.name) {
+                extents.unify_operand(operand, &value.extents(), value.rank_extent().is_some())?;
             }
         }
         Ok(extents)
@@ -66,7 +84,7 @@ impl Bindings {
 impl<N: Into<String>> FromIterator<(N, Value)> for Bindings {
     fn from_iter<I: IntoIterator<Item = (N, Value)>>(iter: I) -> Self {
         let values = iter.into_iter().map(|(name, value)| (name.into(), value)).collect();
-        Self { values, extents: BTreeMap::new() }
+        Self { values, ..Self::default() }
     }
 }
 
@@ -164,21 +182,20 @@ impl Extents {
         }
     }
 
-    fn unify_operand(&mut self, operand: &Operand, value: &Value) -> Result<(), EvaluateError> {
+    fn unify_operand(&mut self, operand: &Operand, extents: &[usize], has_rank: bool) -> Result<(), EvaluateError> {
         let dimensions = dimensions(&operand.ty);
-        let extents = value.extents();
         let source_name = format!("`{}`", operand.name);
-        if dimensions.len() != extents.len() || value.rank_extent().is_some() != operand.ty.rank_axis.is_some() {
+        if dimensions.len() != extents.len() || has_rank != operand.ty.rank_axis.is_some() {
             return Err(EvaluateError::WrongShape {
                 operand: operand.name.clone(),
                 declared: operand.ty.to_string(),
-                extents,
+                extents: extents.to_vec(),
             });
         }
         dimensions
             .into_iter()
             .zip(extents)
-            .try_for_each(|(dimension, extent)| self.unify(dimension, extent, &source_name))
+            .try_for_each(|(dimension, extent)| self.unify(dimension, *extent, &source_name))
     }
 }
 
@@ -230,8 +247,12 @@ pub(crate) fn evaluate_graph(
         let value = match operation {
             Node::Operand(operand) => {
                 let name = layer.operands.get(*operand).map_or("", |operand| operand.name.as_str());
-                let value = bindings.get(name).ok_or_else(|| EvaluateError::Unbound { operand: name.to_owned() })?;
-                Cow::Borrowed(value)
+                match bindings.get_sparse(name) {
+                    Some(matrix) => Cow::Owned(dense(matrix)?),
+                    None => Cow::Borrowed(
+                        bindings.get(name).ok_or_else(|| EvaluateError::Unbound { operand: name.to_owned() })?,
+                    ),
+                }
             }
             operation => Cow::Owned(operations::evaluate_node(operation, |operand| {
                 let unknown = EvaluateError::UnknownNode { node: operand.index() };
@@ -251,6 +272,12 @@ pub(crate) fn evaluate_graph(
         None => Err(EvaluateError::UnknownNode { node: node.index() }),
     };
     wanted.iter().map(value).collect()
+}
+
+fn dense(matrix: &SparseMatrix<f64>) -> Result<Value, EvaluateError> {
+    let [rows, columns] = matrix.shape();
+    Value::count(None, &[rows, columns])?;
+    Value::matrix(rows, columns, matrix.to_dense())
 }
 
 /// How often each node is read on the way to `wanted`, which count as read once more, so that values are dropped early.

@@ -58,8 +58,8 @@ impl<'l> Adjoint<'l> {
                     let operand = Operand { name: transposed.clone(), role: Role::BaseWeight, ty };
                     transposed_operand = Some(layer.declare(operand, span));
                 }
-                Role::Adapter if !is_read(handle) => {}
-                Role::Adapter => operands[handle.index()] = Some(layer.declare(operand.clone(), span)),
+                Role::Adapter | Role::Sparse if !is_read(handle) => {}
+                Role::Adapter | Role::Sparse => operands[handle.index()] = Some(layer.declare(operand.clone(), span)),
                 Role::Bias | Role::Residual => {}
             }
         }
@@ -107,11 +107,36 @@ impl<'l> Adjoint<'l> {
             }
             Core::Additive { b, a, reduce } => {
                 let (shrink, expand) = (self.transposed(a)?, self.transposed(b)?);
-                let lhs = self.push(Node::MatMul { lhs: g, rhs: shrink, reduce: Reduce::Sum });
+                let lhs = self.matmul(g, shrink);
                 self.push(Node::MatMul { lhs, rhs: expand, reduce })
+            }
+            Core::TransformedInputs(matrix) => {
+                let (w0, matrix) = (self.push(Node::Operand(self.base_weight)), self.transposed(matrix)?);
+                let projected = self.matmul(g, w0);
+                self.matmul(projected, matrix)
+            }
+            Core::TransformedOutputs(matrix) => {
+                let (w0, matrix) = (self.push(Node::Operand(self.base_weight)), self.transposed(matrix)?);
+                let transformed = self.matmul(g, matrix);
+                self.matmul(transformed, w0)
+            }
+            Core::Sparse { first, second } => {
+                let lhs = match second {
+                    Some(second) => {
+                        let second = self.transposed(second)?;
+                        self.matmul(g, second)
+                    }
+                    None => g,
+                };
+                let first = self.transposed(first)?;
+                self.matmul(lhs, first)
             }
         };
         self.scaled(term.inner, value)
+    }
+
+    fn matmul(&mut self, lhs: Handle<Node>, rhs: Handle<Node>) -> Handle<Node> {
+        self.push(Node::MatMul { lhs, rhs, reduce: Reduce::Sum })
     }
 
     fn scaled(&mut self, scale: Option<Handle<Node>>, value: Handle<Node>) -> Option<Handle<Node>> {

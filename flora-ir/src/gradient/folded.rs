@@ -61,13 +61,14 @@ impl FoldedAdapter {
         Self {
             virtual_rows: self.virtual_rows.iter().map(row).collect(),
             low_rank: self.low_rank.iter().map(pair).collect(),
+            sparse: self.sparse.adjoint(),
         }
     }
 
     /// The gradients of [`apply`](Self::apply) for ∂L/∂y = `output`, `[t, k]`, by plain loops in f64.
     ///
     /// # Errors
-    /// [`FoldError::WrongShape`] when a tensor or a vector of the adapter doesn't fit the others.
+    /// [`FoldError::WrongShape`] when a tensor or a vector of the adapter doesn't fit the others; an adapter with sparse matrices.
     pub fn gradient(
         &self,
         x: &Value,
@@ -76,6 +77,9 @@ impl FoldedAdapter {
         activation: Activation,
         output: &Value,
     ) -> Result<LinearGradient, FoldError> {
+        if !self.sparse.is_empty() {
+            return Err(FoldError::SparseGradient { layer: "an adapter".to_owned() });
+        }
         let sum = self.apply(x, w0, bias, Activation::Identity)?;
         if output.shape() != sum.shape() {
             let (found, expected) = (output.shape().to_vec(), sum.shape().to_vec());

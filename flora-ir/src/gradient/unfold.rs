@@ -8,7 +8,7 @@ use super::reverse::reverse;
 use crate::algebra::{FoldError, Folding, NormalForm, Pair, Term};
 use crate::arena::Handle;
 use crate::evaluate::{Bindings, Value};
-use crate::layer::{Axis, Backward, Node, Operator, Reduce, Role};
+use crate::layer::{Axis, Backward, Node, Operator, Reduce};
 use crate::types::{Dimension, ElementType, Scope, Shape, TensorType};
 
 /// How the gradients of an equation's folded vectors become those of its adapter's operands. It follows from the equation alone.
@@ -17,6 +17,8 @@ pub struct Unfolding {
     vectors: Vec<FoldedVectors>,
     /// Where the layer's adapters add a vector to the sum.
     offset: Option<Seed>,
+    /// Whether they multiply by sparse matrices, whose gradients nobody computes.
+    is_sparse: bool,
     operands: OperandGradients,
     layer: String,
 }
@@ -46,13 +48,13 @@ impl NormalForm {
     /// How the gradients of [`fold`](Self::fold)'s vectors become those of the adapter's operands.
     pub fn unfolding(&self) -> Unfolding {
         let mut unfold = Unfold { linear: self, graph: Graph::of(&self.layer), seeds: Vec::new() };
-        let vectors = self.foldings().iter().map(|folding| unfold.vectors(folding)).collect();
+        let vectors = self.foldings().iter().filter_map(|folding| unfold.vectors(folding)).collect();
         let offset = unfold.offset();
         let Unfold { mut graph, seeds, .. } = unfold;
-        let reversed = reverse(&mut graph, &seeds, |operand| operand.role == Role::Adapter);
-        let own = self.layer.layer().operands.iter().filter(|(_, operand)| operand.role == Role::Adapter);
+        let reversed = reverse(&mut graph, &seeds, |operand| operand.role.is_adapters());
+        let own = self.layer.layer().operands.iter().filter(|(_, operand)| operand.role.is_adapters());
         let operands = OperandGradients::new(graph, &reversed, own.map(|(operand, _)| operand));
-        Unfolding { vectors, offset, operands, layer: self.layer.layer().name.clone() }
+        Unfolding { vectors, offset, is_sparse: self.is_sparse(), operands, layer: self.layer.layer().name.clone() }
     }
 }
 
@@ -65,8 +67,9 @@ struct Unfold<'a> {
 }
 
 impl Unfold<'_> {
-    fn vectors(&mut self, folding: &Folding<'_>) -> FoldedVectors {
-        match folding {
+    /// `None` where there are none that have gradients.
+    fn vectors(&mut self, folding: &Folding<'_>) -> Option<FoldedVectors> {
+        Some(match folding {
             Folding::SharedRow { terms, out_scale } => {
                 let output = out_scale.then(|| {
                     let scales: Vec<_> = terms.iter().map(|term| self.product([term.inner, term.outer])).collect();
@@ -84,7 +87,8 @@ impl Unfold<'_> {
             }
             Folding::RankRows { term, pair } => self.rank_one_pairs(term, *pair, false),
             Folding::LowRank { term, pair } => self.rank_one_pairs(term, *pair, true),
-        }
+            Folding::Transformed { .. } | Folding::Sparse { .. } => return None,
+        })
     }
 
     /// (inner ∘ b_r, outer ∘ a_r) for each r; a mean's 1/r goes to the second.
@@ -169,13 +173,17 @@ impl Unfolding {
     /// `[k]`, the sum of g over the rows.
     ///
     /// # Errors
-    /// As [`unfold`](Self::unfold); the vector's gradient where there is none, or none where there is one.
+    /// As [`unfold`](Self::unfold); the vector's gradient where there is none, or none where there is one; a layer whose adapters
+    /// multiply by sparse matrices.
     pub fn unfold_with_offset(
         &self,
         bindings: &Bindings,
         folded: &FoldedGradient,
         offset: Option<&[f64]>,
     ) -> Result<Bindings, FoldError> {
+        if self.is_sparse {
+            return Err(FoldError::SparseGradient { layer: self.layer.clone() });
+        }
         let extents = bindings.extents(self.operands.graph_operands())?;
         let extent = |dimension: &Dimension| {
             extents.get(dimension).ok_or_else(|| FoldError::UnknownExtent { dimension: dimension.clone() })

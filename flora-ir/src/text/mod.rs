@@ -32,11 +32,12 @@ use crate::arena::Handle;
 use crate::layer::{Activation, Axis, Backward, Node, Pairs, Reduce, Role, Side};
 use crate::types::ElementType;
 
-const ROLES: [(&str, Role); 5] = [
+const ROLES: [(&str, Role); 6] = [
     ("input", Role::Input),
     ("weight", Role::BaseWeight),
     ("bias", Role::Bias),
     ("adapter", Role::Adapter),
+    ("sparse", Role::Sparse),
     ("residual", Role::Residual),
 ];
 

@@ -182,10 +182,10 @@ impl<'s> Parser<'s> {
     fn operand(&mut self) -> Result<(), ParseError> {
         let name = self.expect(Token::Name, "an operand's name")?;
         self.expect(Token::Colon, "`:`")?;
-        let role_span = self.expect(Token::Name, "a role (input, weight, bias, adapter or residual)")?;
+        let role_span = self.expect(Token::Name, "a role (input, weight, bias, adapter, sparse or residual)")?;
         let role_text = self.text(role_span);
         let Some((_, role)) = ROLES.iter().find(|(name, _)| *name == role_text) else {
-            let help = "write input, weight, bias, adapter or residual";
+            let help = "write input, weight, bias, adapter, sparse or residual";
             return error(role_span, format!("`{role_text}` is not a role"), help);
         };
         let shape = self.shape()?;
@@ -193,8 +193,7 @@ impl<'s> Parser<'s> {
         if self.layer.operands.len() >= MAX_OPERANDS {
             return error(name, "the layer has too many operands", format!("use at most {MAX_OPERANDS}"));
         }
-        let scope = if *role == Role::Adapter { Scope::PerSegment } else { Scope::Shared };
-        let ty = TensorType { shape, rank_axis: None, element, scope };
+        let ty = TensorType { shape, rank_axis: None, element, scope: role.scope() };
         let operand = self.layer.declare(Operand { name: self.text(name).to_owned(), role: *role, ty }, name);
         self.name(name, Meaning::Operand(operand))
     }

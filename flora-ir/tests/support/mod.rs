@@ -49,7 +49,7 @@ pub(crate) fn square_layer_from_choices(choices: &[[u8; 3]]) -> Layer {
         choices.first().map_or([false; 2], |[_, first, second]| [first, second].map(|bits| bits & 8 != 0));
     let mut nodes = Vec::new();
     for (name, role, shape) in shapes.into_iter().chain(has_residual.then_some(residual)) {
-        let scope = if role == Role::Adapter { Scope::PerSegment } else { Scope::Shared };
+        let scope = role.scope();
         let ty = TensorType { shape, rank_axis: None, element: ElementType::F32, scope };
         let operand = layer.declare(Operand { name: name.to_owned(), role, ty }, Default::default());
         nodes.push(layer.push(Node::Operand(operand), Default::default()));
@@ -110,7 +110,7 @@ pub(crate) fn layer_from_choices(choices: &[[u8; 3]]) -> Layer {
         let n = Dimension::Symbol("N".to_owned());
         let shape = [Shape::Scalar, Shape::Vector(n.clone()), Shape::Matrix(n, Dimension::Tokens)][index % 3].clone();
         let element = [ElementType::F32, ElementType::F16, ElementType::BF16][index % 3];
-        let scope = if role == Role::Adapter { Scope::PerSegment } else { Scope::Shared };
+        let scope = role.scope();
         let ty = TensorType { shape, rank_axis: None, element, scope };
         operands.push(layer.declare(Operand { name: format!("t{index}"), role, ty }, Default::default()));
     }
@@ -205,7 +205,9 @@ pub(crate) fn bindings(layer: &VerifiedLayer, sizes: [usize; 4], seed: u64) -> B
         if state & (1 << 60) == 0 { 0.5 + unit } else { -0.5 - unit }
     };
     let operands = layer.layer().operands.iter().map(|(_, operand)| {
-        let mut numbers = |count| (0..count).map(|_| number()).collect::<Vec<f64>>();
+        let is_sparse = operand.role == Role::Sparse;
+        let number_at = |at: usize, number: f64| if is_sparse && at % 3 == 1 { 0.0 } else { number };
+        let mut numbers = |count| (0..count).map(|at| number_at(at, number())).collect::<Vec<f64>>();
         let value = match &operand.ty.shape {
             Shape::Scalar => Value::scalar(numbers(1)[0]),
             Shape::Vector(n) => Value::vector(numbers(extent(n, sizes))),

@@ -1,6 +1,6 @@
 //! Reads the arguments and the return type. The types are syntax only: `Weight<D, K>` names no Rust type.
 
-use flora_ir::{Dimension, ElementType, Role, Scope, Shape, TensorType};
+use flora_ir::{Dimension, ElementType, Role, Shape, TensorType};
 use proc_macro2::{TokenStream, TokenTree};
 use quote::ToTokens;
 use syn::ext::IdentExt;
@@ -22,7 +22,7 @@ struct TypeName {
     usage: &'static [&'static str],
 }
 
-const TYPE_NAMES: [TypeName; 6] = [
+const TYPE_NAMES: [TypeName; 7] = [
     TypeName { name: "Tokens", role: Role::Input, extents: 1..=1, usage: &["Tokens<D>"] },
     TypeName { name: "Weight", role: Role::BaseWeight, extents: 2..=2, usage: &["Weight<D, K>"] },
     TypeName { name: "Bias", role: Role::Bias, extents: 1..=1, usage: &["Bias<K>"] },
@@ -33,6 +33,7 @@ const TYPE_NAMES: [TypeName; 6] = [
         extents: 0..=2,
         usage: &["Adapter<D, R>", "Adapter<D>", "Adapter"],
     },
+    TypeName { name: "Sparse", role: Role::Sparse, extents: 2..=2, usage: &["Sparse<D, K>"] },
     TypeName { name: "Scale", role: Role::Adapter, extents: 0..=0, usage: &["Scale"] },
 ];
 
@@ -111,8 +112,8 @@ fn parameter(input: &FnArg) -> syn::Result<Parameter> {
 
 fn declared(ty: &Type) -> syn::Result<Declared> {
     let Written { kind, shape, element } = written(ty)?;
-    let scope = if kind.role == Role::Adapter { Scope::PerSegment } else { Scope::Shared };
-    let ty = TensorType { shape, rank_axis: None, element: element.unwrap_or(ElementType::F32), scope };
+    let element = element.unwrap_or(ElementType::F32);
+    let ty = TensorType { shape, rank_axis: None, element, scope: kind.role.scope() };
     Ok(Declared { role: kind.role, ty })
 }
 
@@ -142,6 +143,7 @@ fn described(role: Role) -> &'static str {
         Role::BaseWeight => "a base weight",
         Role::Bias => "a bias",
         Role::Adapter => "an adapter",
+        Role::Sparse => "a sparse matrix",
         Role::Residual => "a residual",
     }
 }

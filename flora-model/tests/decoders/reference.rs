@@ -190,7 +190,7 @@ impl Reference {
             rows.iter_mut().zip(&down).for_each(|(row, down)| add(row, down));
         }
         let normed = self.normalised(&rows, &self.norm);
-        let output = FoldedAdapter { virtual_rows: vec![Default::default()], low_rank: Vec::new() };
+        let output = FoldedAdapter { virtual_rows: vec![Default::default()], ..FoldedAdapter::default() };
         let logits = apply(&output, &normed, &self.output, None);
         let targets = segment.targets.iter().zip(logits);
         targets.filter_map(|(target, logits)| Some(cross_entropy(&logits, (*target)? as usize))).sum()
@@ -254,7 +254,7 @@ impl Reference {
 
 impl Linear {
     fn apply(&self, rows: &[Vec<f64>], adapters: &Adapters) -> Vec<Vec<f64>> {
-        let base = FoldedAdapter { virtual_rows: vec![Default::default()], low_rank: Vec::new() };
+        let base = FoldedAdapter { virtual_rows: vec![Default::default()], ..FoldedAdapter::default() };
         let adapter = adapters.iter().find(|(index, _)| *index == self.index).map_or(&base, |(_, adapter)| adapter);
         apply(adapter, rows, &self.weight, self.bias.as_ref())
     }

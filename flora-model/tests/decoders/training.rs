@@ -100,6 +100,7 @@ fn adapter(kind: usize, layer: &TargetLayer, random: &mut fastrand::Rng) -> Fold
     FoldedAdapter {
         virtual_rows: rows.iter().map(|scales| row(random, *scales)).collect(),
         low_rank: (0..rank).map(|_| pair(random)).collect(),
+        ..FoldedAdapter::default()
     }
 }
 

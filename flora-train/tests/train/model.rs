@@ -38,7 +38,7 @@ pub(crate) struct Small {
 
 /// A weight of a layer that no adapter is on.
 fn plain() -> FoldedAdapter {
-    FoldedAdapter { virtual_rows: vec![VirtualRow::default()], low_rank: Vec::new() }
+    FoldedAdapter { virtual_rows: vec![VirtualRow::default()], ..FoldedAdapter::default() }
 }
 
 impl Small {

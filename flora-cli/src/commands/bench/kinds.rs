@@ -243,7 +243,8 @@ fn lora(shape: LayerShape, components: usize) -> FoldedAdapter {
         shrink: random(shape.d as usize, 0.1, 2 * number as u64),
         expand: random(shape.k as usize, 0.1, 2 * number as u64 + 1),
     };
-    FoldedAdapter { virtual_rows: vec![VirtualRow::default()], low_rank: (0..components).map(component).collect() }
+    let low_rank = (0..components).map(component).collect();
+    FoldedAdapter { virtual_rows: vec![VirtualRow::default()], low_rank, ..FoldedAdapter::default() }
 }
 
 fn human(device: &Device, base: &BaseWeight, records: &[Record]) -> String {

@@ -9,7 +9,7 @@ use flora_ir::algebra::FoldedAdapter;
 use flora_oracle::{Deviation, Sample, check};
 use flora_plan::lowering::Part;
 use flora_plan::schedule::Schedule;
-use flora_runtime::{Buffer, ProjectionError};
+use flora_runtime::{Buffer, PlannedProjection, Planning, ProjectionError, StepBatch};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -76,16 +76,24 @@ pub(super) fn measure(
     projection.load(adapters.iter().map(|(name, loaded)| (*name, loaded.as_ref().map(|loaded| &loaded.folded))))?;
     let (shape, batch_shape) = (projection.shape(), projection.batch_shape(batch)?);
     let plan = planner.plan(projection.layer(), &batch_shape, decoded.bias.is_some());
-    let schedule = projection.schedule(batch, &plan)?;
-    let base_gemm = Schedule::base_gemm(shape, schedule.tokens()).map_err(ProjectionError::from)?;
+    let segments = projection.segments(batch)?;
+    let step = StepBatch::new(segments.iter().map(|segment| (segment.adapter, segment.rows)));
+    let tokens = batch.rows().map_err(ProjectionError::from)?;
+    let base_gemm = Schedule::base_gemm(shape, tokens).map_err(ProjectionError::from)?;
+    let format = projection.format();
+    let projection = PlannedProjection::of(projection, Planning::Fixed(plan));
 
     // The oracle gets what the device has.
     x.iter_mut().for_each(|value| *value = dtype.round(*value));
     let x_on_device = device.upload_as(&x, dtype)?;
-    let y = device.read(&projection.execute(&schedule, &x_on_device, None)?)?;
-    let [seconds, base_seconds] = time(device, &projection, [&schedule, &base_gemm], &x_on_device, repetitions)?;
+    let y = device.read(&projection.forward(&x_on_device, &step, None)?)?;
+    let batches: [&dyn Fn() -> Result<Buffer, ProjectionError>; 2] =
+        [&|| projection.forward(&x_on_device, &step, None), &|| {
+            projection.change(|projection| projection.execute(&base_gemm, &x_on_device, None))
+        }];
+    let [seconds, base_seconds] = time(device, batches, repetitions)?;
 
-    let deviation = deviation(setting, &projection, &adapters, decoded, &x, &y)?;
+    let deviation = deviation(setting, (shape, format), &adapters, decoded, &x, &y)?;
     let used = |tokens: u64, lowering| (tokens > 0).then_some(lowering);
     let report = LayerReport {
         layer: module.path.clone(),
@@ -107,19 +115,17 @@ pub(super) fn measure(
     Ok((report, y))
 }
 
-/// The median seconds of each schedule, run in turn so that what disturbs one disturbs the other.
+/// The median seconds of each batch, run in turn so that what disturbs one disturbs the other.
 fn time(
     device: &Device,
-    projection: &Projection,
-    schedules: [&Schedule; 2],
-    x: &Buffer,
+    batches: [&dyn Fn() -> Result<Buffer, ProjectionError>; 2],
     repetitions: usize,
 ) -> Result<[f64; 2], ProjectionError> {
     let mut seconds = [(); 2].map(|()| Vec::with_capacity(repetitions));
     for repetition in 0..=repetitions {
-        for (schedule, seconds) in schedules.iter().zip(&mut seconds) {
+        for (run, seconds) in batches.iter().zip(&mut seconds) {
             let start = Instant::now();
-            let y = projection.execute(schedule, x, None)?;
+            let y = run()?;
             device.synchronize()?;
             let elapsed = start.elapsed().as_secs_f64();
             drop(y);
@@ -141,13 +147,13 @@ type Adapters<'a> = std::collections::BTreeMap<&'a str, Option<flora_adapters::L
 /// The worst deviation of the first, middle and last row of every segment.
 fn deviation(
     Setting { store, batch, .. }: &Setting,
-    projection: &Projection,
+    (shape, format): (LayerShape, LayerFormat),
     adapters: &Adapters,
     base: &BaseWeight,
     x: &[f32],
     y: &[f32],
 ) -> Result<Deviation, CommandError> {
-    let base_rows = FoldedAdapter { virtual_rows: vec![Default::default()], low_rank: Vec::new() };
+    let base_rows = FoldedAdapter { virtual_rows: vec![Default::default()], ..FoldedAdapter::default() };
     let mut sampled = Vec::new();
     let mut first = 0;
     for segment in batch.segments() {
@@ -166,8 +172,8 @@ fn deviation(
             None => (store.base_layer(), &no_operands, &base_rows),
         };
         let sample = Sample {
-            shape: projection.shape(),
-            format: projection.operands().format(),
+            shape,
+            format,
             base_weight: &base.values,
             bias: base.bias.as_deref(),
             residual: None,

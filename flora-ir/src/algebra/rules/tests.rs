@@ -30,7 +30,8 @@ fn types_of(letter: Letter) -> Vec<LetterType> {
             .flat_map(|width| over_rank().map(move |rank| (Shape::Matrix(Dimension::Tokens, width.clone()), rank)))
             .collect(),
         Letter::BaseWeight | Letter::WeightShaped => vec![(Shape::Matrix(symbol("D"), symbol("K")), None)],
-        Letter::Matrix | Letter::Factor | Letter::NarrowMatrix => widths()
+        Letter::Transform => widths().map(|width| (Shape::Matrix(width.clone(), width), None)).collect(),
+        Letter::Matrix | Letter::Factor | Letter::NarrowMatrix | Letter::OtherMatrix => widths()
             .flat_map(|rows| widths().map(move |columns| (Shape::Matrix(rows.clone(), columns), None)))
             .collect(),
         Letter::Scalar => vec![(Shape::Scalar, None)],
