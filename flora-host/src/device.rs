@@ -10,8 +10,8 @@ use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
 use flora_plan::weight::PackedWeight;
 use flora_runtime::backend::{Backend, Queueing};
 use flora_runtime::{
-    BackendKind, Device, DeviceError, DeviceInfo, Gradients, LayerOperands, OperandError, PoolBuffer, Storage, Wanted,
-    WeightBuffer,
+    BackendKind, Device, DeviceError, DeviceInfo, Gradients, LayerOperands, OperandError, PoolBuffer, SparseRows,
+    Storage, Wanted, WeightBuffer,
 };
 use half::slice::HalfFloatSliceExt;
 
@@ -190,6 +190,10 @@ impl Backend for HostBackend {
         wanted: Wanted,
     ) -> Option<Result<Gradients<Storage>, DeviceError>> {
         Some(self.gradients(layer, schedule, (x, g), wanted))
+    }
+
+    fn multiply_sparse(&self, products: &mut [SparseRows<'_>]) {
+        crate::sparse::multiply(self.engine.arch(), products);
     }
 
     fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<Storage, DeviceError> {

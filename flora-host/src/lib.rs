@@ -36,6 +36,7 @@ mod pack;
 mod partition;
 mod pool;
 mod scratch;
+mod sparse;
 mod team;
 mod terms;
 mod tiles;

@@ -1,4 +1,5 @@
-//! The memory of resident adapters: pools that grow by what adapters have, up to a limit over all projections. What one projection
+//! The memory of resident adapters: pools that grow by what adapters have, and sparse matrices beside them, up to a limit over all
+//! projections. What one projection
 //! has to spare goes to the others when the limit is reached.
 
 use std::collections::BTreeMap;
@@ -6,11 +7,12 @@ use std::collections::BTreeMap;
 use flora_ir::algebra::FoldedAdapter;
 use flora_runtime::{PlannedProjection, ProjectionError};
 
-/// Bytes that the pools of `projections` take, beyond the one vector that each pool has from the beginning.
+/// Bytes that adapters take in `projections`: the pools, beyond the one vector that each has from the beginning, and sparse matrices.
 fn taken(projections: &BTreeMap<String, PlannedProjection>, element_bytes: u64) -> u64 {
     let slots = |linear: &PlannedProjection| {
         let (in_slots, out_slots) = linear.change(|projection| projection.slots());
-        bytes(linear, (in_slots.saturating_sub(1), out_slots.saturating_sub(1)), element_bytes)
+        let sparse = linear.change(|projection| projection.sparse_bytes());
+        bytes(linear, (in_slots.saturating_sub(1), out_slots.saturating_sub(1)), element_bytes).saturating_add(sparse)
     };
     projections.values().map(slots).sum()
 }
@@ -57,14 +59,13 @@ pub(crate) fn make_room(
     limit: u64,
     element_bytes: u64,
 ) -> Result<bool, ProjectionError> {
+    let sparse = modules.iter().map(|(_, folded)| folded.sparse.bytes() as u64).sum::<u64>();
     let total = |growths: &[Growth<'_>]| {
-        growths
-            .iter()
-            .map(|growth| growth.bytes(element_bytes))
-            .fold(taken(projections, element_bytes), u64::saturating_add)
+        let taken = taken(projections, element_bytes).saturating_add(sparse);
+        growths.iter().map(|growth| growth.bytes(element_bytes)).fold(taken, u64::saturating_add)
     };
     let mut needed = growths(projections, modules);
-    if needed.is_empty() {
+    if needed.is_empty() && sparse == 0 {
         return Ok(true);
     }
     if total(&needed) > limit {

@@ -208,13 +208,14 @@ impl PreparedAdapter {
     /// `element` is the type in which the device keeps it.
     pub fn new(name: String, adapted: AdaptedModel, element: Element) -> Self {
         let vectors = adapted.modules.values().map(numbers).sum::<usize>() as u64 * element.bytes();
+        let sparse = adapted.modules.values().map(|folded| folded.sparse.bytes() as u64).sum::<u64>();
         let offsets = adapted.bias_offsets.values().map(Vec::len).sum::<usize>() as u64 * 4;
         let embedding = adapted.embedding.as_ref().map_or(0, |embedding| embedding.bytes());
         let head = adapted.head.as_ref().map_or(0, |head| {
             let weight = head.weight.as_ref().map_or(0, |weight| weight.bytes().len());
             (weight + head.rows.as_ref().map_or(0, |rows| 4 * rows.values.len())) as u64
         });
-        Self { name, adapted, bytes: vectors + offsets + embedding + head }
+        Self { name, adapted, bytes: vectors + sparse + offsets + embedding + head }
     }
 
     /// The paths of all modules that it adapts.

@@ -5,6 +5,7 @@ use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
+use flora_ir::SparseMatrix;
 use flora_plan::blueprints::{Blueprints, Tile};
 use flora_plan::layer::{Element, LayerFormat, WeightFormat};
 use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
@@ -83,6 +84,17 @@ pub struct Gradients<T> {
     pub vectors: Option<[T; 2]>,
 }
 
+/// A product of rows in host memory, x `[rows, inputs]`, by a sparse matrix `[inputs, outputs]`: y `[rows, outputs]` becomes it.
+#[derive(Debug)]
+pub struct SparseRows<'a> {
+    /// `[rows, inputs]`
+    pub x: &'a [f32],
+    /// `[inputs, outputs]`
+    pub matrix: &'a SparseMatrix,
+    /// `[rows, outputs]`
+    pub y: &'a mut [f32],
+}
+
 /// Queues something on a device.
 pub type Queueing<'a> = dyn FnMut() -> Result<(), DeviceError> + Send + 'a;
 
@@ -143,6 +155,20 @@ pub trait Backend: Send + Sync {
     ) -> Option<Result<Gradients<Storage>, DeviceError>> {
         let _ = (layer, schedule, x, g, wanted);
         None
+    }
+
+    /// Multiplies rows in host memory by sparse matrices. A number is the sum of the products of a column in their order, in f32, each
+    /// rounded by itself, whatever rows are beside it. Plain loops, unless a backend has something better.
+    fn multiply_sparse(&self, products: &mut [SparseRows<'_>]) {
+        for SparseRows { x, matrix, y } in products {
+            let [inputs, outputs] = matrix.shape();
+            for (x, y) in x.chunks_exact(inputs.max(1)).zip(y.chunks_exact_mut(outputs.max(1))) {
+                for (column, y) in y.iter_mut().enumerate() {
+                    let (places, values) = matrix.column(column);
+                    *y = places.iter().zip(values).fold(0.0, |sum, (place, value)| sum + value * x[*place as usize]);
+                }
+            }
+        }
     }
 
     /// Makes the W_i that `step` describes, and says in which format it is.

@@ -32,7 +32,8 @@ impl Projection {
     /// An adapter's gradients depend on its own rows alone, and a row of dx on its own row and adapter, to the bit.
     ///
     /// # Errors
-    /// Buffers of another size, type or device, a batch too large to index, a device that computes no gradients.
+    /// Buffers of another size, type or device, a batch too large to index, a device that computes no gradients, an adapter that
+    /// multiplies rows by sparse matrices.
     pub fn backward(
         &self,
         batch: &StepBatch,
@@ -72,6 +73,9 @@ impl BackwardPass {
         batch: &StepBatch,
         choose: impl Fn(u64, u64) -> GradientLowering,
     ) -> Result<Self, ProjectionError> {
+        if projection.passes_of(batch.segments()).iter().any(|pass| !pass.own.sparse.is_empty()) {
+            return Err(ProjectionError::SparseBackward);
+        }
         let schedule = batch.backward_schedule(projection, Plan::fixed_adjoint(), choose)?;
         let layout = |position: &u32| {
             let (virtual_rows, low_rank) = projection.own_slots_at(*position)?;

@@ -8,7 +8,7 @@ use flora_plan::layer::{Element, LayerFormat, WeightFormat};
 use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
 use flora_plan::weight::PackedWeight;
 
-use crate::backend::{Backend, Gradients, Queueing, Storage, Wanted};
+use crate::backend::{Backend, Gradients, Queueing, SparseRows, Storage, Wanted};
 use crate::buffer::{Buffer, PoolBuffer, WeightBuffer};
 use crate::info::DeviceInfo;
 use crate::operands::{LayerOperands, OperandError, check_recipe};
@@ -274,6 +274,16 @@ impl Device {
             [self.buffer(in_vectors, in_count * d, Element::F32), self.buffer(out_vectors, out_count * k, Element::F32)]
         });
         Ok(Gradients { input: input.map(|input| self.buffer(input, tokens * d, activations)), vectors })
+    }
+
+    /// Multiplies rows in host memory by sparse matrices that they fit.
+    pub(crate) fn multiply_sparse(&self, mut products: Vec<SparseRows<'_>>) {
+        products.retain(|SparseRows { x, matrix, y }| {
+            let [inputs, outputs] = matrix.shape();
+            debug_assert_eq!(x.len() * outputs, y.len() * inputs, "rows of other extents");
+            !y.is_empty()
+        });
+        self.backend.multiply_sparse(&mut products);
     }
 
     /// Makes the W_i that `step` describes.

@@ -11,12 +11,13 @@ pub mod device;
 pub mod found;
 pub mod info;
 pub mod operands;
+mod passes;
 pub mod planned;
 mod pool;
 pub mod projection;
 pub mod step;
 
-pub use backend::{Backend, Gradients, Storage, Wanted};
+pub use backend::{Backend, Gradients, SparseRows, Storage, Wanted};
 pub use backward::{BackwardPass, ProjectionGradient};
 pub use batch::{Batch, BatchError, BatchSegment};
 pub use buffer::{Buffer, PoolBuffer, WeightBuffer};

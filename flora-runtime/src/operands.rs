@@ -159,6 +159,11 @@ impl LayerOperands {
         self.epilogue
     }
 
+    /// The same layer whose launches write bare sums.
+    pub(crate) fn without_epilogue(&self) -> Self {
+        Self { bias: None, epilogue: Epilogue::default(), ..self.clone() }
+    }
+
     /// The position of the adapter whose W_i is resident.
     pub fn merged_adapter(&self) -> Option<u32> {
         self.merged.as_ref().map(|merged| merged.adapter)

@@ -16,7 +16,8 @@ use crate::backward::{BackwardPass, ProjectionGradient};
 use crate::buffer::Buffer;
 use crate::device::Device;
 use crate::operands::LayerOperands;
-use crate::projection::{Projection, ProjectionError, ProjectionOptions, run};
+use crate::passes::{RowPasses, Work};
+use crate::projection::{Projection, ProjectionError, ProjectionOptions};
 use crate::step::StepBatch;
 
 /// A [`Projection`] with its way of planning. Clones share the weight and the adapters.
@@ -114,16 +115,21 @@ impl PlannedProjection {
     /// go.
     ///
     /// # Errors
-    /// A batch too large to index.
+    /// A batch too large to index, an adapter that multiplies rows by sparse matrices, which no schedule does.
     pub fn scheduled(&self, batch: &StepBatch) -> Result<Scheduled, ProjectionError> {
         let shared = self.read();
         let Shared { projection, planning } = &*shared;
         let finishes = !projection.operands().epilogue().is_identity();
-        let schedule = batch.schedule(projection, |shape| match planning {
+        let passes = projection.passes_of(batch.segments());
+        if passes.iter().any(|pass| !pass.own.sparse.is_empty()) {
+            return Err(ProjectionError::SparseSchedule);
+        }
+        let schedule = batch.schedule(projection, finishes, |shape| match planning {
             Planning::Fixed(plan) => *plan,
             Planning::Priced(prices) => plan(prices, shape, finishes),
         })?;
-        let (operands, offsets) = (projection.operands().clone(), projection.offsets_of(batch.segments()));
+        let offset = |pass: &RowPasses| Some((pass.rows.start, pass.rows.len(), pass.own.offset.clone()?.into()));
+        let (operands, offsets) = (projection.operands().clone(), passes.iter().filter_map(offset).collect());
         Ok(Scheduled { schedule, operands, offsets })
     }
 
@@ -133,10 +139,16 @@ impl PlannedProjection {
     /// # Errors
     /// An input of another shape, type or device, a launch that the device can't make.
     pub fn forward(&self, x: &Buffer, batch: &StepBatch, residual: Option<&Buffer>) -> Result<Buffer, ProjectionError> {
-        let Scheduled { schedule, operands, offsets } = self.scheduled(batch)?;
+        let work = {
+            let shared = self.read();
+            let Shared { projection, planning } = &*shared;
+            Work::of(projection, batch, |shape, finishes| match planning {
+                Planning::Fixed(plan) => *plan,
+                Planning::Priced(prices) => plan(prices, shape, finishes),
+            })?
+        };
         // Without the lock: a thread of a pool that waits for a part of this batch may start another batch of the same projection.
-        let y = run(&self.device, &operands, &schedule, x, residual)?;
-        if offsets.is_empty() { Ok(y) } else { self.with_offsets(&y, &offsets) }
+        work.run(&self.device, x, residual)
     }
 
     /// [`Projection::backward`] of a batch, its gradients of scales planned as the forward pass is, without keeping the projection from changing meanwhile.
@@ -164,19 +176,6 @@ impl PlannedProjection {
             Planning::Fixed(_) => GradientLowering::cheapest(rows, scales),
             Planning::Priced(prices) => prices.gradient_lowering(rows, scales),
         })
-    }
-
-    /// y with the offsets of some rows added. Adapters with biases of their own are few, so this goes by way of the host, and by no
-    /// kernel of its own.
-    fn with_offsets(&self, y: &Buffer, offsets: &[(usize, usize, Arc<[f32]>)]) -> Result<Buffer, ProjectionError> {
-        let k = self.shape.k as usize;
-        let mut values = self.device.read(y)?;
-        for (first, rows, offset) in offsets {
-            for row in values[first * k..(first + rows) * k].chunks_exact_mut(k) {
-                row.iter_mut().zip(&**offset).for_each(|(value, offset)| *value += offset);
-            }
-        }
-        Ok(self.device.upload_as(&values, self.activations)?)
     }
 
     // A panic of another holder leaves a projection as whole as any error does.

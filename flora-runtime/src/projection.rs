@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use flora_ir::Activation;
-use flora_ir::algebra::FoldedAdapter;
+use flora_ir::algebra::{FoldedAdapter, SparseParts};
 use flora_plan::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::cost::{LayerPrices, PricedLayer};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
@@ -21,7 +21,9 @@ use crate::batch::{Batch, BatchError};
 use crate::buffer::Buffer;
 use crate::device::{Device, DeviceError};
 use crate::operands::LayerOperands;
+use crate::passes::{Passes, RowPasses, Work};
 use crate::pool::Pool;
+use crate::step::StepBatch;
 pub use error::ProjectionError;
 
 /// A frozen weight with its adapters, on a device.
@@ -34,8 +36,8 @@ pub struct Projection {
     /// What the adapters hold of the pools.
     places: Vec<Option<Places>>,
     names: HashMap<String, u32>,
-    /// By position, what is added to the outputs of an adapter's rows, `[k]`.
-    offsets: HashMap<u32, Arc<[f32]>>,
+    /// By position, what an adapter does beside launches.
+    passes: HashMap<u32, Arc<Passes>>,
     in_pool: Pool,
     out_pool: Pool,
 }
@@ -150,7 +152,7 @@ impl Projection {
             adapters: vec![AdapterSlots::base()],
             places: vec![None],
             names: HashMap::new(),
-            offsets: HashMap::new(),
+            passes: HashMap::new(),
             in_pool,
             out_pool,
         })
@@ -261,7 +263,8 @@ impl Projection {
     }
 
     /// Adds `offset` `[k]` to the outputs of the rows of the adapter at a position, as a bias of its own would, until the position is
-    /// removed. An adapter may have an offset and nothing else. Only [`PlannedProjection`](crate::PlannedProjection) adds it.
+    /// removed. An adapter may have an offset and nothing else. [`forward`](Self::forward) and
+    /// [`PlannedProjection`](crate::PlannedProjection) add it.
     ///
     /// # Errors
     /// Another length than k, or a layer with an activation, which a bias comes before.
@@ -274,31 +277,40 @@ impl Projection {
         if self.operands.epilogue().activation != Activation::Identity {
             return Err(ProjectionError::OffsetBeforeActivation);
         }
-        self.offsets.insert(position, offset.into());
+        self.passes_mut(position).offset = Some(offset.to_vec());
         Ok(())
     }
 
-    /// The offsets of the segments that have one: first row, rows, offset.
-    pub(crate) fn offsets_of(&self, segments: &[Segment]) -> Vec<(usize, usize, Arc<[f32]>)> {
-        if self.offsets.is_empty() {
+    /// What the adapters of segments do to their rows beside launches, where they do something.
+    pub(crate) fn passes_of(&self, segments: &[Segment]) -> Vec<RowPasses> {
+        if self.passes.is_empty() {
             return Vec::new();
         }
         let mut first = 0;
         let mut found = Vec::new();
-        for segment in segments {
-            let rows = segment.rows as usize;
-            if let Some(offset) = self.offsets.get(&segment.adapter) {
-                found.push((first, rows, offset.clone()));
+        for segment in segments.iter().filter(|segment| segment.rows > 0) {
+            let rows = first..first + segment.rows as usize;
+            first = rows.end;
+            if let Some(own) = self.passes.get(&segment.adapter) {
+                found.push(RowPasses { rows, own: own.clone() });
             }
-            first += rows;
         }
         found
+    }
+
+    fn passes_mut(&mut self, position: u32) -> &mut Passes {
+        Arc::make_mut(self.passes.entry(position).or_default())
+    }
+
+    /// Bytes that sparse matrices take in host memory.
+    pub fn sparse_bytes(&self) -> u64 {
+        self.passes.values().map(|passes| passes.sparse.bytes() as u64).sum()
     }
 
     /// Frees a position of the table and its place in the pools: its rows are base rows from now on, and a name that it had is no
     /// adapter's any more. Nothing where it is free.
     pub fn remove(&mut self, position: u32) {
-        self.offsets.remove(&position);
+        self.passes.remove(&position);
         let Some(places) = self.places.get_mut(position as usize).and_then(Option::take) else { return };
         self.in_pool.give_back(places.in_slots);
         self.out_pool.give_back(places.out_slots);
@@ -329,6 +341,9 @@ impl Projection {
             self.adapters.resize(at + 1, AdapterSlots::base());
         }
         self.adapters[at] = adapter.slots(in_slots.start, out_slots.start);
+        if !adapter.sparse.is_empty() {
+            self.passes_mut(position).sparse = adapter.sparse.clone();
+        }
         self.places[at] = Some(Places { in_slots, out_slots, is_additive_alone: adapter.is_additive_alone });
         Ok(())
     }
@@ -350,6 +365,9 @@ impl Projection {
             pool.extend_from_slice(vector);
             Ok((pool.len() / width as usize - 1) as u32)
         };
+        if !adapter.sparse.is_empty() {
+            adapter.check(d as usize, k as usize).map_err(ProjectionError::Sparse)?;
+        }
         let (mut in_vectors, mut out_vectors) = (Vec::new(), Vec::new());
         let mut virtual_rows = Vec::with_capacity(adapter.virtual_rows.len());
         for row in &adapter.virtual_rows {
@@ -371,7 +389,8 @@ impl Projection {
         }
         let low_rank = LowRankSlots { shrink, expand, rank: adapter.low_rank.len() as u32 };
         let shape = self.operands.shape();
-        Ok(AdapterVectors { shape, in_vectors, out_vectors, virtual_rows, low_rank, is_additive_alone })
+        let sparse = adapter.sparse.clone();
+        Ok(AdapterVectors { shape, in_vectors, out_vectors, virtual_rows, low_rank, is_additive_alone, sparse })
     }
 
     /// Extents.
@@ -455,9 +474,12 @@ impl Projection {
     /// Lays out a batch.
     ///
     /// # Errors
-    /// A name that isn't loaded, a batch too large to index.
+    /// A name that isn't loaded, a batch too large to index, an adapter that multiplies rows by sparse matrices, which no schedule does.
     pub fn schedule(&self, batch: &Batch, plan: &Plan) -> Result<Schedule, ProjectionError> {
         let segments = self.segments(batch)?;
+        if self.passes_of(&segments).iter().any(|pass| !pass.own.sparse.is_empty()) {
+            return Err(ProjectionError::SparseSchedule);
+        }
         let finishes = !self.operands.epilogue().is_identity();
         Ok(schedule(plan, self.operands.shape(), &segments, &self.adapters, finishes)?)
     }
@@ -515,10 +537,19 @@ impl Projection {
         x: &[f32],
         residual: Option<&[f32]>,
     ) -> Result<Vec<f32>, ProjectionError> {
-        let schedule = self.schedule(batch, plan)?;
+        let segments = self.segments(batch)?;
+        let step = StepBatch::new(segments.iter().map(|segment| (segment.adapter, segment.rows)));
+        let work = match self.passes_of(&segments).is_empty() {
+            true => None,
+            false => Some(Work::of(self, &step, |_, _| *plan)?),
+        };
         let upload = |values: &[f32]| self.device.upload_as(values, self.operands.format().activations);
         let residual = residual.map(upload).transpose()?;
-        let y = self.execute(&schedule, &upload(x)?, residual.as_ref())?;
+        let x = upload(x)?;
+        let y = match work {
+            None => self.execute(&self.schedule(batch, plan)?, &x, residual.as_ref())?,
+            Some(work) => work.run(&self.device, &x, residual.as_ref())?,
+        };
         Ok(self.device.read(&y)?)
     }
 }
@@ -544,6 +575,7 @@ struct AdapterVectors {
     virtual_rows: Vec<VirtualRowSlots>,
     low_rank: LowRankSlots,
     is_additive_alone: bool,
+    sparse: SparseParts,
 }
 
 impl AdapterVectors {
@@ -570,7 +602,7 @@ impl AdapterVectors {
 }
 
 /// [`Projection::execute`] on operands that were taken out of a projection, so that nobody has to keep it from changing meanwhile.
-pub(crate) fn run(
+fn run(
     device: &Device,
     operands: &LayerOperands,
     schedule: &Schedule,

@@ -76,17 +76,17 @@ impl StepBatch {
         self.laid_out().schedules
     }
 
-    /// The schedule of this batch for a projection, by the plan that `choose` picks for it. It is laid out if no projection was here
+    /// The schedule of this batch for a projection, with its epilogue or without, by the plan that `choose` picks for it. It is laid out if no projection was here
     /// before whose adapters lie in the same slots, with the same plan, and that has an epilogue or none as this one.
     pub(crate) fn schedule(
         &self,
         projection: &Projection,
+        finishes: bool,
         choose: impl FnOnce(&BatchShape) -> Plan,
     ) -> Result<Arc<Schedule>, ScheduleError> {
         let mut laid_out = self.laid_out();
         let LaidOut { views, schedules } = &mut *laid_out;
         let view = self.view(views, projection);
-        let finishes = !projection.operands().epilogue().is_identity();
         let plan = choose(&view.shape);
         let known = view.schedules.iter().find(|(own, own_finishes, _)| (*own, *own_finishes) == (plan, finishes));
         if let Some((_, _, schedule)) = known {

@@ -56,6 +56,14 @@ pub enum MakeError {
         /// Another layer of the kind that has one.
         other: Option<String>,
     },
+    /// A layer of sparse matrices.
+    #[error(
+        "adapters of the layer `{layer}` multiply rows by sparse matrices, through which no gradients are computed; train another kind"
+    )]
+    Sparse {
+        /// The layer.
+        layer: String,
+    },
     /// A layer that would scale a bias.
     #[error(
         "`{layer}` scales the output of `{path}`, which has a bias, and would scale the bias too; that isn't trained: scale its input \
@@ -136,8 +144,9 @@ impl Adapter {
         let mut modules = Vec::new();
         for (index, target) in trainee.layers().iter().enumerate() {
             let Some(module) = settings.module(&target.path)? else { continue };
+            let form = forms.of(&module.layer.name, target)?;
             let starts = starts(module.layer, start, settings.kind())?;
-            let site = Site::of(trainee, index, target, forms.of(&module.layer.name, target)?)?;
+            let site = Site::of(trainee, index, target, form)?;
             let reads_base = starts.iter().any(|(_, initial)| reads_base(*initial));
             let base = if reads_base { Some(base_weight(trainee, index, target)?) } else { None };
             let (d, k) = (target.shape.d as usize, target.shape.k as usize);
@@ -285,6 +294,9 @@ impl Forms<'_> {
         }
         let no_equation = || MakeError::NoEquation { layer: name.to_owned() };
         let linear = &self.layers.compiled(name).ok_or_else(no_equation)?.linear;
+        if linear.is_sparse() {
+            return Err(MakeError::Sparse { layer: name.to_owned() });
+        }
         let form = Form { linear: Arc::new(linear.clone()), unfolding: Arc::new(linear.unfolding()) };
         self.known.insert(name.to_owned(), form.clone());
         Ok(form)

@@ -1,5 +1,6 @@
 //! What can be wrong with a projection, its adapters and its batches.
 
+use flora_ir::algebra::FoldError;
 use flora_plan::schedule::ScheduleError;
 use flora_plan::weight::WeightError;
 
@@ -47,6 +48,17 @@ pub enum ProjectionError {
     /// An adapter's own bias in front of an activation, which is applied where the outputs are written.
     #[error("an adapter changes the bias of a layer that an activation follows, which is not supported")]
     OffsetBeforeActivation,
+    /// An adapter whose sparse matrices don't fit the weight.
+    #[error(transparent)]
+    Sparse(FoldError),
+    /// A schedule of rows whose adapters do more than schedules say.
+    #[error(
+        "an adapter of the batch multiplies rows by sparse matrices, which no schedule does: use `forward`, or a `PlannedProjection`"
+    )]
+    SparseSchedule,
+    /// Gradients of an adapter that multiplies rows by sparse matrices.
+    #[error("an adapter of the batch multiplies rows by sparse matrices, through which no gradients are computed")]
+    SparseBackward,
     /// The batch doesn't fit the adapters or the input.
     #[error(transparent)]
     Batch(#[from] BatchError),
