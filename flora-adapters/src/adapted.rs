@@ -74,11 +74,12 @@ impl AdaptedEmbedding {
     pub fn bytes(&self) -> u64 {
         let table = self.table.as_ref().map_or(0, |table| table.bytes().len());
         let rows = self.rows.as_ref().map_or(0, |rows| rows.values.len());
-        (table + 4 * (rows + self.folded.as_ref().map_or(0, numbers))) as u64
+        let folded = self.folded.as_ref().map_or(0, |folded| 4 * numbers(folded) + folded.sparse.bytes());
+        (table + 4 * rows + folded) as u64
     }
 }
 
-/// Numbers of an adapter's vectors.
+/// Numbers of an adapter's vectors. Sparse matrices aren't among them: [`SparseParts::bytes`](flora_ir::algebra::SparseParts::bytes).
 pub fn numbers(folded: &FoldedAdapter) -> usize {
     let scales = folded.virtual_rows.iter().flat_map(|row| [&row.in_scale, &row.out_scale]);
     let scales: usize = scales.flatten().map(Vec::len).sum();
@@ -100,6 +101,14 @@ fn apply_to_one_hot(folded: &FoldedAdapter, at: usize, row: &mut [f32]) {
     for pair in &folded.low_rank {
         let shrunk = of(&pair.shrink);
         sums.iter_mut().zip(&pair.expand).for_each(|(sum, expand)| *sum += shrunk * f64::from(*expand));
+    }
+    if let Some(outputs) = &folded.sparse.outputs {
+        sums = outputs.times_row(&sums);
+    }
+    for product in &folded.sparse.added {
+        let mut one_hot = vec![0.0; product.first.shape()[0]];
+        one_hot.get_mut(at).into_iter().for_each(|one| *one = 1.0);
+        sums.iter_mut().zip(product.times_row(&one_hot)).for_each(|(sum, added)| *sum += added);
     }
     row.iter_mut().zip(sums).for_each(|(number, sum)| *number = sum as f32);
 }

@@ -6,8 +6,10 @@
 mod blocks;
 mod dense;
 mod factors;
+mod kronecker;
 mod reflections;
 mod rotations;
+mod sparse;
 mod vectors;
 
 use std::collections::BTreeMap;
@@ -15,39 +17,49 @@ use std::collections::BTreeMap;
 use flora_checkpoint::peft::description::{Extent, LayerDescription};
 use flora_checkpoint::{AdapterFolder, AdapterModule, Operand};
 use flora_ir::evaluate::MAX_ELEMENTS;
-use flora_ir::{Bindings, EvaluateError, Layer, Role, Value};
+use flora_ir::{Bindings, EvaluateError, Layer, SparseMatrix, Value};
 
 /// A function of the table.
 pub(crate) struct Function {
     name: &'static str,
-    /// Whether it reads the base weight.
-    reads_base: bool,
-    /// How many components it makes, in words; none where the operand's shape says it.
-    pub(crate) components: Option<&'static str>,
-    make: fn(&Call<'_>) -> Result<Tensor, DeriveError>,
+    /// How many components of a pair, or entries of sparse matrices, it makes, in words; none where the operand's shape says it.
+    pub(crate) amount: Option<&'static str>,
+    make: Make,
+}
+
+/// What a function makes.
+enum Make {
+    Tensor(fn(&Call<'_>) -> Result<Tensor, DeriveError>),
+    /// A matrix by its entries, for an operand that is declared sparse. No function reads it.
+    Sparse(fn(&Call<'_>) -> Result<SparseMatrix<f64>, DeriveError>),
 }
 
 const fn function_of(name: &'static str, make: fn(&Call<'_>) -> Result<Tensor, DeriveError>) -> Function {
-    Function { name, reads_base: false, components: None, make }
-}
-
-/// One of the base weight.
-const fn of_base(name: &'static str, make: fn(&Call<'_>) -> Result<Tensor, DeriveError>) -> Function {
-    Function { name, reads_base: true, components: None, make }
+    Function { name, amount: None, make: Make::Tensor(make) }
 }
 
 /// One of a factor with as many components as it makes.
 const fn factor(
     name: &'static str,
-    components: &'static str,
+    amount: &'static str,
     make: fn(&Call<'_>) -> Result<Tensor, DeriveError>,
 ) -> Function {
-    Function { name, reads_base: false, components: Some(components), make }
+    Function { name, amount: Some(amount), make: Make::Tensor(make) }
+}
+
+/// One of a sparse matrix with as many entries as it makes.
+const fn sparse_matrix(
+    name: &'static str,
+    amount: &'static str,
+    make: fn(&Call<'_>) -> Result<SparseMatrix<f64>, DeriveError>,
+) -> Function {
+    Function { name, amount: Some(amount), make: Make::Sparse(make) }
 }
 
 const DENSE: &str = "min(d, k)";
 const GROUPED: &str = "r for each block, and those of the general part";
-const KRONECKER: &str = "the ranks of the two matrices, multiplied";
+const KRONECKER: &str = "those of two Kronecker products with an identity, the fewest that there are";
+const BLOCKS: &str = "d · the size of a block";
 const RANDOM: &str = "min(d, k), up to the next multiple of r";
 
 /// Every function. `[D, R]` and the like are the shapes of what they make, `{}` what they read.
@@ -82,24 +94,24 @@ const TABLE: [Function; 26] = [
     factor("grouped_inputs", GROUPED, blocks::grouped_inputs),
     // {expand [n, R, K/n], general [K, h]}: [Q, K]
     factor("grouped_outputs", GROUPED, blocks::grouped_outputs),
-    // {w1, w1_a, w1_b, w2, w2_a, w2_b}: [D, Q] of their Kronecker product, transposed.
-    factor("kronecker_inputs", KRONECKER, blocks::kronecker_inputs),
+    // {w1, w1_a, w1_b, w2, w2_a, w2_b}: [D, Q], sparse, of their Kronecker product, transposed.
+    sparse_matrix("kronecker_inputs", KRONECKER, kronecker::inputs),
     // The same: [Q, K].
-    factor("kronecker_outputs", KRONECKER, blocks::kronecker_outputs),
+    sparse_matrix("kronecker_outputs", KRONECKER, kronecker::outputs),
     // {kernel [K/n, D/n, n]}: [D, K], circulant blocks over d.
     function_of("circulant_blocks", dense::circulant_blocks),
     // {values [n], places [2, n]}: [D, K], zero but there.
-    function_of("scattered", dense::scattered),
-    // {upper triangles [blocks, n], terms}: [D, K], what turning blocks of the inputs adds to w0; turns are power series.
-    of_base("turned_inputs", rotations::turned_inputs),
+    sparse_matrix("scattered", "one for each changed weight", sparse::scattered),
+    // {upper triangles [blocks, n], terms}: [D, D], which turns blocks of the inputs; turns are power series.
+    sparse_matrix("turned_inputs", BLOCKS, rotations::turned_inputs),
     // {blocks [blocks, n, n]}: the same; turns are exact.
-    of_base("turned_input_blocks", rotations::turned_input_blocks),
+    sparse_matrix("turned_input_blocks", BLOCKS, rotations::turned_input_blocks),
     // {lambda [R, n], gamma [n, min(d, k)], one [R, ·], many [·, ·, R]}: [D, Q] of n · r components.
     factor("random_inputs", RANDOM, vectors::random_inputs),
     // The same: [Q, K].
     factor("random_outputs", RANDOM, vectors::random_outputs),
-    // {angles, scales, group size}: [D, K], what turning pairs of w0's outputs adds to it.
-    of_base("turned_outputs", dense::turned_outputs),
+    // {angles, scales, group size}: [K, K], which turns pairs of outputs.
+    sparse_matrix("turned_outputs", "2 · k", sparse::turned_outputs),
     // {m [D, K]}: [D, Q] of m = b a, q the lesser of d and k.
     factor("dense_inputs", DENSE, dense::inputs),
     // The same: [Q, K].
@@ -114,11 +126,6 @@ pub(crate) fn function(name: &str) -> Option<&'static Function> {
 /// The names of all functions.
 pub(crate) fn names() -> impl Iterator<Item = &'static str> {
     TABLE.iter().map(|function| function.name)
-}
-
-/// Whether an operand of the layer is made of the base weight.
-pub(crate) fn reads_base(described: &LayerDescription) -> bool {
-    described.derived.iter().filter_map(|derived| function(&derived.function)).any(|function| function.reads_base)
 }
 
 /// Why an operand can't be made.
@@ -212,7 +219,6 @@ pub(crate) struct Call<'a> {
     /// Its outputs.
     pub(crate) k: usize,
     pub(crate) rank: usize,
-    base: Option<&'a Value>,
 }
 
 impl<'a> Call<'a> {
@@ -263,16 +269,11 @@ impl<'a> Call<'a> {
     }
 
     /// Whether the operand may have the extents `made`.
-    fn check(&self, made: &[usize]) -> Result<(), DeriveError> {
+    pub(crate) fn check(&self, made: &[usize]) -> Result<(), DeriveError> {
         let fits = made.len() == self.shape.len()
             && made.iter().zip(&self.shape).all(|(made, asked)| asked.is_none_or(|asked| *made == asked));
         let expected = || made.iter().zip(&self.shape).map(|(made, asked)| asked.unwrap_or(*made)).collect();
         if fits { Ok(()) } else { Err(DeriveError::Result { found: made.to_vec(), expected: expected() }) }
-    }
-
-    /// The weight `[d, k]` of the module.
-    pub(crate) fn base(&self) -> Result<&'a Value, DeriveError> {
-        self.base.ok_or_else(|| DeriveError::Missing { input: "the base weight".to_owned() })
     }
 
     pub(crate) fn name(&self, index: usize) -> String {
@@ -292,7 +293,6 @@ pub(crate) struct Derivation<'a> {
     pub(crate) module: &'a AdapterModule,
     pub(crate) d: usize,
     pub(crate) k: usize,
-    pub(crate) base: Option<&'a Value>,
 }
 
 impl Derivation<'_> {
@@ -302,6 +302,7 @@ impl Derivation<'_> {
     /// The operand that can't be made, and why.
     pub(crate) fn operands(&self, equation: &Layer) -> Result<Bindings, (String, DeriveError)> {
         let own = self.module.operands.iter().chain(&self.adapter.shared);
+        let mut sparse: BTreeMap<&str, SparseMatrix<f64>> = BTreeMap::new();
         let mut known: BTreeMap<&str, Tensor> =
             own.map(|(name, operand)| (name.as_str(), Tensor::of(operand))).collect();
         for derived in &self.described.derived {
@@ -319,20 +320,33 @@ impl Derivation<'_> {
                 d: self.d,
                 k: self.k,
                 rank: self.module.rank,
-                base: self.base,
             };
             // Registering the kind has looked the function up.
             let unknown = || failed(DeriveError::Missing { input: derived.function.clone() });
-            let made = (function(&derived.function).ok_or_else(unknown)?.make)(&call).map_err(failed)?;
-            call.check(&made.shape).map_err(failed)?;
-            if let Some(value) = made.values.iter().find(|value| !value.is_finite()) {
-                return Err(failed(DeriveError::NotFinite { value: *value }));
+            let not_finite = |values: &[f64]| match values.iter().find(|value| !value.is_finite()) {
+                Some(value) => Err(DeriveError::NotFinite { value: *value }),
+                None => Ok(()),
+            };
+            match function(&derived.function).ok_or_else(unknown)?.make {
+                Make::Tensor(make) => {
+                    let made = make(&call).map_err(failed)?;
+                    call.check(&made.shape).and_then(|()| not_finite(&made.values)).map_err(failed)?;
+                    known.insert(&derived.operand, made);
+                }
+                Make::Sparse(make) => {
+                    let made = make(&call).map_err(failed)?;
+                    call.check(&made.shape()).and_then(|()| not_finite(made.values())).map_err(failed)?;
+                    sparse.insert(&derived.operand, made);
+                }
             }
-            known.insert(&derived.operand, made);
         }
-        let operands = equation.operands.iter().filter(|(_, operand)| operand.role == Role::Adapter);
+        let operands = equation.operands.iter().filter(|(_, operand)| operand.role.is_adapters());
         let mut bindings = Bindings::new();
         for (_, operand) in operands {
+            if let Some(matrix) = sparse.remove(operand.name.as_str()) {
+                bindings.insert_sparse(operand.name.clone(), matrix);
+                continue;
+            }
             let value = known.remove(operand.name.as_str());
             let missing = || DeriveError::Missing { input: operand.name.clone() };
             let value = value.ok_or_else(missing).and_then(|tensor| Ok(tensor.value()?));

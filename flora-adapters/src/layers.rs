@@ -13,7 +13,7 @@ use flora_ir::{Bindings, Dimension, EvaluateError, Shape, Value};
 use flora_plan::pipeline::CompiledLayer;
 
 use crate::adapted::{AdaptedEmbedding, AdaptedHead, AdaptedModel};
-use crate::derive::{self, Derivation, DeriveError};
+use crate::derive::{Derivation, DeriveError};
 use crate::store::StoreError;
 use crate::weights::{BaseError, BaseForm};
 
@@ -123,8 +123,7 @@ impl Layers {
 
     /// Whether folding `module` reads the base weight.
     pub fn read_base(&self, module: &AdapterModule) -> bool {
-        let derived = self.kinds.layer(&module.layer).is_some_and(derive::reads_base);
-        derived || self.compiled.get(&module.layer).is_some_and(|layer| layer.linear.reads_base_weight())
+        self.compiled.get(&module.layer).is_some_and(|layer| layer.linear.reads_base_weight())
     }
 
     /// Checks that an adapter fits `model`, projections by themselves: modules, shapes, that what its config targets is there, and
@@ -200,6 +199,10 @@ impl Layers {
                 // Nothing adds one at either end of a decoder.
                 if offset.is_some() {
                     return Err(self.own_bias(&target, module));
+                }
+                // It would need the rows of other tokens.
+                if end.is_embedding && folded.sparse.inputs.is_some() {
+                    return Err(self.mixed_tokens(&target, module));
                 }
                 match end.is_embedding {
                     true => embedding = Some(folded),
@@ -306,6 +309,13 @@ impl Layers {
         StoreError::OwnBias { adapter, kind: kind.to_owned(), module }
     }
 
+    /// The refusal of an adapter that makes a token's embedding of other tokens' as well.
+    fn mixed_tokens(&self, target: &FoldTarget<'_>, module: &AdapterModule) -> StoreError {
+        let kind = self.kinds.layer(&module.layer).map_or(module.layer.as_str(), |layer| layer.kind());
+        let (adapter, module) = (target.adapter.to_owned(), target.path.to_owned());
+        StoreError::MixedTokens { adapter, kind: kind.to_owned(), module }
+    }
+
     /// Folds one module; `base` is asked for the base weight where the fold reads it.
     pub(crate) fn fold(
         &self,
@@ -321,15 +331,14 @@ impl Layers {
         let operands = match described {
             None => bindings(&module.operands).map_err(|error| failed(error.into()))?,
             Some(described) => {
-                let derivation =
-                    Derivation { described, adapter, module, d: target.d, k: target.k, base: base.as_ref() };
+                let derivation = Derivation { described, adapter, module, d: target.d, k: target.k };
                 let operands = derivation.operands(layer.written.layer());
                 operands.map_err(|(operand, source)| target.not_derived(operand, source))?
             }
         };
         let mut all = operands.clone();
         all.insert_extent(output_dimension(&layer.linear), target.k);
-        if let Some(base) = base.filter(|_| layer.linear.reads_base_weight()) {
+        if let Some(base) = base {
             all.insert(base_weight_name(&layer.linear), base);
         }
         let (folded, offset) = layer.linear.fold_with_offset(&all).map_err(failed)?;
@@ -353,7 +362,8 @@ fn add(sum: &mut Vec<f32>, offset: Vec<f32>) {
 
 /// The adapter of the transposed weight; `None` where it is more than a low-rank sum.
 fn transposed(folded: &FoldedAdapter) -> Option<FoldedAdapter> {
-    let is_plain = folded.virtual_rows.iter().all(|row| row.in_scale.is_none() && row.out_scale.is_none());
+    let is_plain = folded.sparse.is_empty()
+        && folded.virtual_rows.iter().all(|row| row.in_scale.is_none() && row.out_scale.is_none());
     is_plain.then(|| FoldedAdapter {
         virtual_rows: folded.virtual_rows.clone(),
         low_rank: folded
@@ -361,6 +371,7 @@ fn transposed(folded: &FoldedAdapter) -> Option<FoldedAdapter> {
             .iter()
             .map(|pair| RankOne { shrink: pair.expand.clone(), expand: pair.shrink.clone() })
             .collect(),
+        ..FoldedAdapter::default()
     })
 }
 

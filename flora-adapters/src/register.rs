@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use flora_checkpoint::peft::description::{DESCRIPTION_LIMIT, Extent, LayerDescription};
 use flora_checkpoint::{AdapterKinds, KindDescription, KindError};
-use flora_ir::{Activation, Dimension, ParseError, Role, Shape, VerifiedLayer, builtin, parse, verify};
+use flora_ir::{Activation, Dimension, ParseError, Shape, VerifiedLayer, builtin, parse, verify};
 use flora_plan::pipeline::{CompileError, CompiledLayer, compile_verified};
 
 use crate::derive;
@@ -243,7 +243,7 @@ fn compiled(equation: VerifiedLayer, layer: &str) -> Result<CompiledLayer, Regis
 fn check(layer: &CompiledLayer, described: &LayerDescription) -> Result<(), RegisterError> {
     let name = || described.name.clone();
     let written = layer.written.layer();
-    let adapters = || written.operands.iter().map(|(_, operand)| operand).filter(|own| own.role == Role::Adapter);
+    let adapters = || written.operands.iter().map(|(_, operand)| operand).filter(|own| own.role.is_adapters());
     let epilogue = layer.epilogue();
     let foreign = [
         (epilogue.bias, "a bias"),

@@ -96,6 +96,19 @@ pub enum StoreError {
         /// The module.
         module: String,
     },
+    /// An adapter of the token embedding that makes a token's row of other tokens' rows as well.
+    #[error(
+        "the adapter `{adapter}` ({kind}) transforms the inputs of `{module}`, the token embedding, which would make a token's row of \
+         many; leave that module out of the adapter"
+    )]
+    MixedTokens {
+        /// The adapter.
+        adapter: String,
+        /// Its kind.
+        kind: String,
+        /// The embedding's path.
+        module: String,
+    },
     /// A kind that adds a vector of the adapter's own, where nothing adds one.
     #[error("the adapter `{adapter}` ({kind}) adds a bias of its own to `{module}`, which isn't supported here")]
     OwnBias {

@@ -3,7 +3,7 @@
 
 use flora_checkpoint::peft::description::LayerDescription;
 use flora_ir::text::print_equation;
-use flora_plan::lowering::lowerings_of;
+use flora_plan::lowering::{SparsePass, lowerings_of};
 use flora_plan::pipeline::CompiledLayer;
 
 use crate::derive;
@@ -89,6 +89,9 @@ fn served(layers: &Layers, described: &LayerDescription) -> Option<ServedLayer> 
             names.push(name)
         }
     });
+    if compiled.linear.is_sparse() {
+        names.push(SparsePass::NAME);
+    }
     Some(ServedLayer {
         name: described.name.clone(),
         equation: print_equation(compiled.written.layer()),
@@ -103,12 +106,16 @@ fn served(layers: &Layers, described: &LayerDescription) -> Option<ServedLayer> 
 fn takes(described: &LayerDescription, compiled: &CompiledLayer) -> String {
     let linear = &compiled.linear;
     let mut derived = described.derived.iter();
-    // Of components that functions make, an equation doesn't say how many there are.
-    let made = derived.find_map(|derived| derive::function(&derived.function)?.components);
+    // Of components and entries that functions make, an equation doesn't say how many there are.
+    let made = derived.find_map(|derived| derive::function(&derived.function)?.amount);
     let rows = amount(|rank| linear.layout(rank).virtual_rows.len());
-    let pairs = made.map_or_else(|| amount(|rank| linear.layout(rank).low_rank), str::to_owned);
+    let pairs = match made {
+        Some(made) if linear.layout(1).low_rank > 0 => made.to_owned(),
+        _ => amount(|rank| linear.layout(rank).low_rank),
+    };
     let mut parts = vec![if rows == "1" { "1 row over w0".to_owned() } else { format!("{rows} rows over w0") }];
     parts.extend((pairs != "0").then(|| format!("low-rank components: {pairs}")));
+    parts.extend(linear.is_sparse().then(|| format!("entries: {}", made.unwrap_or("those that aren't 0"))));
     parts.extend((!linear.offset.is_empty()).then(|| "a bias".to_owned()));
     parts.join("; ")
 }

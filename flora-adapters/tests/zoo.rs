@@ -44,6 +44,18 @@ fn check(case: &Path, layers: &Layers, modules: &mut usize) -> Result<String, St
                 return Err(failed(&format!("{path} [{index}]: {found} is not PEFT's {expected} ({tolerance})")));
             }
         }
+        // What is sparse stays so, and has the entries of its structure.
+        let layer = layers.compiled(&adapter.modules[path].layer).expect("a compiled layer");
+        if layer.linear.is_sparse() {
+            let entries = folded.sparse.entries();
+            assert!(folded.low_rank.is_empty() && entries > 0, "{}", case.display());
+            let most = match adapter.kind.name() {
+                "road" => 2 * base.k,
+                "shira" => adapter.modules[path].operands["numbers"].values.len(),
+                _ => base.d * base.d.max(base.k),
+            };
+            assert!(entries <= most, "{}: {entries} entries and not {most}", case.display());
+        }
         *modules += 1;
     }
     Ok(adapter.kind.name().to_owned())
@@ -130,6 +142,8 @@ fn changed_folders_are_adapters_or_errors() {
                     assert!(
                         rows.flat_map(|pair| pair.shrink.iter().chain(&pair.expand)).all(|number| number.is_finite())
                     );
+                    let matrices = adapted.modules.values().flat_map(|folded| folded.sparse.matrices());
+                    assert!(matrices.flat_map(|matrix| matrix.values()).all(|number| number.is_finite()));
                 }
                 Err(error) => {
                     refused += 1;

@@ -190,7 +190,7 @@ fn all_kinds_in_one_batch_equal_the_oracle_in_half_types() {
     let (planned, batch) = (mixed.projection(element, of_rounded), mixed.batch());
     let x: Vec<f32> = mixed.x(&batch).into_iter().map(|value| element.round(value)).collect();
     let columns: Vec<usize> = (0..k).collect();
-    let base = FoldedAdapter { virtual_rows: vec![VirtualRow::default()], low_rank: Vec::new() };
+    let base = FoldedAdapter { virtual_rows: vec![VirtualRow::default()], ..FoldedAdapter::default() };
     for plan in plans() {
         let y = run(&planned, &batch, plan, &x);
         let mut row = 0;
@@ -245,6 +245,7 @@ fn nan_in_all_other_kinds_changes_no_bit() {
                     pair.shrink.fill(f32::NAN);
                     pair.expand.fill(f32::NAN);
                 }
+                folded.sparse = folded.sparse.map(|matrix| matrix.map(|_, _, _| f32::NAN));
                 offset.fill(f32::NAN);
             });
             for plan in plans() {

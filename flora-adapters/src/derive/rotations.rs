@@ -1,6 +1,8 @@
 //! OFT and BOFT: blocks of the inputs that are turned, by rotations that follow from skew-symmetric matrices (Cayley).
 
-use super::{Call, DeriveError, Tensor};
+use flora_ir::SparseMatrix;
+
+use super::{Call, DeriveError};
 
 /// A square matrix.
 #[derive(Clone)]
@@ -71,8 +73,8 @@ impl Square {
     }
 }
 
-/// (R − I) w0, R the blocks one after the other; a single block is all of them.
-fn turned(call: &Call<'_>, blocks: &[Square]) -> Result<Tensor, DeriveError> {
+/// `[D, D]`, the blocks one after the other; a single block is all of them.
+fn turned(call: &Call<'_>, blocks: &[Square]) -> Result<SparseMatrix<f64>, DeriveError> {
     let size = blocks.first().map_or(0, |block| block.size);
     let fits = match blocks {
         [_] => size > 0 && call.d.is_multiple_of(size),
@@ -81,16 +83,15 @@ fn turned(call: &Call<'_>, blocks: &[Square]) -> Result<Tensor, DeriveError> {
     if !fits {
         return Err(call.misshapen(0, "its blocks must make up the inputs of the module"));
     }
-    let base = call.base()?.data();
-    call.matrix(call.d, call.k, |input, output| {
-        let (block, row) = (input / size, input % size);
+    let column = |turned: usize| {
+        let block = turned / size;
         let turn = &blocks[if blocks.len() == 1 { 0 } else { block }];
-        let turned: f64 = (0..size).map(|at| turn.at(row, at) * base[(block * size + at) * call.k + output]).sum();
-        turned - base[input * call.k + output]
-    })
+        (0..size).map(|row| ((block * size + row) as u32, turn.at(row, turned % size))).collect()
+    };
+    Ok(SparseMatrix::of_columns(call.d, (0..call.d).map(column)))
 }
 
-pub(super) fn turned_inputs(call: &Call<'_>) -> Result<Tensor, DeriveError> {
+pub(super) fn turned_inputs(call: &Call<'_>) -> Result<SparseMatrix<f64>, DeriveError> {
     let ([blocks, angles], values) = call.of_extents(0, "it must be a matrix")?;
     let terms = call.count(1, 1)?;
     // A block of n inputs has n (n − 1) / 2 angles.
@@ -104,7 +105,7 @@ pub(super) fn turned_inputs(call: &Call<'_>) -> Result<Tensor, DeriveError> {
     turned(call, &values.chunks_exact(angles).map(block).collect::<Vec<_>>())
 }
 
-pub(super) fn turned_input_blocks(call: &Call<'_>) -> Result<Tensor, DeriveError> {
+pub(super) fn turned_input_blocks(call: &Call<'_>) -> Result<SparseMatrix<f64>, DeriveError> {
     let ([_, size, columns], values) = call.of_extents(0, "it must be a list of square blocks")?;
     if size != columns || size == 0 {
         return Err(call.misshapen(0, "it must be a list of square blocks"));
