@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock, Weak};
 
 use flora_adapters::layers::HeldBase;
 use flora_checkpoint::AdapterFolder;
-use flora_host::{HostEngine, Rows, RowsMut, ValuesMut, Weight, operands};
+use flora_host::{HostEngine, Rows, RowsMut, Values, ValuesMut, Weight, operands};
 use flora_ir::algebra::FoldedAdapter;
 use flora_plan::layer::{Element, LayerShape, WeightFormat};
 use flora_plan::plan::Plan;
@@ -234,12 +234,19 @@ impl Linear {
         if batch.rows() == 0 {
             return Ok(());
         }
-        let scheduled = self.parts.iter().map(|part| part.projection.scheduled(batch));
+        let scheduled = self.parts.iter().map(|part| match part.projection.scheduled(batch) {
+            Ok(scheduled) => Ok(Some(scheduled)),
+            Err(ProjectionError::SparseSchedule) => Ok(None),
+            Err(error) => Err(error),
+        });
         let scheduled = scheduled.collect::<Result<Vec<_>, _>>()?;
         let engine = &machine()?.engine;
         threads::run(|| {
             for (part, scheduled) in self.parts.iter().zip(&scheduled) {
-                part.run(engine, scheduled, x, &mut y)?;
+                match scheduled {
+                    Some(scheduled) => part.run(engine, scheduled, x, &mut y)?,
+                    None => part.run_copied(batch, x, &mut y)?,
+                }
             }
             Ok(())
         })?
@@ -278,6 +285,21 @@ pub(crate) fn place(projection: &mut Projection, position: u32, folded: &FoldedA
 }
 
 impl Part {
+    /// The batch in memory of its own: no schedule multiplies rows by the sparse matrices of an adapter, so that x and y are copied for
+    /// the kinds that have some.
+    fn run_copied(&self, batch: &StepBatch, x: Rows<'_>, y: &mut RowsMut<'_>) -> Result<(), Error> {
+        let (d, k) = self.shape();
+        let device = self.projection.device();
+        let rows: Vec<f32> = (0..batch.rows()).flat_map(|row| read(x.values, row * x.pitch, d)).collect();
+        let x = device.upload_as(&rows, self.projection.activations())?;
+        let sums = device.read(&self.projection.forward(&x, batch, None)?)?;
+        let mut y = y.columns(batch.rows(), self.outputs.clone());
+        for (row, own) in sums.chunks_exact(k).enumerate() {
+            write(&mut y.values, row * y.pitch, own);
+        }
+        Ok(())
+    }
+
     fn new(
         weight: &Tensor,
         element: Element,
@@ -333,6 +355,30 @@ impl Part {
             }
         }
         Ok(())
+    }
+}
+
+/// Writes a row from the number `first` on.
+fn write(values: &mut ValuesMut<'_>, first: usize, row: &[f32]) {
+    let range = first..first + row.len();
+    match values {
+        ValuesMut::F32(values) => values[range].copy_from_slice(row),
+        ValuesMut::F16(values) => {
+            values[range].iter_mut().zip(row).for_each(|(value, own)| *value = f16::from_f32(*own));
+        }
+        ValuesMut::Bf16(values) => {
+            values[range].iter_mut().zip(row).for_each(|(value, own)| *value = bf16::from_f32(*own));
+        }
+    }
+}
+
+/// A row `width` numbers long, from the number `first` on.
+fn read(values: Values<'_>, first: usize, width: usize) -> Vec<f32> {
+    let range = first..first + width;
+    match values {
+        Values::F32(values) => values[range].to_vec(),
+        Values::F16(values) => values[range].iter().map(|value| value.to_f32()).collect(),
+        Values::Bf16(values) => values[range].iter().map(|value| value.to_f32()).collect(),
     }
 }
 

@@ -58,6 +58,11 @@ pub enum AttachedError {
         /// What it has.
         found: usize,
     },
+    /// An adapter that does more than scale and add low-rank sums.
+    #[error(
+        "the adapter multiplies rows by sparse matrices, which can't be done around a product that somebody else computes"
+    )]
+    Sparse,
     /// Memory that doesn't hold the rows that it is said to hold.
     #[error("{what} has room for {found} numbers, and {rows} rows of {width} numbers, {pitch} apart, take {expected}")]
     WrongMemory {

@@ -111,6 +111,9 @@ impl AttachedAdapters {
         offset: Option<&[f32]>,
     ) -> Result<(), AttachedError> {
         let columns = self.parts.get(part).ok_or(AttachedError::NoPart { part, parts: self.parts.len() })?;
+        if !adapter.sparse.is_empty() {
+            return Err(AttachedError::Sparse);
+        }
         let placed = PlacedAdapter::new(adapter, offset, (self.inputs, columns.len()), self.kept)?;
         let parts = self.parts.len();
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);

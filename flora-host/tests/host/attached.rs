@@ -31,7 +31,7 @@ fn adapter(random: &mut fastrand::Rng, k: usize, rows: &[(bool, bool)], rank: us
     });
     let virtual_rows = virtual_rows.collect();
     let low_rank = (0..rank).map(|_| RankOne { shrink: vector(random, INPUTS), expand: vector(random, k) }).collect();
-    FoldedAdapter { virtual_rows, low_rank }
+    FoldedAdapter { virtual_rows, low_rank, ..FoldedAdapter::default() }
 }
 
 /// A layer with a base, and adapters of all forms.

@@ -175,7 +175,11 @@ impl PyAttached {
             let (shrinks, expands) = (shrink.to_f32("lora_a")?, expand.to_f32("lora_b")?);
             let vectors = shrinks.chunks_exact((*d).max(1)).zip(expands.chunks_exact((*k).max(1)));
             let low_rank = vectors.map(|(shrink, expand)| RankOne { shrink: shrink.to_vec(), expand: expand.to_vec() });
-            let adapter = FoldedAdapter { virtual_rows: vec![VirtualRow::default()], low_rank: low_rank.collect() };
+            let adapter = FoldedAdapter {
+                virtual_rows: vec![VirtualRow::default()],
+                low_rank: low_rank.collect(),
+                ..FoldedAdapter::default()
+            };
             Ok(self.adapters.put(slot, part, &adapter, None)?)
         })
     }
@@ -280,7 +284,7 @@ fn shard(adapter: &FoldedAdapter, inputs: Option<&[usize]>, outputs: Option<&[us
         .low_rank
         .iter()
         .map(|pair| RankOne { shrink: pick(&pair.shrink, inputs), expand: pick(&pair.expand, outputs) });
-    FoldedAdapter { virtual_rows: virtual_rows.collect(), low_rank: low_rank.collect() }
+    FoldedAdapter { virtual_rows: virtual_rows.collect(), low_rank: low_rank.collect(), ..FoldedAdapter::default() }
 }
 
 fn pick(vector: &[f32], indices: Option<&[usize]>) -> Vec<f32> {
