@@ -111,8 +111,8 @@ pub mod target {
 pub mod serving {
     pub use flora_engine::{
         AdapterFailure, AdapterId, AdapterMetrics, AdapterOptions, AdapterSource, Decoder, DecoderLimits, Engine,
-        Event, FinishReason, LogitRules, Metrics, Options, OptionsError, PlaceError, Request, RequestError, Sampling,
-        SequenceId, StepSegment, StopAt, Stream, Usage, Vocabulary,
+        Event, FinishReason, LogProbabilities, LogitRows, LogitRules, Metrics, Options, OptionsError, PlaceError, Request,
+        RequestError, Sampling, ScoredToken, SequenceId, StepSegment, StopAt, Stream, Usage, Vocabulary,
     };
     pub use flora_model::{
         AdapterDirectory, DeviceModel, DirectoryError, PlanningChoice, PreparedAdapter, ServeError, ServeOptions, load,

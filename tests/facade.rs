@@ -8,7 +8,7 @@ use flora::runtime::{
     Backend, BackendKind, Blueprints, Device, DeviceError, DeviceInfo, LayerOperands, Materialised, PackedWeight,
     Queueing, Storage, Tile,
 };
-use flora::serving::{AdapterId, Decoder, DecoderLimits, PlaceError, SequenceId, StepSegment};
+use flora::serving::{AdapterId, Decoder, DecoderLimits, LogitRows, PlaceError, SequenceId, StepSegment};
 
 /// Says the token after the last one.
 struct Counting;
@@ -26,7 +26,7 @@ impl Decoder for Counting {
             let next = segment.tokens.last().map_or(0, |token| token + 1);
             (0..4).map(move |token| if token == next { 1.0 } else { 0.0 })
         };
-        Ok(segments.iter().filter(|segment| segment.wants_logits).flat_map(logits).collect())
+        Ok(segments.iter().filter(|segment| segment.logits != LogitRows::None).flat_map(logits).collect())
     }
 
     fn release(&mut self, _sequence: SequenceId) {}
@@ -46,7 +46,7 @@ fn a_decoder_of_ones_own() {
         first_position: 0,
         tokens: &[0, 1],
         prompt_tokens: 2,
-        wants_logits: true,
+        logits: LogitRows::Last,
     };
     assert_eq!(Counting.step(&[segment]).expect("it can't fail"), [0.0, 0.0, 1.0, 0.0]);
 }

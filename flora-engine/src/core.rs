@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::cache::BlockPool;
-use crate::decoder::{Decoder, SequenceId, StepSegment};
+use crate::decoder::{Decoder, LogitRows, SequenceId, StepSegment};
 use crate::limits::{Accepted, RequestLimits};
 use crate::metrics::Metrics;
 use crate::options::{Options, OptionsError};
@@ -195,8 +195,12 @@ impl<D: Decoder> Core<D> {
     /// Runs one batch and says what it gave.
     fn run(&mut self, pieces: &[Piece]) {
         let segments: Vec<StepSegment<'_>> = pieces.iter().filter_map(|piece| segment(&self.running, piece)).collect();
-        let wanted = segments.iter().filter(|segment| segment.wants_logits);
-        let widths: Vec<usize> = wanted.map(|segment| self.decoder.vocabulary(segment.adapter) as usize).collect();
+        let rows_of = |segment: &StepSegment<'_>| {
+            let width = self.decoder.vocabulary(segment.adapter) as usize;
+            std::iter::repeat_n(width, segment.logits.of(segment.tokens.len()))
+        };
+        let widths: Vec<usize> = segments.iter().flat_map(rows_of).collect();
+        let row_counts: Vec<usize> = segments.iter().map(|segment| segment.logits.of(segment.tokens.len())).collect();
         let logits = self.decoder.step(&segments);
         self.counts.steps += 1;
         let failure = match &logits {
@@ -215,13 +219,14 @@ impl<D: Decoder> Core<D> {
         let logits = logits.unwrap_or_default();
         let mut rest = &logits[..];
         let mut rows = widths.into_iter().map(|width| rest.split_off(..width).unwrap_or_default());
-        for piece in pieces {
-            self.advance(piece, &mut rows);
+        for (piece, count) in pieces.iter().zip(row_counts) {
+            let rows: Vec<&[f32]> = rows.by_ref().take(count).collect();
+            self.advance(piece, &rows);
         }
     }
 
-    /// Moves a sequence on by what was run of it; where that was all it had, by one of `rows`.
-    fn advance<'a>(&mut self, piece: &Piece, rows: &mut impl Iterator<Item = &'a [f32]>) {
+    /// Moves a sequence on by what was run of it, and the logits that were wanted of it.
+    fn advance(&mut self, piece: &Piece, rows: &[&[f32]]) {
         let Some(running) = self.running.get_mut(&piece.request) else { return };
         let prompt = running.sequence.prompt();
         let again = piece.range.end.min(running.run_before).saturating_sub(piece.range.start);
@@ -230,10 +235,20 @@ impl<D: Decoder> Core<D> {
         self.counts.prompt_tokens += piece.range.end.min(prompt).saturating_sub(first_time_from) as u64;
         running.computed = piece.range.end;
         running.run_before = running.run_before.max(piece.range.end);
+        match running.sequence.score_prompt(piece.range.start, rows) {
+            Ok(scores) => self.events.extend(scores.map(|event| (piece.request, event))),
+            Err(error) => return self.fail(piece.request, RequestError::Model(error.to_string())),
+        }
         if running.computed < running.sequence.tokens().len() {
             return;
         }
-        let Some(row) = rows.next() else { return };
+        if let Some(end) = running.sequence.nothing_to_say() {
+            self.counts.finished += 1;
+            self.drop_request(piece.request);
+            self.events.push((piece.request, end));
+            return;
+        }
+        let Some(row) = rows.last() else { return };
         self.counts.generated_tokens += 1;
         match running.sequence.next(row, &self.vocabulary) {
             Ok(Said::More(event)) => self.events.push((piece.request, event)),
@@ -293,7 +308,11 @@ fn segment<'a>(running: &'a BTreeMap<RequestId, Running>, piece: &Piece) -> Opti
         first_position: piece.range.start as u32,
         tokens: &tokens[piece.range.clone()],
         prompt_tokens: prompt_tokens as u32,
-        wants_logits: piece.range.end == tokens.len(),
+        logits: match (sequence.sequence.scores_prompt(), piece.range.end == tokens.len()) {
+            (true, _) => LogitRows::All,
+            (false, true) => LogitRows::Last,
+            (false, false) => LogitRows::None,
+        },
     })
 }
 

@@ -24,8 +24,30 @@ pub struct StepSegment<'a> {
     /// How many of `tokens`, from the first on, belong to the prompt. Generated ones follow: one, or several where a pre-empted
     /// sequence is computed again.
     pub prompt_tokens: u32,
-    /// Whether the logits after the last of `tokens` are wanted.
-    pub wants_logits: bool,
+    /// After which of `tokens` the logits are wanted.
+    pub logits: LogitRows,
+}
+
+/// After which tokens of a segment the logits are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogitRows {
+    /// None of them.
+    None,
+    /// The last.
+    Last,
+    /// Each of them.
+    All,
+}
+
+impl LogitRows {
+    /// How many rows those of a segment of so many tokens are.
+    pub fn of(self, tokens: usize) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Last => 1,
+            Self::All => tokens,
+        }
+    }
 }
 
 /// What a decoder can hold.
@@ -55,8 +77,8 @@ pub trait Decoder {
         self.limits().vocabulary
     }
 
-    /// Runs all segments as one batch: the logits of the segments that want them, one row after the other in the order of the
-    /// segments, each of as many as [`Self::vocabulary`] says of its adapter. A sequence is at most once among them.
+    /// Runs all segments as one batch: the logits that segments want, one row after the other in the order of the segments and
+    /// of their tokens, each of as many as [`Self::vocabulary`] says of its adapter. A sequence is at most once among them.
     ///
     /// What a segment gives depends on its own sequence and adapter, whatever else is in the batch.
     ///

@@ -37,7 +37,7 @@ pub struct EngineHandle {
     stopped: watch::Receiver<bool>,
 }
 
-/// What a client hears of its request, as it comes: texts, then one [`Event::Finished`] or [`Event::Failed`], then nothing.
+/// What a client hears of its request, as it comes: likelihoods and texts, then one [`Event::Finished`] or [`Event::Failed`], then nothing.
 /// Dropping it cancels the request.
 #[derive(Debug)]
 pub struct Stream {
@@ -261,7 +261,7 @@ impl Stream {
             None if self.ended => return None,
             None => Event::Failed(self.shared.reason()),
         };
-        self.ended |= !matches!(event, Event::Text { .. });
+        self.ended |= event.is_last();
         Some(event)
     }
 }
@@ -416,7 +416,7 @@ impl<D: Decoder> Worker<D> {
     fn deliver(&mut self, events: Vec<(RequestId, Event)>) {
         self.publish();
         for (request, event) in events {
-            let last = !matches!(event, Event::Text { .. });
+            let last = event.is_last();
             if let Some(stream) = self.streams.get(&request) {
                 let _ = stream.send(event);
             }

@@ -16,18 +16,22 @@ pub mod residency;
 mod rules;
 mod sample;
 mod schedule;
+mod score;
 mod sequence;
 mod stop;
 mod text;
 
 pub use crate::core::{Core, RequestId};
 pub use decoder::{
-    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, Read, SequenceId, StepSegment, Unread,
+    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, LogitRows, PlaceError, Read, SequenceId,
+    StepSegment, Unread,
 };
 pub use engine::{Engine, EngineHandle, Stream};
 pub use limits::{Accepted, RequestLimits};
 pub use metrics::{AdapterMetrics, Metrics};
 pub use options::{AdapterOptions, Options, OptionsError, StopLimits};
-pub use request::{Event, FinishReason, LogitRules, Request, RequestError, Sampling, StopAt, Usage};
+pub use request::{
+    Event, FinishReason, LogProbabilities, LogitRules, Request, RequestError, Sampling, ScoredToken, StopAt, Usage,
+};
 pub use residency::{LoadOrder, LoadOutcome, Loaded};
 pub use text::Vocabulary;

@@ -62,9 +62,11 @@ impl RequestLimits {
         if prompt == 0 {
             return Some("the prompt is empty; it has to hold at least one token".into());
         }
-        if prompt >= self.context_length {
+        let generates = request.stop.max_tokens > 0;
+        if prompt + usize::from(generates) > self.context_length {
+            let more = if generates { "one more" } else { "them" };
             return Some(format!(
-                "the prompt has {prompt} tokens, and the model's context of {} has no room for one more",
+                "the prompt has {prompt} tokens, and the model's context of {} has no room for {more}",
                 self.context_length
             ));
         }
@@ -74,8 +76,11 @@ impl RequestLimits {
         {
             return Some(fault);
         }
-        if request.stop.max_tokens == 0 {
-            return Some("max_tokens is 0; at least one token is generated".into());
+        if !generates && request.log_probabilities.prompt.is_none() {
+            return Some(
+                "max_tokens is 0 and no log-probabilities of the prompt are asked for; at least one token is generated then"
+                    .into(),
+            );
         }
         let most = prompt.saturating_add(request.stop.max_tokens as usize).min(self.context_length);
         if most > self.cache_tokens {

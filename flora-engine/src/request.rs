@@ -17,6 +17,18 @@ pub struct Request {
     pub rules: LogitRules,
     /// What ends it.
     pub stop: StopAt,
+    /// Whose log-probabilities are told.
+    pub log_probabilities: LogProbabilities,
+}
+
+/// Which tokens' log-probabilities are told, each with those of so many of the likeliest tokens in its place. They are the
+/// model's own, ln softmax of its logits, before any rule or temperature.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogProbabilities {
+    /// Of generated tokens.
+    pub generated: Option<u32>,
+    /// Of the prompt's tokens, from the second on. The logits of a chunk of the prompt exist at a time, never those of all of it.
+    pub prompt: Option<u32>,
 }
 
 /// How the next token is chosen from the logits.
@@ -75,7 +87,7 @@ impl Default for LogitRules {
 /// What ends a request, whichever comes first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StopAt {
-    /// Generated tokens; at least 1.
+    /// Generated tokens; at least 1, unless [`LogProbabilities::prompt`] asks for something else than a text.
     pub max_tokens: u32,
     /// Text that isn't passed on, nor anything after it.
     pub strings: Vec<String>,
@@ -83,15 +95,19 @@ pub struct StopAt {
     pub tokens: Vec<u32>,
 }
 
-/// What a client hears of its request: any number of [`Event::Text`], then one of the others, always.
+/// What a client hears of its request: any number of [`Event::Prompt`] and [`Event::Text`], then one of the others, always.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// The next tokens of the prompt, from its second on, where a request asks for them.
+    Prompt(Vec<ScoredToken>),
     /// More text, whole characters; may be empty for a token that only begins one.
     Text {
         /// What the tokens say beyond what was said.
         text: String,
         /// The tokens.
         tokens: Vec<u32>,
+        /// The same, where a request asks for their log-probabilities; else none.
+        scored: Vec<ScoredToken>,
     },
     /// Done.
     Finished {
@@ -102,6 +118,27 @@ pub enum Event {
     },
     /// Failed, at whatever point.
     Failed(RequestError),
+}
+
+impl Event {
+    /// Whether nothing comes after it.
+    pub fn is_last(&self) -> bool {
+        match self {
+            Self::Prompt(_) | Self::Text { .. } => false,
+            Self::Finished { .. } | Self::Failed(_) => true,
+        }
+    }
+}
+
+/// A token and how likely it was where it stands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoredToken {
+    /// The token.
+    pub token: u32,
+    /// ln of its probability; minus infinity where it has none.
+    pub log_probability: f32,
+    /// The likeliest tokens in its place, the likeliest first and of equal ones the first, with the same.
+    pub likeliest: Vec<(u32, f32)>,
 }
 
 /// Why a request is done.

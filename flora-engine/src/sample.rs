@@ -64,7 +64,7 @@ impl Sampler {
 }
 
 /// The first of the largest, and its value, which is finite.
-fn largest(logits: &[f32]) -> Result<(usize, f32), LogitsError> {
+pub(crate) fn largest(logits: &[f32]) -> Result<(usize, f32), LogitsError> {
     let mut found = None;
     for (token, logit) in logits.iter().copied().enumerate() {
         if logit.is_nan() {

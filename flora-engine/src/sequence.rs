@@ -5,9 +5,10 @@ use std::time::Instant;
 use crate::cache::Blocks;
 use crate::decoder::AdapterId;
 use crate::limits::Accepted;
-use crate::request::{Event, FinishReason, Request, Usage};
+use crate::request::{Event, FinishReason, LogProbabilities, Request, ScoredToken, Usage};
 use crate::rules::Reshaper;
 use crate::sample::{LogitsError, Sampler};
+use crate::score::score;
 use crate::stop::{Found, StopStrings};
 use crate::text::{Reader, Vocabulary};
 
@@ -24,6 +25,9 @@ pub(crate) struct Sequence {
     sampler: Sampler,
     reader: Reader,
     stop: StopStrings,
+    log_probabilities: LogProbabilities,
+    /// Tokens of the prompt that were scored; the first needs no score.
+    scored: usize,
 }
 
 /// A sequence that waits to run, for the first time or again.
@@ -63,7 +67,7 @@ pub(crate) struct Running {
 
 impl Waiting {
     pub(crate) fn new(request: Accepted, context_length: usize, vocabulary: &Vocabulary, arrived: Instant) -> Self {
-        let Request { prompt, adapter, sampling, rules, stop } = request.into_request();
+        let Request { prompt, adapter, sampling, rules, stop, log_probabilities } = request.into_request();
         let sequence = Sequence {
             prompt: prompt.len(),
             most: prompt.len().saturating_add(stop.max_tokens as usize).min(context_length),
@@ -73,6 +77,8 @@ impl Waiting {
             tokens: prompt,
             stop_tokens: stop.tokens,
             stop: StopStrings::new(stop.strings),
+            log_probabilities,
+            scored: 1,
         };
         let adapter = match adapter {
             Some(name) => WaitingAdapter::Named { name, arrived, missed: false },
@@ -105,18 +111,46 @@ impl Sequence {
         self.most
     }
 
+    /// Whether tokens of the prompt are still to be scored: their rows have to be computed then.
+    pub(crate) fn scores_prompt(&self) -> bool {
+        self.log_probabilities.prompt.is_some() && self.scored < self.prompt
+    }
+
+    /// Scores the tokens of the prompt that follow those at `first`, `first` + 1, … by the logits after these. Rows are left over
+    /// where nothing of the prompt follows.
+    pub(crate) fn score_prompt(&mut self, first: usize, rows: &[&[f32]]) -> Result<Option<Event>, LogitsError> {
+        let Some(alternatives) = self.log_probabilities.prompt.filter(|_| self.scores_prompt()) else {
+            return Ok(None);
+        };
+        let scored_rows = (self.scored - 1).saturating_sub(first);
+        let mut scores = Vec::new();
+        for (token, row) in self.tokens[..self.prompt].iter().skip(first + 1).zip(rows).skip(scored_rows) {
+            scores.push(score(row, *token, alternatives)?);
+        }
+        self.scored += scores.len();
+        Ok((!scores.is_empty()).then_some(Event::Prompt(scores)))
+    }
+
+    /// What ends a request that is to generate nothing.
+    pub(crate) fn nothing_to_say(&self) -> Option<Event> {
+        let is_full = self.tokens.len() >= self.most;
+        is_full.then(|| Event::Finished { reason: FinishReason::Length, usage: self.usage() })
+    }
+
     /// Chooses the next token.
     pub(crate) fn next(&mut self, logits: &[f32], vocabulary: &Vocabulary) -> Result<Said, LogitsError> {
         let token = if self.reshaper.is_idle() {
             self.sampler.next(logits)?
         } else {
-            let mut logits = logits.to_vec();
-            self.reshaper.reshape(&mut logits);
-            self.sampler.next(&logits)?
+            let mut reshaped = logits.to_vec();
+            self.reshaper.reshape(&mut reshaped);
+            self.sampler.next(&reshaped)?
         };
         if self.stop_tokens.contains(&token) {
-            return Ok(self.last(FinishReason::Stop, String::new(), Vec::new(), vocabulary));
+            return Ok(self.last(FinishReason::Stop, String::new(), None, vocabulary));
         }
+        let scored = self.log_probabilities.generated.map(|count| score(logits, token, count)).transpose()?;
+        let scored = scored.into_iter().collect();
         self.tokens.push(token);
         let text = self.reader.push(token, vocabulary);
         let may_not_stop = self.reshaper.may_not_stop();
@@ -124,18 +158,24 @@ impl Sequence {
         let found = if may_not_stop { Found::Text(self.stop.pass(&text)) } else { self.stop.push(&text) };
         Ok(match found {
             Found::Stop(text) => Said::Last(vec![
-                Event::Text { text, tokens: vec![token] },
+                Event::Text { text, tokens: vec![token], scored },
                 Event::Finished { reason: FinishReason::Stop, usage: self.usage() },
             ]),
             Found::Text(text) if self.tokens.len() == self.most => {
-                self.last(FinishReason::Length, text, vec![token], vocabulary)
+                self.last(FinishReason::Length, text, Some((token, scored)), vocabulary)
             }
-            Found::Text(text) => Said::More(Event::Text { text, tokens: vec![token] }),
+            Found::Text(text) => Said::More(Event::Text { text, tokens: vec![token], scored }),
         })
     }
 
-    /// The end, with what was held back.
-    fn last(&mut self, reason: FinishReason, mut text: String, tokens: Vec<u32>, vocabulary: &Vocabulary) -> Said {
+    /// The end, with what was held back, after a last token that is passed on or without one.
+    fn last(
+        &mut self,
+        reason: FinishReason,
+        mut text: String,
+        token: Option<(u32, Vec<ScoredToken>)>,
+        vocabulary: &Vocabulary,
+    ) -> Said {
         let left = self.reader.flush(vocabulary);
         let reason = match self.stop.push(&left) {
             Found::Text(more) => {
@@ -149,10 +189,12 @@ impl Sequence {
             }
         };
         let finished = Event::Finished { reason, usage: self.usage() };
-        if text.is_empty() && tokens.is_empty() {
+        if text.is_empty() && token.is_none() {
             return Said::Last(vec![finished]);
         }
-        Said::Last(vec![Event::Text { text, tokens }, finished])
+        let (token, scored) = token.unzip();
+        let (tokens, scored) = (token.into_iter().collect(), scored.unwrap_or_default());
+        Said::Last(vec![Event::Text { text, tokens, scored }, finished])
     }
 
     fn usage(&self) -> Usage {

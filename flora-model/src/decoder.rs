@@ -152,8 +152,9 @@ impl<O: Serving> ServedModel<O> {
         let batch = self.batch(segments)?;
         let mut positions = Vec::with_capacity(batch.rows());
         let mut rows = Vec::with_capacity(segments.len());
-        let mut last_rows = Vec::with_capacity(segments.len());
-        for segment in segments {
+        // Rows whose logits are wanted, and the segments that they are of.
+        let mut wanted = Vec::with_capacity(segments.len());
+        for (at, segment) in segments.iter().enumerate() {
             let first_row = positions.len();
             let own = SegmentRows {
                 rows: first_row..first_row + segment.tokens.len(),
@@ -162,9 +163,8 @@ impl<O: Serving> ServedModel<O> {
             };
             positions.extend(own.positions());
             rows.push(own);
-            if segment.wants_logits {
-                last_rows.push(positions.len() - 1);
-            }
+            let count = segment.logits.of(segment.tokens.len());
+            wanted.extend((positions.len() - count..positions.len()).map(|row| (row, at)));
         }
         let operations = &self.parts.operations;
         let step = Step { operations, batch: &batch, segments: &rows, positions: operations.positions(&rows)? };
@@ -174,11 +174,13 @@ impl<O: Serving> ServedModel<O> {
             let mut caches: Vec<_> = sequences.iter_mut().filter_map(|sequence| sequence.layers.get_mut(at)).collect();
             x = block.forward(&x, &step, &mut caches)?;
         }
-        if last_rows.is_empty() {
+        if wanted.is_empty() {
             return Ok(Vec::new());
         }
-        let last = operations.select(&x, batch.rows(), &last_rows)?;
-        self.logits(segments, &operations.normalise(&self.parts.norm, &last)?)
+        let (wanted, of): (Vec<usize>, Vec<usize>) = wanted.into_iter().unzip();
+        let wanted = operations.select(&x, batch.rows(), &wanted)?;
+        let adapters: Vec<_> = of.into_iter().map(|segment| segments[segment].adapter).collect();
+        self.logits(&adapters, &operations.normalise(&self.parts.norm, &wanted)?)
     }
 }
 
@@ -203,17 +205,13 @@ impl<O: Serving> ServedModel<O> {
         Ok(embedded)
     }
 
-    /// The logits of the segments that want them, of their last rows `[segments, d]`.
-    fn logits(&self, segments: &[StepSegment<'_>], last: &Buffer) -> Result<Vec<f32>, ServeError> {
-        let residents: Vec<_> = segments
-            .iter()
-            .filter(|segment| segment.wants_logits)
-            .map(|segment| self.resident(segment.adapter))
-            .collect();
+    /// The logits of rows x `[adapters.len(), d]`, each with its adapter.
+    fn logits(&self, adapters: &[Option<AdapterId>], x: &Buffer) -> Result<Vec<f32>, ServeError> {
+        let residents: Vec<_> = adapters.iter().map(|adapter| self.resident(*adapter)).collect();
         let head = |row: usize| residents[row].and_then(|resident| resident.head.as_ref());
         let select = |rows: &[usize]| match rows.len() == residents.len() {
-            true => Ok(last.clone()),
-            false => self.parts.operations.select(last, residents.len(), rows),
+            true => Ok(x.clone()),
+            false => self.parts.operations.select(x, residents.len(), rows),
         };
         // All rows of the model's own output matrix are one batch, whoever else is in it.
         let (shared, own): (Vec<usize>, Vec<usize>) =

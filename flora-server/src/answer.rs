@@ -5,6 +5,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use flora_engine::{FinishReason, Usage};
 use serde_json::{Value, json};
 
+use crate::logprobs::{Scored, of_chat, of_completion};
+
 /// Which endpoint was asked; answers differ in form only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Endpoint {
@@ -23,10 +25,12 @@ pub(crate) struct Answer {
 }
 
 /// One finished choice.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Choice {
     pub(crate) text: String,
     pub(crate) reason: FinishReason,
+    /// Where log-probabilities are told.
+    pub(crate) tokens: Option<Vec<Scored>>,
 }
 
 impl Answer {
@@ -40,16 +44,16 @@ impl Answer {
 
     /// All of it at once.
     pub(crate) fn whole(&self, choices: &[Choice], usage: Usage) -> Value {
-        let choices = choices.iter().enumerate().map(|(index, Choice { text, reason })| {
-            let reason = reason_name(*reason);
+        let choices = choices.iter().enumerate().map(|(index, Choice { text, reason, tokens })| {
+            let (reason, logprobs) = (reason_name(*reason), self.logprobs(tokens.as_deref(), 0));
             match self.endpoint {
                 Endpoint::Completions => {
-                    json!({"index": index, "text": text, "logprobs": null, "finish_reason": reason})
+                    json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
                 }
                 Endpoint::Chat => json!({
                     "index": index,
                     "message": {"role": "assistant", "content": text, "refusal": null},
-                    "logprobs": null,
+                    "logprobs": logprobs,
                     "finish_reason": reason,
                 }),
             }
@@ -67,15 +71,18 @@ impl Answer {
     pub(crate) fn opening(&self, index: usize) -> Option<Value> {
         match self.endpoint {
             Endpoint::Completions => None,
-            Endpoint::Chat => Some(self.delta(index, json!({"role": "assistant", "content": ""}), Value::Null)),
+            Endpoint::Chat => {
+                Some(self.delta(index, json!({"role": "assistant", "content": ""}), Value::Null, Value::Null))
+            }
         }
     }
 
-    /// A chunk with more text of a choice.
-    pub(crate) fn text(&self, index: usize, text: &str) -> Value {
+    /// A chunk with more text of a choice, whose tokens follow on `offset` characters where they are told.
+    pub(crate) fn text(&self, index: usize, text: &str, tokens: Option<&[Scored]>, offset: usize) -> Value {
+        let logprobs = self.logprobs(tokens, offset);
         match self.endpoint {
-            Endpoint::Completions => self.piece(index, text, Value::Null),
-            Endpoint::Chat => self.delta(index, json!({"content": text}), Value::Null),
+            Endpoint::Completions => self.piece(index, text, logprobs, Value::Null),
+            Endpoint::Chat => self.delta(index, json!({"content": text}), logprobs, Value::Null),
         }
     }
 
@@ -83,8 +90,8 @@ impl Answer {
     pub(crate) fn closing(&self, index: usize, reason: FinishReason) -> Value {
         let reason = json!(reason_name(reason));
         match self.endpoint {
-            Endpoint::Completions => self.piece(index, "", reason),
-            Endpoint::Chat => self.delta(index, json!({}), reason),
+            Endpoint::Completions => self.piece(index, "", Value::Null, reason),
+            Endpoint::Chat => self.delta(index, json!({}), Value::Null, reason),
         }
     }
 
@@ -95,12 +102,20 @@ impl Answer {
         chunk
     }
 
-    fn piece(&self, index: usize, text: &str, reason: Value) -> Value {
-        self.chunk(vec![json!({"index": index, "text": text, "logprobs": null, "finish_reason": reason})])
+    fn logprobs(&self, tokens: Option<&[Scored]>, offset: usize) -> Value {
+        match (self.endpoint, tokens) {
+            (_, None) => Value::Null,
+            (Endpoint::Completions, Some(tokens)) => of_completion(tokens, offset),
+            (Endpoint::Chat, Some(tokens)) => of_chat(tokens),
+        }
     }
 
-    fn delta(&self, index: usize, delta: Value, reason: Value) -> Value {
-        self.chunk(vec![json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": reason})])
+    fn piece(&self, index: usize, text: &str, logprobs: Value, reason: Value) -> Value {
+        self.chunk(vec![json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})])
+    }
+
+    fn delta(&self, index: usize, delta: Value, logprobs: Value, reason: Value) -> Value {
+        self.chunk(vec![json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})])
     }
 
     fn chunk(&self, choices: Vec<Value>) -> Value {

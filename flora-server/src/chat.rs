@@ -7,14 +7,16 @@ use serde_json::{Map, Value};
 use crate::body::{Object, fields};
 use crate::error::ApiError;
 use crate::fields::check_chat;
-use crate::parameters::max_tokens;
+use crate::parameters::{MostTokens, alternatives};
 
 /// A conversation to go on with.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Chat {
     pub(crate) conversation: Conversation,
     /// Where the request says so.
-    pub(crate) max_tokens: Option<u32>,
+    pub(crate) max_tokens: Option<MostTokens>,
+    /// Alternatives of each token whose log-probability is told.
+    pub(crate) logprobs: Option<u32>,
 }
 
 /// What was said, and what is to come.
@@ -74,8 +76,10 @@ pub enum Role {
 #[derive(Deserialize)]
 struct Fields {
     messages: Vec<Object<MessageFields>>,
-    max_tokens: Option<u32>,
-    max_completion_tokens: Option<u32>,
+    max_tokens: Option<i64>,
+    max_completion_tokens: Option<i64>,
+    logprobs: Option<bool>,
+    top_logprobs: Option<i64>,
     add_generation_prompt: Option<bool>,
     continue_final_message: Option<bool>,
     chat_template_kwargs: Option<Map<String, Value>>,
@@ -128,11 +132,18 @@ impl Chat {
             variables: variables(fields.chat_template_kwargs)?,
         };
         // The older name, where both are there, yields.
-        let max_tokens = match max_tokens("max_completion_tokens", fields.max_completion_tokens)? {
-            None => max_tokens("max_tokens", fields.max_tokens)?,
+        let max_tokens = match MostTokens::parse("max_completion_tokens", fields.max_completion_tokens)? {
+            None => MostTokens::parse("max_tokens", fields.max_tokens)?,
             newer => newer,
         };
-        Ok(Self { conversation, max_tokens })
+        let logprobs = match (fields.logprobs.unwrap_or(false), fields.top_logprobs) {
+            (true, count) => Some(alternatives("top_logprobs", count.unwrap_or(0))?),
+            (false, None | Some(0)) => None,
+            (false, Some(_)) => {
+                return Err(ApiError::invalid("top_logprobs", "top_logprobs needs logprobs to be true"));
+            }
+        };
+        Ok(Self { conversation, max_tokens, logprobs })
     }
 }
 
@@ -232,11 +243,12 @@ mod tests {
             Chat::parse(&body).map(|chat| chat.max_tokens)
         };
         assert_eq!(chat(json!({})).unwrap(), None);
-        assert_eq!(chat(json!({"max_tokens": 5})).unwrap(), Some(5));
-        assert_eq!(chat(json!({"max_tokens": 5, "max_completion_tokens": 3})).unwrap(), Some(3));
+        assert_eq!(chat(json!({"max_tokens": 5})).unwrap(), Some(MostTokens::Count(5)));
+        assert_eq!(chat(json!({"max_tokens": -1})).unwrap(), Some(MostTokens::Context));
+        assert_eq!(chat(json!({"max_tokens": 5, "max_completion_tokens": 3})).unwrap(), Some(MostTokens::Count(3)));
         assert!(chat(json!({"max_completion_tokens": 0})).is_err());
         for (field, value) in [
-            ("logprobs", json!(true)),
+            ("logprobs", json!(1)),
             ("top_logprobs", json!(1)),
             ("tools", json!([{"type": "function"}])),
             ("response_format", json!({"type": "json_object"})),

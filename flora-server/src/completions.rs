@@ -6,17 +6,30 @@ use serde_json::Value;
 use crate::body::fields;
 use crate::error::ApiError;
 use crate::fields::check_completions;
-use crate::parameters::max_tokens;
+use crate::parameters::{MostTokens, alternatives};
 
 /// What is generated where a request doesn't say, as OpenAI has it.
-const MAX_TOKENS: u32 = 16;
+const MAX_TOKENS: MostTokens = MostTokens::Count(16);
 
 /// Texts to go on with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Completions {
     /// At least one.
     pub(crate) prompts: Vec<Prompt>,
-    pub(crate) max_tokens: u32,
+    pub(crate) length: Length,
+    /// Alternatives of each token whose log-probability is told.
+    pub(crate) logprobs: Option<u32>,
+}
+
+/// What is given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Length {
+    /// What is generated.
+    Text(MostTokens),
+    /// The prompt, and what is generated after it.
+    EchoAndText(MostTokens),
+    /// The prompt.
+    Echo,
 }
 
 /// One text to go on with.
@@ -29,7 +42,17 @@ pub(crate) enum Prompt {
 #[derive(Deserialize)]
 struct Fields {
     prompt: Prompts,
-    max_tokens: Option<u32>,
+    max_tokens: Option<i64>,
+    echo: Option<bool>,
+    logprobs: Option<Logprobs>,
+}
+
+/// A number; `false`, as chats have it, is none.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a number of alternatives")]
+enum Logprobs {
+    Count(i64),
+    Flag(bool),
 }
 
 #[derive(Deserialize)]
@@ -55,8 +78,20 @@ impl Completions {
         if prompts.is_empty() {
             return Err(ApiError::invalid("prompt", "prompt is an empty array"));
         }
-        let max_tokens = max_tokens("max_tokens", fields.max_tokens)?.unwrap_or(MAX_TOKENS);
-        Ok(Self { prompts, max_tokens })
+        let logprobs = match fields.logprobs {
+            None | Some(Logprobs::Flag(false)) => None,
+            Some(Logprobs::Flag(true)) => {
+                return Err(ApiError::invalid("logprobs", "logprobs is a number of alternatives here, not true"));
+            }
+            Some(Logprobs::Count(count)) => Some(alternatives("logprobs", count)?),
+        };
+        let most = |value| Ok::<_, ApiError>(MostTokens::parse("max_tokens", value)?.unwrap_or(MAX_TOKENS));
+        let length = match (fields.echo.unwrap_or(false), fields.max_tokens) {
+            (true, Some(0)) => Length::Echo,
+            (true, value) => Length::EchoAndText(most(value)?),
+            (false, value) => Length::Text(most(value)?),
+        };
+        Ok(Self { prompts, length, logprobs })
     }
 }
 
@@ -75,7 +110,8 @@ mod tests {
             (json!([[1, 2], [3]]), vec![Prompt::Tokens(vec![1, 2]), Prompt::Tokens(vec![3])]),
         ] {
             let parsed = Completions::parse(&json!({"prompt": prompt})).unwrap();
-            assert_eq!(parsed, Completions { prompts: expected, max_tokens: 16 });
+            let length = Length::Text(MostTokens::Count(16));
+            assert_eq!(parsed, Completions { prompts: expected, length, logprobs: None });
         }
         for prompt in [json!(null), json!(1), json!([]), json!(["a", 1]), json!([-1]), json!([1.5]), json!({"a": 1})] {
             let error = Completions::parse(&json!({"prompt": prompt})).unwrap_err();
@@ -86,8 +122,9 @@ mod tests {
     #[test]
     fn what_would_change_the_answer_is_refused() {
         for (field, harmless, matters) in [
-            ("echo", json!(false), json!(true)),
-            ("logprobs", json!(null), json!(0)),
+            ("logprobs", json!(false), json!(true)),
+            ("logprobs", json!(20), json!(21)),
+            ("max_tokens", json!(-1), json!(-2)),
             ("best_of", json!(1), json!(2)),
             ("suffix", json!(""), json!("end")),
             ("max_tokens", json!(1), json!(0)),
@@ -96,5 +133,19 @@ mod tests {
             let error = Completions::parse(&json!({"prompt": "a", field: matters})).unwrap_err();
             assert!(matches!(&error, ApiError::Invalid { param: Some(param), .. } if param == field), "{error:?}");
         }
+    }
+
+    #[test]
+    fn a_prompt_may_be_given_back() {
+        let length = |fields: Value| {
+            let mut body = json!({"prompt": "a"});
+            body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            Completions::parse(&body).map(|completions| completions.length)
+        };
+        assert_eq!(length(json!({"echo": true, "max_tokens": 0})).unwrap(), Length::Echo);
+        assert_eq!(length(json!({"echo": true})).unwrap(), Length::EchoAndText(MostTokens::Count(16)));
+        assert_eq!(length(json!({"echo": false, "max_tokens": -1})).unwrap(), Length::Text(MostTokens::Context));
+        assert!(length(json!({"max_tokens": 0})).is_err());
+        assert!(length(json!({"echo": "yes"})).is_err());
     }
 }

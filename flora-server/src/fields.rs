@@ -54,7 +54,6 @@ const SHARED: Fields = &[
     ("cache_salt", Harmless),
     ("id_slot", Harmless),
     ("request_id", Harmless),
-    ("echo", Refused(&["false"])),
     ("best_of", Refused(&["1"])),
     ("response_format", Refused(&[r#"{"type": "text"}"#])),
     ("guided_json", Refused(&[])),
@@ -101,7 +100,8 @@ const SHARED: Fields = &[
 /// The fields of `/v1/completions` alone.
 const COMPLETIONS: Fields = &[
     ("prompt", Read),
-    ("logprobs", Refused(&["false"])),
+    ("logprobs", Read),
+    ("echo", Read),
     ("suffix", Refused(&[r#""""#])),
     ("prompt_embeds", Refused(&[])),
     ("add_special_tokens", Refused(&["true"])),
@@ -114,9 +114,11 @@ const CHAT: Fields = &[
     ("add_generation_prompt", Read),
     ("continue_final_message", Read),
     ("chat_template_kwargs", Read),
+    // Of vLLM's chats alone; a message can't be given back with its template.
+    ("echo", Refused(&["false"])),
     ("parallel_tool_calls", Harmless),
-    ("logprobs", Refused(&["false"])),
-    ("top_logprobs", Refused(&["0"])),
+    ("logprobs", Read),
+    ("top_logprobs", Read),
     ("tools", Refused(&["[]"])),
     ("tool_choice", Refused(&[r#""none""#, r#""auto""#])),
     ("functions", Refused(&["[]"])),

@@ -1,24 +1,26 @@
 //! From a request's body to the engine, and from the engine's events to an answer.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
-use flora_engine::{Event, FinishReason, Request as EngineRequest, StopAt, Stream, Usage};
+use flora_engine::{Event, FinishReason, RequestError, ScoredToken, Stream, Usage};
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream, SelectAll};
 
 use crate::answer::{Answer, Choice, Endpoint};
 use crate::app::{App, blocking};
+use crate::asked::{Asked, Echo, Planned};
 use crate::body;
 use crate::chat::Chat;
-use crate::completions::{Completions, Prompt};
+use crate::completions::Completions;
 use crate::error::ApiError;
+use crate::logprobs::Scored;
 use crate::parameters::{Delivery, Parameters};
 use crate::sse;
-use crate::text::Reader;
 
 /// How long a stream's head waits for its first piece. An error before that has a status of its own; but proxies give up on a
 /// server that says nothing for long.
@@ -35,12 +37,12 @@ pub(crate) async fn answer(app: Arc<App>, endpoint: Endpoint, request: Request) 
     };
     drop(body);
     let answer = Answer::new(endpoint, parameters.model.clone());
-    let (delivery, n) = (parameters.delivery, parameters.n);
-    let requests = {
+    let (delivery, n, is_scored) = (parameters.delivery, parameters.n, asked.logprobs().is_some());
+    let planned = {
         let app = Arc::clone(&app);
         blocking(move || asked.requests(&app, &parameters)).await?
     };
-    let mut generation = Generation::submit(app, requests, n, arrived)?;
+    let mut generation = Generation::submit(app, planned, n, is_scored, arrived)?;
     match delivery {
         Delivery::Whole => {
             let choices = generation.gather().await?;
@@ -56,143 +58,157 @@ pub(crate) async fn answer(app: Arc<App>, endpoint: Endpoint, request: Request) 
     }
 }
 
-/// What is asked, before the model reads it.
-enum Asked {
-    Completions(Completions),
-    Chat(Chat),
-}
-
-impl Asked {
-    /// A request of the engine for each choice: those of the first prompt, then those of the next.
-    fn requests(self, app: &App, parameters: &Parameters) -> Result<Vec<EngineRequest>, ApiError> {
-        let adapter = app.adapter(&parameters.model)?;
-        let prompts = match &self {
-            Self::Completions(completions) => completions.prompts.len(),
-            Self::Chat(_) => 1,
-        };
-        let limits = app.options().limits;
-        if prompts.saturating_mul(parameters.n) > limits.choices {
-            let message = format!(
-                "{prompts} prompts of {} choices each are more than the {} choices that are taken",
-                parameters.n, limits.choices
-            );
-            return Err(ApiError::invalid("n", message));
-        }
-        let context = app.engine().limits().most_tokens();
-        let mut requests = Vec::with_capacity(prompts * parameters.n);
-        let reader = app.text().reader(adapter)?;
-        let mut stop_tokens = if parameters.ignore_eos { Vec::new() } else { reader.stop_tokens() };
-        stop_tokens.extend(&parameters.stop_tokens);
-        let (prompts, max_tokens) = self.tokens(&reader)?;
-        for prompt in prompts {
-            // Room for one token at least.
-            let (tokens, limit) = (prompt.len(), limits.prompt_tokens.min(context.saturating_sub(1)));
-            if tokens > limit {
-                return Err(ApiError::LongPrompt { tokens, limit });
-            }
-            let rest = u32::try_from(context - tokens).unwrap_or(u32::MAX);
-            requests.extend((0..parameters.n).map(|choice| EngineRequest {
-                prompt: prompt.clone(),
-                adapter: adapter.map(str::to_owned),
-                sampling: parameters.draw.choice(choice),
-                rules: parameters.rules.clone(),
-                stop: StopAt {
-                    max_tokens: max_tokens.unwrap_or(rest),
-                    strings: parameters.stop.clone(),
-                    tokens: stop_tokens.clone(),
-                },
-            }));
-        }
-        Ok(requests)
-    }
-
-    /// The tokens of each prompt, and how many to generate where the request says so.
-    fn tokens(self, reader: &Reader<'_>) -> Result<(Vec<Vec<u32>>, Option<u32>), ApiError> {
-        match self {
-            Self::Completions(Completions { prompts, max_tokens }) => {
-                let prompts = prompts.into_iter().map(|prompt| match prompt {
-                    Prompt::Text(said) => reader.prompt(&said).map_err(|error| ApiError::invalid("prompt", error)),
-                    Prompt::Tokens(tokens) => Ok(tokens),
-                });
-                Ok((prompts.collect::<Result<_, _>>()?, Some(max_tokens)))
-            }
-            Self::Chat(Chat { conversation, max_tokens }) => {
-                let prompt = reader.chat(&conversation).map_err(|error| ApiError::invalid("messages", error))?;
-                Ok((vec![prompt], max_tokens))
-            }
-        }
-    }
-}
-
 /// The choices of one request as they run. Dropping it cancels them.
 pub(crate) struct Generation {
     app: Arc<App>,
     events: SelectAll<BoxStream<'static, (usize, Event)>>,
+    /// Those that follow when others have ended, with their numbers.
+    later: VecDeque<(usize, Planned)>,
+    /// What is to be said before the next event.
+    ready: VecDeque<Piece>,
     arrived: Instant,
-    /// When the first token of each choice came, and its last so far.
-    times: Vec<Option<(Instant, Instant)>>,
+    choices: Vec<State>,
     /// Choices of each prompt.
     n: usize,
+    /// Whether log-probabilities are told.
+    is_scored: bool,
     usage: Usage,
+}
+
+/// How far a choice is.
+#[derive(Default)]
+struct State {
+    /// The prompt, where it is yet to be given back.
+    echo: Option<Echo>,
+    /// When its first token came, and its last so far.
+    times: Option<(Instant, Instant)>,
+    /// Characters of the tokens that were told.
+    characters: usize,
 }
 
 /// What comes of a choice.
 pub(crate) enum Piece {
-    Text { choice: usize, text: String },
-    End { choice: usize, reason: FinishReason },
+    Text {
+        choice: usize,
+        text: String,
+        /// Its tokens, where log-probabilities are told.
+        tokens: Option<Vec<Scored>>,
+        /// Characters of the tokens before.
+        offset: usize,
+    },
+    End {
+        choice: usize,
+        reason: FinishReason,
+    },
 }
 
 impl Generation {
-    /// Gives all of `requests` to the engine, or none: one that isn't taken cancels those before it.
-    fn submit(app: Arc<App>, requests: Vec<EngineRequest>, n: usize, arrived: Instant) -> Result<Self, ApiError> {
-        let times = vec![None; requests.len()];
-        let mut events = SelectAll::new();
-        for (choice, request) in requests.into_iter().enumerate() {
-            events.push(numbered(choice, app.engine().submit(request)?));
+    /// Gives the first of `planned` to the engine, or none of them: one that isn't taken cancels those before it. The others
+    /// follow as choices end.
+    fn submit(
+        app: Arc<App>,
+        planned: Vec<Planned>,
+        n: usize,
+        is_scored: bool,
+        arrived: Instant,
+    ) -> Result<Self, ApiError> {
+        let at_once = app.options().limits.choices_at_once;
+        let choices = planned.iter().map(|planned| State { echo: planned.echo.clone(), ..State::default() }).collect();
+        let (events, ready, usage) = (SelectAll::new(), VecDeque::new(), Usage::default());
+        let later = planned.into_iter().enumerate().collect();
+        let mut generation = Self { app, events, later, ready, arrived, choices, n, is_scored, usage };
+        for _ in 0..at_once.max(1) {
+            let Some((choice, planned)) = generation.later.pop_front() else { break };
+            generation.events.push(numbered(choice, generation.app.engine().submit(planned.request)?));
         }
-        Ok(Self { app, events, arrived, times, n, usage: Usage::default() })
+        Ok(generation)
+    }
+
+    /// Gives the next choice to the engine, where there is one. While others run, one that finds a full queue waits for the next
+    /// of them to end.
+    fn follow(&mut self) -> Result<(), ApiError> {
+        let Some((choice, planned)) = self.later.pop_front() else { return Ok(()) };
+        match self.app.engine().submit(planned.request.clone()) {
+            Ok(stream) => self.events.push(numbered(choice, stream)),
+            Err(RequestError::QueueFull { .. }) if !self.events.is_empty() => self.later.push_front((choice, planned)),
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
     }
 
     /// The next piece of any choice; `None` when all have ended.
     pub(crate) async fn next(&mut self) -> Option<Result<Piece, ApiError>> {
         loop {
+            if let Some(piece) = self.ready.pop_front() {
+                return Some(Ok(piece));
+            }
             let (choice, event) = self.events.next().await?;
             match event {
-                Event::Text { text, tokens } => {
+                Event::Prompt(scored) => self.say(choice, String::new(), scored),
+                Event::Text { text, tokens, scored } => {
                     if !tokens.is_empty() {
                         self.note_tokens(choice);
                     }
-                    if !text.is_empty() {
-                        return Some(Ok(Piece::Text { choice, text }));
-                    }
+                    self.say(choice, text, scored);
                 }
                 Event::Finished { reason, usage } => {
+                    // A prompt of one token has nothing that is told before.
+                    self.say(choice, String::new(), Vec::new());
                     self.note_end(choice, usage);
-                    return Some(Ok(Piece::End { choice, reason }));
+                    self.ready.push_back(Piece::End { choice, reason });
+                    if let Err(error) = self.follow() {
+                        return Some(Err(error));
+                    }
                 }
                 Event::Failed(error) => return Some(Err(error.into())),
             }
         }
     }
 
+    /// Makes a piece of what there is to be said, after the prompt where that is given back.
+    fn say(&mut self, choice: usize, text: String, scored: Vec<ScoredToken>) {
+        let said = self.app.text();
+        let state = &mut self.choices[choice];
+        let (text, first) = match state.echo.take() {
+            Some(echo) => (echo.text + &text, echo.first),
+            None => (text, None),
+        };
+        let tokens: Option<Vec<Scored>> = self.is_scored.then(|| {
+            let first = first.map(|token| Scored::first(token, said));
+            first.into_iter().chain(scored.into_iter().map(|scored| Scored::new(scored, said))).collect()
+        });
+        let offset = state.characters;
+        state.characters += tokens.iter().flatten().map(Scored::characters).sum::<usize>();
+        if !text.is_empty() || tokens.as_ref().is_some_and(|tokens| !tokens.is_empty()) {
+            self.ready.push_back(Piece::Text { choice, text, tokens, offset });
+        }
+    }
+
     /// All choices, once they have ended.
     async fn gather(&mut self) -> Result<Vec<Choice>, ApiError> {
-        let mut texts = vec![String::new(); self.times.len()];
-        let mut ended = Vec::with_capacity(texts.len());
+        let mut said = vec![(String::new(), Vec::new()); self.choices.len()];
+        let mut ended = Vec::with_capacity(said.len());
         while let Some(piece) = self.next().await {
             match piece? {
-                Piece::Text { choice, text } => texts[choice].push_str(&text),
+                Piece::Text { choice, text, tokens, .. } => {
+                    said[choice].0.push_str(&text);
+                    said[choice].1.extend(tokens.into_iter().flatten());
+                }
                 Piece::End { choice, reason } => ended.push((choice, reason)),
             }
         }
         ended.sort_unstable_by_key(|(choice, _)| *choice);
-        let choices = ended.into_iter().zip(texts);
-        Ok(choices.map(|((_, reason), text)| Choice { text, reason }).collect())
+        let choice = |((_, reason), (text, tokens)): ((usize, FinishReason), (String, Vec<Scored>))| Choice {
+            text,
+            reason,
+            tokens: self.is_scored.then_some(tokens),
+        };
+        Ok(ended.into_iter().zip(said).map(choice).collect())
     }
 
     /// How many choices there are.
     pub(crate) fn choices(&self) -> usize {
-        self.times.len()
+        self.choices.len()
     }
 
     /// What those that have ended took; a prompt of several choices is counted once.
@@ -202,7 +218,7 @@ impl Generation {
 
     fn note_tokens(&mut self, choice: usize) {
         let now = Instant::now();
-        match &mut self.times[choice] {
+        match &mut self.choices[choice].times {
             Some((_, last)) => *last = now,
             none => {
                 *none = Some((now, now));
@@ -212,7 +228,7 @@ impl Generation {
     }
 
     fn note_end(&mut self, choice: usize, usage: Usage) {
-        if let Some((first, last)) = self.times[choice] {
+        if let Some((first, last)) = self.choices[choice].times {
             self.app.metrics().output_tokens(last - first, usage.completion_tokens);
         }
         self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(usage.completion_tokens);

@@ -4,12 +4,14 @@
 
 mod answer;
 mod app;
+mod asked;
 mod body;
 mod chat;
 mod completions;
 mod error;
 mod fields;
 mod generation;
+mod logprobs;
 mod metrics;
 mod options;
 mod parameters;

@@ -43,6 +43,8 @@ pub struct Limits {
     pub prompt_tokens: usize,
     /// Choices of one request: its prompts times its `n`.
     pub choices: usize,
+    /// Those of them that the engine has at a time; the others follow.
+    pub choices_at_once: usize,
     /// Connections at a time; a further one is told 503 and closed.
     pub connections: usize,
     /// From a connection's start, or the end of its last answer, to the end of the next request's header.
@@ -58,7 +60,8 @@ impl Default for Limits {
         Self {
             body_bytes: 1 << 20,
             prompt_tokens: 1 << 17,
-            choices: 32,
+            choices: 4096,
+            choices_at_once: 32,
             connections: 512,
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),

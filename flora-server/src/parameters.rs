@@ -138,11 +138,49 @@ impl Parameters {
     }
 }
 
-/// The most tokens to generate, where a request says so.
-pub(crate) fn max_tokens(field: &str, value: Option<u32>) -> Result<Option<u32>, ApiError> {
-    match value {
-        Some(0) => Err(ApiError::invalid(field, format!("{field} must be at least 1"))),
-        value => Ok(value),
+/// How many tokens are generated at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MostTokens {
+    /// As many as the model's context and the cache hold.
+    Context,
+    /// So many.
+    Count(u32),
+}
+
+impl MostTokens {
+    /// What a request says, if it does: -1 is as many as there is room for.
+    pub(crate) fn parse(field: &str, value: Option<i64>) -> Result<Option<Self>, ApiError> {
+        let Some(value) = value else { return Ok(None) };
+        match u32::try_from(value) {
+            Ok(0) => Err(ApiError::invalid(
+                field,
+                format!("{field} must be at least 1, or -1 for as many as there is room for"),
+            )),
+            Ok(count) => Ok(Some(Self::Count(count))),
+            Err(_) if value == -1 => Ok(Some(Self::Context)),
+            Err(_) => {
+                Err(ApiError::invalid(field, format!("{field} must be from 1 to {}, or -1, not {value}", u32::MAX)))
+            }
+        }
+    }
+
+    /// How many where there is room for `room`.
+    pub(crate) fn within(self, room: usize) -> u32 {
+        match self {
+            Self::Context => u32::try_from(room).unwrap_or(u32::MAX),
+            Self::Count(count) => count,
+        }
+    }
+}
+
+/// The most alternatives that are told of a token. OpenAI has 5 for completions and 20 for chats, and vLLM 20 for both.
+const ALTERNATIVES: i64 = 20;
+
+/// A number of alternatives.
+pub(crate) fn alternatives(field: &str, value: i64) -> Result<u32, ApiError> {
+    match u32::try_from(value) {
+        Ok(count) if value <= ALTERNATIVES => Ok(count),
+        _ => Err(ApiError::invalid(field, format!("{field} must be from 0 to {ALTERNATIVES}, not {value}"))),
     }
 }
 

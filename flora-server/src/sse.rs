@@ -52,7 +52,7 @@ impl Chunks {
 
     fn piece(&mut self, piece: Piece) {
         let chunk = match piece {
-            Piece::Text { choice, text } => self.answer.text(choice, &text),
+            Piece::Text { choice, text, tokens, offset } => self.answer.text(choice, &text, tokens.as_deref(), offset),
             Piece::End { choice, reason } => self.answer.closing(choice, reason),
         };
         self.push(chunk);

@@ -14,6 +14,9 @@ use crate::error::ApiError;
 /// What a client wrote to the tokens of a prompt; the error is said to the client.
 type Read<T> = dyn Fn(&T) -> Result<Vec<u32>, String> + Send + Sync;
 
+/// A token to the bytes that it says by itself.
+type Spell = dyn Fn(u32) -> Vec<u8> + Send + Sync;
+
 /// An adapter's name to its folder.
 type FolderOf = dyn Fn(&str) -> Option<PathBuf> + Send + Sync;
 
@@ -25,6 +28,7 @@ enum Source {
         prompt: Box<Read<str>>,
         chat: Box<Read<Conversation>>,
         stop_tokens: Vec<u32>,
+        spelled: Box<Spell>,
     },
     Tokenizer {
         tokenizer: Arc<Tokenizer>,
@@ -36,13 +40,16 @@ enum Source {
 
 impl Text {
     /// `prompt` gives the tokens of a text to go on with, `chat` those of a conversation; what either says in its error is said
-    /// to the client. `stop_tokens` end what the model says.
+    /// to the client. `stop_tokens` end what the model says, and `spelled` gives the bytes of a token, which follow one another in
+    /// a text.
     pub fn new(
         prompt: impl Fn(&str) -> Result<Vec<u32>, String> + Send + Sync + 'static,
         chat: impl Fn(&Conversation) -> Result<Vec<u32>, String> + Send + Sync + 'static,
         stop_tokens: Vec<u32>,
+        spelled: impl Fn(u32) -> Vec<u8> + Send + Sync + 'static,
     ) -> Self {
-        Self(Source::Functions { prompt: Box::new(prompt), chat: Box::new(chat), stop_tokens })
+        let (prompt, chat, spelled) = (Box::new(prompt), Box::new(chat), Box::new(spelled));
+        Self(Source::Functions { prompt, chat, stop_tokens, spelled })
     }
 
     /// As `tokenizer` reads, and for a chat with an adapter by the chat template in the adapter's folder, if `folder_of` knows
@@ -53,6 +60,25 @@ impl Text {
     ) -> Self {
         let adapters = AdapterTexts::new(Arc::clone(&tokenizer));
         Self(Source::Tokenizer { tokenizer, adapters, folder_of: Box::new(folder_of) })
+    }
+
+    /// The text of tokens; control tokens have none.
+    pub(crate) fn decode(&self, tokens: &[u32]) -> String {
+        match &self.0 {
+            Source::Functions { spelled, .. } => {
+                let bytes: Vec<u8> = tokens.iter().flat_map(|token| spelled(*token)).collect();
+                String::from_utf8_lossy(&bytes).into_owned()
+            }
+            Source::Tokenizer { tokenizer, .. } => tokenizer.decode(tokens),
+        }
+    }
+
+    /// What one token says by itself; a control token its name.
+    pub(crate) fn spelled(&self, token: u32) -> Vec<u8> {
+        match &self.0 {
+            Source::Functions { spelled, .. } => spelled(token),
+            Source::Tokenizer { tokenizer, .. } => tokenizer.spelled(token),
+        }
     }
 
     /// How texts are read for requests with `adapter`. May read its files.
@@ -71,19 +97,23 @@ impl Text {
             },
             _ => Arc::default(),
         };
-        Ok(Reader { source: &self.0, adapter })
+        Ok(Reader { text: self, adapter })
     }
 }
 
 /// Reads the texts of one request.
 pub(crate) struct Reader<'a> {
-    source: &'a Source,
+    text: &'a Text,
     adapter: Arc<AdapterText>,
 }
 
 impl Reader<'_> {
+    pub(crate) fn decode(&self, tokens: &[u32]) -> String {
+        self.text.decode(tokens)
+    }
+
     pub(crate) fn prompt(&self, text: &str) -> Result<Vec<u32>, String> {
-        match self.source {
+        match &self.text.0 {
             Source::Functions { prompt, .. } => prompt(text),
             // Control tokens too: the whole prompt is one client's, and a conversation may be written out in it.
             Source::Tokenizer { tokenizer, .. } => {
@@ -93,7 +123,7 @@ impl Reader<'_> {
     }
 
     pub(crate) fn chat(&self, conversation: &Conversation) -> Result<Vec<u32>, String> {
-        match self.source {
+        match &self.text.0 {
             Source::Functions { chat, .. } => chat(conversation),
             Source::Tokenizer { tokenizer, .. } => {
                 let text = self.written(tokenizer, conversation).map_err(|error| error.to_string())?;
@@ -104,7 +134,7 @@ impl Reader<'_> {
 
     /// The tokens that end what the model says.
     pub(crate) fn stop_tokens(&self) -> Vec<u32> {
-        match self.source {
+        match &self.text.0 {
             Source::Functions { stop_tokens, .. } => stop_tokens.clone(),
             Source::Tokenizer { tokenizer, .. } => {
                 let mut tokens = tokenizer.stop_tokens();

@@ -79,6 +79,25 @@ def seed(client, model):
     assert drawn(7) != drawn(8)
 
 
+def log_probabilities(client, model):
+    asked = {"model": model, "prompt": PROMPT, "logprobs": 2, "temperature": 0}
+    [alone] = client.completions.create(**asked, max_tokens=3).choices
+    [choice] = client.completions.create(**asked, max_tokens=3, echo=True).choices
+    assert choice.text == PROMPT + alone.text
+    told = choice.logprobs
+    assert told.token_logprobs[0] is None and told.token_logprobs[-3:] == alone.logprobs.token_logprobs
+    for own, likeliest in zip(told.token_logprobs[-3:], told.top_logprobs[-3:]):
+        assert own == max(likeliest.values()) <= 0
+    prompt = client.completions.create(**asked, max_tokens=0, echo=True).choices[0]
+    assert prompt.text == PROMPT and prompt.logprobs.token_logprobs == told.token_logprobs[:-3]
+
+    answer = client.chat.completions.create(model=model, messages=MESSAGES, logprobs=True, top_logprobs=2, **GREEDY)
+    [choice] = answer.choices
+    content = b"".join(bytes(token.bytes) for token in choice.logprobs.content)
+    assert content.decode(errors="replace") == choice.message.content
+    assert all(token.logprob == token.top_logprobs[0].logprob for token in choice.logprobs.content)
+
+
 def models(client, model):
     listed = {listed.id: listed for listed in client.models.list()}
     assert model in listed and listed[model].object == "model"
@@ -103,8 +122,8 @@ def bad_requests(client, model):
         {"stop": ["a", "b", "c", "d", "e"]},
         {"stop": ["a"] * 1000},
         {"temperature": 3},
-        {"logprobs": 5},
-        {"echo": True},
+        {"logprobs": 50},
+        {"best_of": 3},
         {"max_tokens": 0},
         {"extra_body": {"n": "many"}},
     ):
@@ -147,8 +166,8 @@ def main():
     url, key, *adapters = sys.argv[1:]
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
     [base] = [model.id for model in client.models.list() if model.model_extra["parent"] is None]
-    checks = (completion, completion_stream, several_prompts, chat, chat_stream, stop_string, seed, models)
-    checks += (unknown_models, wrong_key, bad_requests, left_streams)
+    checks = (completion, completion_stream, several_prompts, chat, chat_stream, stop_string, seed, log_probabilities)
+    checks += (models, unknown_models, wrong_key, bad_requests, left_streams)
     for check in checks:
         for model in (base, *adapters[:1]):
             print(f"{check.__name__} ({model})", flush=True)

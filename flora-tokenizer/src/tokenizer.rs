@@ -198,6 +198,16 @@ impl Tokenizer {
         }
     }
 
+    /// What one token says by itself: its bytes, or the name of a control token. Nothing for an id that is none.
+    pub fn spelled(&self, id: u32) -> Vec<u8> {
+        let Some(token) = self.tokens.get(id as usize) else { return Vec::new() };
+        match (&self.bytes, token.kind) {
+            (_, Kind::Control) => token.text.clone().into_bytes(),
+            (Some(bytes), _) => bytes.get(id as usize).cloned().unwrap_or_default(),
+            (None, _) => self.decode(&[id]).into_bytes(),
+        }
+    }
+
     /// The exact bytes of each token, by id: put together they are the text, though a character may be spread over several.
     /// Control tokens have none. `None` where what a token says depends on those around it, and [`decode`](Self::decode) reads
     /// them together.

@@ -3,5 +3,6 @@
 mod adapters;
 mod batching;
 mod schedules;
+mod scores;
 mod support;
 mod threads;

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use flora_engine::{
-    AdapterOptions, LoadOrder, LogitRules, Options, Request, RequestError, RequestId, Sampling, StopAt,
+    AdapterOptions, LoadOrder, LogProbabilities, LogitRules, Options, Request, RequestError, RequestId, Sampling,
+    StopAt,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -80,6 +81,7 @@ fn arrival() -> impl Strategy<Value = Arrival> {
                 sampling,
                 rules: LogitRules::default(),
                 stop: StopAt { max_tokens, strings, tokens },
+                log_probabilities: LogProbabilities::default(),
             },
             cancelled,
         })

@@ -8,8 +8,8 @@ use std::time::Instant;
 use flora_adapters::Layers;
 use flora_checkpoint::{AdapterFolder, AdapterModule, Model, Operand};
 use flora_engine::{
-    AdapterOptions, Core, Event, LoadOutcome, Loaded, LogitRules, Options, Request, RequestId, Sampling, StopAt,
-    Vocabulary,
+    AdapterOptions, Core, Event, LoadOutcome, Loaded, LogProbabilities, LogitRules, Options, Request, RequestId,
+    Sampling, StopAt, Vocabulary,
 };
 use flora_model::{DeviceModel, PreparedAdapter, ServeOptions};
 use flora_plan::layer::Element;
@@ -126,6 +126,7 @@ impl Bench {
             for (id, event) in core.step(now) {
                 let own = ids.iter().position(|own| *own == Some(id)).expect("an event of a request");
                 match event {
+                    Event::Prompt(_) => {}
                     Event::Text { tokens, .. } => {
                         said[own].as_mut().expect("one that isn't cancelled").extend(tokens);
                     }
@@ -149,7 +150,14 @@ fn request(random: &mut fastrand::Rng, vocabulary: u32) -> Request {
     };
     let stop = StopAt { max_tokens: random.u32(1..24), strings: Vec::new(), tokens: Vec::new() };
     let adapter = ADAPTERS.get(adapter).map(|own| own.0.to_owned());
-    Request { prompt, adapter, sampling, rules: LogitRules::default(), stop }
+    Request {
+        prompt,
+        adapter,
+        sampling,
+        rules: LogitRules::default(),
+        stop,
+        log_probabilities: LogProbabilities::default(),
+    }
 }
 
 #[test]

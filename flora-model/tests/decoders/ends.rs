@@ -1,7 +1,7 @@
 //! Adapters of a decoder's ends and biases against PEFT: LoRA, DoRA and HiRA on the embedding and the output matrix, copies of them,
 //! a vocabulary that grew, single tokens, biases; of a model whose ends are tied and of one whose aren't.
 
-use flora_engine::{Decoder, SequenceId, StepSegment};
+use flora_engine::{Decoder, LogitRows, SequenceId, StepSegment};
 
 use crate::golden::check;
 use crate::served::load;
@@ -46,7 +46,7 @@ fn ends_of_others_change_no_bit() {
         first_position: 0,
         tokens: &tokens,
         prompt_tokens: 5,
-        wants_logits: sequence % 3 != 2,
+        logits: if sequence % 3 == 2 { LogitRows::None } else { LogitRows::Last },
     };
     let alone: Vec<Vec<f32>> = (0..14)
         .map(|sequence| {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use flora_adapters::BaseForm;
 use flora_checkpoint::Model;
-use flora_engine::{AdapterId, Decoder, SequenceId, StepSegment};
+use flora_engine::{AdapterId, Decoder, LogitRows, SequenceId, StepSegment};
 use flora_model::ServeOptions;
 use flora_plan::layer::Element;
 use safetensors::SafeTensors;
@@ -103,7 +103,7 @@ fn segment(
     prompt_tokens: usize,
 ) -> StepSegment<'_> {
     let (first_position, prompt_tokens) = (first as u32, prompt_tokens as u32);
-    StepSegment { sequence, adapter, first_position, tokens, prompt_tokens, wants_logits: true }
+    StepSegment { sequence, adapter, first_position, tokens, prompt_tokens, logits: LogitRows::Last }
 }
 
 pub(crate) fn prefill(

@@ -1,6 +1,6 @@
 //! A sequence's logits are the same to the bit, whatever the others in its steps are and however its generated tokens come.
 
-use flora_engine::{AdapterId, Decoder, SequenceId, StepSegment};
+use flora_engine::{AdapterId, Decoder, LogitRows, SequenceId, StepSegment};
 
 use crate::served::{Served, load};
 use crate::{families, is_host};
@@ -29,7 +29,7 @@ struct Piece<'a> {
 impl Piece<'_> {
     fn segment(&self, sequence: SequenceId, adapter: Option<AdapterId>) -> StepSegment<'_> {
         let (first_position, prompt_tokens) = (self.first as u32, self.prompt_tokens as u32);
-        StepSegment { sequence, adapter, first_position, tokens: self.tokens, prompt_tokens, wants_logits: true }
+        StepSegment { sequence, adapter, first_position, tokens: self.tokens, prompt_tokens, logits: LogitRows::Last }
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use flora_adapters::Layers;
 use flora_checkpoint::{AdapterFolder, Model};
-use flora_engine::{AdapterId, Decoder, PlaceError, SequenceId, StepSegment};
+use flora_engine::{AdapterId, Decoder, LogitRows, PlaceError, SequenceId, StepSegment};
 use flora_model::{DeviceModel, PreparedAdapter, ServeOptions};
 use flora_plan::layer::Element;
 
@@ -33,7 +33,8 @@ fn load(model: &Model, adapter_bytes: u64) -> DeviceModel {
 fn logits(decoder: &mut DeviceModel, adapter: u32) -> Vec<f32> {
     let (sequence, adapter) = (SequenceId(7), Some(AdapterId(adapter)));
     let tokens = &[3, 90, 41, 12];
-    let segment = StepSegment { sequence, adapter, first_position: 0, tokens, prompt_tokens: 4, wants_logits: true };
+    let segment =
+        StepSegment { sequence, adapter, first_position: 0, tokens, prompt_tokens: 4, logits: LogitRows::Last };
     let logits = decoder.step(&[segment]).expect("a step");
     decoder.release(sequence);
     logits

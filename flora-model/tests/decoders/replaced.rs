@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use flora_checkpoint::{AdapterFolder, AdapterKinds, AdapterModule, Model, Operand};
 use flora_engine::{
-    Engine, EngineHandle, Event, LogitRules, Options, Request, RequestError, Sampling, StopAt, Vocabulary,
+    Engine, EngineHandle, Event, LogProbabilities, LogitRules, Options, Request, RequestError, Sampling, StopAt,
+    Vocabulary,
 };
 use flora_model::{AdapterDirectory, ServeOptions};
 
@@ -93,11 +94,13 @@ fn ask(handle: &EngineHandle, adapter: &str) -> Option<Vec<u32>> {
     let stop = StopAt { max_tokens: 4, strings: Vec::new(), tokens: Vec::new() };
     let prompt = vec![5, 80, 3, 17, 90, 41, 9];
     let rules = LogitRules::default();
-    let request = Request { prompt, adapter: Some(adapter.to_owned()), sampling: Sampling::Greedy, rules, stop };
+    let (sampling, log_probabilities) = (Sampling::Greedy, LogProbabilities::default());
+    let request = Request { prompt, adapter: Some(adapter.to_owned()), sampling, rules, stop, log_probabilities };
     let mut stream = handle.submit(request).expect("a request that can be run");
     let mut said = Vec::new();
     loop {
         match stream.blocking_recv().expect("a stream says how it ends") {
+            Event::Prompt(_) => {}
             Event::Text { tokens, .. } => said.extend(tokens),
             Event::Finished { .. } => return Some(said),
             Event::Failed(RequestError::Adapter(_)) => return None,

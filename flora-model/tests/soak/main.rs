@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use flora_checkpoint::Model;
 use flora_engine::{
-    AdapterFailure, AdapterOptions, Engine, EngineHandle, Event, LogitRules, Options, Request, RequestError, Sampling,
-    StopAt, Vocabulary,
+    AdapterFailure, AdapterOptions, Engine, EngineHandle, Event, LogProbabilities, LogitRules, Options, Request,
+    RequestError, Sampling, StopAt, Vocabulary,
 };
 use flora_model::{AdapterDirectory, ServeOptions};
 
@@ -58,7 +58,14 @@ fn request(random: &mut fastrand::Rng, vocabulary: u32, names: &[String]) -> Req
         false => Sampling::Greedy,
     };
     let stop = StopAt { max_tokens: random.u32(1..40), strings: vec!["\u{1}never".to_owned()], tokens: Vec::new() };
-    Request { prompt, adapter, sampling, rules: LogitRules::default(), stop }
+    Request {
+        prompt,
+        adapter,
+        sampling,
+        rules: LogitRules::default(),
+        stop,
+        log_probabilities: LogProbabilities::default(),
+    }
 }
 
 /// Sends one request after the other until `stop`.
@@ -84,6 +91,7 @@ fn client(number: u64, handle: &EngineHandle, vocabulary: u32, names: &[String],
             }
             heard += 1;
             match stream.blocking_recv().expect("a stream says how it ends") {
+                Event::Prompt(_) => {}
                 Event::Text { tokens, .. } => {
                     tally.tokens.fetch_add(tokens.len() as u64, Ordering::SeqCst);
                 }
@@ -113,6 +121,7 @@ fn watch(handle: &EngineHandle, stop: &AtomicBool) -> BTreeMap<bool, Vec<f64>> {
             sampling: Sampling::Greedy,
             rules: LogitRules::default(),
             stop: forever,
+            log_probabilities: LogProbabilities::default(),
         };
         let Ok(mut stream) = handle.submit(request) else { continue };
         let (mut last, mut preemptions) = (None, handle.metrics().preemptions);

@@ -44,18 +44,24 @@ const SHARED: &[(&str, &[&str])] = &[
     ("stop_token_ids", &["empty", "integers"]),
     ("ignore_eos", &["boolean"]),
     ("min_tokens", &["whole"]),
-    ("max_tokens", &["whole"]),
-    ("logprobs", &[]),
+    ("max_tokens", &["whole", "negative"]),
     ("guided_json", &[]),
     ("skip_special_tokens", &["boolean"]),
     ("never_heard_of", &[]),
 ];
-const OF_COMPLETIONS: &[(&str, &[&str])] =
-    &[("prompt", &["string", "strings", "integers"]), ("echo", &[]), ("best_of", &["whole"]), ("suffix", &[])];
+const OF_COMPLETIONS: &[(&str, &[&str])] = &[
+    ("prompt", &["string", "strings", "integers"]),
+    ("echo", &["boolean"]),
+    ("best_of", &["whole"]),
+    ("suffix", &[]),
+    ("logprobs", &["whole"]),
+];
 const OF_CHAT: &[(&str, &[&str])] = &[
     ("messages", &[]),
-    ("max_completion_tokens", &["whole"]),
+    ("max_completion_tokens", &["whole", "negative"]),
+    ("logprobs", &["boolean"]),
     ("top_logprobs", &[]),
+    ("echo", &[]),
     ("tools", &["empty"]),
     ("functions", &["empty"]),
     ("response_format", &[]),

@@ -5,5 +5,6 @@ mod client;
 mod connections;
 mod errors;
 mod hostile;
+mod logprobs;
 mod model;
 mod support;

@@ -79,15 +79,22 @@ impl Parrot {
         Vocabulary::new((0..=255).map(|byte| vec![byte]).chain([Vec::new()]).collect())
     }
 
+    /// The logits that are wanted of a segment. Within a prompt, the byte after each in the alphabet is likely to follow it.
     fn run(&mut self, segment: &StepSegment<'_>) -> Vec<f32> {
+        let next = self.next(segment);
+        let within = segment.tokens.iter().map(|token| likely(&[token + 1]));
+        let rows = within.take(segment.tokens.len() - 1).chain([next]).collect::<Vec<_>>();
+        rows[rows.len() - segment.logits.of(rows.len())..].concat()
+    }
+
+    /// The logits after the last token of a segment.
+    fn next(&mut self, segment: &StepSegment<'_>) -> Vec<f32> {
         let sequence = self.sequences.entry(segment.sequence).or_default();
         assert_eq!(sequence.held, segment.first_position as usize);
         sequence.prompt.extend(&segment.tokens[..segment.prompt_tokens as usize]);
         sequence.held += segment.tokens.len();
-        let mut logits = vec![0.0; END_TOKEN as usize + 1];
         if sequence.prompt[0] == u32::from(b'?') {
-            logits[usize::from(b'a')..=usize::from(b'z')].fill(40.0);
-            return logits;
+            return likely(&(u32::from(b'a')..=u32::from(b'z')).collect::<Vec<_>>());
         }
         let name = segment.adapter.map_or("", |adapter| &self.adapters[&adapter]);
         let said: Vec<u32> = name.bytes().map(u32::from).chain(sequence.prompt.iter().copied()).collect();
@@ -97,9 +104,17 @@ impl Parrot {
             Some(LATE_FAULT) => u32::from(FAULT),
             _ => next,
         };
-        logits[next as usize] = 40.0;
-        logits
+        likely(&[next])
     }
+}
+
+/// Logits by which one of these is next.
+fn likely(tokens: &[u32]) -> Vec<f32> {
+    let mut logits = vec![0.0; END_TOKEN as usize + 1];
+    for token in tokens {
+        logits[*token as usize] = 40.0;
+    }
+    logits
 }
 
 impl Decoder for Parrot {
@@ -117,10 +132,7 @@ impl Decoder for Parrot {
         }
         let mut logits = Vec::new();
         for segment in segments {
-            let row = self.run(segment);
-            if segment.wants_logits {
-                logits.extend(row);
-            }
+            logits.extend(self.run(segment));
         }
         Ok(logits)
     }

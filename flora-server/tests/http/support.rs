@@ -66,6 +66,7 @@ impl Service {
                 Ok(tokens(&format!("{}{next}{}", contents.join("|"), variables.concat())))
             },
             vec![END_TOKEN],
+            |token| u8::try_from(token).map_or_else(|_| b"<end>".to_vec(), |byte| vec![byte]),
         );
         let app = App::new(MODEL, engine.handle(), text, options);
         Self { gate, app, engine: engine.handle(), _engine: engine }

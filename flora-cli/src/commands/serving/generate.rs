@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
-use flora_engine::{AdapterFailure, Event, FinishReason, LogitRules, Request, RequestError, Sampling, StopAt, Usage};
+use flora_engine::{
+    AdapterFailure, Event, FinishReason, LogProbabilities, LogitRules, Request, RequestError, Sampling, StopAt, Usage,
+};
 use flora_tokenizer::{AdapterText, AdapterTexts, Conversation, Message, Next, Specials};
 use serde::Serialize;
 use serde_json::Map;
@@ -87,7 +89,8 @@ pub(crate) fn generate(arguments: &Arguments) -> Result<(), CommandError> {
     ends.extend(adapted.end());
     let stop = StopAt { max_tokens: arguments.max_tokens, strings: arguments.stop.clone(), tokens: ends };
     let adapter = arguments.adapter.clone();
-    let request = Request { prompt, adapter, sampling, rules: LogitRules::default(), stop };
+    let (rules, log_probabilities) = (LogitRules::default(), LogProbabilities::default());
+    let request = Request { prompt, adapter, sampling, rules, stop, log_probabilities };
     let began = Instant::now();
     let mut stream = serving.engine.handle().submit(request)?;
     let (mut said, mut tokens, mut first) = (String::new(), Vec::new(), None);
@@ -96,7 +99,8 @@ pub(crate) fn generate(arguments: &Arguments) -> Result<(), CommandError> {
     }
     let (reason, usage) = loop {
         match stream.blocking_recv() {
-            Some(Event::Text { text, tokens: more }) => {
+            Some(Event::Prompt(_)) => {}
+            Some(Event::Text { text, tokens: more, .. }) => {
                 first.get_or_insert_with(|| began.elapsed());
                 if !arguments.json {
                     output::print(&text)?;

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use flora_engine::{AdapterFailure, AdapterId, Decoder, DecoderLimits, Options, PlaceError, SequenceId, StepSegment};
+use flora_engine::{
+    AdapterFailure, AdapterId, Decoder, DecoderLimits, LogitRows, Options, PlaceError, SequenceId, StepSegment,
+};
 
 use super::TOKENS;
 
@@ -98,7 +100,7 @@ impl State {
         if segment.prompt_tokens > 0 {
             assert_eq!(segment.prompt_tokens as usize, length, "a chunk of the prompt has nothing else");
             assert_eq!(start % chunk, 0, "{segment:?}");
-            let ends = length < chunk || segment.wants_logits;
+            let ends = length < chunk || segment.logits == LogitRows::Last;
             match known.prompt {
                 Some(prompt) => assert_eq!(start + length, prompt.min(start + chunk), "{segment:?}"),
                 None if ends => known.prompt = Some(start + length),
@@ -110,19 +112,29 @@ impl State {
         }
     }
 
-    fn logits(&self, id: SequenceId) -> [f32; TOKENS as usize] {
-        let tokens = &self.sequences[&id];
+    /// The logits after the first `end` tokens.
+    fn logits(&self, id: SequenceId, end: usize) -> [f32; TOKENS as usize] {
         let known = &self.known[&id];
-        if tokens[..known.prompt.unwrap_or_default()].ends_with(&POISON) {
+        self.logits_of(known.adapter.as_ref(), known.prompt, &self.sequences[&id][..end])
+    }
+
+    /// The logits after `tokens` of a sequence with this adapter and so long a prompt.
+    pub(crate) fn logits_of(
+        &self,
+        adapter: Option<&FakeAdapter>,
+        prompt: Option<usize>,
+        tokens: &[u32],
+    ) -> [f32; TOKENS as usize] {
+        if prompt.is_some_and(|prompt| tokens.get(..prompt).is_some_and(|prompt| prompt.ends_with(&POISON))) {
             return [f32::NAN; TOKENS as usize];
         }
-        let said = tokens.len() - known.prompt.unwrap_or_default();
+        let said = tokens.len().wrapping_sub(prompt.unwrap_or_default());
         if let Some(scripted) = self.script.get(said) {
             return std::array::from_fn(|token| f32::from(u8::from(token == *scripted as usize)));
         }
         std::array::from_fn(|token| {
             let mut hasher = DefaultHasher::new();
-            (known.adapter.as_ref().map(|adapter| (&adapter.name, adapter.version)), tokens, token).hash(&mut hasher);
+            (adapter.map(|adapter| (&adapter.name, adapter.version)), tokens, token).hash(&mut hasher);
             (hasher.finish() % 64) as f32 / 16.0
         })
     }
@@ -153,8 +165,13 @@ impl Decoder for FakeDecoder {
             NextStep::Fails => return Err(Lost),
             NextStep::Panics => panic!("the device is on fire"),
         }
-        let wanted = segments.iter().filter(|segment| segment.wants_logits);
-        Ok(wanted.flat_map(|segment| state.logits(segment.sequence)).collect())
+        let rows = |segment: &StepSegment<'_>| {
+            let end = segment.first_position as usize + segment.tokens.len();
+            let first = end - segment.logits.of(segment.tokens.len());
+            let logits = |end| state.logits(segment.sequence, end);
+            (first..end).flat_map(|position| logits(position + 1)).collect::<Vec<f32>>()
+        };
+        Ok(segments.iter().flat_map(rows).collect())
     }
 
     fn release(&mut self, sequence: SequenceId) {

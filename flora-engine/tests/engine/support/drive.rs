@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use flora_engine::{Core, Event, FinishReason, LoadOrder, Options, Request, RequestError, RequestId, Usage};
+use flora_engine::{
+    Core, Event, FinishReason, LoadOrder, Options, Request, RequestError, RequestId, ScoredToken, Usage,
+};
 
 use super::decoder::FakeDecoder;
 use super::disk::Disk;
@@ -15,6 +17,8 @@ use super::vocabulary;
 pub(crate) struct Heard {
     pub(crate) text: String,
     pub(crate) tokens: Vec<u32>,
+    pub(crate) prompt: Vec<ScoredToken>,
+    pub(crate) scored: Vec<ScoredToken>,
     pub(crate) end: Option<End>,
 }
 
@@ -28,7 +32,9 @@ impl Heard {
     pub(crate) fn take(&mut self, event: Event) {
         assert_eq!(self.end, None, "an event after the end: {event:?}");
         match event {
-            Event::Text { text, tokens } => {
+            Event::Prompt(scored) => self.prompt.extend(scored),
+            Event::Text { text, tokens, scored } => {
+                self.scored.extend(scored);
                 self.text += &text;
                 self.tokens.extend(tokens);
             }

@@ -4,7 +4,7 @@ pub(crate) mod decoder;
 pub(crate) mod disk;
 pub(crate) mod drive;
 
-use flora_engine::{LogitRules, Options, Request, Sampling, StopAt, Vocabulary};
+use flora_engine::{LogProbabilities, LogitRules, Options, Request, Sampling, StopAt, Vocabulary};
 
 /// Tokens of the fake model: `a` to `h`, the halves of `é`, bytes that are no UTF-8, one that says nothing.
 pub(crate) fn vocabulary() -> Vocabulary {
@@ -35,5 +35,6 @@ pub(crate) fn request(prompt: &[u32], adapter: Option<&str>, max_tokens: u32) ->
         sampling: Sampling::Greedy,
         rules: LogitRules::default(),
         stop: StopAt { max_tokens, strings: Vec::new(), tokens: Vec::new() },
+        log_probabilities: LogProbabilities::default(),
     }
 }

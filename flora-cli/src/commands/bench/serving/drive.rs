@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use flora_engine::{Engine, Event, LogitRules, Request, RequestError, Sampling, StopAt};
+use flora_engine::{Engine, Event, LogProbabilities, LogitRules, Request, RequestError, Sampling, StopAt};
 use tokio::time::sleep;
 
 use super::workload::Lengths;
@@ -56,11 +56,13 @@ pub(super) fn drive(engine: &Engine, planned: &[Planned], vocabulary: u32, seed:
                     sampling: Sampling::Greedy,
                     rules: LogitRules::default(),
                     stop,
+                    log_probabilities: LogProbabilities::default(),
                 };
                 let mut stream = handle.submit(request)?;
                 let mut first = None;
                 loop {
                     match stream.recv().await {
+                        Some(Event::Prompt(_)) => {}
                         Some(Event::Text { .. }) => {
                             first.get_or_insert_with(|| arrived.elapsed());
                         }

@@ -1,0 +1,135 @@
+//! From what a client asks to the engine's requests, one for each choice.
+
+use flora_engine::{LogProbabilities, Request, StopAt};
+
+use crate::app::App;
+use crate::chat::Chat;
+use crate::completions::{Completions, Length, Prompt};
+use crate::error::ApiError;
+use crate::parameters::{MostTokens, Parameters};
+use crate::text::Reader;
+
+/// What is asked, before the model reads it.
+pub(crate) enum Asked {
+    Completions(Completions),
+    Chat(Chat),
+}
+
+/// A choice that is to run.
+pub(crate) struct Planned {
+    pub(crate) request: Request,
+    /// The prompt, where it is given back before the text.
+    pub(crate) echo: Option<Echo>,
+}
+
+/// A prompt that is given back.
+#[derive(Clone, Debug)]
+pub(crate) struct Echo {
+    pub(crate) text: String,
+    /// Its first token, which has no log-probability.
+    pub(crate) first: Option<u32>,
+}
+
+/// A prompt that was read.
+struct ReadPrompt {
+    tokens: Vec<u32>,
+    echo: Option<Echo>,
+}
+
+impl Asked {
+    /// The alternatives of each token whose log-probability is told.
+    pub(crate) fn logprobs(&self) -> Option<u32> {
+        match self {
+            Self::Completions(completions) => completions.logprobs,
+            Self::Chat(chat) => chat.logprobs,
+        }
+    }
+
+    /// A request of the engine for each choice: those of the first prompt, then those of the next.
+    pub(crate) fn requests(self, app: &App, parameters: &Parameters) -> Result<Vec<Planned>, ApiError> {
+        let adapter = app.adapter(&parameters.model)?;
+        let prompts = match &self {
+            Self::Completions(completions) => completions.prompts.len(),
+            Self::Chat(_) => 1,
+        };
+        let limits = app.options().limits;
+        if prompts.saturating_mul(parameters.n) > limits.choices {
+            let message = format!(
+                "{prompts} prompts of {} choices each are more than the {} choices that are taken",
+                parameters.n, limits.choices
+            );
+            return Err(ApiError::invalid("n", message));
+        }
+        let context = app.engine().limits().most_tokens();
+        let mut requests = Vec::with_capacity(prompts * parameters.n);
+        let reader = app.text().reader(adapter)?;
+        let mut stop_tokens = if parameters.ignore_eos { Vec::new() } else { reader.stop_tokens() };
+        stop_tokens.extend(&parameters.stop_tokens);
+        let (length, log_probabilities) = self.told();
+        let prompts = self.prompts(&reader)?;
+        for ReadPrompt { tokens: prompt, echo } in prompts {
+            // Room for one token at least, where one is generated.
+            let room = context.saturating_sub(usize::from(length.is_some()));
+            let (tokens, limit) = (prompt.len(), limits.prompt_tokens.min(room));
+            if tokens > limit {
+                return Err(ApiError::LongPrompt { tokens, limit });
+            }
+            let max_tokens = length.map_or(0, |most| most.within(context - tokens));
+            requests.extend((0..parameters.n).map(|choice| {
+                let request = Request {
+                    prompt: prompt.clone(),
+                    adapter: adapter.map(str::to_owned),
+                    sampling: parameters.draw.choice(choice),
+                    rules: parameters.rules.clone(),
+                    stop: StopAt { max_tokens, strings: parameters.stop.clone(), tokens: stop_tokens.clone() },
+                    log_probabilities,
+                };
+                Planned { request, echo: echo.clone() }
+            }));
+        }
+        Ok(requests)
+    }
+
+    /// How much is generated, if anything is, and what is told of tokens.
+    fn told(&self) -> (Option<MostTokens>, LogProbabilities) {
+        let count = self.logprobs();
+        let of_text = LogProbabilities { generated: count, prompt: None };
+        match self {
+            Self::Chat(chat) => (Some(chat.max_tokens.unwrap_or(MostTokens::Context)), of_text),
+            Self::Completions(completions) => match completions.length {
+                Length::Text(most) => (Some(most), of_text),
+                Length::EchoAndText(most) => (Some(most), LogProbabilities { generated: count, prompt: count }),
+                // The engine has to be asked for something.
+                Length::Echo => (None, LogProbabilities { generated: None, prompt: Some(count.unwrap_or(0)) }),
+            },
+        }
+    }
+
+    /// The prompts as tokens.
+    fn prompts(self, reader: &Reader<'_>) -> Result<Vec<ReadPrompt>, ApiError> {
+        match self {
+            Self::Completions(Completions { prompts, length, .. }) => {
+                let gives_back = !matches!(length, Length::Text(_));
+                let read = |prompt| {
+                    let (tokens, text) = match prompt {
+                        Prompt::Text(said) => {
+                            let tokens = reader.prompt(&said).map_err(|error| ApiError::invalid("prompt", error))?;
+                            (tokens, gives_back.then_some(said))
+                        }
+                        Prompt::Tokens(tokens) => {
+                            let text = gives_back.then(|| reader.decode(&tokens));
+                            (tokens, text)
+                        }
+                    };
+                    let first = tokens.first().copied();
+                    Ok(ReadPrompt { tokens, echo: text.map(|text| Echo { text, first }) })
+                };
+                prompts.into_iter().map(read).collect()
+            }
+            Self::Chat(Chat { conversation, .. }) => {
+                let tokens = reader.chat(&conversation).map_err(|error| ApiError::invalid("messages", error))?;
+                Ok(vec![ReadPrompt { tokens, echo: None }])
+            }
+        }
+    }
+}
