@@ -110,9 +110,10 @@ pub mod target {
 #[cfg(feature = "serve")]
 pub mod serving {
     pub use flora_engine::{
-        AdapterFailure, AdapterId, AdapterMetrics, AdapterOptions, AdapterSource, Decoder, DecoderLimits, Engine,
-        Event, FinishReason, LogProbabilities, LogitRows, LogitRules, Metrics, Options, OptionsError, PlaceError, Request,
-        RequestError, Sampling, ScoredToken, SequenceId, StepSegment, StopAt, Stream, Usage, Vocabulary,
+        AdapterContent, AdapterFacts, AdapterFailure, AdapterId, AdapterMetrics, AdapterOptions, AdapterRequests,
+        AdapterSource, BlockId, BlockSharing, Decoder, DecoderLimits, Engine, Event, FinishReason, LogProbabilities,
+        LogitRows, LogitRules, Metrics, Options, OptionsError, PlaceError, Request, RequestError, Sampling,
+        ScoredToken, SequenceId, StepSegment, StopAt, Stream, Usage, Vocabulary,
     };
     pub use flora_model::{
         AdapterDirectory, DeviceModel, DirectoryError, PlanningChoice, PreparedAdapter, ServeError, ServeOptions, load,

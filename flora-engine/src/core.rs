@@ -1,14 +1,14 @@
 //! The engine without threads or clocks: requests go in, steps are taken, events come out, and the same calls give the same events.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::sync::Arc;
 use std::time::Instant;
 
 use crate::cache::BlockPool;
-use crate::decoder::{Decoder, LogitRows, SequenceId, StepSegment};
+use crate::decoder::{AdapterId, BlockSharing, Decoder, LogitRows, SequenceId, StepSegment};
 use crate::limits::{Accepted, RequestLimits};
-use crate::metrics::Metrics;
+use crate::metrics::{AdapterRequests, Metrics};
 use crate::options::{Options, OptionsError};
 use crate::request::{Event, Request, RequestError};
 use crate::residency::{LoadOrder, Loaded, Residency};
@@ -40,6 +40,8 @@ pub struct Core<D: Decoder> {
     waiting: BTreeMap<RequestId, Waiting>,
     running: BTreeMap<RequestId, Running>,
     cache: BlockPool,
+    /// Whether sequences have keys and values in common.
+    shares: bool,
     residency: Residency<D::Prepared>,
     next_request: u64,
     stalled: bool,
@@ -55,10 +57,15 @@ impl<D: Decoder> Core<D> {
     /// Options that can't be run with.
     pub fn new(decoder: D, vocabulary: Arc<Vocabulary>, options: Options) -> Result<Self, OptionsError> {
         options.check()?;
+        let mut decoder = decoder;
+        let divides =
+            |sharing: &mut dyn BlockSharing| options.block_tokens.is_multiple_of(sharing.granularity().max(1) as usize);
+        let shares = options.share_prefixes && decoder.sharing().is_some_and(divides);
         let limits = decoder.limits();
         Ok(Self {
             limits: RequestLimits::new(limits, &options),
             cache: BlockPool::new(options.cache_tokens, options.block_tokens),
+            shares,
             residency: Residency::new(options.adapters.clone()),
             decoder,
             vocabulary,
@@ -163,10 +170,25 @@ impl<D: Decoder> Core<D> {
             waiting: self.waiting.len(),
             running: self.running.len(),
             cache_blocks_used: self.cache.used(),
+            cache_blocks_kept: self.cache.kept(),
             cache_blocks_total: self.cache.total(),
+            cache_block_tokens: self.cache.block_tokens(),
             adapters: self.residency.metrics(),
             ..self.counts
         }
+    }
+
+    /// Which adapters requests have.
+    pub fn adapter_requests(&self) -> AdapterRequests {
+        let resident = |id: AdapterId| self.residency.name(id);
+        let running = self.running.values().filter_map(|running| resident(running.adapter?.id));
+        let waiting = self.waiting.values().filter_map(|waiting| match &waiting.adapter {
+            WaitingAdapter::Named { name, .. } => Some(name.as_str()),
+            WaitingAdapter::Chosen(id) => resident((*id)?),
+        });
+        let once = |names: BTreeSet<&str>| names.into_iter().map(str::to_owned).collect();
+        let (running, waiting) = (once(running.collect()), once(waiting.collect()));
+        AdapterRequests { running, waiting, resident: self.options.adapters.resident }
     }
 
     /// Lets in whom there is room for, and runs one batch. The events of a request are in order, and after its
@@ -175,6 +197,7 @@ impl<D: Decoder> Core<D> {
         let admitted = self.admit(now);
         let schedule =
             plan(&mut self.running, &mut self.cache, self.options.chunk_tokens, self.options.tokens_per_step);
+        self.forget_blocks();
         for (request, preempted) in schedule.preempted {
             self.preempt(request, preempted);
         }
@@ -189,7 +212,8 @@ impl<D: Decoder> Core<D> {
         self.counts.preemptions += 1;
         self.decoder.release(request.sequence());
         let Running { sequence, adapter, run_before, .. } = preempted;
-        self.waiting.insert(request, Waiting { sequence, adapter: WaitingAdapter::Chosen(adapter), run_before });
+        let adapter = WaitingAdapter::Chosen(adapter.map(|adapter| adapter.id));
+        self.waiting.insert(request, Waiting { sequence, adapter, run_before });
     }
 
     /// Runs one batch and says what it gave.
@@ -212,6 +236,10 @@ impl<D: Decoder> Core<D> {
         };
         if let Some(failure) = failure {
             for piece in pieces {
+                // What the decoder holds of it is nothing that another could begin with.
+                if let Some(running) = self.running.get_mut(&piece.request) {
+                    running.computed = 0;
+                }
                 self.fail(piece.request, RequestError::Model(failure.clone()));
             }
             return;
@@ -235,6 +263,9 @@ impl<D: Decoder> Core<D> {
         self.counts.prompt_tokens += piece.range.end.min(prompt).saturating_sub(first_time_from) as u64;
         running.computed = piece.range.end;
         running.run_before = running.run_before.max(piece.range.end);
+        if self.shares {
+            share(&mut self.decoder, &mut self.cache, piece.request, running);
+        }
         match running.sequence.score_prompt(piece.range.start, rows) {
             Ok(scores) => self.events.extend(scores.map(|event| (piece.request, event))),
             Err(error) => return self.fail(piece.request, RequestError::Model(error.to_string())),
@@ -275,10 +306,20 @@ impl<D: Decoder> Core<D> {
                 WaitingAdapter::Chosen(adapter) => adapter,
                 WaitingAdapter::Named { .. } => None,
             }
-        } else if let Some(running) = self.running.remove(&request) {
+        } else if let Some(mut running) = self.running.remove(&request) {
+            if self.shares {
+                let rows = running.rows(0..running.computed);
+                if let Some(filled) = self.cache.keep_rest(&mut running.blocks, &rows)
+                    && let Some(sharing) = self.decoder.sharing()
+                {
+                    let start = filled.index * self.options.block_tokens;
+                    sharing.share(request.sequence(), start as u32..running.computed as u32, filled.block);
+                }
+            }
             self.decoder.release(request.sequence());
             self.cache.give_back(running.blocks);
-            running.adapter
+            self.forget_blocks();
+            running.adapter.map(|adapter| adapter.id)
         } else {
             return false;
         };
@@ -290,11 +331,32 @@ impl<D: Decoder> Core<D> {
         true
     }
 
+    fn forget_blocks(&mut self) {
+        let forgotten = self.cache.take_forgotten();
+        if let Some(sharing) = self.decoder.sharing() {
+            forgotten.into_iter().for_each(|block| sharing.forget(block));
+        }
+    }
+
     fn remove_adapters(&mut self) {
         for adapter in self.residency.take_removed() {
             self.decoder.remove(adapter);
         }
     }
+}
+
+/// Shares the blocks that a sequence has filled.
+fn share<D: Decoder>(decoder: &mut D, cache: &mut BlockPool, request: RequestId, running: &mut Running) {
+    let Some(sharing) = decoder.sharing() else { return };
+    let mut blocks = std::mem::take(&mut running.blocks);
+    while let Some(filled) = cache.fill(&mut blocks, running.computed, |positions| running.rows(positions)) {
+        let start = (filled.index * cache.block_tokens()) as u32;
+        sharing.share(request.sequence(), start..start + cache.block_tokens() as u32, filled.block);
+    }
+    for forgotten in cache.take_forgotten() {
+        sharing.forget(forgotten);
+    }
+    running.blocks = blocks;
 }
 
 fn segment<'a>(running: &'a BTreeMap<RequestId, Running>, piece: &Piece) -> Option<StepSegment<'a>> {
@@ -304,7 +366,7 @@ fn segment<'a>(running: &'a BTreeMap<RequestId, Running>, piece: &Piece) -> Opti
     // A context is counted in u32.
     Some(StepSegment {
         sequence: piece.request.sequence(),
-        adapter: sequence.adapter,
+        adapter: sequence.adapter_at(piece.range.start),
         first_position: piece.range.start as u32,
         tokens: &tokens[piece.range.clone()],
         prompt_tokens: prompt_tokens as u32,

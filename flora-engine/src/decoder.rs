@@ -1,6 +1,7 @@
 //! What the engine asks of a model, and of the place that adapters come from.
 
 use std::error::Error;
+use std::ops::Range;
 
 /// A sequence whose keys and values a decoder keeps, from its first segment until it is released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -10,12 +11,32 @@ pub struct SequenceId(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AdapterId(pub u32);
 
+/// Keys and values of a block of tokens that several sequences may have: a number that the engine gives out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockId(pub u64);
+
+/// What an adapter is told by from any other, whatever it is called and whenever it was read: a digest of all that it holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AdapterContent(pub u128);
+
+/// What the engine has to know of an adapter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterFacts {
+    /// The bytes that it takes on the device.
+    pub bytes: u64,
+    /// What it holds.
+    pub content: AdapterContent,
+    /// Tokens that invoke it, of an activated adapter (aLoRA): it acts from their last occurrence in a prompt on, and where they
+    /// don't occur not at all. `None`: it acts everywhere.
+    pub invocation: Option<Vec<u32>>,
+}
+
 /// The tokens of one sequence in one step; they follow those that its earlier segments held.
 #[derive(Clone, Copy, Debug)]
 pub struct StepSegment<'a> {
     /// Whose tokens.
     pub sequence: SequenceId,
-    /// The adapter of all of the sequence's segments; `None` for the base model.
+    /// The adapter of these tokens; `None` for the base model. Segments of one sequence may have different ones.
     pub adapter: Option<AdapterId>,
     /// The position of the first of `tokens`: how many tokens of the sequence the decoder holds.
     pub first_position: u32,
@@ -89,6 +110,11 @@ pub trait Decoder {
     /// Forgets a sequence; nothing where it isn't known.
     fn release(&mut self, sequence: SequenceId);
 
+    /// How sequences have keys and values in common; `None` where they can't.
+    fn sharing(&mut self) -> Option<&mut dyn BlockSharing> {
+        None
+    }
+
     /// Puts an adapter on the device. A step may name it from then on.
     ///
     /// # Errors
@@ -97,6 +123,23 @@ pub trait Decoder {
 
     /// Frees an adapter's place; nothing where it isn't there.
     fn remove(&mut self, adapter: AdapterId);
+}
+
+/// Keys and values that sequences have in common, block by block. What a block holds never changes.
+pub trait BlockSharing {
+    /// What the tokens of a block have to be a multiple of.
+    fn granularity(&self) -> u32;
+
+    /// Keeps the keys and values of a sequence's tokens at these positions as `block`, so that they outlive it. Where there is such a
+    /// block already, which holds the same, the sequence has that from now on instead of its own.
+    fn share(&mut self, sequence: SequenceId, positions: Range<u32>, block: BlockId);
+
+    /// Begins a sequence with the first `tokens` tokens of blocks that follow one another. Those of the last block that are beyond
+    /// aren't the sequence's.
+    fn resume(&mut self, sequence: SequenceId, blocks: &[BlockId], tokens: u32);
+
+    /// Forgets a block; sequences that have it keep it.
+    fn forget(&mut self, block: BlockId);
 }
 
 impl<D: Decoder + ?Sized> Decoder for Box<D> {
@@ -117,6 +160,10 @@ impl<D: Decoder + ?Sized> Decoder for Box<D> {
 
     fn release(&mut self, sequence: SequenceId) {
         (**self).release(sequence);
+    }
+
+    fn sharing(&mut self) -> Option<&mut dyn BlockSharing> {
+        (**self).sharing()
     }
 
     fn place(&mut self, adapter: AdapterId, prepared: Self::Prepared) -> Result<(), PlaceError<Self::Prepared>> {
@@ -200,6 +247,6 @@ pub trait AdapterSource: Send + Sync + 'static {
     /// There is no such adapter, or it can't be used.
     fn prepare(&self, name: &str) -> Result<Read<Self::Prepared>, Unread>;
 
-    /// The bytes that it takes on the device.
-    fn bytes(prepared: &Self::Prepared) -> u64;
+    /// What the engine has to know of it.
+    fn facts(prepared: &Self::Prepared) -> AdapterFacts;
 }

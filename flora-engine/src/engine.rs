@@ -16,7 +16,7 @@ use crate::core::{Core, RequestId};
 use crate::decoder::{AdapterSource, Decoder};
 use crate::limits::{Accepted, RequestLimits};
 use crate::loader::Loader;
-use crate::metrics::Metrics;
+use crate::metrics::{AdapterRequests, Metrics};
 use crate::options::{Options, OptionsError};
 use crate::request::{Event, Request, RequestError};
 use crate::residency::Loaded;
@@ -54,6 +54,7 @@ struct Shared {
     /// Requests that were sent to the thread, but not seen by it.
     sent: AtomicUsize,
     metrics: Mutex<Metrics>,
+    adapter_requests: Mutex<AdapterRequests>,
     /// Why new requests are refused.
     closed: OnceLock<RequestError>,
     names: Box<dyn Fn() -> Vec<String> + Send + Sync>,
@@ -98,6 +99,7 @@ impl Engine {
             most_waiting,
             sent: AtomicUsize::new(0),
             metrics: Mutex::new(core.metrics()),
+            adapter_requests: Mutex::new(core.adapter_requests()),
             closed: OnceLock::new(),
             names: Box::new(move || source.names()),
         });
@@ -160,13 +162,14 @@ impl EngineHandle {
             return Err(error.clone());
         }
         let sent = self.shared.sent.fetch_add(1, Ordering::SeqCst);
-        let waiting = sent + self.metrics().waiting;
+        let waiting = sent + self.published().waiting;
         if waiting >= self.shared.most_waiting {
             self.shared.sent.fetch_sub(1, Ordering::SeqCst);
             return Err(RequestError::QueueFull { waiting });
         }
         let (sender, events) = mpsc::unbounded_channel();
         if self.commands.send(Command::Submit(accepted, sender)).is_err() {
+            self.shared.sent.fetch_sub(1, Ordering::SeqCst);
             return Err(self.shared.reason());
         }
         Ok(Stream { events, shared: self.shared.clone(), commands: self.commands.clone(), ended: false })
@@ -177,9 +180,27 @@ impl EngineHandle {
         &self.shared.limits
     }
 
-    /// How it stood after the last step.
+    /// How it stood after the last step, with the requests that came since.
     pub fn metrics(&self) -> Metrics {
+        // One that is taken meanwhile may be counted twice, and is never missed.
+        let sent = self.shared.sent.load(Ordering::SeqCst);
+        let published = self.published();
+        Metrics { waiting: published.waiting + sent, ..published }
+    }
+
+    fn published(&self) -> Metrics {
         *self.shared.metrics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Which adapters requests had after the last step.
+    pub fn adapter_requests(&self) -> AdapterRequests {
+        self.shared.adapter_requests.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether a request that came now would find a place: [`Self::is_healthy`], and fewer wait than may.
+    pub fn is_ready(&self) -> bool {
+        let waiting = self.shared.sent.load(Ordering::SeqCst) + self.published().waiting;
+        self.is_healthy() && waiting < self.shared.most_waiting
     }
 
     /// The names of the adapters that there are now. Asks the source, on this thread.
@@ -307,12 +328,17 @@ impl<D: Decoder> Worker<D> {
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Submit(_, stream) = command {
                 streams.push(stream);
+                self.shared.sent.fetch_sub(1, Ordering::SeqCst);
             }
         }
         {
             let mut metrics = self.shared.metrics.lock().unwrap_or_else(PoisonError::into_inner);
             metrics.failed += streams.len() as u64;
             (metrics.waiting, metrics.running, metrics.cache_blocks_used) = (0, 0, 0);
+        }
+        {
+            let mut requests = self.shared.adapter_requests.lock().unwrap_or_else(PoisonError::into_inner);
+            (requests.running, requests.waiting) = (Vec::new(), Vec::new());
         }
         for stream in streams {
             let _ = stream.send(Event::Failed(error.clone()));
@@ -429,6 +455,8 @@ impl<D: Decoder> Worker<D> {
     fn publish(&self) {
         let metrics = Metrics { last_step: self.last_step, ..self.core.metrics() };
         *self.shared.metrics.lock().unwrap_or_else(PoisonError::into_inner) = metrics;
+        let requests = self.core.adapter_requests();
+        *self.shared.adapter_requests.lock().unwrap_or_else(PoisonError::into_inner) = requests;
     }
 }
 

@@ -11,6 +11,7 @@ mod limits;
 mod loader;
 pub mod metrics;
 pub mod options;
+mod prefix;
 pub mod request;
 pub mod residency;
 mod rules;
@@ -23,12 +24,12 @@ mod text;
 
 pub use crate::core::{Core, RequestId};
 pub use decoder::{
-    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, LogitRows, PlaceError, Read, SequenceId,
-    StepSegment, Unread,
+    AdapterContent, AdapterFacts, AdapterFailure, AdapterId, AdapterSource, BlockId, BlockSharing, Decoder,
+    DecoderLimits, LogitRows, PlaceError, Read, SequenceId, StepSegment, Unread,
 };
 pub use engine::{Engine, EngineHandle, Stream};
 pub use limits::{Accepted, RequestLimits};
-pub use metrics::{AdapterMetrics, Metrics};
+pub use metrics::{AdapterMetrics, AdapterRequests, Metrics};
 pub use options::{AdapterOptions, Options, OptionsError, StopLimits};
 pub use request::{
     Event, FinishReason, LogProbabilities, LogitRules, Request, RequestError, Sampling, ScoredToken, StopAt, Usage,

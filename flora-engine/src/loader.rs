@@ -67,7 +67,7 @@ fn read<S: AdapterSource>(source: &S, to_read: &Mutex<Receiver<String>>, done: i
         let next = to_read.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(name) = next else { return };
         let outcome = match guarded(&name, || source.prepare(&name)) {
-            Ok(Read { version, prepared }) => LoadOutcome::Prepared { version, bytes: S::bytes(&prepared), prepared },
+            Ok(Read { version, prepared }) => LoadOutcome::Prepared { version, facts: S::facts(&prepared), prepared },
             Err(Unread { version, failure }) => LoadOutcome::Failed { version, failure },
         };
         done(Loaded { name, outcome });

@@ -23,16 +23,33 @@ pub struct Metrics {
     pub generated_tokens: u64,
     /// Tokens that were run again after a pre-emption.
     pub recomputed_tokens: u64,
+    /// Tokens whose keys and values were there, of a sequence that began alike.
+    pub shared_tokens: u64,
     /// Sequences that had to make room.
     pub preemptions: u64,
     /// Blocks of the cache that sequences hold.
     pub cache_blocks_used: usize,
+    /// Blocks of the cache that none holds, and that are kept for sequences that begin alike; their memory is there for others.
+    pub cache_blocks_kept: usize,
     /// Blocks of the cache.
     pub cache_blocks_total: usize,
+    /// Tokens of a block.
+    pub cache_block_tokens: usize,
     /// How long the last step took, from admission to its last event.
     pub last_step: Duration,
     /// Of adapters.
     pub adapters: AdapterMetrics,
+}
+
+/// Which adapters requests have, each named once and in order: what routes requests sends one to where its adapter is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AdapterRequests {
+    /// Of requests that run.
+    pub running: Vec<String>,
+    /// Of requests that wait; those of others that run are there too.
+    pub waiting: Vec<String>,
+    /// How many may be resident.
+    pub resident: usize,
 }
 
 /// A snapshot of the adapters' comings and goings. Counts are since the start.

@@ -14,6 +14,8 @@ pub struct Options {
     pub cache_tokens: usize,
     /// Tokens in a block of the cache: what a sequence takes at a time.
     pub block_tokens: usize,
+    /// Whether keys and values are kept for sequences that begin alike, where the decoder can share them.
+    pub share_prefixes: bool,
     /// The most requests that wait to be run.
     pub waiting: usize,
     /// What a request may ask to be stopped at.
@@ -30,6 +32,7 @@ impl Default for Options {
             chunk_tokens: 64,
             cache_tokens: 16_384,
             block_tokens: 32,
+            share_prefixes: true,
             waiting: 1024,
             stop: StopLimits::default(),
             adapters: AdapterOptions::default(),

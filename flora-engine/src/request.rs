@@ -106,7 +106,7 @@ pub enum Event {
         text: String,
         /// The tokens.
         tokens: Vec<u32>,
-        /// The same, where a request asks for their log-probabilities; else none.
+        /// The same, where a request asks for their log-probabilities, and then a stop token that ends it too; else none.
         scored: Vec<ScoredToken>,
     },
     /// Done.

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Instant;
 
-use crate::decoder::{AdapterFailure, AdapterId};
+use crate::decoder::{AdapterFacts, AdapterFailure, AdapterId};
 use crate::metrics::AdapterMetrics;
 use crate::options::AdapterOptions;
 
@@ -43,8 +43,8 @@ pub enum LoadOutcome<P> {
         version: u64,
         /// For the decoder.
         prepared: P,
-        /// What it takes on the device.
-        bytes: u64,
+        /// What is known of it.
+        facts: AdapterFacts,
     },
     /// It can't be had.
     Failed {
@@ -90,7 +90,7 @@ pub(crate) struct Placement {
     name: String,
     checked: Instant,
     version: u64,
-    bytes: u64,
+    facts: AdapterFacts,
 }
 
 /// What is known of a name when nothing is done about it.
@@ -117,7 +117,7 @@ enum Work<P> {
     Prepared {
         checked: Instant,
         version: u64,
-        bytes: u64,
+        facts: AdapterFacts,
         prepared: P,
         /// Someone waits for it.
         wanted: bool,
@@ -130,7 +130,7 @@ enum Work<P> {
 struct Slot {
     name: String,
     version: u64,
-    bytes: u64,
+    facts: AdapterFacts,
     /// Sequences that run with it.
     users: usize,
     /// On a clock that counts uses.
@@ -206,9 +206,9 @@ impl<P> Residency<P> {
         };
         let resident = self.resident(name);
         match self.work.get_mut(name) {
-            Some(Work::Prepared { wanted, bytes, checked, .. }) if *checked >= arrived => {
+            Some(Work::Prepared { wanted, facts, checked, .. }) if *checked >= arrived => {
                 *wanted = true;
-                return Standing::Prepared { bytes: *bytes };
+                return Standing::Prepared { bytes: facts.bytes };
             }
             // What is prepared is placed for those who came before, and compared with the disk then.
             Some(Work::Ordered { .. } | Work::Prepared { .. }) => {
@@ -249,10 +249,10 @@ impl<P> Residency<P> {
                 // It was evicted meanwhile.
                 None => {}
             },
-            LoadOutcome::Prepared { version, prepared, bytes } => {
+            LoadOutcome::Prepared { version, prepared, facts } => {
                 self.work.insert(
                     name,
-                    Work::Prepared { checked: since, version, bytes, prepared, wanted: false, full_at: None },
+                    Work::Prepared { checked: since, version, facts, prepared, wanted: false, full_at: None },
                 );
             }
             LoadOutcome::Failed { version, failure } => self.fail(name, since, version, failure),
@@ -288,10 +288,10 @@ impl<P> Residency<P> {
 
     /// Makes room for the adapter `name`, which is prepared. Those that are in use, are pinned or `protected` stay.
     pub(crate) fn make_room(&mut self, name: &str, protected: &[AdapterId]) -> Room {
-        let Some(Work::Prepared { bytes, full_at, .. }) = self.work.get(name) else {
+        let Some(Work::Prepared { facts, full_at, .. }) = self.work.get(name) else {
             return Room::Later;
         };
-        let (bytes, device_full) = (*bytes, *full_at == Some(self.removals));
+        let (bytes, device_full) = (facts.bytes, *full_at == Some(self.removals));
         if let Some(reason) = self.never_fits(name, bytes, device_full) {
             return Room::Never(AdapterFailure::Unusable { name: name.into(), reason });
         }
@@ -299,7 +299,7 @@ impl<P> Residency<P> {
             .slots
             .iter()
             .filter(|(id, slot)| slot.users == 0 && !protected.contains(id) && !self.stays(name, slot))
-            .map(|(id, slot)| (slot.last_used, *id, slot.bytes))
+            .map(|(id, slot)| (slot.last_used, *id, slot.facts.bytes))
             .collect();
         unused.sort_unstable();
         let (mut count, mut total) = (self.slots.len() + 1, self.resident_bytes().saturating_add(bytes));
@@ -325,7 +325,7 @@ impl<P> Residency<P> {
 
     fn never_fits(&self, name: &str, bytes: u64, device_full: bool) -> Option<String> {
         let staying = || self.slots.values().filter(|slot| self.stays(name, slot));
-        let (count, taken) = (staying().count(), staying().map(|slot| slot.bytes).sum::<u64>());
+        let (count, taken) = (staying().count(), staying().map(|slot| slot.facts.bytes).sum::<u64>());
         if count >= self.options.resident {
             return Some(format!(
                 "{} adapters may be resident, and {count} pinned ones are; unpin one or allow more",
@@ -363,13 +363,13 @@ impl<P> Residency<P> {
     /// Takes a prepared adapter out, for the decoder. `None` if it isn't prepared.
     pub(crate) fn begin(&mut self, name: &str) -> Option<(Placement, P)> {
         match self.work.remove(name) {
-            Some(Work::Prepared { checked, version, bytes, prepared, .. }) => {
+            Some(Work::Prepared { checked, version, facts, prepared, .. }) => {
                 while self.slots.contains_key(&AdapterId(self.next_id)) {
                     self.next_id = self.next_id.wrapping_add(1);
                 }
                 let id = AdapterId(self.next_id);
                 self.next_id = self.next_id.wrapping_add(1);
-                Some((Placement { id, name: name.into(), checked, version, bytes }, prepared))
+                Some((Placement { id, name: name.into(), checked, version, facts }, prepared))
             }
             Some(work) => {
                 self.work.insert(name.into(), work);
@@ -381,11 +381,11 @@ impl<P> Residency<P> {
 
     /// It is on the device. An older version leaves with its last user.
     pub(crate) fn placed(&mut self, placement: Placement) -> AdapterId {
-        let Placement { id, name, checked, version, bytes } = placement;
+        let Placement { id, name, checked, version, facts } = placement;
         self.counts.loads += 1;
         self.supersede(&name);
         self.clock += 1;
-        let slot = Slot { name: name.clone(), version, bytes, users: 0, last_used: self.clock, superseded: false };
+        let slot = Slot { name: name.clone(), version, facts, users: 0, last_used: self.clock, superseded: false };
         self.slots.insert(id, slot);
         self.settled.insert(name, Settled::Resident { checked, id });
         id
@@ -393,9 +393,9 @@ impl<P> Residency<P> {
 
     /// The device had no room; it is tried again once something was removed.
     pub(crate) fn full(&mut self, placement: Placement, prepared: P) {
-        let Placement { name, checked, version, bytes, .. } = placement;
+        let Placement { name, checked, version, facts, .. } = placement;
         let full_at = Some(self.removals);
-        self.work.insert(name, Work::Prepared { checked, version, bytes, prepared, wanted: true, full_at });
+        self.work.insert(name, Work::Prepared { checked, version, facts, prepared, wanted: true, full_at });
     }
 
     /// The decoder won't have it.
@@ -421,6 +421,16 @@ impl<P> Residency<P> {
                 self.remove(id);
             }
         }
+    }
+
+    /// What a resident adapter is called.
+    pub(crate) fn name(&self, id: AdapterId) -> Option<&str> {
+        self.slots.get(&id).map(|slot| slot.name.as_str())
+    }
+
+    /// What is known of a resident adapter.
+    pub(crate) fn facts(&self, id: AdapterId) -> Option<&AdapterFacts> {
+        self.slots.get(&id).map(|slot| &slot.facts)
     }
 
     /// A sequence begins to use an adapter. `hit`: it never had to wait for it.
@@ -462,7 +472,7 @@ impl<P> Residency<P> {
     }
 
     fn resident_bytes(&self) -> u64 {
-        self.slots.values().fold(0, |sum, slot| sum.saturating_add(slot.bytes))
+        self.slots.values().fold(0, |sum, slot| sum.saturating_add(slot.facts.bytes))
     }
 }
 

@@ -23,10 +23,12 @@ pub(crate) struct Schedule {
 }
 
 /// What of a sequence runs next. Where its ends are depends on the sequence alone, so that what is computed does too: chunks of
-/// the prompt, then, after a pre-emption, chunks of what was generated.
-fn next_range(prompt: usize, tokens: usize, computed: usize, chunk: usize) -> Range<usize> {
+/// the prompt, then, after a pre-emption, chunks of what was generated. `adapted` is where an adapter begins to act that doesn't act
+/// everywhere, so that a piece has one adapter or none.
+fn next_range(prompt: usize, tokens: usize, adapted: Option<usize>, computed: usize, chunk: usize) -> Range<usize> {
     let (start, end) = if computed < prompt { (0, prompt) } else { (prompt, tokens) };
     let boundary = start + ((computed - start) / chunk + 1) * chunk;
+    let end = adapted.filter(|from| *from > computed).map_or(end, |from| end.min(from));
     computed..boundary.min(end)
 }
 
@@ -48,7 +50,8 @@ pub(crate) fn plan(
         // It may have made room for an older one.
         let Some(sequence) = running.get(&request) else { continue };
         let (prompt, tokens) = (sequence.sequence.prompt(), sequence.sequence.tokens().len());
-        let range = next_range(prompt, tokens, sequence.computed, chunk_tokens);
+        let adapted = sequence.adapter.map(|adapter| adapter.from);
+        let range = next_range(prompt, tokens, adapted, sequence.computed, chunk_tokens);
         let decodes = range.len() == 1 && range.start >= prompt;
         if !make_room(running, cache, request, range.end, &mut schedule.preempted) {
             continue;
@@ -94,19 +97,20 @@ mod tests {
 
     #[test]
     fn chunks_end_where_the_sequence_says() {
-        let ranges = |prompt, tokens| {
+        let ranges = |prompt, tokens, adapted| {
             let mut computed = 0;
             std::iter::from_fn(move || {
                 (computed < tokens).then(|| {
-                    let range = next_range(prompt, tokens, computed, 4);
+                    let range = next_range(prompt, tokens, adapted, computed, 4);
                     computed = range.end;
                     range
                 })
             })
             .collect::<Vec<_>>()
         };
-        assert_eq!(ranges(5, 5), [0..4, 4..5]);
-        assert_eq!(ranges(8, 9), [0..4, 4..8, 8..9]);
-        assert_eq!(ranges(6, 15), [0..4, 4..6, 6..10, 10..14, 14..15]);
+        assert_eq!(ranges(5, 5, None), [0..4, 4..5]);
+        assert_eq!(ranges(8, 9, Some(0)), [0..4, 4..8, 8..9]);
+        assert_eq!(ranges(6, 15, Some(usize::MAX)), [0..4, 4..6, 6..10, 10..14, 14..15]);
+        assert_eq!(ranges(10, 11, Some(5)), [0..4, 4..5, 5..8, 8..10, 10..11]);
     }
 }

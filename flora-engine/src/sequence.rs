@@ -3,8 +3,9 @@
 use std::time::Instant;
 
 use crate::cache::Blocks;
-use crate::decoder::AdapterId;
+use crate::decoder::{AdapterContent, AdapterFacts, AdapterId};
 use crate::limits::Accepted;
+use crate::prefix::Row;
 use crate::request::{Event, FinishReason, LogProbabilities, Request, ScoredToken, Usage};
 use crate::rules::Reshaper;
 use crate::sample::{LogitsError, Sampler};
@@ -57,12 +58,58 @@ pub(crate) enum WaitingAdapter {
 #[derive(Debug)]
 pub(crate) struct Running {
     pub(crate) sequence: Sequence,
-    pub(crate) adapter: Option<AdapterId>,
+    pub(crate) adapter: Option<Adapted>,
     /// How many of its tokens the decoder holds.
     pub(crate) computed: usize,
     /// The most of them that were ever run.
     pub(crate) run_before: usize,
     pub(crate) blocks: Blocks,
+}
+
+/// The adapter of a sequence.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Adapted {
+    pub(crate) id: AdapterId,
+    content: AdapterContent,
+    /// The first token that it acts on.
+    pub(crate) from: usize,
+}
+
+impl Adapted {
+    /// An adapter for a sequence with this prompt. An activated one acts from the last occurrence of its invocation on, as PEFT has
+    /// it, and where there is none not at all.
+    pub(crate) fn new(id: AdapterId, facts: &AdapterFacts, prompt: &[u32]) -> Self {
+        let from = match facts.invocation.as_deref() {
+            None => 0,
+            // Nothing is in no place.
+            Some([]) => usize::MAX,
+            Some(invocation) => {
+                prompt.windows(invocation.len()).rposition(|tokens| tokens == invocation).unwrap_or(usize::MAX)
+            }
+        };
+        Self { id, content: facts.content, from }
+    }
+
+    /// Tokens with what they are computed with, those of a sequence from `first` on.
+    pub(crate) fn rows(adapter: Option<&Self>, first: usize, tokens: &[u32]) -> Vec<Row> {
+        let row = |(position, token): (usize, &u32)| {
+            let acting = adapter.filter(|adapter| position >= adapter.from);
+            Row { token: *token, adapter: acting.map(|adapter| adapter.content) }
+        };
+        (first..).zip(tokens).map(row).collect()
+    }
+}
+
+impl Running {
+    /// Its tokens at these positions with what they are computed with.
+    pub(crate) fn rows(&self, positions: std::ops::Range<usize>) -> Vec<Row> {
+        Adapted::rows(self.adapter.as_ref(), positions.start, &self.sequence.tokens()[positions])
+    }
+
+    /// The adapter that acts on its token at a position.
+    pub(crate) fn adapter_at(&self, position: usize) -> Option<AdapterId> {
+        self.adapter.filter(|adapter| position >= adapter.from).map(|adapter| adapter.id)
+    }
 }
 
 impl Waiting {
@@ -146,11 +193,11 @@ impl Sequence {
             self.reshaper.reshape(&mut reshaped);
             self.sampler.next(&reshaped)?
         };
-        if self.stop_tokens.contains(&token) {
-            return Ok(self.last(FinishReason::Stop, String::new(), None, vocabulary));
-        }
         let scored = self.log_probabilities.generated.map(|count| score(logits, token, count)).transpose()?;
         let scored = scored.into_iter().collect();
+        if self.stop_tokens.contains(&token) {
+            return Ok(self.last(FinishReason::Stop, String::new(), None, scored, vocabulary));
+        }
         self.tokens.push(token);
         let text = self.reader.push(token, vocabulary);
         let may_not_stop = self.reshaper.may_not_stop();
@@ -162,7 +209,7 @@ impl Sequence {
                 Event::Finished { reason: FinishReason::Stop, usage: self.usage() },
             ]),
             Found::Text(text) if self.tokens.len() == self.most => {
-                self.last(FinishReason::Length, text, Some((token, scored)), vocabulary)
+                self.last(FinishReason::Length, text, Some(token), scored, vocabulary)
             }
             Found::Text(text) => Said::More(Event::Text { text, tokens: vec![token], scored }),
         })
@@ -173,7 +220,8 @@ impl Sequence {
         &mut self,
         reason: FinishReason,
         mut text: String,
-        token: Option<(u32, Vec<ScoredToken>)>,
+        token: Option<u32>,
+        scored: Vec<ScoredToken>,
         vocabulary: &Vocabulary,
     ) -> Said {
         let left = self.reader.flush(vocabulary);
@@ -189,12 +237,10 @@ impl Sequence {
             }
         };
         let finished = Event::Finished { reason, usage: self.usage() };
-        if text.is_empty() && token.is_none() {
+        if text.is_empty() && token.is_none() && scored.is_empty() {
             return Said::Last(vec![finished]);
         }
-        let (token, scored) = token.unzip();
-        let (tokens, scored) = (token.into_iter().collect(), scored.unwrap_or_default());
-        Said::Last(vec![Event::Text { text, tokens, scored }, finished])
+        Said::Last(vec![Event::Text { text, tokens: token.into_iter().collect(), scored }, finished])
     }
 
     fn usage(&self) -> Usage {

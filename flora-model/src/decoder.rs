@@ -2,7 +2,9 @@
 
 use flora_adapters::{AdaptedEmbedding, AdaptedModel};
 use flora_checkpoint::Model;
-use flora_engine::{AdapterFailure, AdapterId, Decoder, DecoderLimits, PlaceError, SequenceId, StepSegment};
+use flora_engine::{
+    AdapterFailure, AdapterId, BlockId, BlockSharing, Decoder, DecoderLimits, PlaceError, SequenceId, StepSegment,
+};
 use flora_plan::layer::Element;
 use flora_runtime::{Buffer, Device, DeviceError, ProjectionError, StepBatch};
 use rustc_hash::FxHashMap;
@@ -14,25 +16,28 @@ use crate::head::OwnHead;
 use crate::memory::make_room;
 use crate::operations::{SegmentRows, Serving};
 use crate::options::ServeOptions;
+use crate::shared::LayerBlocks;
 use crate::source::PreparedAdapter;
 
 /// A model on a device.
 pub(crate) struct ServedModel<O: Serving> {
     device: Device,
-    parts: Parts<O>,
+    pub(crate) parts: Parts<O>,
     activations: Element,
-    sequences: FxHashMap<SequenceId, Sequence<O>>,
+    pub(crate) sequences: FxHashMap<SequenceId, Sequence<O>>,
+    /// What several of them may have.
+    pub(crate) shared: FxHashMap<BlockId, LayerBlocks<O>>,
     adapters: Residents,
     /// The most that they may take.
     adapter_bytes: u64,
 }
 
 /// What is kept of one sequence.
-struct Sequence<O: Serving> {
+pub(crate) struct Sequence<O: Serving> {
     /// Tokens whose keys and values are there.
-    length: usize,
+    pub(crate) length: usize,
     /// One a block.
-    layers: Vec<O::Cache>,
+    pub(crate) layers: Vec<O::Cache>,
 }
 
 /// The resident adapters.
@@ -103,6 +108,7 @@ impl<O: Serving> ServedModel<O> {
             parts,
             activations: options.activations,
             sequences: FxHashMap::default(),
+            shared: FxHashMap::default(),
             adapters: Residents::default(),
             adapter_bytes: options.adapter_bytes,
         })
@@ -303,6 +309,10 @@ impl<O: Serving> Decoder for ServedModel<O> {
 
     fn release(&mut self, sequence: SequenceId) {
         self.sequences.remove(&sequence);
+    }
+
+    fn sharing(&mut self) -> Option<&mut dyn BlockSharing> {
+        O::BLOCK_TOKENS.is_some().then_some(self as &mut dyn BlockSharing)
     }
 
     fn place(&mut self, adapter: AdapterId, prepared: PreparedAdapter) -> Result<(), PlaceError<PreparedAdapter>> {

@@ -1,7 +1,11 @@
 //! Decoders on the processor, without a tensor library: operations are the host engine's, on slices of the buffers that projections
 //! read and write.
 
-use flora_host::decoder::{Attention, AttentionSegment, Heads, KeyValueCache, Matrix, RotaryFrequencies, RotaryRows};
+use std::ops::Range;
+
+use flora_host::decoder::{
+    Attention, AttentionSegment, Heads, KeyValueBlock, KeyValueCache, Matrix, RotaryFrequencies, RotaryRows,
+};
 use flora_host::{HostEngine, HostPlace, OwnedValues, Values, ValuesMut};
 use flora_plan::layer::Element;
 use flora_runtime::{Buffer, Device, PlannedProjection, StepBatch};
@@ -155,6 +159,22 @@ impl Serving for HostOperations {
 
     fn cache_bytes_per_token(&self) -> u64 {
         KeyValueCache::bytes_per_token(self.heads, self.element)
+    }
+
+    type Block = KeyValueBlock;
+
+    const BLOCK_TOKENS: Option<u32> = Some(KeyValueCache::BLOCK_TOKENS as u32);
+
+    fn blocks(cache: &KeyValueCache, positions: Range<usize>) -> Vec<KeyValueBlock> {
+        cache.blocks(positions)
+    }
+
+    fn replace(cache: &mut KeyValueCache, first: usize, blocks: &[KeyValueBlock]) {
+        cache.replace(first, blocks);
+    }
+
+    fn beginning(&self, blocks: &[KeyValueBlock], tokens: usize) -> KeyValueCache {
+        KeyValueCache::beginning(self.heads, self.element, blocks, tokens)
     }
 
     /// On a thread of the pool, which works along with the others; any other would sleep through every operation and be woken after

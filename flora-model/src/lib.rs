@@ -20,6 +20,7 @@ mod memory;
 mod on_burn;
 mod operations;
 pub mod options;
+mod shared;
 pub mod source;
 pub mod training;
 
@@ -29,5 +30,5 @@ pub use error::ServeError;
 pub use load::load_on_burn;
 pub use load::{DeviceModel, load};
 pub use options::{PlanningChoice, ServeOptions};
-pub use source::{AdapterDirectory, DirectoryError, PreparedAdapter};
+pub use source::{AdapterDirectory, DirectoryError, PreparedAdapter, UpdateError};
 pub use training::{TargetScore, TrainError, TrainOptions, TrainedModel};

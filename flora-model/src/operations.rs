@@ -110,6 +110,21 @@ pub(crate) trait Serving: Operations<Matrix = Buffer, Linear = PlannedProjection
     /// Bytes that a token takes in a cache.
     fn cache_bytes_per_token(&self) -> u64;
 
+    /// Keys and values of some tokens in one layer, which several caches may have.
+    type Block: Clone + Send + Sync;
+
+    /// Tokens of such a block; `None` where caches have nothing in common.
+    const BLOCK_TOKENS: Option<u32>;
+
+    /// The blocks of tokens at these positions; the first is the first of a block.
+    fn blocks(cache: &Self::Cache, positions: Range<usize>) -> Vec<Self::Block>;
+
+    /// Gives a cache these blocks, which hold the same, in place of its own from the token `first` on.
+    fn replace(cache: &mut Self::Cache, first: usize, blocks: &[Self::Block]);
+
+    /// A cache that begins with the first `tokens` tokens of blocks.
+    fn beginning(&self, blocks: &[Self::Block], tokens: usize) -> Self::Cache;
+
     /// Runs a whole step where its operations are best started from.
     fn run<R: Send>(step: impl FnOnce() -> R + Send) -> R {
         step()

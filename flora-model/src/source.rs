@@ -6,13 +6,14 @@
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use flora_adapters::adapted::numbers;
 use flora_adapters::{AdaptedModel, BaseForm, Layers, RegisterError, StoreError};
 use flora_checkpoint::peft::{AdapterFiles, FolderVersion};
 use flora_checkpoint::{AdapterFolder, Model};
-use flora_engine::{AdapterFailure, AdapterSource, Read, Unread};
+use flora_engine::{AdapterContent, AdapterFacts, AdapterFailure, AdapterSource, Read, Unread};
 use flora_plan::layer::Element;
 
 const CONFIG: &str = "adapter_config.json";
@@ -22,8 +23,8 @@ const CONFIG: &str = "adapter_config.json";
 pub struct AdapterDirectory {
     /// Its sub-folders are adapters, each of its folder's name.
     folder: Option<PathBuf>,
-    /// Others, by name.
-    named: BTreeMap<String, PathBuf>,
+    /// Others, by name; those that were loaded are its clones' too.
+    named: Arc<RwLock<BTreeMap<String, PathBuf>>>,
     model: Arc<Model>,
     layers: Layers,
     element: Element,
@@ -40,6 +41,10 @@ pub struct PreparedAdapter {
     pub adapted: AdaptedModel,
     /// Bytes that it takes when it is resident, on the device and beside it.
     pub bytes: u64,
+    /// What it holds.
+    pub content: AdapterContent,
+    /// The tokens that invoke it, of an activated adapter.
+    pub invocation: Option<Vec<u32>>,
 }
 
 /// Why there can't be adapters where they are said to be.
@@ -75,6 +80,21 @@ pub enum DirectoryError {
     Twice(String),
 }
 
+/// Why the adapters stay as they are.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum UpdateError {
+    /// There is one of the name.
+    #[error("there is an adapter `{0}` already")]
+    Exists(String),
+    /// None was put under the name.
+    #[error("no adapter `{0}` was loaded")]
+    Unknown(String),
+    /// What is in the folder.
+    #[error(transparent)]
+    Unusable(#[from] AdapterFailure),
+}
+
 impl AdapterDirectory {
     /// The sub-folders of `folder`, or no adapters, for `model`, of the built-in kinds; `element` is the type in which the device
     /// keeps them.
@@ -87,7 +107,7 @@ impl AdapterDirectory {
 
     /// The same of the kinds of `layers`.
     pub fn with_layers(folder: Option<&Path>, model: &Arc<Model>, element: Element, layers: Layers) -> Self {
-        let (folder, named) = (folder.map(Path::to_owned), BTreeMap::new());
+        let (folder, named) = (folder.map(Path::to_owned), Arc::default());
         Self { folder, named, model: model.clone(), layers, element, base: BaseForm::default() }
     }
 
@@ -101,14 +121,37 @@ impl AdapterDirectory {
     ///
     /// # Errors
     /// A name that two have, or that isn't one.
-    pub fn with_named(mut self, named: impl IntoIterator<Item = (String, PathBuf)>) -> Result<Self, DirectoryError> {
+    pub fn with_named(self, named: impl IntoIterator<Item = (String, PathBuf)>) -> Result<Self, DirectoryError> {
         for (name, path) in named {
             if self.path(&name).is_ok() {
                 return Err(DirectoryError::Twice(name));
             }
-            self.named.insert(name, path);
+            self.named.write().unwrap_or_else(PoisonError::into_inner).insert(name, path);
         }
         Ok(self)
+    }
+
+    /// Puts `folder` under a name, in place of another that has it only where it `replaces`. The adapter is read first, so that one that
+    /// can't be used never takes the name.
+    ///
+    /// # Errors
+    /// The name is taken, or the folder is no adapter of the model.
+    pub fn load(&self, name: &str, folder: &Path, replaces: bool) -> Result<(), UpdateError> {
+        if self.path(name).is_ok() && !replaces {
+            return Err(UpdateError::Exists(name.to_owned()));
+        }
+        self.read(name, folder).map_err(|unread| UpdateError::Unusable(unread.failure))?;
+        self.named.write().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), folder.to_owned());
+        Ok(())
+    }
+
+    /// Takes a name away that was given. Requests that have begun go on with what they began with.
+    ///
+    /// # Errors
+    /// No folder was put under it; those in the folder of adapters stay.
+    pub fn unload(&self, name: &str) -> Result<(), UpdateError> {
+        let removed = self.named.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        removed.map(drop).ok_or_else(|| UpdateError::Unknown(name.to_owned()))
     }
 
     /// Whether folders are what they are said to be: one of adapters, and adapters. What is wrong with an adapter fails its own
@@ -128,7 +171,7 @@ impl AdapterDirectory {
             }
             std::fs::read_dir(path).map_err(|error| not_a_folder(error.to_string()))?;
         }
-        for (name, path) in &self.named {
+        for (name, path) in &*self.named() {
             let fault = |reason: &str| {
                 let (name, path, reason) = (name.clone(), path.clone(), reason.to_owned());
                 Err(DirectoryError::NotAnAdapter { name, path, reason })
@@ -148,10 +191,14 @@ impl AdapterDirectory {
         self.path(name).ok()
     }
 
+    fn named(&self) -> RwLockReadGuard<'_, BTreeMap<String, PathBuf>> {
+        self.named.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The adapter's folder. A name that nobody gave is one component of a path, or there is no such adapter.
     fn path(&self, name: &str) -> Result<PathBuf, AdapterFailure> {
         let unknown = || AdapterFailure::Unknown(name.to_owned());
-        if let Some(path) = self.named.get(name) {
+        if let Some(path) = self.named().get(name) {
             return Ok(path.clone());
         }
         let mut components = Path::new(name).components();
@@ -169,7 +216,7 @@ impl AdapterSource for AdapterDirectory {
         let entries = self.folder.as_ref().and_then(|folder| std::fs::read_dir(folder).ok());
         let names = entries.into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let mut names: Vec<_> = names.filter(|name| self.path(name).is_ok()).collect();
-        names.extend(self.named.keys().cloned());
+        names.extend(self.named().keys().cloned());
         names.sort_unstable();
         names.dedup();
         names
@@ -181,22 +228,31 @@ impl AdapterSource for AdapterDirectory {
     }
 
     fn prepare(&self, name: &str) -> Result<Read<PreparedAdapter>, Unread> {
-        let files = AdapterFiles::read(&self.path(name)?).map_err(|error| unusable(name, &error))?;
+        self.read(name, &self.path(name)?)
+    }
+
+    fn facts(prepared: &PreparedAdapter) -> AdapterFacts {
+        prepared.facts()
+    }
+}
+
+impl AdapterDirectory {
+    /// Reads, checks and folds the adapter in `path`.
+    fn read(&self, name: &str, path: &Path) -> Result<Read<PreparedAdapter>, Unread> {
+        let files = AdapterFiles::read(path).map_err(|error| unusable(name, &error))?;
         let version = files.version().digest();
         // Files that were read and can't be used needn't be read again.
         let failed = |error: &dyn std::error::Error| Unread { version: Some(version), failure: unusable(name, error) };
         let folder = AdapterFolder::parse(&files, self.layers.kinds()).map_err(|error| failed(&error))?;
+        let content = AdapterContent(files.content());
         drop(files);
         let adapted = self.layers.prepare_over(&folder, &self.model, self.base).map_err(|error| match &error {
             // The store's errors say the name again.
             StoreError::Adapter { source, .. } => failed(source),
             other => failed(other),
         })?;
-        Ok(Read { version, prepared: PreparedAdapter::new(name.to_owned(), adapted, self.element) })
-    }
-
-    fn bytes(prepared: &PreparedAdapter) -> u64 {
-        prepared.bytes
+        let prepared = PreparedAdapter::new(name.to_owned(), adapted, self.element);
+        Ok(Read { version, prepared: PreparedAdapter { content, ..prepared } })
     }
 }
 
@@ -205,8 +261,10 @@ fn unusable(name: &str, reason: &dyn std::error::Error) -> AdapterFailure {
 }
 
 impl PreparedAdapter {
-    /// `element` is the type in which the device keeps it.
+    /// `element` is the type in which the device keeps it. It acts on all tokens, and is told from all others that there are: clones
+    /// have the same content, and nothing else has.
     pub fn new(name: String, adapted: AdaptedModel, element: Element) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         let vectors = adapted.modules.values().map(numbers).sum::<usize>() as u64 * element.bytes();
         let sparse = adapted.modules.values().map(|folded| folded.sparse.bytes() as u64).sum::<u64>();
         let offsets = adapted.bias_offsets.values().map(Vec::len).sum::<usize>() as u64 * 4;
@@ -215,7 +273,13 @@ impl PreparedAdapter {
             let weight = head.weight.as_ref().map_or(0, |weight| weight.bytes().len());
             (weight + head.rows.as_ref().map_or(0, |rows| 4 * rows.values.len())) as u64
         });
-        Self { name, adapted, bytes: vectors + sparse + offsets + embedding + head }
+        let content = AdapterContent(NEXT.fetch_add(1, Ordering::Relaxed).into());
+        Self { name, adapted, bytes: vectors + sparse + offsets + embedding + head, content, invocation: None }
+    }
+
+    /// What the engine has to know of it.
+    pub fn facts(&self) -> AdapterFacts {
+        AdapterFacts { bytes: self.bytes, content: self.content, invocation: self.invocation.clone() }
     }
 
     /// The paths of all modules that it adapts.

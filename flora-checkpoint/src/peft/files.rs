@@ -8,6 +8,7 @@
 use super::{AdapterError, CONFIG, TENSORS};
 use crate::error::FileError;
 use crate::tensor::SharedBytes;
+use sha2::{Digest, Sha256};
 use std::fs::{File, Metadata};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Read};
@@ -138,6 +139,17 @@ impl AdapterFiles {
             }
         }
         Err(AdapterError::Unsettled { path: folder.to_owned() })
+    }
+
+    /// A digest of what the files hold: the first half of SHA-256. Folders of the same files have the same.
+    pub fn content(&self) -> u128 {
+        let mut digest = Sha256::new();
+        for file in [&self.config, &self.tensors] {
+            digest.update((file.as_slice().len() as u64).to_le_bytes());
+            digest.update(file.as_slice());
+        }
+        let digest: [u8; 32] = digest.finalize().into();
+        u128::from_le_bytes(std::array::from_fn(|at| digest[at]))
     }
 
     /// Of the files that were read, whatever is in the folder by now.

@@ -9,9 +9,10 @@ use std::time::Instant;
 use super::{Core, RequestId};
 use crate::decoder::{AdapterFailure, AdapterId, Decoder, PlaceError};
 use crate::limits::token_fault;
+use crate::prefix::Found as Prefix;
 use crate::request::RequestError;
 use crate::residency::{Room, Standing};
-use crate::sequence::{Running, Waiting, WaitingAdapter};
+use crate::sequence::{Adapted, Running, Waiting, WaitingAdapter};
 
 /// One pass over those that wait.
 struct Pass {
@@ -153,7 +154,16 @@ impl<D: Decoder> Core<D> {
     /// What is wrong with a prompt for an adapter whose vocabulary is known only now that it is resident.
     fn unknown_token(&self, request: RequestId, adapter: Option<AdapterId>) -> Option<String> {
         let tokens = self.waiting.get(&request)?.sequence.tokens();
-        token_fault(tokens, self.decoder.vocabulary(adapter))
+        // Those before an activated adapter are the base model's.
+        let from = self.adapted(adapter, tokens).map_or(0, |adapter| adapter.from.min(tokens.len()));
+        token_fault(&tokens[..from], self.decoder.vocabulary(None))
+            .or_else(|| token_fault(tokens, self.decoder.vocabulary(adapter)))
+    }
+
+    /// An adapter for a sequence with this prompt.
+    fn adapted(&self, adapter: Option<AdapterId>, prompt: &[u32]) -> Option<Adapted> {
+        let id = adapter?;
+        Some(Adapted::new(id, self.residency.facts(id)?, prompt))
     }
 
     /// Moves a request among those that run, if there is room.
@@ -163,13 +173,43 @@ impl<D: Decoder> Core<D> {
             return false;
         }
         // One more than it has, or it might have to make room with its first word.
-        let tokens = (waiting.sequence.tokens().len() + 1).min(waiting.sequence.most());
-        let Some(blocks) = self.cache.take(tokens) else { return false };
+        let said = waiting.sequence.tokens();
+        let tokens = (said.len() + 1).min(waiting.sequence.most());
+        let adapted = self.adapted(adapter, &said[..waiting.sequence.prompt()]);
+        // The last token is run whatever is there, and so is a prompt whose logits are asked for.
+        let prefix = match said.split_last() {
+            Some((_, before)) if self.shares && !waiting.sequence.scores_prompt() => {
+                self.cache.find(&Adapted::rows(adapted.as_ref(), 0, before))
+            }
+            _ => Prefix::default(),
+        };
+        let taken = self.cache.take(prefix, tokens);
+        self.forget_blocks();
+        let Some((blocks, prefix)) = taken else { return false };
         let Some(Waiting { sequence, run_before, .. }) = self.waiting.remove(&request) else { return true };
         if let (Some(id), Some(found)) = (adapter, begins) {
             self.residency.acquire(id, matches!(found, Found::Resident));
         }
-        self.running.insert(request, Running { sequence, adapter, computed: 0, run_before, blocks });
+        let computed = self.resume(request, prefix);
+        let prompt = sequence.prompt();
+        self.counts.prompt_tokens += computed.min(prompt).saturating_sub(run_before) as u64;
+        let run_before = run_before.max(computed);
+        self.running.insert(request, Running { sequence, adapter: adapted, computed, run_before, blocks });
         true
+    }
+
+    /// Begins a sequence with what is there of it. How many tokens that is.
+    fn resume(&mut self, request: RequestId, prefix: Prefix) -> usize {
+        let Prefix { mut blocks, rest } = prefix;
+        let whole = blocks.len() * self.options.block_tokens;
+        let tokens = whole + rest.map_or(0, |(_, count)| count);
+        blocks.extend(rest.map(|(block, _)| block));
+        if tokens > 0
+            && let Some(sharing) = self.decoder.sharing()
+        {
+            sharing.resume(request.sequence(), &blocks, tokens as u32);
+            self.counts.shared_tokens += tokens as u64;
+        }
+        tokens
     }
 }

@@ -4,5 +4,6 @@ mod adapters;
 mod batching;
 mod schedules;
 mod scores;
+mod sharing;
 mod support;
 mod threads;

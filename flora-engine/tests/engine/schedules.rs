@@ -155,6 +155,24 @@ fn may_fail(schedule: &Schedule, name: &str) -> bool {
         || needed > adapters.bytes.min(schedule.capacity.unwrap_or(u64::MAX))
 }
 
+/// What requests begin with that begin alike.
+const ALIKE: [u32; 12] = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8];
+
+/// Requests that begin alike, and an engine that makes use of it.
+fn alike() -> impl Strategy<Value = Schedule> {
+    (schedule(), vec(0..=ALIKE.len(), 24)).prop_map(|(mut schedule, lengths)| {
+        schedule.options.share_prefixes = true;
+        for (arrival, length) in schedule.arrivals.iter_mut().zip(lengths) {
+            let prompt = &mut arrival.request.prompt;
+            if !prompt.ends_with(&POISON) {
+                prompt.splice(0..length.min(prompt.len() - 1), ALIKE[..length].iter().copied());
+                prompt.truncate(19);
+            }
+        }
+        schedule
+    })
+}
+
 struct Run {
     drive: Drive,
     requests: BTreeMap<RequestId, Arrival>,
@@ -230,14 +248,14 @@ fn cases() -> u32 {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: cases(),
+        cases: 2 * cases(),
         rng_seed: RngSeed::Fixed(0xF10A),
         failure_persistence: None,
         ..ProptestConfig::default()
     })]
 
     #[test]
-    fn each_request_says_what_it_says_alone(schedule in schedule()) {
+    fn each_request_says_what_it_says_alone(schedule in prop_oneof![schedule(), alike()]) {
         let run = run(&schedule);
         run.drive.check_nothing_is_held();
         let metrics = run.drive.core.metrics();
@@ -291,4 +309,11 @@ fn schedules_meet_what_they_are_for() {
     }
     let all = format!("{preemptions} {recomputed} {evictions} {failures} {finished}");
     assert!(preemptions > 500 && recomputed > 5000 && evictions > 1000 && failures > 500 && finished > 5000, "{all}");
+    let mut shared = (0, 0);
+    for _ in 0..200 {
+        let schedule = alike().new_tree(&mut runner).expect("a schedule").current();
+        let metrics = run(&schedule).drive.core.metrics();
+        shared = (shared.0 + metrics.shared_tokens, shared.1 + metrics.preemptions);
+    }
+    assert!(shared.0 > 3000 && shared.1 > 100, "{shared:?}");
 }

@@ -1,10 +1,10 @@
 //! Log-probabilities: of each token once and by the right logits, in whatever pieces they are computed.
 
-use flora_engine::{Event, FinishReason, LogProbabilities, Options, Request, RequestError, ScoredToken, Usage};
+use flora_engine::{Event, FinishReason, LogProbabilities, Options, Request, RequestError, ScoredToken, StopAt, Usage};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
-use crate::support::decoder::{CONTEXT, FakeDecoder};
+use crate::support::decoder::{CONTEXT, FakeDecoder, FakeRow};
 use crate::support::disk::Disk;
 use crate::support::drive::{Drive, End, alone};
 use crate::support::{TOKENS, options, request};
@@ -16,7 +16,8 @@ fn scored(prompt: &[u32], max_tokens: u32, generated: Option<u32>, of_prompt: Op
 
 /// What the fake model's logits after `tokens` say of `next`, by another route: exponentials in f64, without a shift.
 fn expected(decoder: &FakeDecoder, prompt: usize, tokens: &[u32], next: u32, alternatives: usize) -> ScoredToken {
-    let logits = decoder.state().logits_of(None, Some(prompt), tokens);
+    let rows: Vec<FakeRow> = tokens.iter().map(|token| (*token, None)).collect();
+    let logits = decoder.state().logits_of(Some(prompt), &rows);
     let sum: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
     let log_probability = |token: u32| (f64::from(logits[token as usize]).exp() / sum).ln() as f32;
     let mut order: Vec<u32> = (0..TOKENS).collect();
@@ -78,6 +79,20 @@ fn a_prompt_may_be_all_that_is_asked_of() {
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// Whoever counts tokens from the end finds one for each step.
+#[test]
+fn a_stop_token_is_scored_and_not_passed_on() {
+    let mut drive = Drive::new(options(), Disk::default());
+    drive.decoder.state().script = vec![0, 1, 2];
+    let asked = scored(&[3], 3, Some(0), None);
+    let stop = StopAt { tokens: vec![1], ..asked.stop.clone() };
+    let id = drive.submit(Request { stop, ..asked });
+    drive.finish();
+    let heard = &drive.heard[&id];
+    assert_eq!((&heard.tokens[..], &heard.text[..]), (&[0][..], "a"));
+    assert_eq!(heard.scored.iter().map(|scored| scored.token).collect::<Vec<_>>(), [0, 1]);
 }
 
 #[test]

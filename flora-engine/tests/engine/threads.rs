@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use flora_engine::{
-    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, Engine, Event, Options, PlaceError, Read,
-    RequestError, SequenceId, StepSegment, Stream, Unread,
+    AdapterFacts, AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, Engine, Event, Options, PlaceError,
+    Read, RequestError, SequenceId, StepSegment, Stream, Unread,
 };
 
 use crate::support::decoder::{FakeAdapter, FakeDecoder, Lost, NextStep};
@@ -78,8 +78,8 @@ impl AdapterSource for Temperamental {
         self.disk.prepare(name)
     }
 
-    fn bytes(prepared: &FakeAdapter) -> u64 {
-        Disk::bytes(prepared)
+    fn facts(prepared: &FakeAdapter) -> AdapterFacts {
+        Disk::facts(prepared)
     }
 }
 

@@ -1,6 +1,9 @@
 //! Keys and values of one sequence in one layer, as attention reads them. They are kept in blocks of [`KEYS`] tokens that never
 //! move, so that a sequence grows without a copy: for every head its keys `[size, KEYS]`, whose products with a query are
-//! vectors of neighbouring keys, and its values `[KEYS, size]`.
+//! vectors of neighbouring keys, and its values `[KEYS, size]`. Several sequences that begin alike may have the same blocks.
+
+use std::ops::Range;
+use std::sync::Arc;
 
 use flora_plan::layer::Element;
 use half::slice::HalfFloatSliceExt;
@@ -19,8 +22,12 @@ pub struct KeyValueCache {
     layout: Layout,
     element: Element,
     tokens: usize,
-    blocks: Vec<OwnedValues>,
+    blocks: Vec<Arc<OwnedValues>>,
 }
+
+/// Keys and values of a block of tokens in one layer, which several caches may have. They never change.
+#[derive(Clone, Debug)]
+pub struct KeyValueBlock(Arc<OwnedValues>);
 
 /// Where numbers lie in a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +54,15 @@ impl Layout {
 
     fn block(self) -> usize {
         self.heads * self.head()
+    }
+
+    /// Writes the keys and values `[heads, size]` of the block's token `at`, rounded to the block's type.
+    fn write_one(self, block: &mut OwnedValues, at: usize, keys: &[f32], values: &[f32]) {
+        match block {
+            OwnedValues::F32(block) => self.write(block, at, keys, values),
+            OwnedValues::F16(block) => self.write_rounded(block, at, keys, values),
+            OwnedValues::Bf16(block) => self.write_rounded(block, at, keys, values),
+        }
     }
 
     /// Writes the keys and values `[heads, size]` of the block's token `at`.
@@ -87,6 +103,38 @@ impl KeyValueCache {
         (layout.block() / KEYS) as u64 * element.bytes()
     }
 
+    /// Tokens of a block.
+    pub const BLOCK_TOKENS: usize = KEYS;
+
+    /// A cache that begins with the first `tokens` tokens of these blocks, which are of caches for the same heads and of the same
+    /// type. It has all of them but the last in common with these, and that too where it is full.
+    pub fn beginning(heads: Heads, element: Element, blocks: &[KeyValueBlock], tokens: usize) -> Self {
+        let mut cache = Self::new(heads, element);
+        cache.tokens = tokens.min(blocks.len() * KEYS);
+        cache.blocks = blocks.iter().take(cache.tokens.div_ceil(KEYS)).map(|block| Arc::clone(&block.0)).collect();
+        if let (Some(last), rest @ 1..) = (cache.blocks.last_mut(), cache.tokens % KEYS) {
+            // As if the others had never been there.
+            let (layout, zeros) = (cache.layout, vec![0.0; cache.layout.heads * cache.layout.size]);
+            for at in rest..KEYS {
+                layout.write_one(Arc::make_mut(last), at, &zeros, &zeros);
+            }
+        }
+        cache
+    }
+
+    /// The blocks of tokens at these positions; the first is one of a block.
+    pub fn blocks(&self, positions: Range<usize>) -> Vec<KeyValueBlock> {
+        let blocks = positions.start / KEYS..positions.end.min(self.tokens).div_ceil(KEYS);
+        self.blocks.get(blocks).into_iter().flatten().map(|block| KeyValueBlock(Arc::clone(block))).collect()
+    }
+
+    /// Has these blocks, which hold the same, in place of its own from the token `first` on, the first of a block.
+    pub fn replace(&mut self, first: usize, blocks: &[KeyValueBlock]) {
+        for (own, block) in self.blocks.iter_mut().skip(first / KEYS).zip(blocks) {
+            *own = Arc::clone(&block.0);
+        }
+    }
+
     /// Tokens that it holds.
     pub fn tokens(&self) -> usize {
         self.tokens
@@ -104,14 +152,12 @@ impl KeyValueCache {
     pub(super) fn append(&mut self, keys: &[f32], values: &[f32]) {
         let at = self.tokens % KEYS;
         if at == 0 {
-            self.blocks.push(OwnedValues::zeros(self.layout.block(), self.element));
+            self.blocks.push(Arc::new(OwnedValues::zeros(self.layout.block(), self.element)));
         }
         self.tokens += 1;
-        match self.blocks.last_mut() {
-            None => {}
-            Some(OwnedValues::F32(block)) => self.layout.write(block, at, keys, values),
-            Some(OwnedValues::F16(block)) => self.layout.write_rounded(block, at, keys, values),
-            Some(OwnedValues::Bf16(block)) => self.layout.write_rounded(block, at, keys, values),
+        if let Some(block) = self.blocks.last_mut() {
+            // Its own already, but for the first token after a beginning that it shares.
+            self.layout.write_one(Arc::make_mut(block), at, keys, values);
         }
     }
 

@@ -17,7 +17,7 @@ mod softmax;
 
 pub use adjoint::AttentionAdjoint;
 pub use attention::{Attention, AttentionSegment};
-pub use cache::KeyValueCache;
+pub use cache::{KeyValueBlock, KeyValueCache};
 pub use error::OperationError;
 pub use heads::Heads;
 pub use matrix::Matrix;

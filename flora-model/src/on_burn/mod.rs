@@ -161,6 +161,21 @@ impl<B: FloraBackend> Serving for BurnOperations<B> {
     fn cache_bytes_per_token(&self) -> u64 {
         (2 * self.heads.keys * self.heads.size) as u64 * self.element.bytes()
     }
+
+    /// None: a cache is one tensor, of its sequence alone.
+    type Block = std::convert::Infallible;
+
+    const BLOCK_TOKENS: Option<u32> = None;
+
+    fn blocks(_cache: &LayerCache<B>, _positions: std::ops::Range<usize>) -> Vec<Self::Block> {
+        Vec::new()
+    }
+
+    fn replace(_cache: &mut LayerCache<B>, _first: usize, _blocks: &[Self::Block]) {}
+
+    fn beginning(&self, _blocks: &[Self::Block], _tokens: usize) -> LayerCache<B> {
+        LayerCache::new()
+    }
 }
 
 /// Rows by their numbers.

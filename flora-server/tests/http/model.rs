@@ -10,8 +10,8 @@ use std::fmt;
 use std::sync::{Arc, Condvar, Mutex};
 
 use flora_engine::{
-    AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, Read, SequenceId, StepSegment,
-    Unread, Vocabulary,
+    AdapterContent, AdapterFacts, AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, Read,
+    SequenceId, StepSegment, Unread, Vocabulary,
 };
 
 /// The byte that the model takes for the end of a text.
@@ -186,7 +186,8 @@ impl AdapterSource for Names {
         Ok(Read { version: 0, prepared: name.to_owned() })
     }
 
-    fn bytes(prepared: &String) -> u64 {
-        prepared.len() as u64
+    fn facts(prepared: &String) -> AdapterFacts {
+        let name = prepared.bytes().fold(0, |content, byte| content << 8 | u128::from(byte));
+        AdapterFacts { bytes: prepared.len() as u64, content: AdapterContent(name), invocation: None }
     }
 }

@@ -59,6 +59,9 @@ pub(crate) struct ModelArguments {
     /// Tokens whose keys and values the device holds, of all running requests together
     #[arg(long, default_value = "16384", value_parser = RangedU64ValueParser::<usize>::new().range(32..=1 << 31))]
     pub(crate) cache_tokens: usize,
+    /// Compute every prompt anew, though an earlier one began alike
+    #[arg(long)]
+    pub(crate) no_prefix_sharing: bool,
     /// Requests that run at once
     #[arg(long, default_value = "32", value_parser = RangedU64ValueParser::<usize>::new().range(1..=4096))]
     pub(crate) sequences: usize,

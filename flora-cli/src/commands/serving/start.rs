@@ -139,6 +139,7 @@ fn options(arguments: &ModelArguments) -> Options {
         tokens_per_step: arguments.tokens_per_step.max(options.chunk_tokens + arguments.sequences - 1),
         cache_tokens: arguments.cache_tokens,
         waiting: arguments.waiting,
+        share_prefixes: !arguments.no_prefix_sharing,
         adapters: AdapterOptions {
             resident: arguments.resident,
             bytes: arguments.adapter_memory << 20,

@@ -3,10 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flora_engine::{
-    AdapterFailure, AdapterId, Decoder, DecoderLimits, LogitRows, Options, PlaceError, SequenceId, StepSegment,
+    AdapterFailure, AdapterId, BlockId, BlockSharing, Decoder, DecoderLimits, LogitRows, Options, PlaceError,
+    SequenceId, StepSegment,
 };
 
 use super::TOKENS;
@@ -16,6 +18,9 @@ pub(crate) const CONTEXT: u32 = 64;
 
 /// A prompt that ends with these has NaN for logits.
 pub(crate) const POISON: [u32; 2] = [11, 11];
+
+/// The adapter that acts from its invocation on.
+pub(crate) const INVOKED: &str = "invoked";
 
 /// An adapter in host memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,7 +41,11 @@ pub(crate) struct FakeDecoder {
 /// The device.
 #[derive(Debug, Default)]
 pub(crate) struct State {
-    pub(crate) sequences: BTreeMap<SequenceId, Vec<u32>>,
+    pub(crate) sequences: BTreeMap<SequenceId, Held>,
+    /// Blocks that several of them may have.
+    pub(crate) shared: BTreeMap<BlockId, Vec<FakeRow>>,
+    /// Tokens that were run.
+    pub(crate) computed: usize,
     pub(crate) adapters: BTreeMap<AdapterId, FakeAdapter>,
     /// Of every sequence that ever was: its adapter and, once it is known, the length of its prompt.
     pub(crate) known: BTreeMap<SequenceId, Known>,
@@ -50,6 +59,19 @@ pub(crate) struct State {
     /// Sequences of the last step.
     pub(crate) last_step: Vec<SequenceId>,
 }
+
+/// What is held of a sequence.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Held {
+    pub(crate) rows: Vec<FakeRow>,
+    /// Blocks of it that others may have.
+    shared: usize,
+    /// Tokens that it began with.
+    resumed: usize,
+}
+
+/// A token and the adapter that it was run with, by its name and version.
+pub(crate) type FakeRow = (u32, Option<(String, u64)>);
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Known {
@@ -81,7 +103,8 @@ impl FakeDecoder {
 
 impl State {
     fn blocks(&self, block_tokens: usize) -> usize {
-        self.sequences.values().map(|tokens| tokens.len().div_ceil(block_tokens)).sum()
+        let own = |held: &Held| held.rows.len().div_ceil(block_tokens) - held.shared;
+        self.shared.len() + self.sequences.values().map(own).sum::<usize>()
     }
 
     /// Checks one segment and keeps its tokens.
@@ -91,40 +114,45 @@ impl State {
         assert!(segment.tokens.iter().all(|token| *token < TOKENS), "{segment:?}");
         let adapter = segment.adapter.map(|id| self.adapters.get(&id).expect("an adapter that was placed").clone());
         let known = self.known.entry(id).or_insert_with(|| Known { adapter: adapter.clone(), prompt: None });
+        if known.adapter.is_none() && adapter.as_ref().is_some_and(|adapter| adapter.name == INVOKED) {
+            known.adapter = adapter.clone();
+        }
         assert_eq!(known.adapter, adapter, "a sequence keeps its adapter, and the version of it");
         let held = self.sequences.entry(id).or_default();
-        let start = held.len();
+        let (start, resumed) = (held.rows.len(), held.resumed);
         assert_eq!(start, segment.first_position as usize, "{segment:?}");
-        held.extend_from_slice(segment.tokens);
-        assert!(held.len() <= CONTEXT as usize);
+        let with = adapter.as_ref().map(|adapter| (adapter.name.clone(), adapter.version));
+        held.rows.extend(segment.tokens.iter().map(|token| (*token, with.clone())));
+        self.computed += length;
+        assert!(held.rows.len() <= CONTEXT as usize);
+        if known.adapter.as_ref().is_some_and(|adapter| adapter.name == INVOKED) {
+            return;
+        }
         if segment.prompt_tokens > 0 {
             assert_eq!(segment.prompt_tokens as usize, length, "a chunk of the prompt has nothing else");
-            assert_eq!(start % chunk, 0, "{segment:?}");
-            let ends = length < chunk || segment.logits == LogitRows::Last;
+            assert!(start % chunk == 0 || start == resumed, "{segment:?}");
+            let boundary = (start / chunk + 1) * chunk;
+            let ends = start + length < boundary || segment.logits == LogitRows::Last;
             match known.prompt {
-                Some(prompt) => assert_eq!(start + length, prompt.min(start + chunk), "{segment:?}"),
+                Some(prompt) => assert_eq!(start + length, prompt.min(boundary), "{segment:?}"),
                 None if ends => known.prompt = Some(start + length),
                 None => {}
             }
         } else {
             let prompt = *known.prompt.get_or_insert(start);
-            assert_eq!((start - prompt) % chunk * usize::from(length > 1), 0, "{segment:?}");
+            assert!((start - prompt) % chunk == 0 || length == 1 || start == resumed, "{segment:?}");
         }
     }
 
     /// The logits after the first `end` tokens.
     fn logits(&self, id: SequenceId, end: usize) -> [f32; TOKENS as usize] {
         let known = &self.known[&id];
-        self.logits_of(known.adapter.as_ref(), known.prompt, &self.sequences[&id][..end])
+        self.logits_of(known.prompt, &self.sequences[&id].rows[..end])
     }
 
-    /// The logits after `tokens` of a sequence with this adapter and so long a prompt.
-    pub(crate) fn logits_of(
-        &self,
-        adapter: Option<&FakeAdapter>,
-        prompt: Option<usize>,
-        tokens: &[u32],
-    ) -> [f32; TOKENS as usize] {
+    /// The logits after these rows of a sequence with so long a prompt.
+    pub(crate) fn logits_of(&self, prompt: Option<usize>, rows: &[FakeRow]) -> [f32; TOKENS as usize] {
+        let tokens: Vec<u32> = rows.iter().map(|(token, _)| *token).collect();
         if prompt.is_some_and(|prompt| tokens.get(..prompt).is_some_and(|prompt| prompt.ends_with(&POISON))) {
             return [f32::NAN; TOKENS as usize];
         }
@@ -134,7 +162,7 @@ impl State {
         }
         std::array::from_fn(|token| {
             let mut hasher = DefaultHasher::new();
-            (adapter.map(|adapter| (&adapter.name, adapter.version)), tokens, token).hash(&mut hasher);
+            (rows, token).hash(&mut hasher);
             (hasher.finish() % 64) as f32 / 16.0
         })
     }
@@ -178,6 +206,10 @@ impl Decoder for FakeDecoder {
         self.state().sequences.remove(&sequence);
     }
 
+    fn sharing(&mut self) -> Option<&mut dyn BlockSharing> {
+        Some(self)
+    }
+
     fn place(&mut self, adapter: AdapterId, prepared: FakeAdapter) -> Result<(), PlaceError<FakeAdapter>> {
         let mut state = self.state();
         state.places.push(prepared.bytes);
@@ -197,5 +229,42 @@ impl Decoder for FakeDecoder {
 
     fn remove(&mut self, adapter: AdapterId) {
         assert!(self.state().adapters.remove(&adapter).is_some(), "an adapter that isn't there");
+    }
+}
+
+impl BlockSharing for FakeDecoder {
+    fn granularity(&self) -> u32 {
+        1
+    }
+
+    fn share(&mut self, sequence: SequenceId, positions: Range<u32>, block: BlockId) {
+        let block_tokens = self.options.block_tokens;
+        let mut state = self.state();
+        let held = state.sequences.get_mut(&sequence).expect("a sequence that is held");
+        let positions = positions.start as usize..positions.end as usize;
+        assert_eq!(positions.start, held.shared * block_tokens, "blocks are shared one after the other");
+        assert!(positions.len() <= block_tokens && !positions.is_empty());
+        held.shared += 1;
+        let rows = held.rows[positions].to_vec();
+        let known = state.shared.entry(block).or_insert_with(|| rows.clone());
+        assert_eq!(*known, rows, "a block that is another");
+    }
+
+    fn resume(&mut self, sequence: SequenceId, blocks: &[BlockId], tokens: u32) {
+        let block_tokens = self.options.block_tokens;
+        let mut state = self.state();
+        let (last, whole) = blocks.split_last().expect("a block at least");
+        assert!(whole.iter().all(|block| state.shared[block].len() == block_tokens));
+        let tokens = tokens as usize;
+        let in_last = tokens - whole.len() * block_tokens;
+        assert!((1..=state.shared[last].len()).contains(&in_last), "{in_last} of the last of {blocks:?}");
+        let mut rows: Vec<FakeRow> = blocks.iter().flat_map(|block| state.shared[block].clone()).collect();
+        rows.truncate(tokens);
+        let held = Held { rows, shared: tokens / block_tokens, resumed: tokens };
+        assert!(state.sequences.insert(sequence, held).is_none(), "a sequence that is held");
+    }
+
+    fn forget(&mut self, block: BlockId) {
+        assert!(self.state().shared.remove(&block).is_some(), "a block that isn't there");
     }
 }

@@ -3,9 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use flora_engine::{AdapterFailure, AdapterSource, LoadOrder, LoadOutcome, Loaded, Read, Unread};
+use flora_engine::{
+    AdapterContent, AdapterFacts, AdapterFailure, AdapterSource, LoadOrder, LoadOutcome, Loaded, Read, Unread,
+};
 
-use super::decoder::FakeAdapter;
+use super::decoder::{FakeAdapter, INVOKED};
+
+/// What invokes the adapter that has to be.
+pub(crate) const INVOCATION: [u32; 2] = [7, 6];
 
 /// A folder of adapters; its clones are views of the same.
 #[derive(Clone, Debug, Default)]
@@ -63,7 +68,7 @@ impl Disk {
             Ok(version) if known == Some(version) => LoadOutcome::Unchanged,
             Ok(_) => match self.prepare(&name) {
                 Ok(Read { version, prepared }) => {
-                    LoadOutcome::Prepared { version, bytes: Self::bytes(&prepared), prepared }
+                    LoadOutcome::Prepared { version, facts: Self::facts(&prepared), prepared }
                 }
                 Err(Unread { version, failure }) => LoadOutcome::Failed { version, failure },
             },
@@ -95,7 +100,12 @@ impl AdapterSource for Disk {
         Ok(Read { version, prepared: FakeAdapter { name: name.into(), version, bytes: stored.bytes, fits } })
     }
 
-    fn bytes(prepared: &FakeAdapter) -> u64 {
-        prepared.bytes
+    fn facts(prepared: &FakeAdapter) -> AdapterFacts {
+        let FakeAdapter { name, version, bytes, .. } = prepared;
+        // Names are of three letters or four.
+        let letters = name.bytes().fold(0, |content, byte| content << 8 | u128::from(byte));
+        let content = AdapterContent(letters << 64 | u128::from(*version));
+        let invocation = (name == INVOKED).then(|| INVOCATION.to_vec());
+        AdapterFacts { bytes: *bytes, content, invocation }
     }
 }

@@ -117,6 +117,7 @@ impl Drive {
         let (metrics, state) = (self.core.metrics(), self.decoder.state());
         assert!(state.sequences.is_empty(), "{:?}", state.sequences);
         assert_eq!((metrics.waiting, metrics.running, metrics.cache_blocks_used), (0, 0, 0));
+        assert_eq!(metrics.cache_blocks_kept, state.shared.len());
         assert_eq!(metrics.adapters.resident, state.adapters.len());
         let bytes: u64 = state.adapters.values().map(|adapter| adapter.bytes).sum();
         assert_eq!(metrics.adapters.resident_bytes, bytes);
@@ -130,7 +131,7 @@ impl Drive {
 
 /// What a request says alone in an engine, with these adapters.
 pub(crate) fn alone(request: Request, chunk_tokens: usize, disk: Disk) -> Heard {
-    let options = Options { chunk_tokens, sequences: 1, ..Options::default() };
+    let options = Options { chunk_tokens, sequences: 1, share_prefixes: false, ..Options::default() };
     let mut drive = Drive::new(options, disk);
     let id = drive.submit(request);
     drive.finish();

@@ -23,6 +23,7 @@ pub(crate) fn options() -> Options {
         chunk_tokens: 4,
         cache_tokens: 256,
         block_tokens: 4,
+        share_prefixes: false,
         ..Options::default()
     }
 }

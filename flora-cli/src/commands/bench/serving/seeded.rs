@@ -8,7 +8,7 @@ use std::sync::Arc;
 use flora::prelude::*;
 use flora_adapters::Layers;
 use flora_checkpoint::{AdapterFolder, AdapterModule, Model, Projection};
-use flora_engine::{AdapterFailure, AdapterSource, Read, Unread};
+use flora_engine::{AdapterFacts, AdapterFailure, AdapterSource, Read, Unread};
 use flora_model::PreparedAdapter;
 use half::bf16;
 use safetensors::{Dtype, SafeTensorError, View};
@@ -71,8 +71,8 @@ impl AdapterSource for SeededAdapters {
         Ok(Read { version: self.seed, prepared })
     }
 
-    fn bytes(prepared: &PreparedAdapter) -> u64 {
-        prepared.bytes
+    fn facts(prepared: &PreparedAdapter) -> AdapterFacts {
+        prepared.facts()
     }
 }
 

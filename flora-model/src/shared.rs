@@ -1,0 +1,48 @@
+//! Keys and values that sequences have in common, as the engine names them: what it calls a block are blocks of the caches of all layers.
+
+use std::ops::Range;
+
+use flora_engine::{BlockId, BlockSharing, SequenceId};
+
+use crate::decoder::{Sequence, ServedModel};
+use crate::operations::Serving;
+
+/// What an engine's block is in each layer.
+pub(crate) type LayerBlocks<O> = Vec<Vec<<O as Serving>::Block>>;
+
+impl<O: Serving> BlockSharing for ServedModel<O> {
+    fn granularity(&self) -> u32 {
+        O::BLOCK_TOKENS.unwrap_or(u32::MAX)
+    }
+
+    fn share(&mut self, sequence: SequenceId, positions: Range<u32>, block: BlockId) {
+        let Some(sequence) = self.sequences.get_mut(&sequence) else { return };
+        let positions = positions.start as usize..positions.end as usize;
+        match self.shared.get(&block) {
+            Some(layers) => {
+                for (cache, blocks) in sequence.layers.iter_mut().zip(layers) {
+                    O::replace(cache, positions.start, blocks);
+                }
+            }
+            None => {
+                let layers = sequence.layers.iter().map(|cache| O::blocks(cache, positions.clone()));
+                self.shared.insert(block, layers.collect());
+            }
+        }
+    }
+
+    fn resume(&mut self, sequence: SequenceId, blocks: &[BlockId], tokens: u32) {
+        let length = tokens as usize;
+        let layer = |at: usize| {
+            let known = blocks.iter().filter_map(|block| self.shared.get(block));
+            let blocks: Vec<O::Block> = known.filter_map(|layers| layers.get(at)).flatten().cloned().collect();
+            self.parts.operations.beginning(&blocks, length)
+        };
+        let layers = (0..self.parts.blocks.len()).map(layer).collect();
+        self.sequences.insert(sequence, Sequence { length, layers });
+    }
+
+    fn forget(&mut self, block: BlockId) {
+        self.shared.remove(&block);
+    }
+}
