@@ -99,8 +99,27 @@ impl AdapterFolder {
         Self::parse(&AdapterFiles::read_at_once(path)?, kinds)
     }
 
-    /// Checks files that were read, as an adapter of one of `kinds`.
+    /// Checks files that were read, as an adapter of one of `kinds` that acts on every token.
     pub fn parse(files: &AdapterFiles, kinds: &AdapterKinds) -> Result<AdapterFolder, AdapterError> {
+        let (folder, invocation) = Self::parse_activated(files, kinds)?;
+        match invocation {
+            None => Ok(folder),
+            Some(tokens) => Err(AdapterError::UnsupportedOption {
+                path: files.folder.join(CONFIG),
+                key: "alora_invocation_tokens".to_string(),
+                value: format!("{tokens:?}"),
+                reason: "the adapter acts only after these tokens (activated LoRA), which is served and nothing else"
+                    .to_string(),
+            }),
+        }
+    }
+
+    /// The same of an adapter that may act on some tokens only, and the tokens that invoke it then (PEFT's
+    /// `alora_invocation_tokens`): it acts from their last occurrence in a prompt on.
+    pub fn parse_activated(
+        files: &AdapterFiles,
+        kinds: &AdapterKinds,
+    ) -> Result<(AdapterFolder, Option<Vec<u32>>), AdapterError> {
         let path = &files.folder;
         let (config_path, tensors_path) = (path.join(CONFIG), path.join(TENSORS));
         let json = Json::parse(&config_path, files.config.as_slice())?;
@@ -113,7 +132,7 @@ impl AdapterFolder {
         config.targets.check_modules(&config_path, &tensors_path, modules.keys().filter(|path| !is_tied(path)))?;
         let name = folder_name(path)?;
         let (kind, path, targets) = (config.kind, path.to_owned(), config.targets);
-        Ok(AdapterFolder { name, kind, modules, shared, replaced, path, targets })
+        Ok((AdapterFolder { name, kind, modules, shared, replaced, path, targets }, config.invocation))
     }
 }
 

@@ -243,7 +243,8 @@ impl AdapterDirectory {
         let version = files.version().digest();
         // Files that were read and can't be used needn't be read again.
         let failed = |error: &dyn std::error::Error| Unread { version: Some(version), failure: unusable(name, error) };
-        let folder = AdapterFolder::parse(&files, self.layers.kinds()).map_err(|error| failed(&error))?;
+        let parsed = AdapterFolder::parse_activated(&files, self.layers.kinds());
+        let (folder, invocation) = parsed.map_err(|error| failed(&error))?;
         let content = AdapterContent(files.content());
         drop(files);
         let adapted = self.layers.prepare_over(&folder, &self.model, self.base).map_err(|error| match &error {
@@ -251,10 +252,21 @@ impl AdapterDirectory {
             StoreError::Adapter { source, .. } => failed(source),
             other => failed(other),
         })?;
+        let AdaptedModel { bias_offsets, embedding, head, .. } = &adapted;
+        if invocation.is_some() && !(bias_offsets.is_empty() && embedding.is_none() && head.is_none()) {
+            return Err(failed(&ActivatedError));
+        }
         let prepared = PreparedAdapter::new(name.to_owned(), adapted, self.element);
-        Ok(Read { version, prepared: PreparedAdapter { content, ..prepared } })
+        Ok(Read { version, prepared: PreparedAdapter { content, invocation, ..prepared } })
     }
 }
+
+/// What an activated adapter may not have: PEFT would have it act on all tokens.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "it is activated by `alora_invocation_tokens` and changes biases, the embedding or the output matrix beside projections; train it without these"
+)]
+struct ActivatedError;
 
 fn unusable(name: &str, reason: &dyn std::error::Error) -> AdapterFailure {
     AdapterFailure::Unusable { name: name.to_owned(), reason: reason.to_string() }

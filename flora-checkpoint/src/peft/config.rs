@@ -33,6 +33,8 @@ pub(super) struct Config {
     pub(super) token_indices: Option<TokenIndices>,
     /// `lora_bias`: the second factor has a bias.
     pub(super) adds_biases: bool,
+    /// `alora_invocation_tokens`: the adapter acts from these tokens on.
+    pub(super) invocation: Option<Vec<u32>>,
     /// `ensure_weight_tying`: what is done to the embedding is done to an output matrix that is tied to it.
     pub(super) keeps_ties: bool,
     /// The indices of the layers that a module can be of, in the description.
@@ -133,6 +135,7 @@ impl Config {
             modules_to_save: fields.listed("modules_to_save")?,
             token_indices: fields.token_indices("trainable_token_indices")?,
             adds_biases: fields.flag("lora_bias")?,
+            invocation: fields.invocation("alora_invocation_tokens")?,
             keeps_ties: fields.flag("ensure_weight_tying")?,
         })
     }
@@ -198,6 +201,14 @@ impl Config {
 
     pub(super) fn invalid(&self, key: &str, value: String, expected: String) -> AdapterError {
         AdapterError::InvalidOption { path: self.path.clone(), key: key.to_string(), value, expected }
+    }
+}
+
+/// A token's number.
+fn token(item: &Json) -> Option<u32> {
+    match item {
+        Json::Number(number) => u32::try_from(number.as_u64()?).ok(),
+        _ => None,
     }
 }
 
@@ -334,14 +345,25 @@ impl Fields<'_> {
         }
     }
 
+    /// Tokens; none where the option is null, empty or missing.
+    fn invocation(&self, key: &str) -> Result<Option<Vec<u32>>, AdapterError> {
+        let tokens = match self.json.get(key) {
+            Some(Json::Array(items)) if !items.is_empty() => items.iter().map(token).collect::<Option<Vec<u32>>>(),
+            None => return Ok(None),
+            Some(value) if value.is_falsy() => return Ok(None),
+            Some(_) => None,
+        };
+        let tokens = tokens.ok_or_else(|| self.invalid(key, "it must be a list of token numbers".to_string()))?;
+        if self.flag("use_dora")? {
+            return Err(self.invalid(key, "activated LoRA and DoRA exclude each other".to_string()));
+        }
+        Ok(Some(tokens))
+    }
+
     fn token_indices(&self, key: &str) -> Result<Option<TokenIndices>, AdapterError> {
         let rows = |value: &Json| -> Option<Vec<u32>> {
             let Json::Array(items) = value else { return None };
-            let row = |item: &Json| match item {
-                Json::Number(number) => u32::try_from(number.as_u64()?).ok(),
-                _ => None,
-            };
-            let rows = items.iter().map(row).collect::<Option<Vec<u32>>>()?;
+            let rows = items.iter().map(token).collect::<Option<Vec<u32>>>()?;
             let mut once = rows.clone();
             once.sort_unstable();
             once.dedup();

@@ -304,7 +304,7 @@ pub enum OptionRule {
     /// It concerns training, bookkeeping or where files come from: the result is the same.
     Harmless,
     /// PEFT's option of this name, with its meaning there: `layers_to_transform`, `layers_pattern`, `lora_bias`,
-    /// `ensure_weight_tying`, `trainable_token_indices`. No other option is read by rule.
+    /// `ensure_weight_tying`, `trainable_token_indices`, `alora_invocation_tokens`. No other option is read by rule.
     Read,
     /// Refused unless null, false or empty, or one of the given values.
     Refused(Refusal),
@@ -324,8 +324,14 @@ pub struct Refusal {
 }
 
 /// The options that [`OptionRule::Read`] is for.
-pub(super) const READ: [&str; 5] =
-    ["layers_to_transform", "layers_pattern", "lora_bias", "ensure_weight_tying", "trainable_token_indices"];
+pub(super) const READ: [&str; 6] = [
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_bias",
+    "ensure_weight_tying",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+];
 
 impl KindDescription {
     /// The description that `text` writes in TOML.

@@ -139,8 +139,8 @@ mod tests {
                 }
             }
         }
-        // LoRA's are 11, AdaLoRA's 15.
-        assert_eq!(refused, 30);
+        // LoRA's are 10, AdaLoRA's 15.
+        assert_eq!(refused, 29);
     }
 
     #[test]

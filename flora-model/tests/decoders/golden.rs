@@ -15,9 +15,9 @@ use crate::{device, is_host};
 
 /// One prompt of a golden file.
 pub(crate) struct Prompt {
-    name: String,
+    pub(crate) name: String,
     pub(crate) tokens: Vec<u32>,
-    continuation: Vec<u32>,
+    pub(crate) continuation: Vec<u32>,
     /// The ids whose logits are kept.
     pub(crate) vocabulary: Vec<usize>,
     /// `[tokens, vocabulary]`

@@ -3,6 +3,7 @@
 //!
 //! `FLORA_TEST_DEVICE` names the device (default: the host); on one that isn't there the tests fail, they are not skipped.
 
+mod activated;
 mod compositions;
 mod ends;
 mod families;
