@@ -118,7 +118,10 @@ pub mod serving {
     pub use flora_model::{
         AdapterDirectory, DeviceModel, DirectoryError, PlanningChoice, PreparedAdapter, ServeError, ServeOptions, load,
     };
-    pub use flora_server::{ApiKey, App, InvalidApiKey, ServerError, ServerOptions, router, serve};
+    pub use flora_server::{
+        AdapterUpdates, AllowedOrigins, ApiKey, App, InvalidApiKey, InvalidOrigin, ServerError, ServerOptions,
+        UpdateError, router, serve,
+    };
     pub use flora_tokenizer::{ChatError, EncodeError, Tokenizer, TokenizerError};
 }
 

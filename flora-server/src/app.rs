@@ -34,7 +34,8 @@ impl App {
         options: ServerOptions,
     ) -> Arc<Self> {
         let source = engine.clone();
-        let metrics = Metrics::new(move || source.metrics());
+        let adapters = engine.clone();
+        let metrics = Metrics::new(move || source.metrics(), move || adapters.adapter_requests());
         Arc::new(Self { model: model.into(), engine, text: text.into(), options, metrics, created: unix_seconds() })
     }
 

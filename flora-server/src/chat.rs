@@ -1,7 +1,7 @@
 //! What a client asks of `/v1/chat/completions`.
 
 pub use flora_tokenizer::Next;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::body::{Object, fields};
@@ -31,7 +31,7 @@ pub struct Conversation {
 }
 
 /// What someone said.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Message {
     /// Who.
     pub role: Role,
@@ -39,11 +39,17 @@ pub struct Message {
     pub content: Content,
     /// Who of several with the same role.
     pub name: Option<String>,
+    /// The tools that an assistant calls, their arguments as objects.
+    pub tool_calls: Option<Value>,
+    /// The call that a tool answers.
+    pub tool_call_id: Option<String>,
 }
 
 /// The words of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
+    /// None, where an assistant calls tools.
+    None,
     /// As one text.
     Text(String),
     /// In parts.
@@ -54,6 +60,7 @@ impl Content {
     /// All of it.
     pub fn joined(&self) -> String {
         match self {
+            Self::None => String::new(),
             Self::Text(text) => text.clone(),
             Self::Parts(parts) => parts.concat(),
         }
@@ -71,25 +78,57 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
+    /// A tool that the model called.
+    Tool,
 }
 
 #[derive(Deserialize)]
 struct Fields {
     messages: Vec<Object<MessageFields>>,
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+    chat_template_kwargs: Option<Map<String, Value>>,
+    tools: Option<Vec<Object<Tool>>>,
+    tool_choice: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct LengthFields {
     max_tokens: Option<i64>,
     max_completion_tokens: Option<i64>,
     logprobs: Option<bool>,
     top_logprobs: Option<i64>,
-    add_generation_prompt: Option<bool>,
-    continue_final_message: Option<bool>,
-    chat_template_kwargs: Option<Map<String, Value>>,
 }
 
 #[derive(Deserialize)]
 struct MessageFields {
     role: Role,
-    content: ContentFields,
+    content: Option<ContentFields>,
     name: Option<String>,
+    tool_calls: Option<Vec<Object<ToolCall>>>,
+    tool_call_id: Option<String>,
+}
+
+/// A tool that may be called, or is; templates see all of it.
+#[derive(Deserialize, Serialize)]
+struct Tool {
+    #[serde(rename = "type")]
+    kind: ToolKind,
+    function: Map<String, Value>,
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum ToolKind {
+    Function,
+}
+
+#[derive(Deserialize, Serialize)]
+struct ToolCall {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(flatten)]
+    tool: Tool,
 }
 
 #[derive(Deserialize)]
@@ -113,24 +152,8 @@ impl Chat {
     /// What `body` asks.
     pub(crate) fn parse(body: &Value) -> Result<Self, ApiError> {
         check_chat(body)?;
-        let fields: Fields = fields(body)?;
-        if fields.messages.is_empty() {
-            return Err(ApiError::invalid("messages", "messages is an empty array"));
-        }
-        let messages = fields.messages.into_iter().map(|Object(MessageFields { role, content, name })| {
-            let content = match content {
-                ContentFields::Text(text) => Content::Text(text),
-                ContentFields::Parts(parts) => {
-                    Content::Parts(parts.into_iter().map(|Part::Text { text }| text).collect())
-                }
-            };
-            Message { role, content, name }
-        });
-        let conversation = Conversation {
-            messages: messages.collect(),
-            next: next(fields.add_generation_prompt, fields.continue_final_message)?,
-            variables: variables(fields.chat_template_kwargs)?,
-        };
+        let conversation = Self::conversation(body)?;
+        let fields: LengthFields = fields(body)?;
         // The older name, where both are there, yields.
         let max_tokens = match MostTokens::parse("max_completion_tokens", fields.max_completion_tokens)? {
             None => MostTokens::parse("max_tokens", fields.max_tokens)?,
@@ -145,6 +168,77 @@ impl Chat {
         };
         Ok(Self { conversation, max_tokens, logprobs })
     }
+
+    /// The conversation of a body whose fields are known.
+    pub(crate) fn conversation(body: &Value) -> Result<Conversation, ApiError> {
+        let fields: Fields = fields(body)?;
+        if fields.messages.is_empty() {
+            return Err(ApiError::invalid("messages", "messages is an empty array"));
+        }
+        let messages = fields.messages.into_iter().enumerate().map(|(index, Object(fields))| message(index, fields));
+        let messages = messages.collect::<Result<_, _>>()?;
+        let mut variables = variables(fields.chat_template_kwargs)?;
+        if let Some(tools) = tools(fields.tools.unwrap_or_default(), fields.tool_choice.as_deref())? {
+            variables.insert("tools".to_owned(), tools);
+        }
+        let next = next(fields.add_generation_prompt, fields.continue_final_message)?;
+        Ok(Conversation { messages, next, variables })
+    }
+}
+
+fn message(index: usize, fields: MessageFields) -> Result<Message, ApiError> {
+    let MessageFields { role, content, name, tool_calls, tool_call_id } = fields;
+    let invalid = |field: &str, message: &str| {
+        let param = format!("messages[{index}].{field}");
+        ApiError::invalid(&param, format!("{param} {message}"))
+    };
+    let calls = tool_calls.unwrap_or_default();
+    if !calls.is_empty() && role != Role::Assistant {
+        return Err(invalid("tool_calls", "are an assistant's alone"));
+    }
+    if tool_call_id.is_some() && role != Role::Tool {
+        return Err(invalid("tool_call_id", "is a tool's alone"));
+    }
+    let content = match content {
+        None if calls.is_empty() => {
+            return Err(invalid("content", "is missing, which only an assistant may leave out that calls tools"));
+        }
+        None => Content::None,
+        Some(ContentFields::Text(text)) => Content::Text(text),
+        Some(ContentFields::Parts(parts)) => {
+            Content::Parts(parts.into_iter().map(|Part::Text { text }| text).collect())
+        }
+    };
+    let calls: Vec<Value> = calls.into_iter().map(|Object(call)| called(call)).collect::<Result<_, _>>()?;
+    let tool_calls = (!calls.is_empty()).then_some(Value::Array(calls));
+    Ok(Message { role, content, name, tool_calls, tool_call_id })
+}
+
+/// A call as templates want it: with the object that OpenAI writes arguments as the text of.
+fn called(mut call: ToolCall) -> Result<Value, ApiError> {
+    if let Some(arguments) = call.tool.function.get_mut("arguments")
+        && let Some(object) = arguments.as_str().and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok())
+    {
+        *arguments = Value::Object(object);
+    }
+    Ok(serde_json::to_value(call)?)
+}
+
+/// What the template is told of tools. Whether one is called, and how that is written, is the model's matter.
+fn tools(tools: Vec<Object<Tool>>, choice: Option<&str>) -> Result<Option<Value>, ApiError> {
+    match choice {
+        None | Some("auto") => {}
+        Some("none") => return Ok(None),
+        Some(_) => {
+            let message = "tool_choice may be \"auto\" or \"none\"; no tool can be asked for";
+            return Err(ApiError::invalid("tool_choice", message));
+        }
+    }
+    if tools.is_empty() {
+        return Ok(None);
+    }
+    let tools: Vec<Tool> = tools.into_iter().map(|Object(tool)| tool).collect();
+    Ok(Some(serde_json::to_value(tools)?))
 }
 
 /// As vLLM and transformers have it: the last message can't be gone on with after another was begun.
@@ -203,7 +297,11 @@ mod tests {
             json!([{"role": "user"}]),
             json!([{"content": "hello"}]),
             json!([{"role": "user", "content": null}]),
-            json!([{"role": "tool", "content": "42"}]),
+            json!([{"role": "user", "content": "a", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}]),
+            json!([{"role": "assistant", "content": "a", "tool_call_id": "1"}]),
+            json!([{"role": "assistant", "content": null, "tool_calls": []}]),
+            json!([{"role": "assistant", "tool_calls": [{"type": "custom", "function": {}}]}]),
+            json!([{"role": "function", "content": "42"}]),
             json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
         ] {
             let error = Chat::parse(&json!({"messages": messages})).unwrap_err();
@@ -251,10 +349,35 @@ mod tests {
             ("logprobs", json!(1)),
             ("top_logprobs", json!(1)),
             ("tools", json!([{"type": "function"}])),
+            ("tools", json!([{"type": "web_search", "function": {}}])),
+            ("tool_choice", json!("required")),
+            ("tool_choice", json!({"type": "function", "function": {"name": "f"}})),
             ("response_format", json!({"type": "json_object"})),
             ("modalities", json!(["text", "audio"])),
         ] {
             assert!(chat(json!({field: value})).is_err(), "{field}");
         }
+    }
+
+    #[test]
+    fn tools_are_the_templates_to_write() {
+        let tool = json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}});
+        let call =
+            json!({"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"b\": 1, \"a\": [2]}"}});
+        let mut body = json!({"tools": [tool], "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": null, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "42"},
+        ]});
+        let conversation = Chat::parse(&body).unwrap().conversation;
+        assert_eq!(conversation.variables["tools"], json!([tool]));
+        let [_, assistant, answer] = &conversation.messages[..] else { panic!("three messages") };
+        let arguments = &assistant.tool_calls.as_ref().unwrap()[0]["function"]["arguments"];
+        assert_eq!((&assistant.content, arguments), (&Content::None, &json!({"b": 1, "a": [2]})));
+        assert_eq!((answer.role, answer.tool_call_id.as_deref()), (Role::Tool, Some("1")));
+        body["tool_choice"] = json!("none");
+        assert!(Chat::parse(&body).unwrap().conversation.variables.is_empty());
+        body["messages"][1]["tool_calls"][0]["function"]["arguments"] = json!("no JSON");
+        assert!(Chat::parse(&body).is_ok(), "what a model wrote is not the client's mistake");
     }
 }

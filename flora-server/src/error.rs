@@ -8,6 +8,8 @@ use axum::response::{IntoResponse, Response};
 use flora_engine::{AdapterFailure, RequestError};
 use serde::Serialize;
 
+use crate::updates::UpdateError;
+
 /// The most characters of what a client sent that are said back to it.
 const QUOTED: usize = 200;
 
@@ -40,6 +42,10 @@ pub(crate) enum ApiError {
     UnknownModel(String),
     #[error(transparent)]
     Engine(RequestError),
+    #[error(transparent)]
+    Update(#[from] UpdateError),
+    #[error("the answer wasn't whole within the {} seconds that a request may take; ask for less", .0.as_secs_f64())]
+    TimedOut(Duration),
     #[error("all connections that the server takes are in use; try again later")]
     NoPlace,
     #[error("the server failed at this request")]
@@ -68,6 +74,10 @@ impl ApiError {
             Self::Engine(RequestError::Adapter(AdapterFailure::Unusable { .. })) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::NoPlace | Self::Engine(RequestError::ShuttingDown) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Engine(RequestError::Model(_)) | Self::Broken => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Update(UpdateError::Exists(_)) => StatusCode::BAD_REQUEST,
+            Self::Update(UpdateError::Unknown(_)) => StatusCode::NOT_FOUND,
+            Self::Update(UpdateError::Unusable { .. }) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::TimedOut(_) => StatusCode::GATEWAY_TIMEOUT,
         }
     }
 
@@ -89,6 +99,8 @@ impl ApiError {
             | Self::LongPrompt { .. }
             | Self::UnknownModel(_)
             | Self::Engine(_)
+            | Self::Update(_)
+            | Self::TimedOut(_)
             | Self::Broken => false,
         }
     }
@@ -106,6 +118,10 @@ impl ApiError {
             Self::Engine(RequestError::QueueFull { .. }) => Some("queue_full"),
             Self::Engine(RequestError::ShuttingDown) => Some("shutting_down"),
             Self::NoPlace => Some("too_many_connections"),
+            Self::Update(UpdateError::Exists(_)) => Some("adapter_exists"),
+            Self::Update(UpdateError::Unknown(_)) => Some("model_not_found"),
+            Self::Update(UpdateError::Unusable { .. }) => Some("adapter_unusable"),
+            Self::TimedOut(_) => Some("timeout"),
             _ => None,
         }
     }
@@ -116,6 +132,7 @@ impl ApiError {
             Self::Invalid { param, .. } => param.as_deref(),
             Self::LongPrompt { .. } => Some("prompt"),
             Self::UnknownModel(_) | Self::Engine(RequestError::Adapter(_)) => Some("model"),
+            Self::Update(_) => Some("lora_name"),
             _ => None,
         }
     }

@@ -51,9 +51,10 @@ const SHARED: Fields = &[
     ("prompt_cache_key", Harmless),
     ("prompt_cache_retention", Harmless),
     ("cache_prompt", Harmless),
-    ("cache_salt", Harmless),
     ("id_slot", Harmless),
     ("request_id", Harmless),
+    // Its requests would have to be kept from having keys and values in common with others.
+    ("cache_salt", Refused(&[r#""""#])),
     ("best_of", Refused(&["1"])),
     ("response_format", Refused(&[r#"{"type": "text"}"#])),
     ("guided_json", Refused(&[])),
@@ -119,8 +120,8 @@ const CHAT: Fields = &[
     ("parallel_tool_calls", Harmless),
     ("logprobs", Read),
     ("top_logprobs", Read),
-    ("tools", Refused(&["[]"])),
-    ("tool_choice", Refused(&[r#""none""#, r#""auto""#])),
+    ("tools", Read),
+    ("tool_choice", Read),
     ("functions", Refused(&["[]"])),
     ("function_call", Refused(&[r#""none""#, r#""auto""#])),
     ("modalities", Refused(&["[]", r#"["text"]"#])),
@@ -151,11 +152,41 @@ const MESSAGE: Fields = &[
     ("annotations", Refused(&["[]"])),
     ("audio", Refused(&[])),
     ("function_call", Refused(&[])),
-    ("tool_calls", Refused(&["[]"])),
-    ("tool_call_id", Refused(&[])),
+    ("tool_calls", Read),
+    ("tool_call_id", Read),
     ("reasoning_content", Refused(&[r#""""#])),
     ("reasoning", Refused(&[r#""""#])),
 ];
+
+/// The fields of `/tokenize`, for a prompt and for a chat.
+const TOKENIZE: Fields = &[
+    ("model", Read),
+    ("prompt", Read),
+    ("add_special_tokens", Read),
+    ("return_token_strs", Read),
+    ("messages", Read),
+    ("add_generation_prompt", Read),
+    ("continue_final_message", Read),
+    ("chat_template_kwargs", Read),
+    ("tools", Read),
+    ("tool_choice", Read),
+    ("chat_template", Refused(&[])),
+    ("mm_processor_kwargs", Refused(&["{}"])),
+];
+
+const DETOKENIZE: Fields = &[("model", Read), ("tokens", Read)];
+
+/// The fields of `/v1/load_lora_adapter`.
+const LOAD: Fields = &[
+    ("lora_name", Read),
+    ("lora_path", Read),
+    ("load_inplace", Read),
+    // The one that there is.
+    ("base_model_name", Harmless),
+];
+
+/// The fields of `/v1/unload_lora_adapter`.
+const UNLOAD: Fields = &[("lora_name", Read), ("lora_int_id", Refused(&[]))];
 
 const PART: Fields = &[("type", Read), ("text", Read), ("cache_control", Harmless)];
 
@@ -167,6 +198,31 @@ pub(crate) fn check_completions(body: &Value) -> Result<(), ApiError> {
 /// Refuses what a body for a chat asks for and isn't done, messages and their parts included.
 pub(crate) fn check_chat(body: &Value) -> Result<(), ApiError> {
     check(body, "", &[SHARED, CHAT])?;
+    check_messages(body)
+}
+
+/// Refuses what a body for `/tokenize` asks for and isn't done.
+pub(crate) fn check_tokenize(body: &Value) -> Result<(), ApiError> {
+    check(body, "", &[TOKENIZE])?;
+    check_messages(body)
+}
+
+/// Refuses what a body for `/detokenize` asks for and isn't done.
+pub(crate) fn check_detokenize(body: &Value) -> Result<(), ApiError> {
+    check(body, "", &[DETOKENIZE])
+}
+
+/// Refuses what a body that loads an adapter asks for and isn't done.
+pub(crate) fn check_load(body: &Value) -> Result<(), ApiError> {
+    check(body, "", &[LOAD])
+}
+
+/// Refuses what a body that unloads an adapter asks for and isn't done.
+pub(crate) fn check_unload(body: &Value) -> Result<(), ApiError> {
+    check(body, "", &[UNLOAD])
+}
+
+fn check_messages(body: &Value) -> Result<(), ApiError> {
     for (index, message) in items(&body["messages"]) {
         let path = format!("messages[{index}].");
         check(message, &path, &[MESSAGE])?;
@@ -242,7 +298,8 @@ mod tests {
 
     #[test]
     fn each_table_names_a_field_once_and_its_values_are_json() {
-        for tables in [vec![SHARED, COMPLETIONS], vec![SHARED, CHAT], vec![STREAM_OPTIONS], vec![MESSAGE], vec![PART]] {
+        let alone = [STREAM_OPTIONS, MESSAGE, PART, TOKENIZE, DETOKENIZE, LOAD, UNLOAD].map(|table| vec![table]);
+        for tables in [vec![SHARED, COMPLETIONS], vec![SHARED, CHAT]].into_iter().chain(alone) {
             let mut names: Vec<&str> = Vec::new();
             for (name, fate) in tables.into_iter().flatten() {
                 assert!(!names.contains(name), "{name}");
@@ -277,7 +334,7 @@ mod tests {
         let nested = [
             (json!({"stream_options": {"often": true}}), "stream_options.often"),
             (json!({"messages": [{"role": "user", "content": "a"}, {"weight": 0}]}), "messages[1].weight"),
-            (json!({"messages": [{"tool_calls": [{"id": 1}]}]}), "messages[0].tool_calls"),
+            (json!({"messages": [{"function_call": {"name": "f"}}]}), "messages[0].function_call"),
             (
                 json!({"messages": [{"content": [{"type": "text", "text": "a", "bold": true}]}]}),
                 "messages[0].content[0].bold",

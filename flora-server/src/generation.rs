@@ -67,6 +67,8 @@ pub(crate) struct Generation {
     /// What is to be said before the next event.
     ready: VecDeque<Piece>,
     arrived: Instant,
+    /// When what isn't said is cancelled, and how long after the arrival that is.
+    deadline: Option<(tokio::time::Instant, Duration)>,
     choices: Vec<State>,
     /// Choices of each prompt.
     n: usize,
@@ -116,7 +118,9 @@ impl Generation {
         let choices = planned.iter().map(|planned| State { echo: planned.echo.clone(), ..State::default() }).collect();
         let (events, ready, usage) = (SelectAll::new(), VecDeque::new(), Usage::default());
         let later = planned.into_iter().enumerate().collect();
-        let mut generation = Self { app, events, later, ready, arrived, choices, n, is_scored, usage };
+        let limit = app.options().limits.request_timeout;
+        let deadline = limit.and_then(|limit| Some((arrived.checked_add(limit)?.into(), limit)));
+        let mut generation = Self { app, events, later, ready, arrived, deadline, choices, n, is_scored, usage };
         for _ in 0..at_once.max(1) {
             let Some((choice, planned)) = generation.later.pop_front() else { break };
             generation.events.push(numbered(choice, generation.app.engine().submit(planned.request)?));
@@ -142,7 +146,14 @@ impl Generation {
             if let Some(piece) = self.ready.pop_front() {
                 return Some(Ok(piece));
             }
-            let (choice, event) = self.events.next().await?;
+            let next = self.events.next();
+            let (choice, event) = match self.deadline {
+                None => next.await?,
+                Some((deadline, limit)) => match tokio::time::timeout_at(deadline, next).await {
+                    Ok(next) => next?,
+                    Err(_elapsed) => return Some(Err(ApiError::TimedOut(limit))),
+                },
+            };
             match event {
                 Event::Prompt(scored) => self.say(choice, String::new(), scored),
                 Event::Text { text, tokens, scored } => {

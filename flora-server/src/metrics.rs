@@ -1,10 +1,10 @@
 //! What the server counts and times, and how a scrape reads it together with the engine's own numbers.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::{Method, StatusCode};
-use flora_engine::Metrics as EngineMetrics;
+use flora_engine::{AdapterRequests, Metrics as EngineMetrics};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, prometheus_text};
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
@@ -22,6 +22,8 @@ const OUTPUT_TOKEN: [f64; 13] = [0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15
 #[derive(Debug)]
 pub(crate) struct Metrics {
     registry: Registry,
+    /// What routers of requests read, by the names that vLLM has for it.
+    routing: Registry,
     answers: Family<AnswerLabels, Counter>,
     /// Open connections.
     pub(crate) connections: Gauge,
@@ -39,9 +41,15 @@ struct AnswerLabels {
 }
 
 impl Metrics {
-    /// Everything at 0; `engine` is asked at every scrape.
-    pub(crate) fn new(engine: impl Fn() -> EngineMetrics + Send + Sync + 'static) -> Self {
+    /// Everything at 0; `engine` and `adapters` are asked at every scrape.
+    pub(crate) fn new(
+        engine: impl Fn() -> EngineMetrics + Clone + Send + Sync + 'static,
+        adapters: impl Fn() -> AdapterRequests + Send + Sync + 'static,
+    ) -> Self {
+        let mut routing = Registry::default();
+        routing.register_collector(Box::new(Routing { engine: engine.clone(), adapters }));
         let metrics = Self {
+            routing,
             registry: Registry::with_prefix("flora"),
             answers: Family::default(),
             connections: Gauge::default(),
@@ -103,6 +111,7 @@ impl Metrics {
     pub(crate) fn text(&self) -> Result<String, fmt::Error> {
         let mut text = String::new();
         prometheus_text::encode(&mut text, &self.registry)?;
+        prometheus_text::encode(&mut text, &self.routing)?;
         Ok(text)
     }
 }
@@ -128,6 +137,7 @@ impl<F: Fn() -> EngineMetrics + Send + Sync + 'static> Collector for Engine<F> {
             ("steps", "Batches run", now.steps),
             ("prompt_tokens", "Tokens of prompts", now.prompt_tokens),
             ("generated_tokens", "Tokens generated", now.generated_tokens),
+            ("shared_tokens", "Tokens that began as those of another request, and were not run", now.shared_tokens),
             ("recomputed_tokens", "Tokens run again after a pre-emption", now.recomputed_tokens),
             ("preemptions", "Sequences that had to make room", now.preemptions),
             ("adapter_hits", "Requests that found their adapter resident", adapters.hits),
@@ -142,6 +152,11 @@ impl<F: Fn() -> EngineMetrics + Send + Sync + 'static> Collector for Engine<F> {
             ("requests_running", "Requests that run", now.running as f64),
             ("requests_waiting", "Requests that wait", now.waiting as f64),
             ("cache_blocks_used", "Blocks of the cache that sequences hold", now.cache_blocks_used as f64),
+            (
+                "cache_blocks_kept",
+                "Blocks of the cache kept for requests that begin alike",
+                now.cache_blocks_kept as f64,
+            ),
             ("cache_blocks", "Blocks of the cache", now.cache_blocks_total as f64),
             ("last_step_seconds", "How long the last batch took", now.last_step.as_secs_f64()),
             ("adapters_resident", "Adapters on the device", adapters.resident as f64),
@@ -155,13 +170,87 @@ impl<F: Fn() -> EngineMetrics + Send + Sync + 'static> Collector for Engine<F> {
     }
 }
 
+/// What a router of requests looks at, in the words of vLLM, which the gateway API's inference extension and llm-d read: how many
+/// requests run and wait, how full the cache is, and which adapters requests have.
+struct Routing<F, G> {
+    engine: F,
+    adapters: G,
+}
+
+impl<F, G> fmt::Debug for Routing<F, G> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Routing")
+    }
+}
+
+impl<F, G> Collector for Routing<F, G>
+where
+    F: Fn() -> EngineMetrics + Send + Sync + 'static,
+    G: Fn() -> AdapterRequests + Send + Sync + 'static,
+{
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let (now, adapters) = ((self.engine)(), (self.adapters)());
+        let usage = now.cache_blocks_used as f64 / (now.cache_blocks_total as f64).max(1.0);
+        for (name, help, number) in [
+            ("vllm:num_requests_running", "Requests that run", now.running as f64),
+            ("vllm:num_requests_waiting", "Requests that wait", now.waiting as f64),
+            ("vllm:kv_cache_usage_perc", "The part of the cache that requests hold, up to 1", usage),
+        ] {
+            let gauge = ConstGauge::new(number);
+            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
+        }
+        let blocks = [("block_size", now.cache_block_tokens), ("num_gpu_blocks", now.cache_blocks_total)];
+        let blocks = blocks.map(|(name, number)| (name, number.to_string()));
+        let about = [
+            ("max_lora", adapters.resident.to_string()),
+            ("running_lora_adapters", listed(&adapters.running)),
+            ("waiting_lora_adapters", listed(&adapters.waiting)),
+        ];
+        // The latest of several samples counts, by its value.
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        labelled(&mut encoder, "vllm:cache_config_info", "The blocks of the cache", &blocks, 1.0)?;
+        labelled(&mut encoder, "vllm:lora_requests_info", "The adapters of requests, now", &about, since)
+    }
+}
+
+/// A gauge with labels.
+fn labelled<const N: usize>(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    labels: &[(&'static str, String); N],
+    value: f64,
+) -> fmt::Result {
+    let gauge = ConstGauge::new(value);
+    let mut family = encoder.encode_descriptor(name, help, None, gauge.metric_type())?;
+    gauge.encode(family.encode_family(labels)?)
+}
+
+/// Names as one label. One with a comma would be read as two, and is left out.
+fn listed(names: &[String]) -> String {
+    let names: Vec<&str> = names.iter().map(String::as_str).filter(|name| !name.contains(',')).collect();
+    names.join(",")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_scrape_tells_of_the_server_and_of_the_engine_as_it_is() {
-        let metrics = Metrics::new(|| EngineMetrics { running: 3, finished: 7, ..EngineMetrics::default() });
+        let engine = || EngineMetrics {
+            running: 3,
+            finished: 7,
+            waiting: 2,
+            cache_blocks_used: 3,
+            cache_blocks_total: 12,
+            cache_block_tokens: 32,
+            ..EngineMetrics::default()
+        };
+        let named = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let adapters =
+            move || AdapterRequests { running: named(&["a\"b", "c", "d,e"]), waiting: named(&["f"]), resident: 64 };
+        let metrics = Metrics::new(engine, adapters);
         metrics.answered(&Method::POST, Some("/v1/completions"), StatusCode::OK);
         metrics.answered(&Method::from_bytes(b"MADE-UP").unwrap(), None, StatusCode::NOT_FOUND);
         metrics.first_token(Duration::from_millis(15));
@@ -176,8 +265,15 @@ mod tests {
             "flora_time_to_first_token_seconds_count 1",
             "flora_time_per_output_token_seconds_sum 1.0",
             "flora_time_per_output_token_seconds_count 1",
+            "vllm:num_requests_running 3.0",
+            "vllm:num_requests_waiting 2.0",
+            "vllm:kv_cache_usage_perc 0.25",
+            "vllm:cache_config_info{block_size=\"32\",num_gpu_blocks=\"12\"} 1.0",
         ] {
             assert!(text.lines().any(|found| found == line), "no `{line}` in\n{text}");
         }
+        let labels = r#"{max_lora="64",running_lora_adapters="a\"b,c",waiting_lora_adapters="f"} "#;
+        let sample = text.lines().find_map(|line| line.strip_prefix("vllm:lora_requests_info")?.strip_prefix(labels));
+        assert!(sample.is_some_and(|value| value.parse::<f64>().is_ok_and(|time| time > 1.7e9)), "{text}");
     }
 }

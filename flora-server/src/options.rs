@@ -4,7 +4,10 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use subtle::ConstantTimeEq;
+
+use crate::updates::AdapterUpdates;
 
 /// How a server answers.
 #[derive(Clone, Debug)]
@@ -15,11 +18,56 @@ pub struct ServerOptions {
     pub limits: Limits,
     /// How long running requests may go on after a shutdown was asked for.
     pub grace: Duration,
+    /// Whose pages may ask, beside the server's own.
+    pub origins: AllowedOrigins,
+    /// How clients may load adapters and unload them, where they may.
+    pub adapter_updates: Option<AdapterUpdates>,
+}
+
+/// The origins of web pages that a browser lets ask (CORS).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum AllowedOrigins {
+    /// None but the server's own.
+    #[default]
+    Own,
+    /// Every one.
+    Any,
+    /// These.
+    Some(Vec<HeaderValue>),
+}
+
+/// An origin that no page has.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no origin; it is a scheme, a host and perhaps a port, such as http://localhost:3000, or * for all")]
+pub struct InvalidOrigin(String);
+
+impl AllowedOrigins {
+    /// Of origins as browsers write them, `*` being all.
+    ///
+    /// # Errors
+    /// One that isn't so written.
+    pub fn parse<S: AsRef<str>>(origins: &[S]) -> Result<Self, InvalidOrigin> {
+        if origins.iter().any(|origin| origin.as_ref() == "*") {
+            return Ok(Self::Any);
+        }
+        let origin = |origin: &S| {
+            let origin = origin.as_ref();
+            let host = origin.split_once("://").map(|(_, host)| host);
+            let is_one = host.is_some_and(|host| !host.is_empty() && !host.contains(['/', '?', '#', '*', ' ']));
+            let value = HeaderValue::from_str(origin).ok().filter(|_| is_one);
+            value.ok_or_else(|| InvalidOrigin(origin.to_owned()))
+        };
+        match origins {
+            [] => Ok(Self::Own),
+            origins => origins.iter().map(origin).collect::<Result<_, _>>().map(Self::Some),
+        }
+    }
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        Self { api_key: None, limits: Limits::default(), grace: Duration::from_secs(30) }
+        let (limits, grace) = (Limits::default(), Duration::from_secs(30));
+        Self { api_key: None, limits, grace, origins: AllowedOrigins::Own, adapter_updates: None }
     }
 }
 
@@ -53,6 +101,8 @@ pub struct Limits {
     pub body_timeout: Duration,
     /// How long a client may take nothing of what is sent to it.
     pub write_timeout: Duration,
+    /// From a request's arrival to the end of its answer; what isn't said by then is cancelled. `None`: as long as it takes.
+    pub request_timeout: Option<Duration>,
 }
 
 impl Default for Limits {
@@ -66,6 +116,7 @@ impl Default for Limits {
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),
             write_timeout: Duration::from_secs(60),
+            request_timeout: None,
         }
     }
 }
@@ -120,6 +171,17 @@ mod tests {
             assert!(!key.is(other.as_bytes()), "{other}");
         }
         assert!(!format!("{key:?}").contains("secret"));
+    }
+
+    #[test]
+    fn origins_are_as_browsers_write_them() {
+        assert_eq!(AllowedOrigins::parse::<&str>(&[]), Ok(AllowedOrigins::Own));
+        assert_eq!(AllowedOrigins::parse(&["http://a", "*"]), Ok(AllowedOrigins::Any));
+        let two = ["http://localhost:3000", "https://chat.example"];
+        assert_eq!(AllowedOrigins::parse(&two), Ok(AllowedOrigins::Some(two.map(HeaderValue::from_static).into())));
+        for wrong in ["", "localhost", "http://", "http://a/", "http://*.a", "http://a\n"] {
+            assert_eq!(AllowedOrigins::parse(&[wrong]), Err(InvalidOrigin(wrong.to_owned())));
+        }
     }
 
     #[test]

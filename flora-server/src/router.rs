@@ -4,25 +4,43 @@ use std::sync::Arc;
 
 use axum::extract::rejection::PathRejection;
 use axum::extract::{MatchedPath, Path, Request, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
 use serde_json::json;
+use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use crate::answer::{self, Endpoint};
 use crate::app::{App, blocking};
 use crate::error::ApiError;
 use crate::generation;
+use crate::options::AllowedOrigins;
+use crate::page::page;
+use crate::{tokenize, updates};
 
 /// The API of `app` as a service. [`serve`](crate::serve) puts it on a socket and holds connections to their limits.
 pub fn router(app: Arc<App>) -> Router {
-    let open = Router::new().route("/health", get(health)).method_not_allowed_fallback(wrong_method);
-    Router::new()
+    let open = Router::new()
+        .route("/", get(page))
+        .route("/health", get(health))
+        .route("/ready", get(ready))
+        .method_not_allowed_fallback(wrong_method);
+    let updates = match app.options().adapter_updates {
+        None => Router::new(),
+        Some(_) => Router::new()
+            .route("/v1/load_lora_adapter", post(load_adapter))
+            .route("/v1/unload_lora_adapter", post(unload_adapter)),
+    };
+    let origins = origins(&app.options().origins);
+    let router = Router::new()
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat_completions))
+        .route("/tokenize", post(tokenize))
+        .route("/detokenize", post(detokenize))
+        .merge(updates)
         .route("/v1/models", get(models))
         // Names of base models have slashes.
         .route("/v1/models/{*id}", get(model))
@@ -32,7 +50,39 @@ pub fn router(app: Arc<App>) -> Router {
         .layer(from_fn_with_state(Arc::clone(&app), authorise))
         .merge(open)
         .layer(from_fn_with_state(Arc::clone(&app), count))
-        .with_state(app)
+        .with_state(app);
+    match origins {
+        None => router,
+        // Outermost, because a browser asks without a key whether it may.
+        Some(origins) => router.layer(origins),
+    }
+}
+
+/// What tells browsers whose pages may ask.
+fn origins(allowed: &AllowedOrigins) -> Option<CorsLayer> {
+    let origins = match allowed {
+        AllowedOrigins::Own => return None,
+        AllowedOrigins::Any => AllowOrigin::any(),
+        AllowedOrigins::Some(origins) => AllowOrigin::list(origins.clone()),
+    };
+    let layer = CorsLayer::new().allow_origin(origins).allow_methods([Method::GET, Method::POST]);
+    Some(layer.allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE]))
+}
+
+async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    tokenize::tokenize(app, request).await
+}
+
+async fn detokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    tokenize::detokenize(app, request).await
+}
+
+async fn load_adapter(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    updates::load(app, request).await
+}
+
+async fn unload_adapter(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    updates::unload(app, request).await
 }
 
 async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
@@ -77,6 +127,15 @@ async fn health(State(app): State<Arc<App>>) -> Response {
         Json(json!({"status": "ok"})).into_response()
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "unavailable"}))).into_response()
+    }
+}
+
+/// Whether a request that came now would be taken: what routes requests asks this, and what restarts servers asks `/health`.
+async fn ready(State(app): State<Arc<App>>) -> Response {
+    if app.engine().is_ready() {
+        Json(json!({"status": "ready"})).into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "busy"}))).into_response()
     }
 }
 

@@ -1,5 +1,6 @@
 //! How what a client writes becomes the tokens of a prompt.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -73,6 +74,20 @@ impl Text {
         }
     }
 
+    /// The text of tokens, control tokens by their names.
+    pub(crate) fn written(&self, tokens: &[u32]) -> String {
+        let controls: HashMap<u32, &str> = match &self.0 {
+            Source::Functions { .. } => HashMap::new(),
+            Source::Tokenizer { tokenizer, .. } => tokenizer.special_tokens().collect(),
+        };
+        let runs = tokens.chunk_by(|one, other| !controls.contains_key(one) && !controls.contains_key(other));
+        runs.map(|run| match controls.get(&run[0]) {
+            Some(name) => (*name).to_owned(),
+            None => self.decode(run),
+        })
+        .collect()
+    }
+
     /// What one token says by itself; a control token its name.
     pub(crate) fn spelled(&self, token: u32) -> Vec<u8> {
         match &self.0 {
@@ -112,6 +127,16 @@ impl Reader<'_> {
         self.text.decode(tokens)
     }
 
+    /// The tokens of a text, without those that the model wants around a prompt.
+    pub(crate) fn plain(&self, text: &str) -> Result<Vec<u32>, String> {
+        match &self.text.0 {
+            Source::Functions { prompt, .. } => prompt(text),
+            Source::Tokenizer { tokenizer, .. } => {
+                tokenizer.encode(text, Specials::Parse).map_err(|error| error.to_string())
+            }
+        }
+    }
+
     pub(crate) fn prompt(&self, text: &str) -> Result<Vec<u32>, String> {
         match &self.text.0 {
             Source::Functions { prompt, .. } => prompt(text),
@@ -126,8 +151,7 @@ impl Reader<'_> {
         match &self.text.0 {
             Source::Functions { chat, .. } => chat(conversation),
             Source::Tokenizer { tokenizer, .. } => {
-                let text = self.written(tokenizer, conversation).map_err(|error| error.to_string())?;
-                tokenizer.encode(&text, Specials::Parse).map_err(|error| error.to_string())
+                self.written(tokenizer, conversation).map_err(|error| error.to_string())
             }
         }
     }
@@ -148,7 +172,7 @@ impl Reader<'_> {
         &self,
         tokenizer: &Tokenizer,
         conversation: &Conversation,
-    ) -> Result<String, flora_tokenizer::ChatError> {
+    ) -> Result<Vec<u32>, flora_tokenizer::ChatError> {
         let messages: Vec<_> = conversation
             .messages
             .iter()
@@ -157,20 +181,21 @@ impl Reader<'_> {
                     Role::System => "system",
                     Role::User => "user",
                     Role::Assistant => "assistant",
+                    Role::Tool => "tool",
                 },
                 content: match &message.content {
+                    Content::None => SaidContent::None,
                     Content::Text(text) => SaidContent::Text(text),
                     Content::Parts(parts) => SaidContent::Parts(parts),
                 },
                 name: message.name.as_deref(),
+                tool_calls: message.tool_calls.as_ref(),
+                tool_call_id: message.tool_call_id.as_deref(),
             })
             .collect();
         let next = conversation.next;
         let said = Said { messages: &messages, next, variables: &conversation.variables };
-        match self.adapter.template() {
-            Some(template) => template.render(&said),
-            None => tokenizer.chat(&said),
-        }
+        tokenizer.conversation(self.adapter.template(), &said)
     }
 }
 
@@ -226,7 +251,7 @@ mod tests {
     }
 
     fn message(role: Role, content: &str) -> Message {
-        Message { role, content: Content::Text(content.to_owned()), name: None }
+        Message { role, content: Content::Text(content.to_owned()), name: None, tool_calls: None, tool_call_id: None }
     }
 
     #[test]
@@ -240,6 +265,7 @@ mod tests {
         assert_eq!(read(&text).chat(&conversation(&messages)).unwrap(), expected);
         assert_eq!(read(&text).prompt("ab<|im_end|>").unwrap(), [0, 1, 27]);
         assert_eq!(read(&text).stop_tokens(), [27]);
+        assert_eq!(text.written(&[26, 0, 1, 27, 27, 2]), "<|im_start|>ab<|im_end|><|im_end|>c");
     }
 
     #[test]

@@ -93,8 +93,9 @@ def log_probabilities(client, model):
 
     answer = client.chat.completions.create(model=model, messages=MESSAGES, logprobs=True, top_logprobs=2, **GREEDY)
     [choice] = answer.choices
-    content = b"".join(bytes(token.bytes) for token in choice.logprobs.content)
-    assert content.decode(errors="replace") == choice.message.content
+    # The token that ends a text is among them.
+    tokens = choice.logprobs.content[: -1 if choice.finish_reason == "stop" else None]
+    assert b"".join(bytes(token.bytes) for token in tokens).decode(errors="replace") == choice.message.content
     assert all(token.logprob == token.top_logprobs[0].logprob for token in choice.logprobs.content)
 
 

@@ -1,11 +1,12 @@
 //! Text to token ids and back.
 
-use crate::chat::{ChatError, ChatTemplate, Conversation};
+use crate::chat::{ChatError, ChatTemplate, Conversation, Guard};
 use crate::description::{Frame, Kind, Parts, SpecialIds, Spelling, Token};
 use crate::error::{EncodeError, TokenizerError};
 use crate::vocabulary::bytes_of_all;
 use crate::{folder, gguf};
 use flora_checkpoint::{FileError, SharedBytes};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -26,6 +27,26 @@ pub enum Specials {
     Parse,
     /// They are text like any other: for what people write.
     Plain,
+}
+
+/// How a text is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reading {
+    /// With control tokens.
+    Controls,
+    /// As text alone.
+    Text,
+    /// With control tokens, but for those that have this character in them, which belongs to no text.
+    Marked(char),
+}
+
+impl From<Specials> for Reading {
+    fn from(specials: Specials) -> Self {
+        match specials {
+            Specials::Parse => Self::Controls,
+            Specials::Plain => Self::Text,
+        }
+    }
 }
 
 /// The tokenizer of a model.
@@ -112,7 +133,7 @@ impl Tokenizer {
     /// # Errors
     /// The text is longer than any context, or the model's pattern fails on it.
     pub fn encode(&self, text: &str, specials: Specials) -> Result<Vec<u32>, EncodeError> {
-        Ok(self.encoding(text, specials)?.get_ids().to_vec())
+        Ok(self.encoding(text, specials.into())?.get_ids().to_vec())
     }
 
     /// [`encode`](Self::encode), with the tokens around it that the model wants around every prompt, if it wants some.
@@ -120,7 +141,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn prompt(&self, text: &str, specials: Specials) -> Result<Vec<u32>, EncodeError> {
-        let encoding = self.encoding(text, specials)?;
+        let encoding = self.encoding(text, specials.into())?;
         match self.frame {
             Frame::Tokens { before, after } => {
                 Ok(before.into_iter().chain(encoding.get_ids().iter().copied()).chain(after).collect())
@@ -132,26 +153,39 @@ impl Tokenizer {
         }
     }
 
-    fn encoding(&self, text: &str, specials: Specials) -> Result<Encoding, EncodeError> {
+    fn encoding(&self, text: &str, reading: Reading) -> Result<Encoding, EncodeError> {
         if text.len() > TEXT_LIMIT {
             return Err(EncodeError::TooLong { found: text.len(), limit: TEXT_LIMIT });
         }
-        match specials {
-            Specials::Parse => guarded(|| self.tokenize(self.inner.get_added_vocabulary(), text, false)),
-            Specials::Plain => {
-                let encoding = guarded(|| self.tokenize(&self.without_controls, text, false))?;
-                // A vocabulary may hold control tokens among those for text, where a model finds them.
-                if !encoding.get_ids().iter().any(|id| self.is_control(*id)) {
-                    return Ok(encoding);
-                }
-                guarded(|| self.tokenize(&self.without_controls, text, true))
-            }
+        let (added, mark) = match reading {
+            Reading::Controls => (self.inner.get_added_vocabulary(), None),
+            Reading::Text => (&self.without_controls, None),
+            Reading::Marked(mark) => (self.inner.get_added_vocabulary(), Some(mark)),
+        };
+        let (encoding, has_controls) = guarded(|| self.tokenize(added, text, mark, false))?;
+        // A vocabulary may hold control tokens among those for text, where a model finds them.
+        if reading == Reading::Controls || !has_controls {
+            return Ok(encoding);
         }
+        Ok(guarded(|| self.tokenize(added, text, mark, true))?.0)
     }
 
-    /// The library's own steps. `apart` cuts pieces that hold a control token within it, so that none comes of them.
-    fn tokenize(&self, added: &AddedVocabulary, text: &str, apart: bool) -> tokenizers::Result<Encoding> {
+    /// The library's own steps, and whether control tokens were found in text that is none of `added`. `mark` is taken out of that
+    /// text. `apart` cuts pieces that hold a control token within it, so that none comes of them.
+    fn tokenize(
+        &self,
+        added: &AddedVocabulary,
+        text: &str,
+        mark: Option<char>,
+        apart: bool,
+    ) -> tokenizers::Result<(Encoding, bool)> {
         let mut pieces: PreTokenizedString = added.extract_and_normalize(self.inner.get_normalizer(), text);
+        if let Some(mark) = mark {
+            pieces.normalize(|piece| {
+                piece.filter(|character| character != mark);
+                Ok(())
+            })?;
+        }
         if let Some(cut) = self.inner.get_pre_tokenizer() {
             cut.pre_tokenize(&mut pieces)?;
         }
@@ -169,14 +203,18 @@ impl Tokenizer {
                     .collect::<Vec<_>>())
             })?;
         }
+        let has_controls = Cell::new(false);
         pieces.tokenize(|piece| {
             let mut tokens = self.inner.get_model().tokenize(piece.get())?;
+            if tokens.iter().any(|token| self.is_control(token.id)) {
+                has_controls.set(true);
+            }
             if apart {
                 tokens.retain(|token| !self.is_control(token.id));
             }
             Ok(tokens)
         })?;
-        pieces.into_encoding(None, 0, OffsetType::None)
+        Ok((pieces.into_encoding(None, 0, OffsetType::None)?, has_controls.get()))
     }
 
     /// Whether `id` is a control token that text can't stand for; the one for unknown text is written for text.
@@ -261,6 +299,28 @@ impl Tokenizer {
 
     pub(crate) fn template_is_chosen(&self) -> bool {
         self.template_is_chosen
+    }
+
+    /// The tokens of the conversation as `template` writes it, or else the model's own template. Control tokens are the template's
+    /// alone: one that a message, a call of a tool or the description of one spells is text.
+    ///
+    /// # Errors
+    /// There is no template, or it refuses the messages or fails on them; or what it writes has no tokens.
+    pub fn conversation(
+        &self,
+        template: Option<&ChatTemplate>,
+        conversation: &Conversation<'_>,
+    ) -> Result<Vec<u32>, ChatError> {
+        let template = template.or(self.template.as_ref()).ok_or(ChatError::NoTemplate)?;
+        let controls =
+            || (0..).zip(&self.tokens).filter(|(id, _)| self.is_control(*id)).map(|(_, token)| &token.text[..]);
+        match Guard::of(controls(), conversation)? {
+            None => Ok(self.encode(&template.render(conversation)?, Specials::Parse)?),
+            Some(guard) => {
+                let text = guard.with(conversation, |marked| template.render(marked))?;
+                Ok(self.encoding(&text, Reading::Marked(guard.mark()))?.get_ids().to_vec())
+            }
+        }
     }
 
     /// The conversation as the model was trained to read it; to be encoded with [`Specials::Parse`].

@@ -213,6 +213,7 @@ below!(
     flora_model::DirectoryError,
     flora_model::ServeError,
     flora_server::InvalidApiKey,
+    flora_server::InvalidOrigin,
     flora_server::ServerError,
     flora_tokenizer::ChatError,
     flora_tokenizer::EncodeError,

@@ -149,12 +149,18 @@ async fn other_content_types_are_refused() {
 #[tokio::test]
 async fn other_paths_and_methods_are_refused() {
     let service = Service::new();
-    for path in ["/", "/v1", "/v1/embeddings", "/v1/completions/", "/v1/../etc/passwd"] {
+    for path in ["/index.html", "/v1", "/v1/embeddings", "/v1/completions/", "/v1/../etc/passwd"] {
         assert_eq!(service.get(path).await.error(404)["code"], "unknown_url", "{path}");
     }
-    for (method, path) in
-        [("GET", COMPLETIONS), ("DELETE", CHAT), ("POST", "/v1/models"), ("POST", "/health"), ("BREW", "/metrics")]
-    {
+    for (method, path) in [
+        ("GET", COMPLETIONS),
+        ("DELETE", CHAT),
+        ("POST", "/v1/models"),
+        ("POST", "/health"),
+        ("POST", "/"),
+        ("GET", "/tokenize"),
+        ("BREW", "/metrics"),
+    ] {
         service.ask(Request::builder().method(method).uri(path).body(Body::empty()).unwrap()).await.error(405);
     }
 }

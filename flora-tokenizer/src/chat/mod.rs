@@ -4,10 +4,12 @@
 //! prints them, `tojson` is `json.dumps`, `{% generation %}` only marks what it encloses, `strftime_now` knows today's date, and
 //! `raise_exception` refuses.
 
+mod guard;
 mod json;
 mod template;
 mod time;
 
+pub(crate) use guard::Guard;
 pub use template::ChatTemplate;
 
 use serde_json::{Map, Value};
@@ -33,11 +35,17 @@ pub struct Message<'a> {
     pub content: Content<'a>,
     /// Who of several in that role; templates mostly leave it out.
     pub name: Option<&'a str>,
+    /// The tools that an assistant calls, as OpenAI writes them; templates mostly want arguments as an object, not as its text.
+    pub tool_calls: Option<&'a Value>,
+    /// The call that a tool answers.
+    pub tool_call_id: Option<&'a str>,
 }
 
 /// What is said in one turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content<'a> {
+    /// Nothing, as where an assistant calls tools alone.
+    None,
     /// As one text.
     Text(&'a str),
     /// In parts. A template that goes over parts gets them as `{"type": "text", "text": …}`, another gets them joined.
@@ -59,7 +67,7 @@ pub enum Next {
 impl<'a> Message<'a> {
     /// A message that is one text.
     pub const fn text(role: &'a str, content: &'a str) -> Self {
-        Self { role, content: Content::Text(content), name: None }
+        Self { role, content: Content::Text(content), name: None, tool_calls: None, tool_call_id: None }
     }
 }
 
@@ -76,6 +84,14 @@ pub enum ChatError {
     /// The template can't be run.
     #[error("the model's chat template fails: {0}")]
     Failed(String),
+    /// What the template writes has no tokens.
+    #[error(transparent)]
+    Encode(#[from] crate::EncodeError),
+    /// Messages spell control tokens, and have every character by which these are told from the template's.
+    #[error(
+        "the messages spell control tokens and have all characters from U+10FF00 to U+10FFFD; leave one of them out"
+    )]
+    Unmarkable,
     /// The last message is to go on, and the template doesn't leave it whole.
     #[error("the last message can't be continued: {0}")]
     Closed(&'static str),

@@ -98,6 +98,7 @@ impl ChatTemplate {
     fn message(&self, message: &Message<'_>, is_open: bool) -> Value {
         let end = if is_open { OPEN_END } else { "" };
         let content = match message.content {
+            Content::None => Value::from(()),
             Content::Text(text) => Value::from(format!("{text}{end}")),
             Content::Parts(parts) if self.takes_parts => {
                 let part = |(index, text): (usize, &String)| {
@@ -109,7 +110,10 @@ impl ChatTemplate {
             Content::Parts(parts) => Value::from(parts.concat() + end),
         };
         let name = message.name.map(|name| ("name", Value::from(name)));
-        map([("role", Value::from(message.role)), ("content", content)].into_iter().chain(name))
+        let calls = message.tool_calls.map(|calls| ("tool_calls", Value::from(Serde(calls))));
+        let answered = message.tool_call_id.map(|id| ("tool_call_id", Value::from(id)));
+        let more = name.into_iter().chain(calls).chain(answered);
+        map([("role", Value::from(message.role)), ("content", content)].into_iter().chain(more))
     }
 }
 
@@ -120,6 +124,7 @@ fn map(entries: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
 /// The text up to where the last message goes on.
 fn left_open(rendered: String, messages: &[Message<'_>]) -> Result<String, ChatError> {
     let last = match messages.last().map(|message| message.content) {
+        Some(Content::None) => return Err(ChatError::Closed("it has no content")),
         Some(Content::Text(text)) => text,
         Some(Content::Parts(parts)) => parts.last().map_or("", |text| text),
         None => return Err(ChatError::Closed("there is none")),

@@ -183,6 +183,8 @@ fn templates_are_written_as_transformers_writes_them() {
                     Words::Parts(_) => Content::Parts(parts),
                 },
                 name: None,
+                tool_calls: None,
+                tool_call_id: None,
             })
             .collect();
         let next = match &next[..] {

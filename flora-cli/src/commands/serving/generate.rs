@@ -72,11 +72,7 @@ pub(crate) fn generate(arguments: &Arguments) -> Result<(), CommandError> {
     let prompt = if arguments.chat {
         let messages = [Message::text("user", &arguments.prompt)];
         let conversation = Conversation { messages: &messages, next: Next::Answer, variables: &Map::new() };
-        let text = match adapted.template() {
-            Some(template) => template.render(&conversation)?,
-            None => tokenizer.chat(&conversation)?,
-        };
-        tokenizer.encode(&text, Specials::Parse)?
+        tokenizer.conversation(adapted.template(), &conversation)?
     } else {
         tokenizer.prompt(&arguments.prompt, Specials::Parse)?
     };

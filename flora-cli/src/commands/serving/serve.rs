@@ -4,7 +4,11 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use clap::Args;
-use flora_server::{ApiKey, App, Limits, ServerOptions, Text, serve as serve_http};
+use flora_engine::AdapterFailure;
+use flora_model::AdapterDirectory;
+use flora_server::{
+    AdapterUpdates, AllowedOrigins, ApiKey, App, Limits, ServerOptions, Text, UpdateError, serve as serve_http,
+};
 
 use super::{ModelArguments, start};
 use crate::commands::error::CommandError;
@@ -33,6 +37,15 @@ pub(crate) struct Arguments {
     /// Connections at a time
     #[arg(long, default_value = "512", value_parser = clap::value_parser!(u32).range(1..))]
     connections: u32,
+    /// Seconds that a whole request may take; as long as it takes unless given
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    request_timeout: Option<u32>,
+    /// An origin whose web pages may ask, such as http://localhost:3000, or * for all; may be given several times
+    #[arg(long, value_name = "ORIGIN")]
+    allowed_origin: Vec<String>,
+    /// Let clients load adapters from any folder that this process can read, and unload them
+    #[arg(long)]
+    allow_lora_updates: bool,
     /// Seconds that running requests get to end in after an interrupt
     #[arg(long, default_value = "30", value_name = "SECONDS")]
     grace: u64,
@@ -45,9 +58,16 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<(), CommandError> {
     let limits = Limits {
         body_bytes: arguments.body_limit as usize * 1024,
         connections: arguments.connections as usize,
+        request_timeout: arguments.request_timeout.map(|seconds| Duration::from_secs(seconds.into())),
         ..Limits::default()
     };
-    let options = ServerOptions { api_key, limits, grace: Duration::from_secs(arguments.grace) };
+    let options = ServerOptions {
+        api_key,
+        limits,
+        grace: Duration::from_secs(arguments.grace),
+        origins: AllowedOrigins::parse(&arguments.allowed_origin)?,
+        adapter_updates: arguments.allow_lora_updates.then(|| updates(&serving.adapters)),
+    };
     if serving.engine.handle().adapters().contains(&name) {
         return Err(CommandError::AdapterNamedAsModel(name));
     }
@@ -65,6 +85,25 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<(), CommandError> {
     serving.engine.handle().shutdown(Duration::from_secs(arguments.grace));
     serving.engine.join();
     Ok(())
+}
+
+/// Adapters that clients load and unload.
+fn updates(adapters: &AdapterDirectory) -> AdapterUpdates {
+    let (loading, unloading) = (adapters.clone(), adapters.clone());
+    AdapterUpdates::new(
+        move |name, folder, replaces| loading.load(name, folder, replaces).map_err(told),
+        move |name| unloading.unload(name).map_err(told),
+    )
+}
+
+fn told(error: flora_model::UpdateError) -> UpdateError {
+    use flora_model::UpdateError as Found;
+    match error {
+        Found::Exists(name) => UpdateError::Exists(name),
+        Found::Unknown(name) | Found::Unusable(AdapterFailure::Unknown(name)) => UpdateError::Unknown(name),
+        Found::Unusable(AdapterFailure::Unusable { name, reason }) => UpdateError::Unusable { name, reason },
+        other => UpdateError::Unusable { name: String::new(), reason: other.to_string() },
+    }
 }
 
 /// Ready when the process is asked to end.
