@@ -7,8 +7,8 @@ pub(crate) mod loss;
 use std::collections::HashMap;
 
 use flora_ir::{
-    Activation, Bindings, Dimension, ElementType, Handle, Layer, Node, Operand, Operator, Pairs, Reduce, Role, Scope,
-    Shape, TensorType, Value, VerifiedLayer, parse, verify,
+    Activation, Bindings, Dimension, ElementType, Handle, Layer, Node, Operand, Operator, Pairs, Reduce, Role, Shape,
+    TensorType, Value, VerifiedLayer, parse, verify,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, RngSeed};
