@@ -34,13 +34,16 @@ fn adapter(random: &mut fastrand::Rng, k: usize, rows: &[(bool, bool)], rank: us
     FoldedAdapter { virtual_rows, low_rank, ..FoldedAdapter::default() }
 }
 
+/// An adapter, and the vector that it adds.
+type Own = (FoldedAdapter, Option<Vec<f32>>);
+
 /// A layer with a base, and adapters of all forms.
 struct Problem {
     weight: Vec<f32>,
     bias: Vec<f32>,
     layer: AttachedAdapters,
     /// By slot and part.
-    adapters: Vec<Vec<Option<(FoldedAdapter, Option<Vec<f32>>)>>>,
+    adapters: Vec<Vec<Option<Own>>>,
 }
 
 /// LoRA, fLoRA, HiRA, IA3 of inputs, IA3 of outputs, LoRA on one part with an offset, nothing.
@@ -137,7 +140,7 @@ impl Problem {
         }
         let counts = self.layer.virtual_inputs(slots, grouping).unwrap();
         let columns: Vec<_> = match grouping {
-            Grouping::Whole => vec![0..OUTPUTS],
+            Grouping::Whole => std::iter::once(0..OUTPUTS).collect(),
             Grouping::Parts => self.layer.parts().to_vec(),
         };
         let mut products = Vec::new();

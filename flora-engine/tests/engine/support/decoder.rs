@@ -140,7 +140,7 @@ impl State {
             }
         } else {
             let prompt = *known.prompt.get_or_insert(start);
-            assert!((start - prompt) % chunk == 0 || length == 1 || start == resumed, "{segment:?}");
+            assert!((start - prompt).is_multiple_of(chunk) || length == 1 || start == resumed, "{segment:?}");
         }
     }
 
