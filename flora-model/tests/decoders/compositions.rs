@@ -252,5 +252,5 @@ fn what_requests_have_in_common_changes_nothing() {
         .collect();
     let whole = Options { chunk_tokens: 16, block_tokens: 32, ..Options::default() };
     let (preemptions, cancelled, shared) = compare(&requests, &whole, 96..352, &mut random);
-    assert!(preemptions > 20 && cancelled > 20 && shared > 10_000, "the test doesn't test what it is for");
+    assert!(preemptions > 20 && cancelled > 20 && shared > 5_000, "the test doesn't test what it is for");
 }
