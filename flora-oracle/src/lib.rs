@@ -159,10 +159,11 @@ pub fn check(
             Role::Residual => {
                 residual.clone().map(|residual| Value::matrix(1, sample.columns.len(), residual)).transpose()?
             }
-            Role::Adapter | Role::Sparse => match operands.get(&operand.name) {
-                Some(value) => Some(sampled(layer, &operand.ty.shape, value, sample)?),
-                None => None,
-            },
+            Role::Adapter | Role::Sparse => {
+                let sparse = operands.get_sparse(&operand.name).map(dense).transpose()?;
+                let value = sparse.as_ref().or_else(|| operands.get(&operand.name));
+                value.map(|value| sampled(layer, &operand.ty.shape, value, sample)).transpose()?
+            }
         };
         if let Some(value) = value {
             bindings.insert(operand.name.clone(), value);
@@ -198,6 +199,11 @@ pub fn check(
     }
     let relative_error = if difference == 0.0 { 0.0 } else { (difference / norm.max(f64::MIN_POSITIVE)).sqrt() };
     Ok(Deviation { relative_error, rounding_units: units })
+}
+
+fn dense(matrix: &SparseMatrix<f64>) -> Result<Value, EvaluateError> {
+    let [rows, columns] = matrix.shape();
+    Value::matrix(rows, columns, matrix.to_dense())
 }
 
 /// Whether no operation of `layer` sums over the outputs, as a matmul with a transposed factor may, or takes them for ranks or pairs.
