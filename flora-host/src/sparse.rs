@@ -1,5 +1,6 @@
 //! Rows times sparse matrices. The rows of a task lie beside one another for each input, so that an entry is multiplied by all of
-//! them at once: vectors run over rows, and no entry has to be gathered.
+//! them at once: vectors run over rows, and no entry has to be gathered. A sum waits for the one before it, so several columns are
+//! summed side by side.
 //!
 //! Each product is rounded before it is added, in the order of a column. So a row has the same bits in any company and on any
 //! instruction set.
@@ -16,6 +17,12 @@ const TASK_ROWS: usize = 16;
 
 /// Outputs of all rows that are put back at a time.
 const COLUMNS: usize = 16;
+
+/// Columns that are summed side by side: as many as hide an addition's four cycles, and leave registers for one set of AVX2's where
+/// the rows fill vectors.
+const fn beside(rows: usize) -> usize {
+    if rows < TASK_ROWS { 8 } else { 4 }
+}
 
 /// Makes y of every product x @ matrix.
 pub(crate) fn multiply(arch: Arch, products: &mut [SparseRows<'_>]) {
@@ -51,19 +58,19 @@ impl WithSimd for Task<'_> {
             0 => {}
             1 => {
                 let x = self.x;
-                self.columns::<1>(x);
+                self.columns::<1, { beside(1) }>(x);
             }
             2..=4 => {
                 let x = self.beside::<4>();
-                self.columns::<4>(&x);
+                self.columns::<4, { beside(4) }>(&x);
             }
             5..=8 => {
                 let x = self.beside::<8>();
-                self.columns::<8>(&x);
+                self.columns::<8, { beside(8) }>(&x);
             }
             _ => {
                 let x = self.beside::<TASK_ROWS>();
-                self.columns::<TASK_ROWS>(&x);
+                self.columns::<TASK_ROWS, { beside(TASK_ROWS) }>(&x);
             }
         }
     }
@@ -81,26 +88,57 @@ impl Task<'_> {
         beside
     }
 
-    /// y from x `[inputs, ROWS]`
+    /// y from x `[inputs, ROWS]`, `GROUP` columns side by side.
     #[inline(always)]
-    fn columns<const ROWS: usize>(&mut self, x: &[f32]) {
+    fn columns<const ROWS: usize, const GROUP: usize>(&mut self, x: &[f32]) {
         let [_, outputs] = self.matrix.shape();
         for first in (0..outputs).step_by(COLUMNS) {
             let columns = COLUMNS.min(outputs - first);
             let mut tile = [[0.0f32; ROWS]; COLUMNS];
-            for (column, sums) in tile.iter_mut().take(columns).enumerate() {
-                let (places, values) = self.matrix.column(first + column);
-                for (place, value) in places.iter().zip(values) {
-                    let x = &x[*place as usize * ROWS..][..ROWS];
-                    for (sum, x) in sums.iter_mut().zip(x) {
-                        *sum += value * x;
-                    }
-                }
+            let (groups, rest) = tile[..columns].as_chunks_mut::<GROUP>();
+            let of_rest = first + groups.len() * GROUP;
+            for (first, sums) in (first..).step_by(GROUP).zip(groups) {
+                add_columns(self.matrix, first, x, sums);
+            }
+            for (column, sums) in (of_rest..).zip(rest) {
+                add_columns(self.matrix, column, x, std::array::from_mut(sums));
             }
             for (row, y) in self.y.chunks_exact_mut(outputs).enumerate() {
                 y[first..first + columns].iter_mut().zip(&tile).for_each(|(y, sums)| *y = sums[row]);
             }
         }
+    }
+}
+
+/// Adds the products of the columns from `first` on to the sums of each, those of one column in its order.
+#[inline(always)]
+fn add_columns<const ROWS: usize, const GROUP: usize>(
+    matrix: &SparseMatrix,
+    first: usize,
+    x: &[f32],
+    sums: &mut [[f32; ROWS]; GROUP],
+) {
+    let columns: [_; GROUP] = std::array::from_fn(|column| matrix.column(first + column));
+    let all_have = columns.iter().map(|(places, _)| places.len()).min().unwrap_or(0);
+    let shared = columns.map(|(places, values)| (&places[..all_have], &values[..all_have]));
+    for entry in 0..all_have {
+        for ((places, values), sums) in shared.iter().zip(sums.iter_mut()) {
+            add(places[entry], values[entry], x, sums);
+        }
+    }
+    for ((places, values), sums) in columns.iter().zip(sums) {
+        for (place, value) in places.iter().zip(*values).skip(all_have) {
+            add(*place, *value, x, sums);
+        }
+    }
+}
+
+/// Adds one product of every row.
+#[inline(always)]
+fn add<const ROWS: usize>(place: u32, value: f32, x: &[f32], sums: &mut [f32; ROWS]) {
+    let x = &x[place as usize * ROWS..][..ROWS];
+    for (sum, x) in sums.iter_mut().zip(x) {
+        *sum += value * x;
     }
 }
 
