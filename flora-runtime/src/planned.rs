@@ -4,6 +4,7 @@
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use flora_plan::batch::BatchShape;
 use flora_plan::cost::LayerPrices;
 use flora_plan::gradient::GradientLowering;
 use flora_plan::layer::{Element, LayerShape};
@@ -53,6 +54,16 @@ pub enum Planning {
     Fixed(Plan),
     /// The cheapest of each batch by the device's coefficients.
     Priced(Box<LayerPrices>),
+}
+
+impl Planning {
+    /// The lowerings of a batch, by whether its launch `finishes` with an epilogue.
+    fn choose(&self, shape: &BatchShape, finishes: bool) -> Plan {
+        match self {
+            Self::Fixed(plan) => *plan,
+            Self::Priced(prices) => plan(prices, shape, finishes),
+        }
+    }
 }
 
 impl fmt::Debug for PlannedProjection {
@@ -124,10 +135,7 @@ impl PlannedProjection {
         if passes.iter().any(|pass| !pass.own.sparse.is_empty()) {
             return Err(ProjectionError::SparseSchedule);
         }
-        let schedule = batch.schedule(projection, finishes, |shape| match planning {
-            Planning::Fixed(plan) => *plan,
-            Planning::Priced(prices) => plan(prices, shape, finishes),
-        })?;
+        let schedule = batch.schedule(projection, finishes, |shape| planning.choose(shape, finishes))?;
         let offset = |pass: &RowPasses| Some((pass.rows.start, pass.rows.len(), pass.own.offset.clone()?.into()));
         let (operands, offsets) = (projection.operands().clone(), passes.iter().filter_map(offset).collect());
         Ok(Scheduled { schedule, operands, offsets })
@@ -142,10 +150,7 @@ impl PlannedProjection {
         let work = {
             let shared = self.read();
             let Shared { projection, planning } = &*shared;
-            Work::of(projection, batch, |shape, finishes| match planning {
-                Planning::Fixed(plan) => *plan,
-                Planning::Priced(prices) => plan(prices, shape, finishes),
-            })?
+            Work::of(projection, batch, |shape, finishes| planning.choose(shape, finishes))?
         };
         // Without the lock: a thread of a pool that waits for a part of this batch may start another batch of the same projection.
         work.run(&self.device, x, residual)
