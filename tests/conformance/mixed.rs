@@ -4,7 +4,7 @@
 use flora_adapters::{AdaptedModel, AdapterStore, Layers};
 use flora_checkpoint::{AdapterFolder, BaseWeight, Matrix, Model, read_matrices};
 use flora_ir::Bindings;
-use flora_ir::algebra::{FoldedAdapter, VirtualRow};
+use flora_ir::algebra::{FoldedAdapter, RankOne, VirtualRow};
 use flora_oracle::{Sample, check};
 use flora_plan::layer::{Element, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::plan::Plan;
@@ -218,6 +218,59 @@ fn all_kinds_in_one_batch_equal_the_oracle_in_half_types() {
             row += *rows as usize;
         }
     }
+}
+
+/// A kind that is a sum of low rank has the launches of a LoRA with as many components, so that it costs what that costs; and base rows
+/// have the same ones beside it.
+#[test]
+fn a_kind_of_low_rank_is_scheduled_as_lora_is() {
+    let mixed = Mixed::of(0);
+    let is_additive = |folded: &FoldedAdapter| {
+        folded.virtual_rows.iter().all(|row| *row == VirtualRow::default()) && folded.sparse.is_empty()
+    };
+    let mut compared = 0;
+    for own in 0..mixed.adapted.len() {
+        let folded = mixed.folded(own).expect("it adapts the module");
+        if !is_additive(folded) || folded.low_rank.is_empty() {
+            continue;
+        }
+        compared += 1;
+        let (d, k) = (mixed.base.d, mixed.base.k);
+        let lora = FoldedAdapter {
+            virtual_rows: vec![VirtualRow::default()],
+            low_rank: vec![RankOne { shrink: vec![0.5; d], expand: vec![0.5; k] }; folded.low_rank.len()],
+            ..FoldedAdapter::default()
+        };
+        let scheduled = |folded: &FoldedAdapter| {
+            let weight = PackedWeight::from_f32(
+                WeightFormat::Float(Element::F32),
+                LayerShape { d: d as u32, k: k as u32 },
+                &mixed.base.values,
+            );
+            let planned = PlannedProjection::new(
+                device(),
+                &weight.expect("a weight"),
+                ProjectionOptions::default(),
+                Planning::Fixed(Plan::default()),
+            )
+            .expect("a projection");
+            planned.change(|projection| {
+                let (in_slots, out_slots) = projection.slots_with(folded);
+                projection.reserve(in_slots, out_slots).expect("room");
+                projection.place(1, folded).expect("it fits");
+            });
+            let batches = [vec![(1, 5)], vec![(0, 9), (1, 1), (0, 2), (1, 7)]];
+            plans()
+                .flat_map(|plan| batches.clone().map(|batch| (plan, batch)))
+                .map(|(plan, batch)| {
+                    planned.set_planning(Planning::Fixed(plan));
+                    planned.scheduled(&StepBatch::new(batch)).expect("a schedule").schedule
+                })
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(scheduled(folded), scheduled(&lora), "{}", mixed.adapted[own].0);
+    }
+    assert!(compared >= 12, "{compared}");
 }
 
 /// With NaN in every other adapter, an adapter's rows and base rows have the same bits.

@@ -24,8 +24,8 @@ use crate::commands::{output, planner};
 /// Time one adapter of each kind beside base rows, and beside LoRA of as many components
 ///
 /// Every adapter of the folder has a batch to itself, each segment with a copy of its own, and is planned as in serving. Base rows,
-/// the adapter and a LoRA that has as many low-rank components take turns, round after round; the ratios are taken in each round,
-/// and their medians are shown. benches/kinds.py makes a folder of PEFT's kinds.
+/// the adapter and a LoRA that has as many low-rank components take turns over one base weight, round after round, every other round
+/// the other way round; the ratios are taken in each round, and their medians are shown. benches/kinds.py makes a folder of PEFT's kinds.
 ///
 /// base rows beside it: what as many base rows cost in a batch with a few single rows of the adapter (one for each 32, at least 4),
 /// (T(both) − T(the adapter's rows alone)) / T(base rows alone).
@@ -148,23 +148,27 @@ impl Bench<'_> {
         LayerShape { d: self.base.d as u32, k: self.base.k as u32 }
     }
 
-    /// A projection with `copies` of an adapter at the positions from 1 on.
+    /// A projection with `copies` of an adapter at the positions from 1 on, and as many of `lora` behind them.
     fn adapted(
         &self,
-        folded: &FoldedAdapter,
-        offset: Option<&[f32]>,
+        (folded, offset): (&FoldedAdapter, Option<&[f32]>),
+        lora: Option<&FoldedAdapter>,
         copies: u32,
         tokens: u32,
     ) -> Result<Adapted, CommandError> {
         let (shape, device) = (self.shape(), self.clock.device);
         let weight = PackedWeight::from_f32(WeightFormat::default(), shape, &self.base.values)?;
         let mut projection = Projection::from_packed(device, &weight, ProjectionOptions::default())?;
-        let vectors = copies * (folded.virtual_rows.len() + folded.low_rank.len()) as u32;
+        let vectors_of = |folded: &FoldedAdapter| (folded.virtual_rows.len() + folded.low_rank.len()) as u32;
+        let vectors = copies * (vectors_of(folded) + lora.map_or(0, vectors_of));
         projection.reserve(vectors, vectors)?;
         for position in 1..=copies {
             projection.place(position, folded)?;
             if let Some(offset) = offset {
                 projection.set_offset(position, offset)?;
+            }
+            if let Some(lora) = lora {
+                projection.place(copies + position, lora)?;
             }
         }
         let planning = Planning::Priced(Box::new(self.planner.prices(projection.layer())));
@@ -181,13 +185,12 @@ impl Bench<'_> {
     ) -> Result<Record, CommandError> {
         let Tokens { segments, rows } = tokens;
         let all = tokens.all();
-        let own = self.adapted(folded, offset, segments, all)?;
         let components = folded.low_rank.len();
         let is_additive = folded.virtual_rows.iter().all(|row| *row == VirtualRow::default());
-        let lora = (components > 0 && is_additive)
-            .then(|| self.adapted(&lora(self.shape(), components), None, segments, all))
-            .transpose()?;
+        let lora = (components > 0 && is_additive).then(|| lora(self.shape(), components));
+        let own = self.adapted((folded, offset), lora.as_ref(), segments, all)?;
         let batch = StepBatch::new((1..=segments).map(|position| (position, rows)));
+        let of_lora = StepBatch::new((1..=segments).map(|position| (segments + position, rows)));
         let base_rows = StepBatch::new([(0, all)]);
         let few = (all / 32).max(4);
         let alone = StepBatch::new((0..few).map(|position| (1 + position % segments, 1)));
@@ -199,17 +202,24 @@ impl Bench<'_> {
 
         let mut times = [(); 4].map(|()| Times::default());
         let [seconds, to_base, to_lora, company] = &mut times;
+        let cases = [(&own, &base_rows), (&own, &batch), (&own, &of_lora), (&beside_x, &beside), (&alone_x, &alone)];
         for round in 0..=rounds {
-            let base = own.seconds(self.clock, &base_rows)?;
-            let adapted = own.seconds(self.clock, &batch)?;
-            let of_lora = lora.as_ref().map(|lora| lora.seconds(self.clock, &batch)).transpose()?;
-            let with = beside_x.seconds(self.clock, &beside)? - alone_x.seconds(self.clock, &alone)?;
+            let mut order: Vec<usize> = (0..cases.len()).filter(|case| *case != 2 || lora.is_some()).collect();
+            if round % 2 == 1 {
+                order.reverse();
+            }
+            let mut taken = [f64::NAN; 5];
+            for case in order {
+                let (adapted, batch) = cases[case];
+                taken[case] = adapted.seconds(self.clock, batch)?;
+            }
+            let [base, adapted, of_lora, both, few_alone] = taken;
             // The first round warms up.
             if round > 0 {
                 seconds.push(adapted);
                 to_base.push(adapted / base);
-                company.push(with / base);
-                of_lora.into_iter().for_each(|of_lora| to_lora.push(adapted / of_lora));
+                company.push((both - few_alone) / base);
+                to_lora.push(adapted / of_lora);
             }
         }
         let shape = own.projection.change(|projection| BatchShape::of(batch.segments(), projection.adapters()));
