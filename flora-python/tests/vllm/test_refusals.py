@@ -15,7 +15,7 @@ from models import model
 
 @pytest.fixture(scope="module")
 def engine():
-    return start(model("float32"), "float32", max_loras=4, max_lora_rank=8, lora_target_modules=["q_proj", "k_proj", "v_proj", "down_proj"])
+    return start(model("float32"), "float32", max_loras=4, max_lora_rank=1, lora_target_modules=["q_proj", "k_proj", "v_proj", "down_proj"])
 
 
 def broken(tmp_path, kind: str, change) -> str:
@@ -44,7 +44,7 @@ def truncate(path):
 BROKEN = {
     "an unknown kind": ("ia3", with_option("peft_type", "NOT_A_KIND"), "NOT_A_KIND"),
     "a truncated file": ("hira-2", truncate, ""),
-    "a rank beyond the engine's": ("flora-16-all", lambda path: None, "flora-16-all"),
+    "a rank beyond the engine's": ("flora-3", lambda path: None, "max_lora_rank 1"),
     "a module that isn't wrapped": ("ia3-all", lambda path: None, "lora_target_modules"),
     "no file": ("ia3", lambda path: (path / "adapter_model.safetensors").unlink(), ""),
 }
