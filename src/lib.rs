@@ -111,9 +111,9 @@ pub mod target {
 pub mod serving {
     pub use flora_engine::{
         AdapterContent, AdapterFacts, AdapterFailure, AdapterId, AdapterMetrics, AdapterOptions, AdapterRequests,
-        AdapterSource, BlockId, BlockSharing, Decoder, DecoderLimits, Engine, Event, FinishReason, LogProbabilities,
-        LogitRows, LogitRules, Metrics, Options, OptionsError, PlaceError, Request, RequestError, Sampling,
-        ScoredToken, SequenceId, StepSegment, StopAt, Stream, Usage, Vocabulary,
+        AdapterSource, BlockId, BlockSharing, CompiledGrammar, Decoder, DecoderLimits, Engine, Event, FinishReason,
+        Grammar, GrammarState, LogProbabilities, LogitRows, LogitRules, Metrics, Options, OptionsError, PlaceError,
+        Request, RequestError, Sampling, ScoredToken, SequenceId, StepSegment, StopAt, Stream, Usage, Vocabulary,
     };
     pub use flora_model::{
         AdapterDirectory, DeviceModel, DirectoryError, PlanningChoice, PreparedAdapter, ServeError, ServeOptions, load,

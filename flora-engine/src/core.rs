@@ -288,7 +288,7 @@ impl<D: Decoder> Core<D> {
                 self.drop_request(piece.request);
                 self.events.extend(events.into_iter().map(|event| (piece.request, event)));
             }
-            Err(error) => self.fail(piece.request, RequestError::Model(error.to_string())),
+            Err(silence) => self.fail(piece.request, silence.into()),
         }
     }
 

@@ -7,6 +7,7 @@ mod cache;
 pub mod core;
 pub mod decoder;
 pub mod engine;
+pub mod grammar;
 mod limits;
 mod loader;
 pub mod metrics;
@@ -28,6 +29,7 @@ pub use decoder::{
     DecoderLimits, LogitRows, PlaceError, Read, SequenceId, StepSegment, Unread,
 };
 pub use engine::{Engine, EngineHandle, Stream};
+pub use grammar::{CompiledGrammar, Grammar, GrammarState};
 pub use limits::{Accepted, RequestLimits};
 pub use metrics::{AdapterMetrics, AdapterRequests, Metrics};
 pub use options::{AdapterOptions, Options, OptionsError, StopLimits};

@@ -41,6 +41,11 @@ impl RequestLimits {
         self.context_length.min(self.cache_tokens)
     }
 
+    /// Tokens of the model's vocabulary.
+    pub fn vocabulary(&self) -> u32 {
+        self.vocabulary
+    }
+
     /// The most tokens that the model knows.
     pub(crate) fn context_length(&self) -> usize {
         self.context_length

@@ -3,6 +3,7 @@
 use std::num::NonZeroU32;
 
 use crate::decoder::AdapterFailure;
+use crate::grammar::Grammar;
 
 /// One request.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,6 +16,9 @@ pub struct Request {
     pub sampling: Sampling,
     /// What is done to the logits before that.
     pub rules: LogitRules,
+    /// The form that the text has to have, where it has to have one. Before its form is whole, no stop token may come that isn't text
+    /// of it, and a text to which nothing can be added is finished ([`FinishReason::Stop`]), whatever [`LogitRules::min_tokens`] says.
+    pub grammar: Option<Grammar>,
     /// What ends it.
     pub stop: StopAt,
     /// Whose log-probabilities are told.
@@ -22,7 +26,8 @@ pub struct Request {
 }
 
 /// Which tokens' log-probabilities are told, each with those of so many of the likeliest tokens in its place. They are the
-/// model's own, ln softmax of its logits, before any rule or temperature.
+/// model's own, ln softmax of its logits, before any rule or temperature. Under a grammar they are those among the tokens that may
+/// come, as vLLM has them: the others have minus infinity.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LogProbabilities {
     /// Of generated tokens.
@@ -144,7 +149,7 @@ pub struct ScoredToken {
 /// Why a request is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
-    /// A stop string or a stop token.
+    /// A stop string, a stop token, or the end of what the grammar allows.
     Stop,
     /// [`StopAt::max_tokens`], or the model's context is full.
     Length,

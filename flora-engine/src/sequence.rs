@@ -1,12 +1,14 @@
 //! A request between its first and its last word: what was said, and what it is still to be.
 
+use std::borrow::Cow;
 use std::time::Instant;
 
 use crate::cache::Blocks;
 use crate::decoder::{AdapterContent, AdapterFacts, AdapterId};
+use crate::grammar::Position;
 use crate::limits::Accepted;
 use crate::prefix::Row;
-use crate::request::{Event, FinishReason, LogProbabilities, Request, ScoredToken, Usage};
+use crate::request::{Event, FinishReason, LogProbabilities, Request, RequestError, ScoredToken, Usage};
 use crate::rules::Reshaper;
 use crate::sample::{LogitsError, Sampler};
 use crate::score::score;
@@ -22,6 +24,7 @@ pub(crate) struct Sequence {
     /// Where it ends for its length, prompt included.
     most: usize,
     stop_tokens: Vec<u32>,
+    grammar: Option<Position>,
     reshaper: Reshaper,
     sampler: Sampler,
     reader: Reader,
@@ -114,10 +117,11 @@ impl Running {
 
 impl Waiting {
     pub(crate) fn new(request: Accepted, context_length: usize, vocabulary: &Vocabulary, arrived: Instant) -> Self {
-        let Request { prompt, adapter, sampling, rules, stop, log_probabilities } = request.into_request();
+        let Request { prompt, adapter, sampling, rules, grammar, stop, log_probabilities } = request.into_request();
         let sequence = Sequence {
             prompt: prompt.len(),
             most: prompt.len().saturating_add(stop.max_tokens as usize).min(context_length),
+            grammar: grammar.map(|grammar| grammar.begin()),
             sampler: Sampler::new(sampling, &rules),
             reshaper: Reshaper::new(rules, &prompt, &stop.tokens),
             reader: vocabulary.reader(&prompt),
@@ -132,6 +136,28 @@ impl Waiting {
             None => WaitingAdapter::Chosen(None),
         };
         Self { sequence, adapter, run_before: 0 }
+    }
+}
+
+/// Why a sequence says nothing after a step.
+#[derive(Debug)]
+pub(crate) enum Silence {
+    Logits(LogitsError),
+    Grammar(String),
+}
+
+impl From<LogitsError> for Silence {
+    fn from(error: LogitsError) -> Self {
+        Self::Logits(error)
+    }
+}
+
+impl From<Silence> for RequestError {
+    fn from(silence: Silence) -> Self {
+        match silence {
+            Silence::Logits(error) => Self::Model(error.to_string()),
+            Silence::Grammar(reason) => Self::Invalid(reason),
+        }
     }
 }
 
@@ -185,15 +211,26 @@ impl Sequence {
     }
 
     /// Chooses the next token.
-    pub(crate) fn next(&mut self, logits: &[f32], vocabulary: &Vocabulary) -> Result<Said, LogitsError> {
-        let token = if self.reshaper.is_idle() {
-            self.sampler.next(logits)?
-        } else {
-            let mut reshaped = logits.to_vec();
-            self.reshaper.reshape(&mut reshaped);
-            self.sampler.next(&reshaped)?
+    pub(crate) fn next(&mut self, logits: &[f32], vocabulary: &Vocabulary) -> Result<Said, Silence> {
+        let mut logits = Cow::Borrowed(logits);
+        let may_end = match &mut self.grammar {
+            None => false,
+            Some(grammar) => grammar.mask(logits.to_mut(), &self.stop_tokens).map_err(Silence::Grammar)?,
         };
-        let scored = self.log_probabilities.generated.map(|count| score(logits, token, count)).transpose()?;
+        let mut reshaped = Cow::Borrowed(&logits[..]);
+        if !self.reshaper.is_idle() {
+            self.reshaper.reshape(reshaped.to_mut());
+        }
+        if self.grammar.is_some() && reshaped.iter().all(|logit| *logit == f32::NEG_INFINITY) {
+            return match may_end {
+                true => Ok(self.last(FinishReason::Stop, String::new(), None, Vec::new(), vocabulary)),
+                false => {
+                    Err(Silence::Grammar("no token of the model goes on with what the grammar allows next".to_owned()))
+                }
+            };
+        }
+        let token = self.sampler.next(&reshaped)?;
+        let scored = self.log_probabilities.generated.map(|count| score(&logits, token, count)).transpose()?;
         let scored = scored.into_iter().collect();
         if self.stop_tokens.contains(&token) {
             return Ok(self.last(FinishReason::Stop, String::new(), None, scored, vocabulary));
@@ -202,12 +239,17 @@ impl Sequence {
         let text = self.reader.push(token, vocabulary);
         let may_not_stop = self.reshaper.may_not_stop();
         self.reshaper.note(token);
+        let is_over = match &mut self.grammar {
+            None => false,
+            Some(grammar) => grammar.advance(token).map_err(Silence::Grammar)?,
+        };
         let found = if may_not_stop { Found::Text(self.stop.pass(&text)) } else { self.stop.push(&text) };
         Ok(match found {
             Found::Stop(text) => Said::Last(vec![
                 Event::Text { text, tokens: vec![token], scored },
                 Event::Finished { reason: FinishReason::Stop, usage: self.usage() },
             ]),
+            Found::Text(text) if is_over => self.last(FinishReason::Stop, text, Some(token), scored, vocabulary),
             Found::Text(text) if self.tokens.len() == self.most => {
                 self.last(FinishReason::Length, text, Some(token), scored, vocabulary)
             }

@@ -81,6 +81,7 @@ impl Asked {
                     adapter: adapter.map(str::to_owned),
                     sampling: parameters.draw.choice(choice),
                     rules: parameters.rules.clone(),
+                    grammar: None,
                     stop: StopAt { max_tokens, strings: parameters.stop.clone(), tokens: stop_tokens.clone() },
                     log_probabilities,
                 };

@@ -2,6 +2,7 @@
 
 mod adapters;
 mod batching;
+mod grammars;
 mod schedules;
 mod scores;
 mod sharing;

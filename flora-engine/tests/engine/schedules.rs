@@ -15,6 +15,7 @@ use proptest::test_runner::{RngSeed, TestRunner};
 use crate::support::decoder::{NextStep, POISON};
 use crate::support::disk::{Disk, Files, Stored};
 use crate::support::drive::{Drive, End, alone};
+use crate::support::grammar::Letters;
 use crate::support::{TOKENS, options};
 
 const NAMES: [&str; 6] = ["ann", "bob", "cat", "dan", "eve", "fay"];
@@ -72,8 +73,17 @@ fn sampling() -> impl Strategy<Value = Sampling> {
 fn arrival() -> impl Strategy<Value = Arrival> {
     let prompt = prop_oneof![9 => vec(0..TOKENS, 1..20), 1 => Just(POISON.to_vec())];
     let stop = (1u32..30, vec("[a-hé]{1,3}", 0..3), vec(0..TOKENS, 0..2));
-    (0usize..40, prompt, option::weighted(0.6, 0..NAMES.len()), sampling(), stop, option::weighted(0.2, 0usize..30))
-        .prop_map(|(step, prompt, adapter, sampling, (max_tokens, strings, tokens), cancelled)| Arrival {
+    let letters = prop_oneof![4 => Just(None), 1 => Just(Some(Letters::Nested)), 1 => Just(Some(Letters::Pairs))];
+    (
+        0usize..40,
+        prompt,
+        option::weighted(0.6, 0..NAMES.len()),
+        sampling(),
+        stop,
+        option::weighted(0.2, 0usize..30),
+        letters,
+    )
+        .prop_map(|(step, prompt, adapter, sampling, (max_tokens, strings, tokens), cancelled, letters)| Arrival {
             step,
             request: Request {
                 prompt,
@@ -81,6 +91,7 @@ fn arrival() -> impl Strategy<Value = Arrival> {
                 sampling,
                 rules: LogitRules::default(),
                 stop: StopAt { max_tokens, strings, tokens },
+                grammar: letters.map(Letters::grammar),
                 log_probabilities: LogProbabilities::default(),
             },
             cancelled,

@@ -53,6 +53,7 @@ impl Served {
             adapter: adapter.map(str::to_owned),
             sampling: Sampling::Greedy,
             rules: LogitRules::default(),
+            grammar: None,
             stop: StopAt { max_tokens, strings: Vec::new(), tokens: Vec::new() },
             log_probabilities,
         };

@@ -161,6 +161,7 @@ fn request(random: &mut fastrand::Rng, vocabulary: u32) -> Request {
         sampling,
         rules: LogitRules::default(),
         stop,
+        grammar: None,
         log_probabilities: LogProbabilities::default(),
     }
 }

@@ -64,6 +64,7 @@ fn request(random: &mut fastrand::Rng, vocabulary: u32, names: &[String]) -> Req
         sampling,
         rules: LogitRules::default(),
         stop,
+        grammar: None,
         log_probabilities: LogProbabilities::default(),
     }
 }
@@ -121,6 +122,7 @@ fn watch(handle: &EngineHandle, stop: &AtomicBool) -> BTreeMap<bool, Vec<f64>> {
             sampling: Sampling::Greedy,
             rules: LogitRules::default(),
             stop: forever,
+            grammar: None,
             log_probabilities: LogProbabilities::default(),
         };
         let Ok(mut stream) = handle.submit(request) else { continue };

@@ -3,6 +3,7 @@
 pub(crate) mod decoder;
 pub(crate) mod disk;
 pub(crate) mod drive;
+pub(crate) mod grammar;
 
 use flora_engine::{LogProbabilities, LogitRules, Options, Request, Sampling, StopAt, Vocabulary};
 
@@ -36,6 +37,7 @@ pub(crate) fn request(prompt: &[u32], adapter: Option<&str>, max_tokens: u32) ->
         sampling: Sampling::Greedy,
         rules: LogitRules::default(),
         stop: StopAt { max_tokens, strings: Vec::new(), tokens: Vec::new() },
+        grammar: None,
         log_probabilities: LogProbabilities::default(),
     }
 }

@@ -56,6 +56,7 @@ pub(super) fn drive(engine: &Engine, planned: &[Planned], vocabulary: u32, seed:
                     sampling: Sampling::Greedy,
                     rules: LogitRules::default(),
                     stop,
+                    grammar: None,
                     log_probabilities: LogProbabilities::default(),
                 };
                 let mut stream = handle.submit(request)?;
