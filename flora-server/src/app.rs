@@ -6,6 +6,7 @@ use flora_engine::EngineHandle;
 
 use crate::answer::unix_seconds;
 use crate::error::ApiError;
+use crate::grammar::Grammars;
 use crate::metrics::Metrics;
 use crate::options::ServerOptions;
 use crate::text::Text;
@@ -21,6 +22,7 @@ pub struct App {
     text: Text,
     options: ServerOptions,
     metrics: Metrics,
+    grammars: Grammars,
     created: u64,
 }
 
@@ -36,7 +38,8 @@ impl App {
         let source = engine.clone();
         let adapters = engine.clone();
         let metrics = Metrics::new(move || source.metrics(), move || adapters.adapter_requests());
-        Arc::new(Self { model: model.into(), engine, text: text.into(), options, metrics, created: unix_seconds() })
+        let (model, text, grammars, created) = (model.into(), text.into(), Grammars::new(), unix_seconds());
+        Arc::new(Self { model, engine, text, options, metrics, grammars, created })
     }
 
     pub(crate) fn model(&self) -> &str {
@@ -57,6 +60,10 @@ impl App {
 
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.metrics
+    }
+
+    pub(crate) fn grammars(&self) -> &Grammars {
+        &self.grammars
     }
 
     /// When it began, in seconds since 1970.

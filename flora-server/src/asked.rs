@@ -1,6 +1,6 @@
 //! From what a client asks to the engine's requests, one for each choice.
 
-use flora_engine::{LogProbabilities, Request, StopAt};
+use flora_engine::{Grammar, LogProbabilities, Request, StopAt};
 
 use crate::app::App;
 use crate::chat::Chat;
@@ -46,7 +46,12 @@ impl Asked {
     }
 
     /// A request of the engine for each choice: those of the first prompt, then those of the next.
-    pub(crate) fn requests(self, app: &App, parameters: &Parameters) -> Result<Vec<Planned>, ApiError> {
+    pub(crate) fn requests(
+        self,
+        app: &App,
+        parameters: &Parameters,
+        grammar: Option<Grammar>,
+    ) -> Result<Vec<Planned>, ApiError> {
         let adapter = app.adapter(&parameters.model)?;
         let prompts = match &self {
             Self::Completions(completions) => completions.prompts.len(),
@@ -81,7 +86,7 @@ impl Asked {
                     adapter: adapter.map(str::to_owned),
                     sampling: parameters.draw.choice(choice),
                     rules: parameters.rules.clone(),
-                    grammar: None,
+                    grammar: grammar.clone(),
                     stop: StopAt { max_tokens, strings: parameters.stop.clone(), tokens: stop_tokens.clone() },
                     log_probabilities,
                 };

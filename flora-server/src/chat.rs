@@ -352,7 +352,6 @@ mod tests {
             ("tools", json!([{"type": "web_search", "function": {}}])),
             ("tool_choice", json!("required")),
             ("tool_choice", json!({"type": "function", "function": {"name": "f"}})),
-            ("response_format", json!({"type": "json_object"})),
             ("modalities", json!(["text", "audio"])),
         ] {
             assert!(chat(json!({field: value})).is_err(), "{field}");

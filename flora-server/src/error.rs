@@ -48,6 +48,8 @@ pub(crate) enum ApiError {
     TimedOut(Duration),
     #[error("all connections that the server takes are in use; try again later")]
     NoPlace,
+    #[error("too many grammars are compiled at the moment; try again later")]
+    GrammarsBusy,
     #[error("the server failed at this request")]
     Broken,
 }
@@ -72,7 +74,9 @@ impl ApiError {
             Self::Engine(RequestError::QueueFull { .. }) => StatusCode::TOO_MANY_REQUESTS,
             Self::Engine(RequestError::Adapter(AdapterFailure::Unknown(_))) => StatusCode::NOT_FOUND,
             Self::Engine(RequestError::Adapter(AdapterFailure::Unusable { .. })) => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::NoPlace | Self::Engine(RequestError::ShuttingDown) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NoPlace | Self::GrammarsBusy | Self::Engine(RequestError::ShuttingDown) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Engine(RequestError::Model(_)) | Self::Broken => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Update(UpdateError::Exists(_)) => StatusCode::BAD_REQUEST,
             Self::Update(UpdateError::Unknown(_)) => StatusCode::NOT_FOUND,
@@ -101,6 +105,7 @@ impl ApiError {
             | Self::Engine(_)
             | Self::Update(_)
             | Self::TimedOut(_)
+            | Self::GrammarsBusy
             | Self::Broken => false,
         }
     }
@@ -118,6 +123,7 @@ impl ApiError {
             Self::Engine(RequestError::QueueFull { .. }) => Some("queue_full"),
             Self::Engine(RequestError::ShuttingDown) => Some("shutting_down"),
             Self::NoPlace => Some("too_many_connections"),
+            Self::GrammarsBusy => Some("too_many_grammars"),
             Self::Update(UpdateError::Exists(_)) => Some("adapter_exists"),
             Self::Update(UpdateError::Unknown(_)) => Some("model_not_found"),
             Self::Update(UpdateError::Unusable { .. }) => Some("adapter_unusable"),
@@ -179,7 +185,9 @@ impl IntoResponse for ApiError {
             Self::NoKey | Self::WrongKey => {
                 headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             }
-            Self::NoPlace | Self::Engine(RequestError::QueueFull { .. } | RequestError::ShuttingDown) => {
+            Self::NoPlace
+            | Self::GrammarsBusy
+            | Self::Engine(RequestError::QueueFull { .. } | RequestError::ShuttingDown) => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
             }
             _ => {}

@@ -56,17 +56,18 @@ const SHARED: Fields = &[
     // Its requests would have to be kept from having keys and values in common with others.
     ("cache_salt", Refused(&[r#""""#])),
     ("best_of", Refused(&["1"])),
-    ("response_format", Refused(&[r#"{"type": "text"}"#])),
-    ("guided_json", Refused(&[])),
-    ("guided_regex", Refused(&[])),
-    ("guided_choice", Refused(&[])),
-    ("guided_grammar", Refused(&[])),
-    ("guided_decoding_backend", Refused(&[])),
-    ("guided_whitespace_pattern", Refused(&[])),
-    ("structured_outputs", Refused(&[])),
+    ("response_format", Read),
+    ("guided_json", Read),
+    ("guided_regex", Read),
+    ("guided_choice", Read),
+    ("guided_grammar", Read),
+    // There is one way to do it.
+    ("guided_decoding_backend", Refused(&[r#""auto""#, r#""guidance""#])),
+    ("guided_whitespace_pattern", Read),
+    ("structured_outputs", Read),
     ("structural_tag", Refused(&[])),
-    ("json_schema", Refused(&[])),
-    ("grammar", Refused(&[r#""""#])),
+    ("json_schema", Read),
+    ("grammar", Read),
     ("use_beam_search", Refused(&["false"])),
     ("length_penalty", Refused(&["1"])),
     ("early_stopping", Refused(&["false"])),
@@ -142,6 +143,31 @@ const STREAM_OPTIONS: Fields = &[
     // Padding against whoever measures the lengths of packets.
     ("include_obfuscation", Harmless),
     ("continuous_usage_stats", Refused(&["false"])),
+];
+
+/// The fields of `response_format`.
+const RESPONSE_FORMAT: Fields = &[("type", Read), ("json_schema", Read)];
+
+/// The fields of `response_format.json_schema`.
+const NAMED_SCHEMA: Fields = &[
+    ("schema", Read),
+    // Texts are always exactly of the schema, whatever it is called.
+    ("name", Harmless),
+    ("description", Harmless),
+    ("strict", Harmless),
+];
+
+/// The fields of `structured_outputs`.
+const STRUCTURED_OUTPUTS: Fields = &[
+    ("json", Read),
+    ("json_object", Read),
+    ("regex", Read),
+    ("choice", Read),
+    ("grammar", Read),
+    ("disable_any_whitespace", Read),
+    ("disable_additional_properties", Read),
+    ("whitespace_pattern", Read),
+    ("structural_tag", Refused(&[])),
 ];
 
 const MESSAGE: Fields = &[
@@ -244,7 +270,11 @@ fn items(value: &Value) -> impl Iterator<Item = (usize, &Value)> {
 fn check(object: &Value, path: &str, tables: &[Fields]) -> Result<(), ApiError> {
     let Some(fields) = object.as_object() else { return Ok(()) };
     if path.is_empty() {
+        let format = &object["response_format"];
         check(&object["stream_options"], "stream_options.", &[STREAM_OPTIONS])?;
+        check(format, "response_format.", &[RESPONSE_FORMAT])?;
+        check(&format["json_schema"], "response_format.json_schema.", &[NAMED_SCHEMA])?;
+        check(&object["structured_outputs"], "structured_outputs.", &[STRUCTURED_OUTPUTS])?;
     }
     fields.iter().try_for_each(|(name, value)| check_field(fields, name, value, path, tables))
 }
@@ -298,7 +328,8 @@ mod tests {
 
     #[test]
     fn each_table_names_a_field_once_and_its_values_are_json() {
-        let alone = [STREAM_OPTIONS, MESSAGE, PART, TOKENIZE, DETOKENIZE, LOAD, UNLOAD].map(|table| vec![table]);
+        let within = [STREAM_OPTIONS, RESPONSE_FORMAT, NAMED_SCHEMA, STRUCTURED_OUTPUTS, MESSAGE, PART];
+        let alone = within.into_iter().chain([TOKENIZE, DETOKENIZE, LOAD, UNLOAD]).map(|table| vec![table]);
         for tables in [vec![SHARED, COMPLETIONS], vec![SHARED, CHAT]].into_iter().chain(alone) {
             let mut names: Vec<&str> = Vec::new();
             for (name, fate) in tables.into_iter().flatten() {

@@ -18,6 +18,7 @@ use crate::body;
 use crate::chat::Chat;
 use crate::completions::Completions;
 use crate::error::ApiError;
+use crate::grammar::{self, Form};
 use crate::logprobs::Scored;
 use crate::parameters::{Delivery, Parameters};
 use crate::sse;
@@ -35,12 +36,17 @@ pub(crate) async fn answer(app: Arc<App>, endpoint: Endpoint, request: Request) 
         Endpoint::Completions => Asked::Completions(Completions::parse(&body)?),
         Endpoint::Chat => Asked::Chat(Chat::parse(&body)?),
     };
+    let form = Form::parse(&body)?;
     drop(body);
+    let grammar = match form {
+        None => None,
+        Some(form) => Some(grammar::compile(&app, form).await?),
+    };
     let answer = Answer::new(endpoint, parameters.model.clone());
     let (delivery, n, is_scored) = (parameters.delivery, parameters.n, asked.logprobs().is_some());
     let planned = {
         let app = Arc::clone(&app);
-        blocking(move || asked.requests(&app, &parameters)).await?
+        blocking(move || asked.requests(&app, &parameters, grammar)).await?
     };
     let mut generation = Generation::submit(app, planned, n, is_scored, arrived)?;
     match delivery {

@@ -11,6 +11,7 @@ mod completions;
 mod error;
 mod fields;
 mod generation;
+mod grammar;
 mod logprobs;
 mod metrics;
 mod options;

@@ -93,6 +93,10 @@ pub struct Limits {
     pub choices: usize,
     /// Those of them that the engine has at a time; the others follow.
     pub choices_at_once: usize,
+    /// Bytes of a schema, a regular expression, a list of choices or a grammar.
+    pub grammar_bytes: usize,
+    /// How long one of them may take to compile, with the time that it waits for others to be compiled.
+    pub grammar_timeout: Duration,
     /// Connections at a time; a further one is told 503 and closed.
     pub connections: usize,
     /// From a connection's start, or the end of its last answer, to the end of the next request's header.
@@ -112,6 +116,8 @@ impl Default for Limits {
             prompt_tokens: 1 << 17,
             choices: 4096,
             choices_at_once: 32,
+            grammar_bytes: 1 << 17,
+            grammar_timeout: Duration::from_secs(10),
             connections: 512,
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),

@@ -96,6 +96,18 @@ impl Text {
         }
     }
 
+    /// The bytes that each of the `vocabulary` tokens stands for, none for control tokens; `None` where tokens are read together.
+    pub(crate) fn token_bytes(&self, vocabulary: usize) -> Option<Vec<Vec<u8>>> {
+        match &self.0 {
+            Source::Functions { spelled, stop_tokens, .. } => {
+                // Vocabularies are counted in u32.
+                let bytes = |token: u32| if stop_tokens.contains(&token) { Vec::new() } else { spelled(token) };
+                Some((0..vocabulary as u32).map(bytes).collect())
+            }
+            Source::Tokenizer { tokenizer, .. } => tokenizer.token_bytes().map(|bytes| bytes.to_vec()),
+        }
+    }
+
     /// How texts are read for requests with `adapter`. May read its files.
     ///
     /// # Errors

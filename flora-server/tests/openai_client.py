@@ -4,6 +4,7 @@ Holds for any model: what is expected of one answer is told by another. Ends wit
 """
 
 import asyncio
+import json
 import sys
 
 import openai
@@ -99,6 +100,27 @@ def log_probabilities(client, model):
     assert all(token.logprob == token.top_logprobs[0].logprob for token in choice.logprobs.content)
 
 
+def structured(client, model):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "kind": {"enum": ["bird", "other"]}},
+        "required": ["name", "kind"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "animal", "schema": schema, "strict": True}}
+    asked = {"model": model, "messages": MESSAGES, "response_format": form, "temperature": 1, "seed": 3}
+    [choice] = client.chat.completions.create(**asked, max_completion_tokens=400).choices
+    assert choice.finish_reason == "stop", choice
+    found = json.loads(choice.message.content)
+    assert list(found) == ["name", "kind"] and len(found["name"]) <= 8 and found["kind"] in ("bird", "other"), found
+    extra = {"structured_outputs": {"choice": ["a parrot", "a crow"]}}
+    answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=40, extra_body=extra)
+    assert answer.choices[0].text in ("a parrot", "a crow"), answer
+    schema["properties"]["kind"] = {"not": {}}
+    error = with_error(openai.BadRequestError, lambda: client.chat.completions.create(**asked))
+    assert error.param == "response_format.json_schema.schema" and "/properties/kind" in error.message, error
+
+
 def models(client, model):
     listed = {listed.id: listed for listed in client.models.list()}
     assert model in listed and listed[model].object == "model"
@@ -168,7 +190,7 @@ def main():
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
     [base] = [model.id for model in client.models.list() if model.model_extra["parent"] is None]
     checks = (completion, completion_stream, several_prompts, chat, chat_stream, stop_string, seed, log_probabilities)
-    checks += (models, unknown_models, wrong_key, bad_requests, left_streams)
+    checks += (structured, models, unknown_models, wrong_key, bad_requests, left_streams)
     for check in checks:
         for model in (base, *adapters[:1]):
             print(f"{check.__name__} ({model})", flush=True)

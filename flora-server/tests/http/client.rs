@@ -32,7 +32,7 @@ async fn openais_client_is_answered() {
         .kill_on_drop(true);
     let output = tokio::time::timeout(PATIENCE, command.output()).await.expect("the client hangs").unwrap();
     let said = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned()).join("\n");
-    assert!(output.status.success() && said.contains("passed: 14"), "{said}");
+    assert!(output.status.success() && said.contains("passed: 15"), "{said}");
     server.service.idle().await;
     server.stop().await;
 }

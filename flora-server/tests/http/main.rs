@@ -9,4 +9,5 @@ mod hostile;
 mod logprobs;
 mod model;
 mod replicas;
+mod structured;
 mod support;
