@@ -5,6 +5,7 @@ mod client;
 mod connections;
 mod errors;
 mod extras;
+mod fields;
 mod hostile;
 mod logprobs;
 mod model;
