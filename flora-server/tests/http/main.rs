@@ -3,6 +3,7 @@
 mod answers;
 mod client;
 mod connections;
+mod deploy;
 mod errors;
 mod extras;
 mod fields;
