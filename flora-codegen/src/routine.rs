@@ -6,14 +6,16 @@ mod hardware;
 mod rows;
 mod tiles;
 
-use flora_plan::layer::{Epilogue, LayerFormat, LayerShape};
+use flora_plan::layer::{Epilogue, LayerFormat, LayerShape, Quantisation};
 use flora_plan::schedule::{Gemm, Materialised, SPLIT_DEPTH, Scale};
 
 use crate::kernels::blueprint::RANK_CHUNK;
+use crate::kernels::decode::inputs_of_scales;
 use crate::kernels::tables::{Item, ShrinkTask, TileRow, Words};
 use crate::kernels::{Multiply, Tile, TileBlueprint};
 
 pub use hardware::Hardware;
+use hardware::WIDE_ROWS;
 pub(crate) use hardware::storage;
 pub(crate) use rows::shrink_tasks;
 use rows::{Group, Rows};
@@ -129,6 +131,7 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
         plane_size: hardware.plane_size,
         tile: Tile { rows: 0, columns: 0, depth: 0, row_planes: 1, column_planes: 1 },
         quantisation: format.weight.quantisation(),
+        even_blocks: false,
         scaled: rows.rows.iter().any(|row| row.virtual_row.in_slot > 0 || row.virtual_row.out_slot > 0),
         stage: hardware.stage(format),
         adapters_alike: format.adapters == format.activations,
@@ -149,6 +152,7 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
     let with = |tile: Tile, hidden: u32| TileBlueprint {
         tile,
         hidden,
+        even_blocks: blueprint.multiply == Multiply::Mma && even_blocks(tile, shape.d, blueprint.quantisation),
         on_chip: if on_chip { staged_scales(blueprint.multiply, highest_scales) } else { 0 },
         carries: splits == 1 && widest > tile.rows / 2 && longest > tile.rows,
         ..blueprint
@@ -178,6 +182,12 @@ fn lay_out(hardware: &Hardware, wanted: Wanted, rows: Rows) -> Result<TileLaunch
         scales: rows.scales,
         tasks: rows.tasks,
     })
+}
+
+/// Whether every step of a tile of many rows starts where a word of its weight's scales does.
+fn even_blocks(tile: Tile, d: u32, quantisation: Option<Quantisation>) -> bool {
+    let starts = |inputs| d.is_multiple_of(tile.depth) && tile.depth.is_multiple_of(inputs);
+    tile.rows >= WIDE_ROWS && quantisation.and_then(inputs_of_scales).is_some_and(starts)
 }
 
 /// Scaled virtual rows of a W_i whose vectors are staged at once: in registers, enough for the largest adapters that are common.

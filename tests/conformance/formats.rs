@@ -139,6 +139,33 @@ fn every_format_equals_the_oracle() {
     assert!(missing.is_empty(), "not run (activations, fragments): {missing:?}");
 }
 
+/// Blocks are two to a word of scales: inputs of which every step of a tile starts at such a word, few rows and many.
+#[test]
+fn quantised_weights_of_whole_steps_equal_the_oracle() {
+    let halves = [Element::F16, Element::Bf16];
+    let weights = [WeightFormat::Q8_0, WeightFormat::Q4_0, WeightFormat::Q4_1, WeightFormat::MXFP4];
+    for (activations, weight) in halves.into_iter().flat_map(|own| weights.map(|weight| (own, weight))) {
+        let format = LayerFormat { weight, ..LayerFormat::uniform(activations) };
+        if let Err(reason) = runs(&format) {
+            println!("NOT RUN on {}: {format}: {reason}", device().info().id);
+            continue;
+        }
+        if is_rasteriser() {
+            println!("NOT RUN on {}: {format}: emulated cards run it", device().info().id);
+            continue;
+        }
+        for (kind, rows) in [("lora", 19), ("flora", 19), ("lora", 520)] {
+            let adapters = vec![Adapter { name: "own".to_owned(), kind, rank: 3 }];
+            let case = Case { adapters, segments: vec![(1, 3), (0, rows)], ..case(format, 192, 72) };
+            let loaded = case.load(device());
+            for plan in [Plan::default(), Plan::new(MultiplicativeLowering::OnChip, AdditiveLowering::Segmented)] {
+                let deviation = loaded.deviation(&loaded.run(&plan));
+                assert!(deviation.is_rounding(), "{format} {kind} {rows} rows {plan:?}: {deviation:?}");
+            }
+        }
+    }
+}
+
 /// Long enough for the depth to be split.
 #[test]
 fn a_split_depth_equals_the_oracle() {

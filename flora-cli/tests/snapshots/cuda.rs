@@ -34,6 +34,8 @@ fn kernels(target: Target) -> Vec<Kernel> {
     let serving = ["linear gemm", "flora stacked", "flora on_chip", "lora fused"];
     let every = |_: &str| true;
     let served = move |title: &str| serving.contains(&title);
+    let plain = |title: &str| title == "linear gemm";
+    let decoded = |weight, activations| LayerFormat { weight, ..LayerFormat::uniform(activations) };
     type Chosen = Box<dyn Fn(&str) -> bool>;
     let sets: Vec<(Chosen, LayerFormat, Load)> = vec![
         (Box::new(every), LayerFormat::default(), SMALL),
@@ -52,6 +54,10 @@ fn kernels(target: Target) -> Vec<Kernel> {
         (Box::new(served), quantised(WeightFormat::Q5_K), DECODE),
         (Box::new(served), quantised(WeightFormat::Q6_K), DECODE),
         (Box::new(served), quantised(WeightFormat::IQ4_NL), DECODE),
+        (Box::new(plain), decoded(WeightFormat::Q8_0, Element::F16), PREFILL),
+        (Box::new(plain), decoded(WeightFormat::Q8_0, Element::Bf16), PREFILL),
+        (Box::new(plain), decoded(WeightFormat::Q4_0, Element::F16), PREFILL),
+        (Box::new(plain), decoded(WeightFormat::Q4_0, Element::Bf16), PREFILL),
     ];
     let mut found: BTreeMap<String, Kernel> = BTreeMap::new();
     for (chosen, format, load) in sets {

@@ -46,6 +46,8 @@ pub struct TileBlueprint {
     pub tile: Tile,
     /// How w0 is decoded as it is staged; `None` for floats.
     pub quantisation: Option<Quantisation>,
+    /// Whether every step of d starts where a word of its blocks' scales does.
+    pub even_blocks: bool,
     /// Whether a virtual row may have scales.
     pub scaled: bool,
     /// The type that tiles are staged in.

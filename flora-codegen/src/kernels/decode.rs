@@ -47,6 +47,13 @@ fn bit_pairs(levels: Levels, pair: u32) -> u32 {
     (0..).zip(levels).map(|(at, level)| (byte(level) >> (2 * pair) & 3) << (2 * at)).sum()
 }
 
+/// Inputs of an output whose blocks' scales share a word, where a number's position in its word doesn't depend on them.
+pub(crate) fn inputs_of_scales(quantisation: Quantisation) -> Option<u32> {
+    let Scales::Blocks { .. } = quantisation.scales else { return None };
+    let blocks = if quantisation.minimum() { 1 } else { 2 };
+    quantisation.block().filter(|_| upper_bits(quantisation) == 0).map(|block| blocks * block)
+}
+
 /// The row of line `line` of the lower plane, whose lines are words of consecutive inputs.
 #[cube]
 pub(crate) fn lower_row(line: u32, #[comptime] quantisation: Quantisation) -> u32 {
@@ -169,6 +176,35 @@ fn integer_less<N: Size>(
     let number = Vector::<f32, N>::reinterpret(field | Vector::new(magic));
     let offset = Vector::<f32, N>::new(comptime!(magic_offset(first, zero)));
     if comptime!(first == 0) { number + offset } else { fma(number, Vector::new(comptime!(power(first))), offset) }
+}
+
+/// 2¹⁵ as f32: a byte at bits 8 to 15 is an integer that is added to it.
+pub(crate) const BYTE_MAGIC: u32 = 0x4700_0000;
+
+/// Whether scale · (stored − zero) is one multiply-add, scale · number − scale · (2¹⁵ + zero). The scale is an f16, of 11 bits, so that
+/// what is taken away has 20 and the result 19: both are exact in f32, as long as the product isn't rounded by itself.
+pub(crate) fn folds_zero(quantisation: Quantisation) -> bool {
+    let halves = matches!(quantisation.scales, Scales::Blocks { kind: ScaleKind::F16, .. });
+    let linear = matches!(quantisation.levels, Levels::Linear { zero } if zero == 128);
+    halves && linear && quantisation.planes() == (8, 0) && !quantisation.minimum()
+}
+
+/// What [`folds_zero`] adds.
+#[cube]
+pub(crate) fn folded_zero<N: Size>(slope: Vector<f32, N>, #[comptime] quantisation: Quantisation) -> Vector<f32, N> {
+    slope * Vector::new(comptime!(-32768.0 - zero(quantisation.levels) as f32))
+}
+
+/// 2¹⁵ and the byte at position `at` of words; `magic` is [`BYTE_MAGIC`].
+#[cube]
+pub(crate) fn byte_number<N: Size>(words: Vector<u32, N>, magic: u32, #[comptime] at: u32) -> Vector<f32, N> {
+    let mut part = words;
+    if comptime!(at == 0) {
+        part = words << Vector::new(8u32);
+    } else if comptime!(at > 1) {
+        part = words >> Vector::new(comptime!(8 * at.max(1) - 8));
+    }
+    Vector::<f32, N>::reinterpret((part & Vector::new(0xff00u32)) | Vector::new(magic))
 }
 
 /// f16 in the low halves of words; `native` where the device has such numbers.

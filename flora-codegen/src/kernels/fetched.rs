@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use super::blueprint::{Multiply, TileBlueprint};
 use super::decode::loads;
 use super::registers::{put, read};
-use super::words::to_words;
+use super::words::{ones, to_words};
 
 /// A unit's part of the next step: X words of a vector of x, A of one of the adapters' and W of one of w0, whose scales are
 /// vectors of N.
@@ -75,9 +75,9 @@ fn room(passes: u32, used: bool) -> usize {
     if used { passes as usize } else { 1 }
 }
 
-/// Room for a step.
+/// Room for a step; vectors of scales are ones.
 #[cube]
-pub(crate) fn nothing_fetched<M: Size, N: Size, X: Size, A: Size, W: Size>(
+pub(crate) fn nothing_fetched<T: Float, M: Size, N: Size, X: Size, A: Size, W: Size>(
     #[comptime] blueprint: TileBlueprint,
 ) -> Fetched<N, X, A, W> {
     let row_width = M::value();
@@ -85,14 +85,34 @@ pub(crate) fn nothing_fetched<M: Size, N: Size, X: Size, A: Size, W: Size>(
     let quantised = comptime!(blueprint.quantisation.is_some());
     Fetched::<N, X, A, W> {
         inputs: Array::new(comptime!(room(row_passes(blueprint, row_width), true))),
-        in_scales: Array::new(comptime!(room(row_passes(blueprint, row_width), blueprint.scaled))),
+        in_scales: all_ones::<T, M, A>(comptime!(row_passes(blueprint, row_width)), blueprint.scaled, blueprint),
         weights: Array::new(comptime!(room(weight_passes(blueprint, width), true))),
         weight_scales: Array::new(comptime!(room(
             weight_passes(blueprint, width) * (blueprint.quantisation.map_or(1, loads) - 1),
             quantised
         ))),
-        vectors: Array::new(comptime!(room(vector_passes(blueprint, row_width), blueprint.on_chip > 0))),
+        vectors: all_ones::<T, M, A>(
+            comptime!(vector_passes(blueprint, row_width)),
+            comptime!(blueprint.on_chip > 0),
+            blueprint,
+        ),
     }
+}
+
+/// Room for vectors of scales, which are ones where a step doesn't put them.
+#[cube]
+fn all_ones<T: Float, M: Size, A: Size>(
+    #[comptime] passes: u32,
+    #[comptime] used: bool,
+    #[comptime] blueprint: TileBlueprint,
+) -> Array<Vector<u32, A>> {
+    let width = M::value();
+    let mut all = Array::new(comptime!(room(passes, used)));
+    #[unroll]
+    for at in 0..comptime!(if used && ones_stand(blueprint, width) { passes } else { 0 }) {
+        all[at as usize] = ones::<T, M, A>();
+    }
+    all
 }
 
 /// Whether places are signed: where the device loads four matrices at once, all arrays are short enough.
@@ -109,6 +129,12 @@ pub(crate) fn ragged_first(blueprint: TileBlueprint, row_width: usize) -> bool {
         None => true,
     };
     places_are_signed(blueprint) && whole_words
+}
+
+/// Whether the ones of a row that has no scale stand from before the first step on, so that no step puts them there: what isn't loaded
+/// in one step then isn't in any, but for depths before 0, where x is 0.
+pub(crate) fn ones_stand(blueprint: TileBlueprint, row_width: usize) -> bool {
+    ragged_first(blueprint, row_width)
 }
 
 /// The depths of a cube that are looked at: a step that `start` to `end` don't fill is told apart by them.

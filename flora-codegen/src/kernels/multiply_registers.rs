@@ -12,7 +12,7 @@ use flora_plan::layer::Element;
 
 use super::blueprint::{Multiply, PAD, RANK_CHUNK, SUM_PAD, TileBlueprint};
 use super::registers::{Pair, copied, matrices, pair, sum_of};
-use super::staged::{Stage, Staged, out_start};
+use super::staged::{Stage, Staged, out_start, weight_unit};
 use super::units::{plane_column, plane_row};
 
 /// What W_i of an item is made with; nothing where no item has one, or where it isn't made in registers.
@@ -51,21 +51,21 @@ pub(crate) struct Lanes {
 #[cube]
 pub(crate) fn lanes<M: Size, N: Size>(#[comptime] blueprint: TileBlueprint) -> Lanes {
     let row_width = M::value();
-    let row_width = comptime!(row_width as u32);
     let width = N::value();
-    let width = comptime!(width as u32);
+    let unit = comptime!(weight_unit(blueprint, row_width, width));
+    let row_width = comptime!(row_width as u32);
     let tile = comptime!(blueprint.tile);
     if comptime!(blueprint.multiply == Multiply::Mma) {
         let row_pitch = comptime!((tile.depth + PAD) / row_width);
         let (line, beside) = lane_place();
         let row = plane_row(blueprint) * comptime!(tile.rows / tile.row_planes) + line;
-        let column = plane_column(blueprint) * comptime!(tile.columns / tile.column_planes / width);
+        let column = plane_column(blueprint) * comptime!(tile.columns / tile.column_planes / unit);
         // Matrices of in-vectors: depths 0 to 7 of ranks 0 to 7 and of 8 to 15, then depths 8 to 15.
         let lane = UNIT_POS_X % 32;
         Lanes {
             rows: i32::cast_from(row * row_pitch + beside * comptime!(8 / row_width)),
             weights: i32::cast_from(
-                line * comptime!((tile.columns + PAD) / width) + column + beside * comptime!(8 / width),
+                line * comptime!((tile.columns + PAD) / unit) + column + beside * comptime!(8 / unit),
             ),
             vectors: i32::cast_from(lane % 16 * row_pitch + lane / 16 * comptime!(8 / row_width)),
         }
@@ -97,10 +97,11 @@ pub(crate) fn load_out_vectors<S: Float, M: Size, N: Size>(
     let width = N::value();
     let (down, _) = comptime!(blueprint.fragments());
     let row_width = M::value();
+    let unit = comptime!(weight_unit(blueprint, row_width, width));
     let at = lanes.weights + comptime!(out_start(blueprint, row_width, width) as i32);
     #[unroll]
     for i in 0..down {
-        into.push(matrices::<S, N>(&staged.weights, at + comptime!((i * 16) as i32 / width as i32), true));
+        into.push(matrices::<S, N>(&staged.weights, at + comptime!((i * 16 / unit) as i32), true));
     }
 }
 
@@ -145,9 +146,9 @@ pub(crate) fn multiply_matrices<S: Float, M: Size, N: Size>(
 ) {
     let definition = cmma::MmaDefinition::<S, S, f32>::new(16usize, 8usize, 16usize);
     let row_width = M::value();
-    let row_width = comptime!(row_width as u32);
     let width = N::value();
-    let width = comptime!(width as u32);
+    let unit = comptime!(weight_unit(blueprint, row_width, width));
+    let row_width = comptime!(row_width as u32);
     let tile = comptime!(blueprint.tile);
     let (down, across) = comptime!(blueprint.fragments());
     let row_pitch = comptime!(tile.depth + PAD);
@@ -159,7 +160,7 @@ pub(crate) fn multiply_matrices<S: Float, M: Size, N: Size>(
         let mut left = Sequence::<Array<Pair<S>>>::new();
         #[unroll]
         for i in 0..down {
-            let at = weight_at + comptime!(((step * 16 * pitch + i * 16) / width) as i32);
+            let at = weight_at + comptime!(((step * 16 * pitch + i * 16) / unit) as i32);
             left.push(matrices::<S, N>(&staged.weights, at, true));
         }
         if comptime!(blueprint.on_chip > 0) {
@@ -195,9 +196,10 @@ fn scale<S: Float, M: Size, N: Size>(
 ) {
     let definition = cmma::MmaDefinition::<S, S, f32>::new(16usize, 8usize, 16usize);
     let row_width = M::value();
-    let row_width = comptime!(row_width as u32);
     let width = N::value();
-    let width = comptime!(width as u32);
+    let unit = comptime!(weight_unit(blueprint, row_width, width));
+    let out_at = comptime!(out_start(blueprint, row_width, width) as i32);
+    let row_width = comptime!(row_width as u32);
     let (down, _) = comptime!(blueprint.fragments());
     let row_pitch = comptime!(blueprint.tile.depth + PAD);
     let pitch = comptime!(blueprint.tile.columns + PAD);
@@ -226,8 +228,7 @@ fn scale<S: Float, M: Size, N: Size>(
             }
         }
     } else {
-        let row_width_of_rows = M::value();
-        let out_at = lanes.weights + comptime!(out_start(blueprint, row_width_of_rows, width as usize) as i32);
+        let out_at = lanes.weights + out_at;
         let mut products = Sequence::<Array<Pair<f32>>>::new();
         #[unroll]
         for _ in 0..comptime!(2 * down) {
@@ -241,12 +242,9 @@ fn scale<S: Float, M: Size, N: Size>(
             let second = pair::<S>(&four, 2usize, 3usize);
             #[unroll]
             for i in 0..down {
-                let below = comptime!((RANK_CHUNK * pitch / width) as i32);
-                let out_vectors = matrices::<S, N>(
-                    &staged.weights,
-                    out_at + chunk * below + comptime!((i * 16 / width) as i32),
-                    true,
-                );
+                let below = comptime!((RANK_CHUNK * pitch / unit) as i32);
+                let out_vectors =
+                    matrices::<S, N>(&staged.weights, out_at + chunk * below + comptime!((i * 16 / unit) as i32), true);
                 let factor = products.index_mut(comptime!((2 * i) as usize));
                 definition.execute_inplace(&out_vectors, &first, factor);
                 let factor = products.index_mut(comptime!((2 * i + 1) as usize));

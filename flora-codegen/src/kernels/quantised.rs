@@ -5,7 +5,8 @@ use cubecl::prelude::*;
 
 use super::blueprint::{Multiply, PAD, SUM_PAD, TileBlueprint};
 use super::decode::{
-    MAGIC, level, lower_row, minimum, nested, scale, scale_word, super_word, upper_bits, upper_from, upper_row,
+    BYTE_MAGIC, MAGIC, byte_number, folded_zero, folds_zero, inputs_of_scales, level, lower_row, minimum, nested,
+    scale, scale_word, super_word, upper_bits, upper_from, upper_row,
 };
 use super::decode_pairs::{MAGIC as PAIR_MAGIC, block_scales, decode_pair, decodes_pairs, halves_of, magic};
 use super::fetched::{
@@ -55,7 +56,13 @@ pub(crate) fn fetch_words<W: Numeric, N: Size, XW: Size, AW: Size, WW: Size>(
         fetched.weights[own] = words;
         let mut scales = Vector::<u32, N>::new(0u32);
         if inside {
-            scales = scale_word::<N>(weight_scales, depth, column, columns, quantisation);
+            if comptime!(blueprint.even_blocks) {
+                let together = comptime!(inputs_of_scales(quantisation).unwrap());
+                let row = depth0 / together + staged_depth(pass, together, size, blueprint) / together;
+                scales = weight_scales[(row * columns + column) as usize];
+            } else {
+                scales = scale_word::<N>(weight_scales, depth, column, columns, quantisation);
+            }
         }
         fetched.weight_scales[own] = scales;
         if comptime!(nested(quantisation).is_some()) {
@@ -74,6 +81,32 @@ pub(crate) fn fetch_words<W: Numeric, N: Size, XW: Size, AW: Size, WW: Size>(
             }
             fetched.weight_scales[comptime!(upper_at(blueprint, size, pass))] = upper;
         }
+    }
+}
+
+/// Whether the units of a cube decode in pass `pass` numbers of one run of `run` depths of a step, of which `width` columns are a
+/// vector.
+fn is_one_run(blueprint: TileBlueprint, width: usize, pass: u32, run: u32) -> bool {
+    let line = blueprint.tile.columns / width as u32;
+    let depths = blueprint.units() / line * per_value(blueprint);
+    blueprint.units().is_multiple_of(line) && pass * depths / run == ((pass + 1) * depths - 1) / run
+}
+
+/// The depth in a step of what the unit stages in pass `pass`; where all units' are of one run of `run` depths, that of the first.
+#[cube]
+fn staged_depth(
+    #[comptime] pass: u32,
+    #[comptime] run: u32,
+    #[comptime] width: usize,
+    #[comptime] blueprint: TileBlueprint,
+) -> u32 {
+    let line = comptime!(blueprint.tile.columns / width as u32);
+    let units = comptime!(blueprint.units());
+    let lines = comptime!(blueprint.tile.depth / per_value(blueprint));
+    if comptime!(is_one_run(blueprint, width, pass, run)) {
+        comptime!(pass * (units / line) * per_value(blueprint)).runtime()
+    } else {
+        line_within(pass, line, lines, units) * comptime!(per_value(blueprint))
     }
 }
 
@@ -99,7 +132,12 @@ pub(crate) fn stage_words<W: Numeric, S: Float, N: Size, XW: Size, AW: Size, WW:
     for pass in 0..comptime!(weight_passes(blueprint, size)) {
         if stages(pass, line, lines, units) {
             let words = Vector::<u32, N>::cast_from(from_words::<W, N, WW>(fetched.weights[comptime!(pass as usize)]));
-            let depth = depth0 + staged_row(0u32, pass, line, units) * per_value;
+            let depth = if comptime!(blueprint.even_blocks) {
+                let block = comptime!(blueprint.quantisation.unwrap().block().unwrap_or(1));
+                staged_depth(pass, block, size, blueprint)
+            } else {
+                depth0 + staged_row(0u32, pass, line, units) * per_value
+            };
             let at = start + staged_at(pass, line, comptime!(per_value * pitch), units);
             if comptime!(decodes_pairs(blueprint, size)) {
                 let scales = fetched.weight_scales[comptime!(pass as usize)];
@@ -153,15 +191,25 @@ fn stage_numbers<S: Float, N: Size, XW: Size, AW: Size, WW: Size>(
         upper = upper_from::<N>(word, depth, quantisation);
     }
     let native = comptime!(blueprint.multiply == Multiply::Mma);
+    // Where a device may round the product of a multiply-add, only what is exact without one is.
+    let folds = comptime!(native && folds_zero(quantisation));
     let mut magic_word = MAGIC.runtime();
     if comptime!(native) {
-        magic_word = magic(small, MAGIC);
+        magic_word = magic(small, if folds { BYTE_MAGIC } else { MAGIC });
     }
     let slope = scale::<N>(scales, of_all, depth, quantisation, native);
-    let least = minimum::<N>(scales, of_all, depth, quantisation, native);
+    let least = if comptime!(folds) {
+        folded_zero::<N>(slope, quantisation)
+    } else {
+        minimum::<N>(scales, of_all, depth, quantisation, native)
+    };
     #[unroll]
     for position in 0..per_value {
-        let mut value = slope * level::<N>(words, upper, magic_word, position, quantisation) + least;
+        let mut value = if comptime!(folds) {
+            fma(slope, byte_number::<N>(words, magic_word, position), least)
+        } else {
+            slope * level::<N>(words, upper, magic_word, position, quantisation) + least
+        };
         if comptime!(blueprint.on_chip > 0 && !places_are_signed(blueprint)) {
             let at = staged_at(pass, line, comptime!(per_value * factor_pitch), units);
             value *= factor[(at + position * factor_pitch) as usize];

@@ -44,12 +44,14 @@ pub(crate) fn read<T: Numeric, V: Size>(from: &Array<Vector<T, V>>, at: i32) -> 
     })
 }
 
-/// Puts a vector to a signed place.
+/// Puts a vector to a signed place, counted in such vectors, of an array whose own may be longer.
 #[cube]
 #[allow(unused_variables, reason = "what is written is made of them")]
 pub(crate) fn put<T: Numeric, V: Size>(to: &mut SharedMemory<Vector<T, V>>, at: i32, value: Vector<T, V>) {
     intrinsic!(|scope| {
-        let index = IndexAssignOperator { index: *at.expand, value: *value.expand, vector_size: 0, unroll_factor: 1 };
+        let width = value.expand.ty.vector_size();
+        let vector_size = if to.expand.ty.vector_size() == width { 0 } else { width };
+        let index = IndexAssignOperator { index: *at.expand, value: *value.expand, vector_size, unroll_factor: 1 };
         scope.register(Instruction::new(Operator::UncheckedIndexAssign(index), *to.expand));
     })
 }

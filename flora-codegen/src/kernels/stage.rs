@@ -9,7 +9,7 @@ use cubecl::prelude::*;
 
 use super::blueprint::{Multiply, PAD, SUM_PAD, TileBlueprint};
 use super::fetched::{
-    Depths, Fetched, load, place, places_are_signed, row_passes, vector_passes, weight_passes, within,
+    Depths, Fetched, load, ones_stand, place, places_are_signed, row_passes, vector_passes, weight_passes, within,
 };
 use super::places::Places;
 use super::quantised::{fetch_words, stage_words};
@@ -88,11 +88,17 @@ fn fetch_rows<X: Float, A: Float, M: Size, N: Size, XW: Size, AW: Size, WW: Size
         places.inputs[own] = at + line;
         if comptime!(blueprint.scaled) {
             let at = places.in_scales[own];
-            let mut scale = ones::<A, M, AW>();
-            if inside && i32::cast_from(at) >= 0 {
-                scale = load::<A, M, AW>(in_pool, at, blueprint);
+            if comptime!(ones_stand(blueprint, size)) {
+                if inside && i32::cast_from(at) >= 0 {
+                    fetched.in_scales[own] = load::<A, M, AW>(in_pool, at, blueprint);
+                }
+            } else {
+                let mut scale = ones::<A, M, AW>();
+                if inside && i32::cast_from(at) >= 0 {
+                    scale = load::<A, M, AW>(in_pool, at, blueprint);
+                }
+                fetched.in_scales[own] = scale;
             }
-            fetched.in_scales[own] = scale;
             places.in_scales[own] = at + line;
         }
     }
@@ -153,11 +159,17 @@ pub(crate) fn fetch_vectors<A: Float, M: Size, N: Size, XW: Size, AW: Size, WW: 
         if comptime!(ragged) {
             inside = inside && within(depth0 + staged_column(pass, line, units) * width, depths);
         }
-        let mut vector = ones::<A, M, AW>();
-        if inside {
-            vector = load::<A, M, AW>(in_pool, at, blueprint);
+        if comptime!(ones_stand(blueprint, size)) {
+            if inside {
+                fetched.vectors[own] = load::<A, M, AW>(in_pool, at, blueprint);
+            }
+        } else {
+            let mut vector = ones::<A, M, AW>();
+            if inside {
+                vector = load::<A, M, AW>(in_pool, at, blueprint);
+            }
+            fetched.vectors[own] = vector;
         }
-        fetched.vectors[own] = vector;
         places[own] = at + line;
     }
 }

@@ -1,6 +1,6 @@
 //! What a cube of the tile kernel has staged in shared memory, and where a step of d lies in it.
 //!
-//! By [`Multiply::Mma`] it is one array where rows and columns make vectors of one width, and the first that the kernel touches, so
+//! By [`Multiply::Mma`] it is one array where vectors of columns divide those of rows, and the first that the kernel touches, so
 //! that it starts at place 0. CUDA's assembler then takes every constant of an address into the load; beside an array that starts
 //! elsewhere it makes each address of its own, an instruction a load.
 
@@ -18,7 +18,7 @@ pub(crate) struct Staged<S: Float, M: Size, N: Size> {
     pub(crate) weights: SharedMemory<Vector<S, N>>,
 }
 
-/// Where a step lies, in vectors of its array.
+/// Where a step lies, in vectors of its array: those of rows where all is in one.
 #[derive(CubeType)]
 pub(crate) struct Stage {
     pub(crate) rows: u32,
@@ -32,7 +32,8 @@ fn stage_vectors(blueprint: TileBlueprint, row_width: usize, width: usize) -> (u
     let tile = blueprint.tile;
     let row_pitch = (tile.depth + PAD) / row_width as u32;
     let ranks = if blueprint.makes_weights_in_registers() { blueprint.on_chip } else { 0 };
-    (tile.rows * row_pitch, tile.depth * (tile.columns + PAD) / width as u32, ranks * row_pitch)
+    let weights = tile.depth * (tile.columns + PAD) / weight_unit(blueprint, row_width, width);
+    (tile.rows * row_pitch, weights, ranks * row_pitch)
 }
 
 /// Where in-vectors start.
@@ -42,7 +43,17 @@ fn vector_start(blueprint: TileBlueprint, row_width: usize, width: usize) -> u32
 
 /// Whether all tiles are in one array.
 fn is_one(blueprint: TileBlueprint, row_width: usize, width: usize) -> bool {
-    blueprint.multiply == Multiply::Mma && row_width == width
+    blueprint.multiply == Multiply::Mma && row_width.is_multiple_of(width)
+}
+
+/// Numbers of a vector of the array that w0 is in.
+pub(crate) fn weight_unit(blueprint: TileBlueprint, row_width: usize, width: usize) -> u32 {
+    (if is_one(blueprint, row_width, width) { row_width } else { width }) as u32
+}
+
+/// Vectors of `width` in one of the array that w0 is in.
+pub(crate) fn weight_parts(blueprint: TileBlueprint, row_width: usize, width: usize) -> u32 {
+    weight_unit(blueprint, row_width, width) / width as u32
 }
 
 /// Where w0 starts in its array.
@@ -59,7 +70,8 @@ pub(crate) fn out_start(blueprint: TileBlueprint, row_width: usize, width: usize
 /// Vectors of the array of w0.
 fn weight_vectors(blueprint: TileBlueprint, row_width: usize, width: usize) -> usize {
     let ranks = if blueprint.makes_weights_in_registers() { blueprint.on_chip } else { 0 };
-    (out_start(blueprint, row_width, width) + ranks * (blueprint.tile.columns + PAD) / width as u32) as usize
+    let out_vectors = ranks * (blueprint.tile.columns + PAD) / weight_unit(blueprint, row_width, width);
+    (out_start(blueprint, row_width, width) + out_vectors) as usize
 }
 
 /// Vectors of the array of rows.
@@ -98,7 +110,7 @@ pub(crate) fn staged<S: Float, M: Size, N: Size>(
     }
 }
 
-/// The same array under another name of the same width.
+/// The same array under the name of another, whose vectors may be parts of its own.
 #[cube]
 #[allow(unused_variables, reason = "what is written is made of them")]
 fn same_memory<S: Float, M: Size, N: Size>(memory: &SharedMemory<Vector<S, M>>) -> SharedMemory<Vector<S, N>> {

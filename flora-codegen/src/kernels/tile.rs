@@ -23,7 +23,7 @@ use super::output::{take_hidden, write_partial, write_strip};
 use super::places::places;
 use super::shrink::shrink_products;
 use super::stage::{fetch, stage_rows, stage_vectors, stage_weight};
-use super::staged::{Staged, first_stage, out_start, staged, turn};
+use super::staged::{Staged, first_stage, out_start, staged, turn, weight_parts};
 use super::tables::{H_START, Layout, NO_SUM, TASK_SIDE, shrink_task};
 use super::words::word_count;
 
@@ -364,7 +364,7 @@ fn add_product<X: Float, W: Numeric, A: Float, S: Float, M: Size, N: Size>(
     let size!(WW) = comptime!(word_count(width as usize, w_bytes));
     let ahead = comptime!(fetches_ahead(blueprint, row_width as usize, width as usize));
     let ragged = comptime!(!ahead || !ragged_first);
-    let mut fetched = nothing_fetched::<M, N, XW, AW, WW>(blueprint);
+    let mut fetched = nothing_fetched::<A, M, N, XW, AW, WW>(blueprint);
     let mut depth0 = depths.start - pad;
     let mut places = places::<M, N>(tables, layout, entry, start, rank, depth0, blueprint);
     if comptime!(ahead) {
@@ -403,6 +403,8 @@ fn add_product<X: Float, W: Numeric, A: Float, S: Float, M: Size, N: Size>(
             );
         }
         stage_rows::<X, A, S, M, N, XW, AW, WW>(&fetched, &mut staged.rows, stage.rows, blueprint);
+        let parts = comptime!(weight_parts(blueprint, row_width as usize, width as usize));
+        let weight_start = if comptime!(parts == 1) { stage.weights } else { stage.weights * parts };
         if comptime!(blueprint.on_chip > 0 && !blueprint.makes_weights_in_registers()) {
             let factor = multiplier::<A, S, M, N, XW, AW, WW>(
                 in_pool,
@@ -418,7 +420,7 @@ fn add_product<X: Float, W: Numeric, A: Float, S: Float, M: Size, N: Size>(
             stage_weight::<W, S, N, XW, AW, WW>(
                 &fetched,
                 &mut staged.weights,
-                stage.weights,
+                weight_start,
                 &factor,
                 depth0,
                 layout.k,
@@ -428,7 +430,7 @@ fn add_product<X: Float, W: Numeric, A: Float, S: Float, M: Size, N: Size>(
             stage_weight::<W, S, N, XW, AW, WW>(
                 &fetched,
                 &mut staged.weights,
-                stage.weights,
+                weight_start,
                 sum_tile,
                 depth0,
                 layout.k,
@@ -490,7 +492,8 @@ fn begin_factors<A: Float, S: Float, M: Size, N: Size>(
     factors.chunks = (min(item::end_scale(entry) - rank, blueprint.on_chip)).div_ceil(RANK_CHUNK);
     let row_width = M::value();
     let width = N::value();
-    let start = comptime!(out_start(blueprint, row_width, width)).runtime();
+    let parts = comptime!(weight_parts(blueprint, row_width, width));
+    let start = comptime!(out_start(blueprint, row_width, width) * parts).runtime();
     stage_out_vectors::<A, S, N>(out_pool, tables, layout, entry, rank, &mut staged.weights, start, blueprint);
     sync_cube();
     if comptime!(blueprint.on_chip == RANK_CHUNK) {

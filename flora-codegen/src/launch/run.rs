@@ -192,8 +192,8 @@ impl<'a, R: Runtime> Run<'a, R> {
         let Tiles { launch, format, shape, items, scales: scale_words, tasks, .. } = tiles;
         let (d, k) = (shape.d as usize, shape.k as usize);
         let blueprint = launch.blueprint;
-        let (lanes_d, lanes_k) =
-            (self.hardware.vector_size(shape.d, *format), self.hardware.vector_size(shape.k, *format));
+        let lanes_d = self.hardware.input_vector_size(shape.d, *format, blueprint.tile);
+        let lanes_k = self.hardware.vector_size(shape.k, *format);
         let stage = storage(self.hardware.stage(*format));
         let partial = tiles.partial.map(|size| (self.allocate(size), size.elements()));
         let activations = storage(format.activations);

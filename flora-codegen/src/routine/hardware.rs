@@ -8,11 +8,15 @@ use flora_plan::blueprints::Blueprints;
 use flora_plan::layer::{Element, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::schedule::most_splits;
 
-use crate::kernels::Multiply;
 use crate::kernels::tables::TASK_SIDE;
+use crate::kernels::{Multiply, Tile};
 
 /// The most cubes along one of two extents: as many parts of a sum are added up.
 const MOST_ALONG: u32 = 32;
+
+/// Rows of a tile from which on beside a quantised weight x is loaded by 16 bytes, and its steps are told from others if they start at
+/// even blocks. Below, memory is what a tile waits for, and CUDA's assembler spills a register for the sake of more cubes.
+pub(super) const WIDE_ROWS: u32 = 128;
 
 /// What a routine asks of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,12 +123,26 @@ impl Hardware {
         }
     }
 
-    /// Elements of a vector of a line of `width`, 16 bytes where every line starts on one.
+    /// Elements of a vector of a line of `width` outputs, 16 bytes where every line starts on one.
     pub(crate) fn vector_size(&self, width: u32, format: LayerFormat) -> usize {
         let weight = match format.weight {
             WeightFormat::Float(element) => element.bytes(),
             _ => 4,
         };
+        self.vector_of(width, weight, format)
+    }
+
+    /// The same of a line of inputs of the tile kernel: by fragments in registers, words of a quantised weight stand in no vector of
+    /// x's way where there are many rows.
+    pub(crate) fn input_vector_size(&self, width: u32, format: LayerFormat, tile: Tile) -> usize {
+        if self.multiply(format) == Multiply::Mma && tile.rows >= WIDE_ROWS {
+            self.vector_of(width, 1, format)
+        } else {
+            self.vector_size(width, format)
+        }
+    }
+
+    fn vector_of(&self, width: u32, weight: u64, format: LayerFormat) -> usize {
         let widest = format.activations.bytes().max(format.adapters.bytes()).max(weight);
         // Units sum four columns in their registers.
         let most = if self.multiply(format) == Multiply::Fma { 4 } else { 16 / widest as usize };
