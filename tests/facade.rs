@@ -1,6 +1,7 @@
 //! What others implement can be written with the facade's names alone: a decoder and a kind of device.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 
 use flora::planning::{Element, LayerFormat, Schedule, WeightFormat};
@@ -84,8 +85,9 @@ impl Backend for Shelf {
         Ok(())
     }
 
-    fn read(&self, storage: &Storage, elements: usize, _element: Element) -> Result<Vec<f32>, DeviceError> {
-        Ok(numbers(storage)?[..elements].to_vec())
+    fn read(&self, storage: &Storage, parts: &[Range<usize>], _element: Element) -> Result<Vec<f32>, DeviceError> {
+        let numbers = numbers(storage)?;
+        Ok(parts.iter().flat_map(|part| &numbers[part.clone()]).copied().collect())
     }
 
     fn execute(

@@ -2,6 +2,7 @@
 //! cost model.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 
 use flora_plan::blueprints::{Blueprints, Tile};
@@ -154,13 +155,16 @@ impl Backend for HostBackend {
         Err(OperandError::WrongSize { what: "a pool", expected, found }.into())
     }
 
-    fn read(&self, storage: &Storage, elements: usize, element: Element) -> Result<Vec<f32>, DeviceError> {
-        let mut read = match values(storage, element)? {
-            Values::F32(values) => values.to_vec(),
-            Values::F16(values) => values.to_f32_vec(),
-            Values::Bf16(values) => values.to_f32_vec(),
-        };
-        read.truncate(elements);
+    fn read(&self, storage: &Storage, parts: &[Range<usize>], element: Element) -> Result<Vec<f32>, DeviceError> {
+        let values = values(storage, element)?;
+        let mut read = Vec::with_capacity(parts.iter().map(Range::len).sum());
+        for part in parts.iter().cloned() {
+            match values {
+                Values::F32(values) => read.extend_from_slice(&values[part]),
+                Values::F16(values) => read.extend(values[part].to_f32_vec()),
+                Values::Bf16(values) => read.extend(values[part].to_f32_vec()),
+            }
+        }
         Ok(read)
     }
 

@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use flora_ir::SparseMatrix;
@@ -125,11 +126,11 @@ pub trait Backend: Send + Sync {
     /// The device can't; the buffer is as it was then.
     fn write(&self, storage: &mut Storage, first: usize, values: &[f32], element: Element) -> Result<(), DeviceError>;
 
-    /// Copies numbers back, after everything that was queued before.
+    /// Copies numbers back, some parts of them one behind the other, after everything that was queued before.
     ///
     /// # Errors
     /// Something that was queued failed.
-    fn read(&self, storage: &Storage, elements: usize, element: Element) -> Result<Vec<f32>, DeviceError>;
+    fn read(&self, storage: &Storage, parts: &[Range<usize>], element: Element) -> Result<Vec<f32>, DeviceError>;
 
     /// Queues a schedule: x `[tokens, d]`, residual `[tokens, k]`, the result `[tokens, k]`.
     ///

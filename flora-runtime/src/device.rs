@@ -1,6 +1,7 @@
 //! What a batch runs on. A device holds buffers and executes schedules; everything above it is the same for all of them.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 
 use flora_plan::blueprints::{Blueprints, Tile};
@@ -164,13 +165,17 @@ impl Device {
         width: u32,
         vectors: &[f32],
     ) -> Result<(), DeviceError> {
-        self.check_owner(&pool.buffer.owner)?;
-        let first = first as usize * width as usize;
-        let (expected, found) = (first + vectors.len(), pool.buffer.elements);
+        self.overwrite(&mut pool.buffer, first as usize * width as usize, vectors)
+    }
+
+    /// Writes into a buffer that nobody else reads, from its number `first` on, behind everything that is queued.
+    pub(crate) fn overwrite(&self, buffer: &mut Buffer, first: usize, values: &[f32]) -> Result<(), DeviceError> {
+        self.check_owner(&buffer.owner)?;
+        let (expected, found) = (first + values.len(), buffer.elements);
         if expected > found {
-            return Err(OperandError::WrongSize { what: "a pool", expected, found }.into());
+            return Err(OperandError::WrongSize { what: "a buffer that is written", expected, found }.into());
         }
-        self.backend.write(&mut pool.buffer.storage, first, vectors, pool.buffer.element)
+        self.backend.write(&mut buffer.storage, first, values, buffer.element)
     }
 
     /// Copies a weight to the device, in the form that it has.
@@ -211,8 +216,17 @@ impl Device {
     /// # Errors
     /// A buffer of another device; a launch before it failed.
     pub fn read(&self, buffer: &Buffer) -> Result<Vec<f32>, DeviceError> {
+        self.read_parts(buffer, &[0..buffer.elements])
+    }
+
+    /// Some parts of a buffer, one behind the other. None of them goes beyond it.
+    pub(crate) fn read_parts(&self, buffer: &Buffer, parts: &[Range<usize>]) -> Result<Vec<f32>, DeviceError> {
         self.check_owner(&buffer.owner)?;
-        self.backend.read(&buffer.storage, buffer.elements, buffer.element)
+        if let Some(beyond) = parts.iter().find(|part| part.end > buffer.elements) {
+            let (expected, found) = (beyond.end, buffer.elements);
+            return Err(OperandError::WrongSize { what: "a buffer that is read", expected, found }.into());
+        }
+        self.backend.read(&buffer.storage, parts, buffer.element)
     }
 
     /// Queues a schedule; x `[tokens, d]`, residual `[tokens, k]` where the epilogue adds one, the result `[tokens, k]`, all in

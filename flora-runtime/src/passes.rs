@@ -173,16 +173,26 @@ impl Launch {
         if self.passes.is_empty() {
             return Ok(device.execute(operands, &self.schedule, x, residual)?);
         }
+        let (d, k) = (operands.shape().d as usize, operands.shape().k as usize);
+        let gathered = Gathered::of(&self.passes);
         let reads_x = |pass: &RowPasses| pass.own.sparse.inputs.is_some() || !pass.own.sparse.added.is_empty();
-        let read = if self.passes.iter().any(reads_x) { device.read(x)? } else { Vec::new() };
-        let transformed = self.transformed_inputs(device, operands, &read)?;
-        let y = device.execute(operands, &self.schedule, transformed.as_ref().unwrap_or(x), residual)?;
-        if !self.passes.iter().any(|pass| pass.own.changes_sums()) {
-            return Ok(y);
+        let read = match self.passes.iter().any(reads_x) {
+            true => device.read_parts(x, &gathered.numbers(d))?,
+            false => Vec::new(),
+        };
+        let mut transformed = None;
+        if let Some(rows) = gathered.transformed_inputs(device, &read, d) {
+            let mut whole = device.resized(x, x.len())?;
+            gathered.put_back(device, &mut whole, &rows, d)?;
+            transformed = Some(whole);
         }
-        let mut sums = device.read(&y)?;
-        self.change_sums(device, operands, &read, &mut sums);
-        Ok(device.upload_as(&sums, operands.format().activations)?)
+        let mut y = device.execute(operands, &self.schedule, transformed.as_ref().unwrap_or(x), residual)?;
+        if self.passes.iter().any(|pass| pass.own.changes_sums()) {
+            let mut sums = device.read_parts(&y, &gathered.numbers(k))?;
+            gathered.change_sums(device, (&read, d), (&mut sums, k));
+            gathered.put_back(device, &mut y, &sums, k)?;
+        }
+        Ok(y)
     }
 
     /// The same with the epilogue applied here, as flora's algebra has it: φ(sum + bias) + residual.
@@ -206,30 +216,65 @@ impl Launch {
         }
         Ok(y)
     }
+}
 
-    /// x with the rows transformed whose adapters do so; `None` where none does.
-    fn transformed_inputs(
-        &self,
-        device: &Device,
-        operands: &LayerOperands,
-        x: &[f32],
-    ) -> Result<Option<Buffer>, ProjectionError> {
+/// The rows that have passes, one behind the other: what leaves the device, and comes back to it.
+struct Gathered {
+    /// Where they are in the batch: pieces that rise, and don't touch.
+    pieces: Vec<Range<usize>>,
+    /// By the gathered rows.
+    passes: Vec<RowPasses>,
+}
+
+impl Gathered {
+    /// Of passes that rise.
+    fn of(passes: &[RowPasses]) -> Self {
+        let mut pieces: Vec<Range<usize>> = Vec::new();
+        let mut gathered = Vec::with_capacity(passes.len());
+        let mut first = 0;
+        for RowPasses { rows, own } in passes {
+            match pieces.last_mut().filter(|last| last.end == rows.start) {
+                Some(last) => last.end = rows.end,
+                None => pieces.push(rows.clone()),
+            }
+            gathered.push(RowPasses { rows: first..first + rows.len(), own: Arc::clone(own) });
+            first += rows.len();
+        }
+        Self { pieces, passes: gathered }
+    }
+
+    /// Where the numbers of the rows are in `[rows, width]`.
+    fn numbers(&self, width: usize) -> Vec<Range<usize>> {
+        self.pieces.iter().map(|rows| rows.start * width..rows.end * width).collect()
+    }
+
+    /// Writes the rows, `width` numbers each, to their places.
+    fn put_back(&self, device: &Device, buffer: &mut Buffer, rows: &[f32], width: usize) -> Result<(), DeviceError> {
+        let mut rest = rows;
+        for place in self.numbers(width) {
+            let (own, behind) = rest.split_at(place.len());
+            device.overwrite(buffer, place.start, own)?;
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    /// x `[gathered rows, d]` with the rows transformed whose adapters do so; `None` where none does.
+    fn transformed_inputs(&self, device: &Device, x: &[f32], d: usize) -> Option<Vec<f32>> {
         let matrix_of = |pass: &'_ RowPasses| pass.own.sparse.inputs.is_some();
         if !self.passes.iter().any(matrix_of) {
-            return Ok(None);
+            return None;
         }
-        let d = operands.shape().d as usize;
         let mut transformed = x.to_vec();
         let with_matrix = self.passes.iter().filter_map(|pass| Some((pass, pass.own.sparse.inputs.as_ref()?)));
         let products =
             products(with_matrix.map(|(pass, matrix)| (pass.rows.clone(), matrix)), (x, d), (&mut transformed, d));
         device.multiply_sparse(products);
-        Ok(Some(device.upload_as(&transformed, operands.format().activations)?))
+        Some(transformed)
     }
 
-    /// Makes the whole sums of what the launch gave.
-    fn change_sums(&self, device: &Device, operands: &LayerOperands, x: &[f32], y: &mut [f32]) {
-        let (d, k) = (operands.shape().d as usize, operands.shape().k as usize);
+    /// Makes the whole sums y `[gathered rows, k]` of what the launch gave; x is `[gathered rows, d]`.
+    fn change_sums(&self, device: &Device, (x, d): (&[f32], usize), (y, k): (&mut [f32], usize)) {
         let turning: Vec<_> = self
             .passes
             .iter()

@@ -2,6 +2,7 @@
 //! that it doesn't compute are an error.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -50,7 +51,7 @@ impl Backend for Failing {
         left.map(drop).map_err(|_| lost())
     }
 
-    fn read(&self, _storage: &Storage, _elements: usize, _element: Element) -> Result<Vec<f32>, DeviceError> {
+    fn read(&self, _storage: &Storage, _parts: &[Range<usize>], _element: Element) -> Result<Vec<f32>, DeviceError> {
         Err(lost())
     }
 

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use cubecl::prelude::*;
@@ -183,16 +184,15 @@ impl<R: Runtime> Backend for CubeBackend<R> {
         Storage::new(CubeWeight { values, scales })
     }
 
-    fn read(&self, storage: &Storage, elements: usize, element: Element) -> Result<Vec<f32>, DeviceError> {
+    fn read(&self, storage: &Storage, parts: &[Range<usize>], element: Element) -> Result<Vec<f32>, DeviceError> {
         let bytes = self.place.client.read_one(handle(storage)?.clone());
         let bytes = bytes.map_err(|error| DeviceError::Execution(error.to_string()))?;
-        let mut values: Vec<f32> = match element {
+        let values: Vec<f32> = match element {
             Element::F32 => bytemuck::pod_collect_to_vec(&bytes),
             Element::F16 => bytemuck::pod_collect_to_vec::<u8, f16>(&bytes).to_f32_vec(),
             Element::Bf16 => bytemuck::pod_collect_to_vec::<u8, bf16>(&bytes).to_f32_vec(),
         };
-        values.truncate(elements);
-        Ok(values)
+        Ok(parts.iter().flat_map(|part| &values[part.clone()]).copied().collect())
     }
 
     fn execute(
