@@ -216,7 +216,7 @@ impl Device {
     /// # Errors
     /// A buffer of another device; a launch before it failed.
     pub fn read(&self, buffer: &Buffer) -> Result<Vec<f32>, DeviceError> {
-        self.read_parts(buffer, &[0..buffer.elements])
+        self.read_parts(buffer, std::slice::from_ref(&(0..buffer.elements)))
     }
 
     /// Some parts of a buffer, one behind the other. None of them goes beyond it.
