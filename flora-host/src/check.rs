@@ -7,7 +7,7 @@ use flora_plan::schedule::{
 
 use crate::error::HostError;
 use crate::operands::Operands;
-use crate::values::{Values, span};
+use crate::values::{NOT_REPLACED, Replaced, Rows, RowsMut, Values, span};
 use crate::weight::Weight;
 
 /// How many of each thing an index may point to.
@@ -21,16 +21,25 @@ struct Limits {
 pub(crate) fn check(
     operands: &Operands<'_>,
     schedule: &Schedule,
-    ((x, x_pitch), (y, y_pitch)): ((usize, usize), (usize, usize)),
+    (x, replaced, y): (&Rows<'_>, Option<&Replaced<'_>>, &RowsMut<'_>),
     residual: Option<usize>,
 ) -> Result<(), HostError> {
     let shape = operands.weight.shape();
     schedule.fits(shape)?;
     let (d, k, tokens) = (shape.d as usize, shape.k as usize, schedule.tokens() as usize);
-    pitch("x", x_pitch, d)?;
-    pitch("y", y_pitch, k)?;
-    length("x", x, span(tokens, d, x_pitch))?;
-    length("y", y, span(tokens, k, y_pitch))?;
+    pitch("x", x.pitch, d)?;
+    pitch("y", y.pitch, k)?;
+    length("x", x.values.len(), span(tokens, d, x.pitch))?;
+    length("y", y.values.len(), span(tokens, k, y.pitch))?;
+    if let Some(Replaced { places, values }) = replaced {
+        length("the places of replaced rows", places.len(), tokens)?;
+        let last = places.iter().filter(|place| **place != NOT_REPLACED).max();
+        length(
+            "the rows in place of others",
+            values.len(),
+            last.map_or(0, |last| (*last as usize + 1).saturating_mul(d)),
+        )?;
+    }
     if operands.epilogue.bias {
         length("the bias", operands.bias.ok_or(HostError::Missing { what: "a bias" })?.len(), k)?;
     }

@@ -9,7 +9,7 @@ use flora_plan::blueprints::{Blueprints, Tile};
 use flora_plan::layer::{Element, LayerFormat, WeightFormat};
 use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
 use flora_plan::weight::PackedWeight;
-use flora_runtime::backend::{Backend, Queueing};
+use flora_runtime::backend::{Backend, Queueing, ReplacedRows};
 use flora_runtime::{
     BackendKind, Device, DeviceError, DeviceInfo, Gradients, LayerOperands, OperandError, PoolBuffer, SparseRows,
     Storage, Wanted, WeightBuffer,
@@ -21,7 +21,7 @@ use crate::engine::HostEngine;
 use crate::error::HostError;
 use crate::memory::{HostMemory, OwnedValues, foreign};
 use crate::operands::Operands;
-use crate::values::Values;
+use crate::values::{NOT_REPLACED, Replaced, Rows, RowsMut, Values};
 use crate::weight::Weight;
 
 /// What the host calls itself, for whoever shares its memory: `device.place::<HostPlace>()` is there for the host alone.
@@ -97,6 +97,24 @@ pub fn operands(layer: &LayerOperands) -> Result<Operands<'_>, DeviceError> {
 }
 
 impl HostBackend {
+    fn run(
+        &self,
+        layer: &LayerOperands,
+        schedule: &Schedule,
+        (x, replaced): (&Storage, Option<Replaced<'_>>),
+        residual: Option<&Storage>,
+    ) -> Result<Storage, DeviceError> {
+        let activations = layer.format().activations;
+        let (tokens, d, k) = (schedule.tokens() as usize, layer.shape().d as usize, layer.shape().k as usize);
+        let mut y = OwnedValues::zeros(tokens * k, activations);
+        let x = Rows { values: values(x, activations)?.first(tokens * d), pitch: d };
+        let residual = residual.map(|residual| values(residual, activations)).transpose()?;
+        let residual = residual.map(|residual| residual.first(tokens * k));
+        let sums = RowsMut { values: y.values_mut(), pitch: k };
+        self.engine.execute_replaced(&operands(layer)?, schedule, (x, replaced), sums, residual)?;
+        Ok(Storage::new(HostMemory::Owned(y)))
+    }
+
     fn gradients(
         &self,
         layer: &LayerOperands,
@@ -175,14 +193,22 @@ impl Backend for HostBackend {
         x: &Storage,
         residual: Option<&Storage>,
     ) -> Result<Storage, DeviceError> {
-        let activations = layer.format().activations;
-        let (tokens, shape) = (schedule.tokens() as usize, layer.shape());
-        let mut y = OwnedValues::zeros(tokens * shape.k as usize, activations);
-        let x = values(x, activations)?.first(tokens * shape.d as usize);
-        let residual = residual.map(|residual| values(residual, activations)).transpose()?;
-        let residual = residual.map(|residual| residual.first(tokens * shape.k as usize));
-        self.engine.execute(&operands(layer)?, schedule, x, y.values_mut(), residual)?;
-        Ok(Storage::new(HostMemory::Owned(y)))
+        self.run(layer, schedule, (x, None), residual)
+    }
+
+    fn execute_replaced(
+        &self,
+        layer: &LayerOperands,
+        schedule: &Schedule,
+        x: &Storage,
+        ReplacedRows { pieces, values }: ReplacedRows<'_>,
+        residual: Option<&Storage>,
+    ) -> Result<Storage, DeviceError> {
+        let mut places = vec![NOT_REPLACED; schedule.tokens() as usize];
+        for (row, place) in pieces.iter().cloned().flatten().zip(0..) {
+            places[row] = place;
+        }
+        self.run(layer, schedule, (x, Some(Replaced { places: &places, values })), residual)
     }
 
     fn backward(

@@ -20,7 +20,7 @@ use crate::operands::{Layer, Operands};
 use crate::pack::Vectors;
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::values::{RowSink, Rows, RowsMut, Shared, Sink, Values, ValuesMut};
+use crate::values::{Replaced, RowSink, Rows, RowsMut, Shared, Sink, Values, ValuesMut};
 use crate::weight::{Strips, Weight};
 
 /// The processor, and the memory that it computes in. One engine serves any number of layers and threads; what the largest
@@ -120,12 +120,23 @@ impl HostEngine {
         y: RowsMut<'_>,
         residual: Option<Values<'_>>,
     ) -> Result<(), HostError> {
-        check(
-            operands,
-            schedule,
-            ((x.values.len(), x.pitch), (y.values.len(), y.pitch)),
-            residual.map(|own| own.len()),
-        )?;
+        self.execute_replaced(operands, schedule, (x, None), y, residual)
+    }
+
+    /// The same with other rows in place of some of x's.
+    ///
+    /// # Errors
+    /// As [`execute_rows`](Self::execute_rows); places beyond the rows that there are.
+    pub fn execute_replaced(
+        &self,
+        operands: &Operands<'_>,
+        schedule: &Schedule,
+        (x, replaced): (Rows<'_>, Option<Replaced<'_>>),
+        y: RowsMut<'_>,
+        residual: Option<Values<'_>>,
+    ) -> Result<(), HostError> {
+        check(operands, schedule, (&x, replaced.as_ref(), &y), residual.map(|own| own.len()))?;
+        let x = Vectors { values: x.values, width: operands.weight.shape().d as usize, pitch: x.pitch, replaced };
         self.calls.lend(|memory| {
             let call = Call { engine: self, operands, schedule, x, y, residual, memory };
             self.arch.dispatch(call);
@@ -177,7 +188,7 @@ struct Call<'a> {
     engine: &'a HostEngine,
     operands: &'a Operands<'a>,
     schedule: &'a Schedule,
-    x: Rows<'a>,
+    x: Vectors<'a>,
     y: RowsMut<'a>,
     residual: Option<Values<'a>>,
     memory: &'a mut CallMemory,
@@ -202,7 +213,7 @@ impl WithSimd for Call<'_> {
         let sources = Sources {
             simd,
             layer: operands.layer(),
-            x: Vectors { values: x.values, width: operands.weight.shape().d as usize, pitch: x.pitch },
+            x,
             finish: Finish {
                 bias: operands.bias.filter(|_| epilogue.bias),
                 activation: epilogue.activation,

@@ -53,5 +53,5 @@ pub use error::HostError;
 pub use memory::{HostMemory, LentBytes, OwnedValues, buffer, into_values, lend, values};
 pub use operands::Operands;
 pub use team::Team;
-pub use values::{Rows, RowsMut, Values, ValuesMut};
+pub use values::{NOT_REPLACED, Replaced, Rows, RowsMut, Values, ValuesMut};
 pub use weight::Weight;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use pulp::Simd;
 
 use crate::layout::X_PITCH;
-use crate::values::Values;
+use crate::values::{NOT_REPLACED, Replaced, Values};
 use crate::vectorise::vectorised;
 
 /// A matrix of vectors `[slots, width]`.
@@ -15,31 +15,45 @@ pub(crate) struct Vectors<'a> {
     pub(crate) width: usize,
     /// Numbers from one vector to the next.
     pub(crate) pitch: usize,
+    /// Vectors that are read in place of these.
+    pub(crate) replaced: Option<Replaced<'a>>,
 }
 
 impl<'a> Vectors<'a> {
     /// Vectors that follow one another.
     pub(crate) fn dense(values: Values<'a>, width: usize) -> Self {
-        Self { values, width, pitch: width }
+        Self { values, width, pitch: width, replaced: None }
     }
 }
 
-impl Vectors<'_> {
+impl<'a> Vectors<'a> {
+    /// Where the numbers of vector `slot` begin.
+    fn of(&self, slot: usize) -> (Values<'a>, usize) {
+        match self.replaced.map(|replaced| (replaced, replaced.places[slot])) {
+            Some((replaced, place)) if place != NOT_REPLACED => {
+                (Values::F32(replaced.values), place as usize * self.width)
+            }
+            _ => (self.values, slot * self.pitch),
+        }
+    }
+
     /// The numbers of vector `slot` from `first` on.
     pub(crate) fn widen(&self, slot: usize, first: usize, out: &mut [f32]) {
-        self.values.widen(slot * self.pitch + first, out);
+        let (values, start) = self.of(slot);
+        values.widen(start + first, out);
     }
 
     /// The same by `out`, number by number.
     fn multiply(&self, slot: usize, first: usize, out: &mut [f32]) {
-        let first = slot * self.pitch + first;
-        match self.values {
+        let (values, start) = self.of(slot);
+        let first = start + first;
+        match values {
             Values::F32(values) => multiply(out, &values[first..first + out.len()]),
             _ => {
                 let mut widened = [0.0; 64];
                 for (start, out) in (first..).step_by(64).zip(out.chunks_mut(64)) {
                     let widened = &mut widened[..out.len()];
-                    self.values.widen(start, widened);
+                    values.widen(start, widened);
                     multiply(out, widened);
                 }
             }

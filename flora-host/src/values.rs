@@ -110,6 +110,18 @@ pub struct Rows<'a> {
     pub pitch: usize,
 }
 
+/// Rows that are read in place of others.
+#[derive(Clone, Copy, Debug)]
+pub struct Replaced<'a> {
+    /// By row: which of these is read instead, or [`NOT_REPLACED`].
+    pub places: &'a [u32],
+    /// One row behind the other.
+    pub values: &'a [f32],
+}
+
+/// The place of a row that nothing is read instead of.
+pub const NOT_REPLACED: u32 = u32::MAX;
+
 /// The same to write. What lies between rows is left alone.
 #[derive(Debug)]
 pub struct RowsMut<'a> {

@@ -96,6 +96,15 @@ pub struct SparseRows<'a> {
     pub y: &'a mut [f32],
 }
 
+/// Rows in host memory that are read in place of some of x's.
+#[derive(Clone, Copy, Debug)]
+pub struct ReplacedRows<'a> {
+    /// Which rows of x: pieces that rise.
+    pub pieces: &'a [Range<usize>],
+    /// Those of one piece behind those of the other, `[rows, d]`.
+    pub values: &'a [f32],
+}
+
 /// Queues something on a device.
 pub type Queueing<'a> = dyn FnMut() -> Result<(), DeviceError> + Send + 'a;
 
@@ -143,6 +152,30 @@ pub trait Backend: Send + Sync {
         x: &Storage,
         residual: Option<&Storage>,
     ) -> Result<Storage, DeviceError>;
+
+    /// Queues a schedule with other rows in place of some of x's: with a copy of x that has them, unless a backend has something
+    /// better.
+    ///
+    /// # Errors
+    /// As [`Self::execute`]; the device can't hold the copy.
+    fn execute_replaced(
+        &self,
+        layer: &LayerOperands,
+        schedule: &Schedule,
+        x: &Storage,
+        replaced: ReplacedRows<'_>,
+        residual: Option<&Storage>,
+    ) -> Result<Storage, DeviceError> {
+        let (d, activations) = (layer.shape().d as usize, layer.format().activations);
+        let mut whole = self.resized(x, schedule.tokens() as usize * d, activations)?;
+        let mut rest = replaced.values;
+        for piece in replaced.pieces {
+            let (own, behind) = rest.split_at(piece.len() * d);
+            self.write(&mut whole, piece.start * d, own, activations)?;
+            rest = behind;
+        }
+        self.execute(layer, schedule, &whole, residual)
+    }
 
     /// Queues a backward pass: x `[tokens, d]` and g `[tokens, k]`, the gradient of the sum before bias, activation and residual.
     /// `None`, and nothing done, where the backend has none.

@@ -9,7 +9,7 @@ use flora_plan::layer::{Element, LayerFormat, WeightFormat};
 use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
 use flora_plan::weight::PackedWeight;
 
-use crate::backend::{Backend, Gradients, Queueing, SparseRows, Storage, Wanted};
+use crate::backend::{Backend, Gradients, Queueing, ReplacedRows, SparseRows, Storage, Wanted};
 use crate::buffer::{Buffer, PoolBuffer, WeightBuffer};
 use crate::info::DeviceInfo;
 use crate::operands::{LayerOperands, OperandError, check_recipe};
@@ -242,6 +242,17 @@ impl Device {
         x: &Buffer,
         residual: Option<&Buffer>,
     ) -> Result<Buffer, DeviceError> {
+        self.execute_replaced(layer, schedule, (x, None), residual)
+    }
+
+    /// The same with other rows in place of some of x's.
+    pub(crate) fn execute_replaced(
+        &self,
+        layer: &LayerOperands,
+        schedule: &Schedule,
+        (x, replaced): (&Buffer, Option<ReplacedRows<'_>>),
+        residual: Option<&Buffer>,
+    ) -> Result<Buffer, DeviceError> {
         let (shape, tokens) = (layer.shape(), schedule.tokens() as usize);
         let (d, k) = (shape.d as usize, shape.k as usize);
         let activations = layer.format().activations;
@@ -256,7 +267,10 @@ impl Device {
         }
         layer.check_schedule(schedule)?;
         let residual = residual.map(|residual| &residual.storage);
-        let y = self.backend.execute(layer, schedule, &x.storage, residual)?;
+        let y = match replaced {
+            None => self.backend.execute(layer, schedule, &x.storage, residual)?,
+            Some(replaced) => self.backend.execute_replaced(layer, schedule, &x.storage, replaced, residual)?,
+        };
         Ok(self.buffer(y, tokens * k, activations))
     }
 

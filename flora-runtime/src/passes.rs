@@ -13,7 +13,7 @@ use flora_plan::batch::{BatchShape, Segment};
 use flora_plan::plan::Plan;
 use flora_plan::schedule::Schedule;
 
-use crate::backend::SparseRows;
+use crate::backend::{ReplacedRows, SparseRows};
 use crate::batch::BatchError;
 use crate::buffer::Buffer;
 use crate::device::{Device, DeviceError};
@@ -180,13 +180,9 @@ impl Launch {
             true => device.read_parts(x, &gathered.numbers(d))?,
             false => Vec::new(),
         };
-        let mut transformed = None;
-        if let Some(rows) = gathered.transformed_inputs(device, &read, d) {
-            let mut whole = device.resized(x, x.len())?;
-            gathered.put_back(device, &mut whole, &rows, d)?;
-            transformed = Some(whole);
-        }
-        let mut y = device.execute(operands, &self.schedule, transformed.as_ref().unwrap_or(x), residual)?;
+        let transformed = gathered.transformed_inputs(device, &read, d);
+        let replaced = transformed.as_ref().map(|values| ReplacedRows { pieces: &gathered.pieces, values });
+        let mut y = device.execute_replaced(operands, &self.schedule, (x, replaced), residual)?;
         if self.passes.iter().any(|pass| pass.own.changes_sums()) {
             let mut sums = device.read_parts(&y, &gathered.numbers(k))?;
             gathered.change_sums(device, (&read, d), (&mut sums, k));

@@ -1,6 +1,6 @@
 //! Random layers and batches, and what they should give.
 
-use flora_host::{HostEngine, Operands, Rows, RowsMut, Values, ValuesMut, Weight};
+use flora_host::{HostEngine, NOT_REPLACED, Operands, Replaced, Rows, RowsMut, Values, ValuesMut, Weight};
 use flora_ir::Activation;
 use flora_ir::evaluate::apply_activation;
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
@@ -130,11 +130,16 @@ impl Problem {
 
     /// What the engine makes of it.
     pub(crate) fn run(&self, engine: &HostEngine, plan: &Plan) -> Numbers {
-        self.run_apart(engine, plan, [0, 0])
+        self.run_apart(engine, plan, [0, 0], false)
+    }
+
+    /// The same with every other row beside x, in reverse; in x they are NaN.
+    pub(crate) fn run_replaced(&self, engine: &HostEngine, plan: &Plan) -> Numbers {
+        self.run_apart(engine, plan, [3, 0], true)
     }
 
     /// The same with gaps of so many numbers between the rows of x and of y, whose numbers neither count nor change.
-    pub(crate) fn run_apart(&self, engine: &HostEngine, plan: &Plan, gaps: [usize; 2]) -> Numbers {
+    pub(crate) fn run_apart(&self, engine: &HostEngine, plan: &Plan, gaps: [usize; 2], replaces: bool) -> Numbers {
         const KEPT: f32 = 7.0;
         let format = self.format;
         let (tokens, d, k) = (self.tokens(), self.shape.d as usize, self.shape.k as usize);
@@ -143,7 +148,18 @@ impl Problem {
         let schedule = schedule(plan, self.shape, &self.segments, &self.adapters, finishes).unwrap();
         let numbers = |values: &[f32], element| Numbers::new(element, values);
         let residual = numbers(&self.residual, format.activations);
-        let x: Vec<_> = self.x.chunks_exact(d).flat_map(|row| [row, &vec![f32::NAN; gaps[0]]].concat()).collect();
+        let is_beside = |row: usize| replaces && row % 2 == 1;
+        let mut beside: Vec<_> = (0..tokens).filter(|row| is_beside(*row)).collect();
+        beside.reverse();
+        let own = numbers(&self.x, format.activations).widened();
+        let replacing: Vec<_> = beside.iter().flat_map(|row| &own[row * d..(row + 1) * d]).copied().collect();
+        let place = |row: usize| beside.iter().position(|other| *other == row).map_or(NOT_REPLACED, |at| at as u32);
+        let places: Vec<_> = (0..tokens).map(place).collect();
+        let replaced = replaces.then_some(Replaced { places: &places, values: &replacing });
+        let missing = [vec![f32::NAN; d], vec![f32::NAN; gaps[0]]];
+        let rows = self.x.chunks_exact(d).enumerate();
+        let rows = rows.map(|(at, row)| [if is_beside(at) { &missing[0] } else { row }, &missing[1]].concat());
+        let x: Vec<_> = rows.flatten().collect();
         let x = numbers(&x[..x.len() - if tokens == 0 { 0 } else { gaps[0] }], format.activations);
         let (in_pool, out_pool) = (numbers(&self.in_pool, format.adapters), numbers(&self.out_pool, format.adapters));
         let weight = Weight::new(&self.weight);
@@ -165,7 +181,7 @@ impl Problem {
         let mut y = numbers(&row.repeat(tokens)[..places], format.activations);
         let (from, to) =
             (Rows { values: x.values(), pitch: x_pitch }, RowsMut { values: y.values_mut(), pitch: y_pitch });
-        engine.execute_rows(&operands, &schedule, from, to, Some(residual.values())).unwrap();
+        engine.execute_replaced(&operands, &schedule, (from, replaced), to, Some(residual.values())).unwrap();
         let found = y.widened();
         assert!(found.chunks(y_pitch).all(|row| row[k..].iter().all(|kept| *kept == KEPT)), "{plan}");
         let dense: Vec<_> = found.chunks(y_pitch).flat_map(|row| &row[..k]).copied().collect();

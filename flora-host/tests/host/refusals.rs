@@ -1,6 +1,8 @@
 //! What doesn't fit together is refused, and y stays as it was.
 
-use flora_host::{GradientsMut, HostEngine, HostError, Operands, Values, ValuesMut, Weight};
+use flora_host::{
+    GradientsMut, HostEngine, HostError, NOT_REPLACED, Operands, Replaced, Rows, RowsMut, Values, ValuesMut, Weight,
+};
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Epilogue, LayerShape, WeightFormat};
 use flora_plan::lowering::{AdditiveLowering, MultiplicativeLowering};
@@ -115,4 +117,32 @@ fn gradients_of_what_does_not_fit_are_refused() {
     assert!(refused(few, lengths).contains("vector 2 and there are 2;"));
     let few = Operands { out_pool: Values::F32(&out_pool[..6]), ..right };
     assert!(refused(few, lengths).contains("vector 2 and there are 2;"));
+}
+
+#[test]
+fn places_beyond_the_rows_that_stand_in_for_others_are_refused() {
+    let weight = weight(SHAPE);
+    let operands = Operands {
+        weight: &weight,
+        bias: None,
+        in_pool: Values::F32(&[]),
+        out_pool: Values::F32(&[]),
+        epilogue: Epilogue::default(),
+        merged: None,
+    };
+    let plan = Plan::new(MultiplicativeLowering::Stacked, AdditiveLowering::Fused);
+    let schedule = schedule(&plan, SHAPE, &[Segment { rows: 2, adapter: 0 }], &[AdapterSlots::base()], false).unwrap();
+    let refused = |places: &[u32], values: &[f32]| {
+        let (x, mut y) = ([1.0; 8], [7.0; 6]);
+        let rows = Rows { values: Values::F32(&x), pitch: 4 };
+        let sums = RowsMut { values: ValuesMut::F32(&mut y), pitch: 3 };
+        let replaced = Some(Replaced { places, values });
+        let result = HostEngine::new().execute_replaced(&operands, &schedule, (rows, replaced), sums, None);
+        assert_eq!(result.is_err(), y == [7.0; 6]);
+        result.map_err(|error| error.to_string())
+    };
+    assert_eq!(refused(&[NOT_REPLACED, 0], &[2.0; 4]), Ok(()));
+    let few = "the rows in place of others has 4 numbers and takes 8";
+    assert_eq!(refused(&[NOT_REPLACED, 1], &[2.0; 4]), Err(few.to_owned()));
+    assert_eq!(refused(&[0], &[2.0; 4]), Err("the places of replaced rows has 1 numbers and takes 2".to_owned()));
 }

@@ -77,7 +77,7 @@ fn long_batches_wide_panels_and_several_slices() {
 }
 
 #[test]
-fn rows_apart_have_the_bits_of_rows_together() {
+fn rows_apart_and_rows_beside_x_have_the_bits_of_rows_together() {
     let engine = HostEngine::new();
     for (seed, activations) in Element::ALL.into_iter().enumerate() {
         let format = LayerFormat { activations, ..LayerFormat::default() };
@@ -85,8 +85,13 @@ fn rows_apart_have_the_bits_of_rows_together() {
         for plan in Plan::unmerged() {
             let together = problem.run(&engine, &plan).bits();
             for gaps in [[0, 5], [3, 0], [40, 130]] {
-                assert_eq!(problem.run_apart(&engine, &plan, gaps).bits(), together, "{plan}, {activations}, {gaps:?}");
+                assert_eq!(
+                    problem.run_apart(&engine, &plan, gaps, false).bits(),
+                    together,
+                    "{plan}, {activations}, {gaps:?}"
+                );
             }
+            assert_eq!(problem.run_replaced(&engine, &plan).bits(), together, "{plan}, {activations}, beside x");
         }
     }
 }

@@ -27,8 +27,9 @@ use crate::commands::{output, planner};
 /// the adapter and a LoRA that has as many low-rank components take turns over one base weight, round after round, every other round
 /// the other way round; the ratios are taken in each round, and their medians are shown. benches/kinds.py makes a folder of PEFT's kinds.
 ///
-/// base rows beside it: what as many base rows cost in a batch with a few single rows of the adapter (one for each 32, at least 4),
-/// (T(both) − T(the adapter's rows alone)) / T(base rows alone).
+/// base rows beside it: what base rows cost in a batch with a few single rows of the adapter (one for each 32, at least 4), over what they
+/// cost by themselves: (T(such a batch) − what is the adapter's) / T(as many base rows). The adapter's is T(its few rows, then base rows) −
+/// T(as few base rows, then base rows): so its vectors come from where they do in company, and each side has as many passes over w0.
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Arguments {
@@ -83,10 +84,16 @@ struct Adapted {
     x: Buffer,
 }
 
-impl Adapted {
-    fn seconds(&self, clock: Clock, batch: &StepBatch) -> Result<f64, ProjectionError> {
-        clock.seconds_of(|| self.projection.forward(&self.x, batch, None))
-    }
+/// A batch of a projection.
+type Case<'a> = (&'a Adapted, &'a StepBatch);
+
+/// Seconds of batches, one behind the other.
+fn timed<'a>(clock: Clock<'_>, cases: (Option<Case<'a>>, Case<'a>)) -> Result<f64, ProjectionError> {
+    let forward = |(adapted, batch): Case<'_>| adapted.projection.forward(&adapted.x, batch, None);
+    clock.seconds_of(|| {
+        cases.0.map(forward).transpose()?;
+        forward(cases.1)
+    })
 }
 
 pub(super) fn kinds(arguments: &Arguments) -> Result<(), CommandError> {
@@ -202,23 +209,35 @@ impl Bench<'_> {
 
         let mut times = [(); 4].map(|()| Times::default());
         let [seconds, to_base, to_lora, company] = &mut times;
-        let cases = [(&own, &base_rows), (&own, &batch), (&own, &of_lora), (&beside_x, &beside), (&alone_x, &alone)];
+        let few_base = StepBatch::new([(0, few)]);
+        let as_many = StepBatch::new([(0, all + few)]);
+        let (own_rows, base_rows): (Case<'_>, Case<'_>) = ((&own, &batch), (&own, &base_rows));
+        let (few_rows, few_base, as_many) = ((&alone_x, &alone), (&alone_x, &few_base), (&beside_x, &as_many));
+        let cases = [
+            Some((None, base_rows)),
+            Some((None, own_rows)),
+            lora.is_some().then_some((None, (&own, &of_lora))),
+            Some((None, (&beside_x, &beside))),
+            Some((None, as_many)),
+            Some((Some(few_rows), as_many)),
+            Some((Some(few_base), as_many)),
+        ];
         for round in 0..=rounds {
-            let mut order: Vec<usize> = (0..cases.len()).filter(|case| *case != 2 || lora.is_some()).collect();
+            let mut taken = [f64::NAN; 7];
+            let present = |(case, taken)| Option::zip(case, Some(taken));
+            let mut order: Vec<_> = cases.into_iter().zip(&mut taken).filter_map(present).collect();
             if round % 2 == 1 {
                 order.reverse();
             }
-            let mut taken = [f64::NAN; 5];
-            for case in order {
-                let (adapted, batch) = cases[case];
-                taken[case] = adapted.seconds(self.clock, batch)?;
+            for (case, taken) in order {
+                *taken = timed(self.clock, case)?;
             }
-            let [base, adapted, of_lora, both, few_alone] = taken;
+            let [base, adapted, of_lora, both, as_many, behind_own, behind_base] = taken;
             // The first round warms up.
             if round > 0 {
                 seconds.push(adapted);
                 to_base.push(adapted / base);
-                company.push((both - few_alone) / base);
+                company.push((both - (behind_own - behind_base)) / as_many);
                 to_lora.push(adapted / of_lora);
             }
         }
