@@ -63,21 +63,31 @@ impl Sampler {
     }
 }
 
+/// Logits that are compared side by side.
+const LANES: usize = 32;
+
 /// The first of the largest, and its value, which is finite.
 pub(crate) fn largest(logits: &[f32]) -> Result<(usize, f32), LogitsError> {
-    let mut found = None;
-    for (token, logit) in logits.iter().copied().enumerate() {
-        if logit.is_nan() {
-            return Err(LogitsError::NotANumber(token));
-        }
-        if logit == f32::INFINITY {
-            return Err(LogitsError::Infinite(token));
-        }
-        if logit > found.map_or(f32::NEG_INFINITY, |(_, largest)| largest) {
-            found = Some((token, logit));
+    // In lanes and without a branch, so that it is done in vectors: a vocabulary is long, and this is asked for every token.
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    let mut last = [f32::NEG_INFINITY; LANES];
+    last[..rest.len()].copy_from_slice(rest);
+    let (mut lanes, mut faults) = ([f32::NEG_INFINITY; LANES], [0u32; LANES]);
+    for chunk in chunks.iter().chain([&last]) {
+        for ((lane, fault), logit) in lanes.iter_mut().zip(&mut faults).zip(chunk) {
+            *lane = if *logit > *lane { *logit } else { *lane };
+            // What isn't a number isn't below it either.
+            let is_below_infinity = *logit < f32::INFINITY;
+            *fault |= u32::from(!is_below_infinity);
         }
     }
-    found.ok_or(LogitsError::Nothing)
+    if faults.iter().any(|fault| *fault > 0) {
+        let found = logits.iter().position(|logit| logit.is_nan() || *logit == f32::INFINITY).unwrap_or_default();
+        return Err(if logits[found].is_nan() { LogitsError::NotANumber(found) } else { LogitsError::Infinite(found) });
+    }
+    let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let first = logits.iter().position(|logit| *logit == largest && largest > f32::NEG_INFINITY);
+    first.map(|token| (token, largest)).ok_or(LogitsError::Nothing)
 }
 
 /// The token at `point` (from 0 up to 1) of `set`. The heaviest weight is 1.
