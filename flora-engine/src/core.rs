@@ -5,6 +5,8 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::Instant;
 
+use tracing::trace_span;
+
 use crate::cache::BlockPool;
 use crate::decoder::{AdapterId, BlockSharing, Decoder, LogitRows, SequenceId, StepSegment};
 use crate::limits::{Accepted, RequestLimits};
@@ -14,6 +16,7 @@ use crate::request::{Event, Request, RequestError};
 use crate::residency::{LoadOrder, Loaded, Residency};
 use crate::schedule::{Piece, plan};
 use crate::sequence::{Running, Said, Waiting, WaitingAdapter};
+use crate::spans::{SAMPLING, STEP};
 use crate::text::Vocabulary;
 
 mod admission;
@@ -225,7 +228,7 @@ impl<D: Decoder> Core<D> {
         };
         let widths: Vec<usize> = segments.iter().flat_map(rows_of).collect();
         let row_counts: Vec<usize> = segments.iter().map(|segment| segment.logits.of(segment.tokens.len())).collect();
-        let logits = self.decoder.step(&segments);
+        let logits = trace_span!(STEP).in_scope(|| self.decoder.step(&segments));
         self.counts.steps += 1;
         let failure = match &logits {
             Err(error) => Some(chain(error)),
@@ -244,6 +247,7 @@ impl<D: Decoder> Core<D> {
             }
             return;
         }
+        let _sampling = trace_span!(SAMPLING).entered();
         let logits = logits.unwrap_or_default();
         let mut rest = &logits[..];
         let mut rows = widths.into_iter().map(|width| rest.split_off(..width).unwrap_or_default());

@@ -20,6 +20,7 @@ mod sample;
 mod schedule;
 mod score;
 mod sequence;
+pub mod spans;
 mod stop;
 mod text;
 

@@ -28,8 +28,8 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             sequences: 32,
-            tokens_per_step: 256,
-            chunk_tokens: 64,
+            tokens_per_step: 512,
+            chunk_tokens: 128,
             cache_tokens: 16_384,
             block_tokens: 32,
             share_prefixes: true,

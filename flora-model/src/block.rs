@@ -1,7 +1,9 @@
 //! One layer of a decoder, as data: families differ in which norms, which projections and which feed-forward network a block has and
 //! how far it sees, and a further one is another way to fill the same fields.
 
+use flora_engine::spans::{ATTENTION, GATES, NORMS, PROJECTIONS};
 use flora_runtime::StepBatch;
+use tracing::trace_span;
 
 use crate::error::ServeError;
 use crate::operations::{AttentionInputs, Operations, SegmentRows};
@@ -57,11 +59,14 @@ impl<O: Operations> Block<O> {
         caches: &mut [&mut O::Cache],
     ) -> Result<O::Matrix, ServeError> {
         let Step { operations, batch, segments, positions } = step;
-        let normed = operations.normalise(&self.attention_norm, x)?;
-        let inputs = self.inputs.forward(operations, &normed, batch)?;
-        let attended = operations.attend(inputs, self.window, segments, positions, caches)?;
-        let x = operations.project(&self.attention_output, &attended, batch, Some(x))?;
-        let normed = operations.normalise(&self.feed_forward_norm, &x)?;
+        let norm = |norm: &O::Norm, x: &O::Matrix| trace_span!(NORMS).in_scope(|| operations.normalise(norm, x));
+        let normed = norm(&self.attention_norm, x)?;
+        let inputs = trace_span!(PROJECTIONS).in_scope(|| self.inputs.forward(operations, &normed, batch))?;
+        let attend = || operations.attend(inputs, self.window, segments, positions, caches);
+        let attended = trace_span!(ATTENTION).in_scope(attend)?;
+        let output = || operations.project(&self.attention_output, &attended, batch, Some(x));
+        let x = trace_span!(PROJECTIONS).in_scope(output)?;
+        let normed = norm(&self.feed_forward_norm, &x)?;
         self.feed_forward.forward(operations, &normed, &x, batch)
     }
 }
@@ -101,11 +106,12 @@ impl<O: Operations> FeedForward<O> {
         let of = |linear: &O::Linear| operations.project(linear, x, batch, None);
         let (inner, down) = match self {
             Self::Gated { gate, up, down } => {
-                let (gate, up) = O::both(|| of(gate), || of(up));
-                (operations.multiply(gate?, up?)?, down)
+                let (gate, up) = trace_span!(PROJECTIONS).in_scope(|| O::both(|| of(gate), || of(up)));
+                let (gate, up) = (gate?, up?);
+                (trace_span!(GATES).in_scope(|| operations.multiply(gate, up))?, down)
             }
-            Self::Plain { up, down } => (of(up)?, down),
+            Self::Plain { up, down } => (trace_span!(PROJECTIONS).in_scope(|| of(up))?, down),
         };
-        operations.project(down, &inner, batch, Some(residual))
+        trace_span!(PROJECTIONS).in_scope(|| operations.project(down, &inner, batch, Some(residual)))
     }
 }

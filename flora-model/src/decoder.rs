@@ -2,12 +2,14 @@
 
 use flora_adapters::{AdaptedEmbedding, AdaptedModel};
 use flora_checkpoint::Model;
+use flora_engine::spans::{EMBEDDING, NORMS, OUTPUT};
 use flora_engine::{
     AdapterFailure, AdapterId, BlockId, BlockSharing, Decoder, DecoderLimits, PlaceError, SequenceId, StepSegment,
 };
 use flora_plan::layer::Element;
 use flora_runtime::{Buffer, Device, DeviceError, ProjectionError, StepBatch};
 use rustc_hash::FxHashMap;
+use tracing::trace_span;
 
 use crate::block::Step;
 use crate::build::{Parts, build};
@@ -174,7 +176,7 @@ impl<O: Serving> ServedModel<O> {
         }
         let operations = &self.parts.operations;
         let step = Step { operations, batch: &batch, segments: &rows, positions: operations.positions(&rows)? };
-        let embedded = self.embed(segments, &positions)?;
+        let embedded = trace_span!(EMBEDDING).in_scope(|| self.embed(segments, &positions))?;
         let mut x = self.device.upload_as(&embedded, self.activations)?;
         for (at, block) in self.parts.blocks.iter().enumerate() {
             let mut caches: Vec<_> = sequences.iter_mut().filter_map(|sequence| sequence.layers.get_mut(at)).collect();
@@ -186,7 +188,8 @@ impl<O: Serving> ServedModel<O> {
         let (wanted, of): (Vec<usize>, Vec<usize>) = wanted.into_iter().unzip();
         let wanted = operations.select(&x, batch.rows(), &wanted)?;
         let adapters: Vec<_> = of.into_iter().map(|segment| segments[segment].adapter).collect();
-        self.logits(&adapters, &operations.normalise(&self.parts.norm, &wanted)?)
+        let normed = trace_span!(NORMS).in_scope(|| operations.normalise(&self.parts.norm, &wanted))?;
+        trace_span!(OUTPUT).in_scope(|| self.logits(&adapters, &normed))
     }
 }
 

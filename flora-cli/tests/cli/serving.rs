@@ -187,3 +187,26 @@ fn the_experiment_runs_and_its_page_is_drawn() {
     let output = flora(["report", "--device", "host", "--serving", &serving, "--output", &page]);
     assert!(stderr(&output).contains("tokens_per_second is -1"), "{}", stderr(&output));
 }
+
+#[test]
+fn the_parts_of_a_step_make_up_the_whole() {
+    let model = golden("model").display().to_string();
+    let few = ["--ranks", "2", "--rounds", "1", "--sequences", "3", "--json"];
+    let said = answer([&["bench", "serving", "--breakdown", "--device", "host", "--model", &model], &few[..]].concat());
+    let broken_down = said["breakdown"].as_array().expect("a list");
+    // The base, three ways, and the base again; of each a prompt and two kinds of steps.
+    assert_eq!(broken_down.len(), 5 * 3, "{said}");
+    for one in broken_down {
+        let parts = one["parts"].as_array().expect("a list");
+        let part = |name: &str| {
+            let own = parts.iter().find(|part| part[0] == name).unwrap_or_else(|| panic!("no `{name}` in {one}"));
+            own[1].as_f64().expect("seconds")
+        };
+        for name in ["projections", "attention", "norms", "output matrix", "sampling"] {
+            assert!(part(name) > 0.0, "nothing for `{name}`: {one}");
+        }
+        let sum: f64 = parts.iter().filter_map(|part| part[1].as_f64()).sum();
+        let whole = one["seconds"].as_f64().expect("seconds");
+        assert!((sum / whole - 1.0).abs() < 1e-6, "{sum} of {whole}: {one}");
+    }
+}

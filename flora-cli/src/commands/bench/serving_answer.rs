@@ -24,6 +24,23 @@ pub(crate) struct Answer {
     pub(crate) latency: Vec<Latency>,
     /// Decoding steps: measured beside what the cost model says of them.
     pub(crate) steps: Vec<DecodeStep>,
+    /// What steps spend their time on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) breakdown: Vec<Breakdown>,
+}
+
+/// What the time of one workload is spent on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Breakdown {
+    pub(crate) variant: Variant,
+    pub(crate) workload: String,
+    /// How many steps were measured.
+    pub(crate) steps: u64,
+    /// Of the whole workload, or of one of its steps, as its name says; the mean.
+    pub(crate) seconds: f64,
+    /// By what they are spent on; together all of them.
+    pub(crate) parts: Vec<(String, f64)>,
 }
 
 /// Who brings which adapters, and how they are computed.

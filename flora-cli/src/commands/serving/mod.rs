@@ -65,8 +65,11 @@ pub(crate) struct ModelArguments {
     /// Requests that run at once
     #[arg(long, default_value = "32", value_parser = RangedU64ValueParser::<usize>::new().range(1..=4096))]
     pub(crate) sequences: usize,
-    /// Tokens of one step, prompts and generated ones together
-    #[arg(long, default_value = "256", value_parser = RangedU64ValueParser::<usize>::new().range(64..=1 << 20))]
+    /// Tokens of a prompt that are run at a time; more of them make prompts faster, and other requests wait longer for a token
+    #[arg(long, default_value = "128", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 16))]
+    pub(crate) chunk_tokens: usize,
+    /// Tokens of one step, prompts and generated ones together; at least a chunk and a token of every other request
+    #[arg(long, default_value = "512", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
     pub(crate) tokens_per_step: usize,
     /// Requests that wait at most
     #[arg(long, default_value = "1024", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 24))]

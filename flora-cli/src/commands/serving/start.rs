@@ -135,8 +135,9 @@ fn options(arguments: &ModelArguments) -> Options {
     let options = Options::default();
     Options {
         sequences: arguments.sequences,
+        chunk_tokens: arguments.chunk_tokens,
         // A chunk beside one token of every other sequence always finds room.
-        tokens_per_step: arguments.tokens_per_step.max(options.chunk_tokens + arguments.sequences - 1),
+        tokens_per_step: arguments.tokens_per_step.max(arguments.chunk_tokens + arguments.sequences - 1),
         cache_tokens: arguments.cache_tokens,
         waiting: arguments.waiting,
         share_prefixes: !arguments.no_prefix_sharing,

@@ -1,6 +1,7 @@
 //! `flora bench serving`: the paper's serving experiments (§4.1, Fig. 2): throughput and latency against rank, every request with
 //! an adapter of its own, under continuous batching.
 
+mod breakdown;
 mod drive;
 mod predict;
 mod seeded;
@@ -25,6 +26,7 @@ use super::serving_answer::{Answer, DecodeStep, Latency, Percentiles, Throughput
 use crate::commands::error::CommandError;
 use crate::commands::serving::{ModelArguments, engine, saved};
 use crate::commands::{output, serving};
+use breakdown::Spans;
 use drive::{Outcome, Planned, drive};
 use seeded::{STARCODERS, SeededAdapters};
 use workload::{Lengths, arrivals, lengths};
@@ -56,7 +58,10 @@ pub(super) struct Arguments {
     /// Steps of a decoding of all sequences, which takes turns with one without adapters and is held against predictions; 0 for none
     #[arg(long, default_value = "16")]
     steps: u32,
-    /// How often each of the two has its turn
+    /// Show what the time of a prefill and of decoding steps is spent on, and measure nothing else
+    #[arg(long)]
+    breakdown: bool,
+    /// How often each of the two has its turn, or a workload is broken down
     #[arg(long, default_value = "7", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
     rounds: usize,
     /// Seed of everything random
@@ -107,6 +112,10 @@ pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
         named => named.to_vec(),
     };
     let (context, vocabulary) = (config.context_length() as u32, config.vocabulary() as u32);
+    let spans = arguments.breakdown.then(Spans::default);
+    if let Some(spans) = &spans {
+        crate::log::listen(spans.clone());
+    }
     let setting = Setting {
         arguments,
         model: &model,
@@ -134,12 +143,21 @@ pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
         throughput: Vec::new(),
         latency: Vec::new(),
         steps: Vec::new(),
+        breakdown: Vec::new(),
     };
     // Beside every other engine, to take turns with it.
-    let beside = (arguments.steps > 0).then(|| setting.start(WAYS[0], 0)).transpose()?;
+    let beside = (arguments.steps > 0 && spans.is_none()).then(|| setting.start(WAYS[0], 0)).transpose()?;
     for (way, rank) in variants {
         let variant = setting.variant(way, rank);
         let engine = setting.start(way, rank)?;
+        if let Some(spans) = &spans {
+            let adapters = |number| way.layer.map(|_| SeededAdapters::name(number));
+            let counts = (arguments.model.sequences, arguments.rounds);
+            let drawn = (vocabulary, longest, arguments.seed);
+            answer.breakdown.extend(breakdown::measure(spans, &engine, (&variant, &adapters), counts, drawn)?);
+            bar.inc(1);
+            continue;
+        }
         let planned = |lengths: &[Lengths], arrivals: &[Duration]| -> Vec<Planned> {
             let one = |(number, lengths): (usize, &Lengths)| Planned {
                 lengths: *lengths,
@@ -189,7 +207,9 @@ pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
     }
     bar.finish_and_clear();
     predict::add_rest(&mut answer.steps);
-    answer.steps.extend(setting.paper_models());
+    if spans.is_none() {
+        answer.steps.extend(setting.paper_models());
+    }
     if arguments.json { output::print_json(&answer) } else { output::print(&table::human(&answer)) }
 }
 

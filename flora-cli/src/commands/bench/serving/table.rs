@@ -1,10 +1,10 @@
 //! The serving experiments as people read them.
 
-use super::super::serving_answer::{Answer, Percentiles, Variant};
+use super::super::serving_answer::{Answer, Breakdown, Percentiles, Variant};
 use crate::commands::output::{lines, seconds, table};
 
 pub(super) fn human(answer: &Answer) -> String {
-    let Answer { device, model, weights, dtype, adapted, sequences, throughput, latency, steps } = answer;
+    let Answer { device, model, weights, dtype, adapted, sequences, throughput, latency, steps, breakdown } = answer;
     let adapted = adapted.join(", ");
     let mut text = format!(
         "{device}\n{model} ({weights} weights) in {dtype}, {sequences} sequences at once, adapters on {adapted}, one each request\n"
@@ -58,6 +58,9 @@ pub(super) fn human(answer: &Answer) -> String {
         }
         text += &lines(&rows);
     }
+    if !breakdown.is_empty() {
+        text += &broken_down(breakdown);
+    }
     if !steps.is_empty() {
         text += &format!("\nA decoding step of {sequences} sequences\n\n");
         let mut rows = table(&[
@@ -92,6 +95,35 @@ pub(super) fn human(answer: &Answer) -> String {
         text += "\nOf base: the median of the ratios to the model without adapters, round by round in turn.\n\
                  Predicted: projections by tuned coefficients; of a measured model with the rest of its step without adapters, of\n\
                  others the projections alone.\n";
+    }
+    text
+}
+
+/// A table a workload: a column a variant.
+fn broken_down(breakdown: &[Breakdown]) -> String {
+    let mut workloads: Vec<&str> = breakdown.iter().map(|one| one.workload.as_str()).collect();
+    let mut seen = std::collections::BTreeSet::new();
+    workloads.retain(|workload| seen.insert(*workload));
+    let mut text = String::new();
+    for workload in workloads {
+        let own: Vec<_> = breakdown.iter().filter(|one| one.workload == workload).collect();
+        text += &format!("\n{workload}\n\n");
+        let name = |one: &Breakdown| match one.variant.rank {
+            0 => format!(">{}", one.variant.adapter),
+            rank => format!(">{} {rank}, {}", one.variant.adapter, one.variant.lowering),
+        };
+        let columns: Vec<String> = std::iter::once("<".to_owned()).chain(own.iter().map(|one| name(one))).collect();
+        let mut rows = table(&columns.iter().map(String::as_str).collect::<Vec<_>>());
+        for (at, (part, _)) in own[0].parts.iter().enumerate() {
+            let cell = |one: &&Breakdown| {
+                let own = one.parts[at].1;
+                format!("{} {:4.1} %", seconds(own), own / one.seconds * 100.0)
+            };
+            rows.add_row(std::iter::once(part.clone()).chain(own.iter().map(cell)).collect::<Vec<_>>());
+        }
+        let whole = own.iter().map(|one| seconds(one.seconds));
+        rows.add_row(std::iter::once("all".to_owned()).chain(whole).collect::<Vec<_>>());
+        text += &lines(&rows);
     }
     text
 }
