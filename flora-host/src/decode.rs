@@ -22,7 +22,47 @@ pub(crate) struct Words<'a> {
 }
 
 /// Inputs whose words lie together.
-const GROUP: usize = 32;
+pub(crate) const GROUP: usize = 32;
+
+/// Bits of what has one scale for each output, and of what has a codebook. Ways that no format takes aren't compiled.
+const OUTPUT_BITS: u32 = 8;
+const CODEBOOK_BITS: u32 = 4;
+
+/// What becomes of numbers as they are decoded.
+pub(crate) trait Decoded<S: Simd> {
+    /// Takes those of some groups of inputs. Inlined, so that what `number` does is done in its loop.
+    fn take<const BITS: u32>(
+        self,
+        simd: S,
+        groups: Groups<'_>,
+        number: impl Fn(Stored<S, BITS>, S::f32s, S::f32s) -> S::f32s + Copy,
+    );
+}
+
+/// Groups of inputs that follow one another, and their scales.
+#[derive(Clone, Copy)]
+pub(crate) struct Groups<'a> {
+    /// From the first group's on.
+    words: &'a [u32],
+    scales: &'a BlockScales,
+    /// Inputs of a block.
+    block: usize,
+}
+
+impl<'a> Groups<'a> {
+    /// The words of group `at`, and the scales and offsets of each half.
+    #[inline(always)]
+    pub(crate) fn group<const BITS: u32>(&self, at: usize) -> (&'a [u32], Halves<'a>) {
+        let len = BITS as usize * STRIP;
+        let words = &self.words[at * len..];
+        let halves =
+            [at * GROUP / self.block, (at * GROUP + GROUP / 2) / self.block].map(|block| self.scales.block(block));
+        (&words[..len.min(words.len())], halves)
+    }
+}
+
+/// Scales and offsets of a group's inputs, half by half.
+pub(crate) type Halves<'a> = [(&'a [f32; STRIP], &'a [f32; STRIP]); 2];
 
 impl Words<'_> {
     /// Inputs `depth`, from a multiple of 32 on, to `out` `[depth, STRIP]`. Nothing that `scales` had matters.
@@ -33,152 +73,213 @@ impl Words<'_> {
         out: &'o mut [f32],
         scales: &mut BlockScales,
     ) -> &'o [f32] {
-        // The scales of outputs serve for any number of inputs.
-        let piece = if self.quantisation.block().is_some() { PIECE } else { depth.len().max(1) };
-        for first in depth.clone().step_by(piece) {
-            let inputs = first..depth.end.min(first + piece);
-            let out = &mut out[(first - depth.start) * STRIP..(inputs.end - depth.start) * STRIP];
-            vectorised(
-                simd,
-                #[inline(always)]
-                || scales.find(self.quantisation, self.scales, inputs),
-            );
-            // With bits that the compiler knows, shifts are an instruction each, where others are three.
-            match self.quantisation.bits {
-                2 => self.unpack::<S, 2>(simd, first, scales, out),
-                3 => self.unpack::<S, 3>(simd, first, scales, out),
-                4 => self.unpack::<S, 4>(simd, first, scales, out),
-                5 => self.unpack::<S, 5>(simd, first, scales, out),
-                6 => self.unpack::<S, 6>(simd, first, scales, out),
-                _ => self.unpack::<S, 8>(simd, first, scales, out),
-            }
+        for inputs in self.pieces(depth.clone()) {
+            let out = &mut out[(inputs.start - depth.start) * STRIP..(inputs.end - depth.start) * STRIP];
+            self.each(simd, inputs, scales, Written(out));
         }
         out
     }
 
+    /// Inputs whose scales are found at a time.
+    pub(crate) fn pieces(self, depth: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        // The scales of outputs serve for any number of inputs.
+        let piece = if self.quantisation.block().is_some() { PIECE } else { depth.len().max(1) };
+        depth.clone().step_by(piece).map(move |first| first..depth.end.min(first + piece))
+    }
+
+    /// Decodes one of the pieces.
+    pub(crate) fn each<S: Simd>(
+        self,
+        simd: S,
+        inputs: Range<usize>,
+        scales: &mut BlockScales,
+        decoded: impl Decoded<S>,
+    ) {
+        let first = inputs.start;
+        vectorised(
+            simd,
+            #[inline(always)]
+            || scales.find(self.quantisation, self.scales, inputs),
+        );
+        let scales = &*scales;
+        // With bits that the compiler knows, shifts are an instruction each, where others are three.
+        match self.quantisation.bits {
+            2 => self.unpack::<S, 2>(simd, first, scales, decoded),
+            3 => self.unpack::<S, 3>(simd, first, scales, decoded),
+            4 => self.unpack::<S, 4>(simd, first, scales, decoded),
+            5 => self.unpack::<S, 5>(simd, first, scales, decoded),
+            6 => self.unpack::<S, 6>(simd, first, scales, decoded),
+            _ => self.unpack::<S, 8>(simd, first, scales, decoded),
+        }
+    }
+
     /// Rows of numbers from `first` on, whose scales have been found: scale · level(stored) + minimum. Each way is a function of its
     /// own: together they would be too large for the compiler to inline what each needs.
-    fn unpack<S: Simd, const BITS: u32>(self, simd: S, first: usize, scales: &BlockScales, out: &mut [f32]) {
+    fn unpack<S: Simd, const BITS: u32>(self, simd: S, first: usize, scales: &BlockScales, decoded: impl Decoded<S>) {
+        let words = &self.words[first / GROUP * BITS as usize * STRIP..];
+        let block = self.quantisation.block().map_or(usize::MAX, |block| block as usize);
+        let groups = Groups { words, scales, block };
         match (self.quantisation.levels, self.quantisation.scales) {
             // Its scales have too many bits for an exact offset.
-            (Levels::Linear { zero }, Scales::Outputs) => vectorised(
+            (Levels::Linear { zero }, Scales::Outputs) if BITS == OUTPUT_BITS => vectorised(
                 simd,
                 #[inline(always)]
                 || {
                     let zero = simd.splat_f32s(base(BITS) + zero as f32);
-                    self.groups::<S, BITS>(
+                    decoded.take::<BITS>(
                         simd,
-                        first,
-                        scales,
-                        out,
+                        groups,
                         #[inline(always)]
                         |stored, scale, _| simd.mul_f32s(scale, simd.sub_f32s(stored.based(simd), zero)),
                     );
                 },
             ),
-            (Levels::Linear { .. }, _) => vectorised(
-                simd,
-                #[inline(always)]
-                || {
-                    self.groups::<S, BITS>(
-                        simd,
-                        first,
-                        scales,
-                        out,
-                        #[inline(always)]
-                        |stored, scale, offset| simd.mul_add_e_f32s(scale, stored.based(simd), offset),
-                    );
-                },
-            ),
-            (Levels::Codebook(levels), _) => vectorised(
+            (Levels::Codebook(levels), _) if BITS == CODEBOOK_BITS => vectorised(
                 simd,
                 #[inline(always)]
                 || {
                     let levels = levels.map(f32::from);
-                    self.groups::<S, BITS>(
+                    decoded.take::<BITS>(
                         simd,
-                        first,
-                        scales,
-                        out,
+                        groups,
                         #[inline(always)]
                         |stored, scale, _| simd.mul_f32s(scale, looked_up(simd, levels, stored.lowest(simd))),
                     );
                 },
             ),
+            _ => vectorised(
+                simd,
+                #[inline(always)]
+                || {
+                    decoded.take::<BITS>(
+                        simd,
+                        groups,
+                        #[inline(always)]
+                        |stored, scale, offset| simd.mul_add_e_f32s(scale, stored.based(simd), offset),
+                    );
+                },
+            ),
         }
     }
+}
 
-    /// Group after group of inputs.
+/// Numbers that are written, `[inputs, STRIP]`.
+struct Written<'o>(&'o mut [f32]);
+
+impl<S: Simd> Decoded<S> for Written<'_> {
     #[inline(always)]
-    fn groups<S: Simd, const BITS: u32>(
+    fn take<const BITS: u32>(
         self,
         simd: S,
-        first: usize,
-        scales: &BlockScales,
-        out: &mut [f32],
+        groups: Groups<'_>,
         number: impl Fn(Stored<S, BITS>, S::f32s, S::f32s) -> S::f32s + Copy,
     ) {
-        let block = self.quantisation.block().map_or(usize::MAX, |block| block as usize);
-        let words = &self.words[first / GROUP * BITS as usize * STRIP..];
-        let groups = out.chunks_mut(GROUP * STRIP).zip(words.chunks(BITS as usize * STRIP));
-        for (at, (out, words)) in groups.enumerate() {
-            let halves = [at * GROUP / block, (at * GROUP + GROUP / 2) / block].map(|block| scales.block(block));
+        for (at, out) in self.0.chunks_mut(GROUP * STRIP).enumerate() {
+            let (words, halves) = groups.group::<BITS>(at);
             if out.len() == GROUP * STRIP {
-                group(simd, words, halves, out, number);
+                write_group(simd, words, halves, out, number);
             } else {
                 // Of a weight without blocks, the last.
-                let (mut whole, mut padded) = ([0.0; GROUP * STRIP], [0; 8 * STRIP]);
-                padded[..words.len()].copy_from_slice(words);
-                group(simd, &padded[..BITS as usize * STRIP], halves, &mut whole, number);
+                let mut whole = [0.0; GROUP * STRIP];
+                write_part(simd, words, halves, &mut whole, number);
                 out.copy_from_slice(&whole[..out.len()]);
             }
         }
     }
 }
 
-/// A group's words `[BITS, STRIP]` to its numbers `[GROUP, STRIP]`. Each half has scales and offsets.
+/// A group whose words may end before it does.
 #[inline(always)]
-fn group<S: Simd, const BITS: u32>(
+pub(crate) fn write_part<S: Simd, const BITS: u32>(
     simd: S,
     words: &[u32],
-    halves: [(&[f32; STRIP], &[f32; STRIP]); 2],
+    halves: Halves<'_>,
+    out: &mut [f32; GROUP * STRIP],
+    number: impl Fn(Stored<S, BITS>, S::f32s, S::f32s) -> S::f32s + Copy,
+) {
+    let mut padded = [0; 8 * STRIP];
+    padded[..words.len()].copy_from_slice(words);
+    write_group(simd, &padded[..BITS as usize * STRIP], halves, out, number);
+}
+
+/// A group's words `[BITS, STRIP]` to its numbers `[GROUP, STRIP]`.
+#[inline(always)]
+fn write_group<S: Simd, const BITS: u32>(
+    simd: S,
+    words: &[u32],
+    halves: Halves<'_>,
     out: &mut [f32],
-    number: impl Fn(Stored<S, BITS>, S::f32s, S::f32s) -> S::f32s,
+    number: impl Fn(Stored<S, BITS>, S::f32s, S::f32s) -> S::f32s + Copy,
 ) {
     let vectors = STRIP / S::F32_LANES;
-    let (words, out) = (S::as_simd_u32s(words).0, S::as_mut_simd_f32s(out).0);
-    let halves = halves.map(|(scales, offsets)| (S::as_simd_f32s(scales).0, S::as_simd_f32s(offsets).0));
-    assert!(words.len() == BITS as usize * vectors && out.len() == GROUP * vectors);
-    assert!(halves.iter().all(|(scales, offsets)| scales.len() == vectors && offsets.len() == vectors));
+    let out = S::as_mut_simd_f32s(out).0;
+    assert!(out.len() == GROUP * vectors);
     // A half after the other: a few rows of the numbers are written at a time.
-    for half in 0..2 {
+    for (half, scales) in halves.into_iter().enumerate() {
         for at in 0..vectors {
-            let word = |row: usize| words[row * vectors + at];
-            // Written out, so that the compiler knows every shift.
-            macro_rules! runs {
-                ($($run:literal)*) => {{
-                    [$({
-                        let run = Group::<BITS>::RUNS[$run];
-                        joined::<S, BITS>(simd, run, word(run.lower.0), word(run.upper.0))
-                    }),*]
-                }};
-            }
-            let runs: [S::u32s; MOST_RUNS] = runs!(0 1 2 3 4 5 6 7);
-            macro_rules! each {
-                ($half:literal: $($input:literal)*) => {{
-                    let (scale, offset) = (halves[$half].0[at], halves[$half].1[at]);
-                    $(
-                        let (run, first) = Group::<BITS>::PLACES[$input];
-                        out[$input * vectors + at] = number(Stored { word: runs[run], first }, scale, offset);
-                    )*
-                }};
-            }
-            if half == 0 {
-                each!(0: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
-            } else {
-                each!(1: 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31);
-            }
+            group_half::<S, BITS, 1>(
+                simd,
+                words,
+                scales,
+                (half, at),
+                number,
+                #[inline(always)]
+                |input, [value]| out[input * vectors + at] = value,
+            );
         }
+    }
+}
+
+/// The numbers of half a group in `SIDE` vectors of its columns, from vector `at` on: one input after the other.
+#[inline(always)]
+pub(crate) fn group_half<S: Simd, const BITS: u32, const SIDE: usize>(
+    simd: S,
+    words: &[u32],
+    (scales, offsets): (&[f32; STRIP], &[f32; STRIP]),
+    (half, at): (usize, usize),
+    number: impl Fn(Stored<S, BITS>, S::f32s, S::f32s) -> S::f32s + Copy,
+    mut take: impl FnMut(usize, [S::f32s; SIDE]),
+) {
+    let vectors = STRIP / S::F32_LANES;
+    let words = S::as_simd_u32s(words).0;
+    let (scales, offsets) = (S::as_simd_f32s(scales).0, S::as_simd_f32s(offsets).0);
+    assert!(words.len() == BITS as usize * vectors && at + SIDE <= vectors);
+    assert!(scales.len() == vectors && offsets.len() == vectors);
+    let (mut side_scales, mut side_offsets) = ([scales[at]; SIDE], [offsets[at]; SIDE]);
+    for side in 1..SIDE {
+        (side_scales[side], side_offsets[side]) = (scales[at + side], offsets[at + side]);
+    }
+    // Loops and not the library's functions on arrays: those are compiled without the instruction set, and what is called in them too.
+    // Written out, so that the compiler knows every shift.
+    let mut runs = [[simd.splat_u32s(0); SIDE]; MOST_RUNS];
+    macro_rules! join {
+        ($($run:literal)*) => {{
+            $({
+                let run = Group::<BITS>::RUNS[$run];
+                for side in 0..SIDE {
+                    let word = |row: usize| words[row * vectors + at + side];
+                    runs[$run][side] = joined::<S, BITS>(simd, run, word(run.lower.0), word(run.upper.0));
+                }
+            })*
+        }};
+    }
+    join!(0 1 2 3 4 5 6 7);
+    macro_rules! each {
+        ($($input:literal)*) => {{
+            $({
+                let (run, first) = Group::<BITS>::PLACES[$input];
+                let mut values = [simd.splat_f32s(0.0); SIDE];
+                for side in 0..SIDE {
+                    values[side] = number(Stored { word: runs[run][side], first }, side_scales[side], side_offsets[side]);
+                }
+                take($input, values);
+            })*
+        }};
+    }
+    if half == 0 {
+        each!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+    } else {
+        each!(16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31);
     }
 }
 
@@ -264,7 +365,7 @@ fn joined<S: Simd, const BITS: u32>(simd: S, run: Run, lower: S::u32s, upper: S:
 
 /// An input of a vector's columns.
 #[derive(Clone, Copy)]
-struct Stored<S: Simd, const BITS: u32> {
+pub(crate) struct Stored<S: Simd, const BITS: u32> {
     /// Of its run.
     word: S::u32s,
     /// Its first bit.

@@ -10,6 +10,7 @@ use std::ops::Range;
 use flora_plan::schedule::{LowRankRows, OnChipSegment, Scale, ScheduledRow};
 use pulp::Simd;
 
+use crate::block_scales::BlockScales;
 use crate::buffer::Buffer;
 use crate::factors::Factors;
 use crate::fetch::Pieces;
@@ -193,9 +194,23 @@ impl<S: Simd> Panel<'_, S> {
         let scales = self.out_scales(rows, scales, scale_places);
         let tiles = Tiles { x, depth: depth.len(), places, scales };
         let sums = sums.floats(block.range.len() * pitch);
+        if rows.len() == 1 && self.one_row(&depth, tiles, decoded, sums) {
+            return;
+        }
         let products = products.floats(rows.len() * STRIP);
         let most = if self.pass.weight.are_encoded() { PART } else { SLICE };
         self.strips(depth, most, decoded, |part| tiles.multiply(simd, &part, products, sums));
+    }
+
+    /// The products of a single row with a quantised weight. Whether it is one.
+    fn one_row(&self, slice: &Range<usize>, tiles: Tiles<'_>, decoded: &mut Buffer, sums: &mut [f32]) -> bool {
+        let strips = self.frame.columns.start / STRIP..self.frame.columns.end.div_ceil(STRIP);
+        let scales: &mut [BlockScales] = bytemuck::cast_slice_mut(decoded.floats(BlockScales::FLOATS));
+        for (at, strip) in strips.enumerate() {
+            let Some(words) = self.pass.weight.words(strip) else { return false };
+            tiles.multiply_one(self.frame.simd, words, (slice.clone(), at * STRIP), &mut scales[0], sums);
+        }
+        true
     }
 
     /// Strip after strip of the panel, in parts of at most `most` inputs of a slice.

@@ -158,27 +158,44 @@ fn multiply<S: Simd, const ROWS: usize>(simd: S, work: Multiply<'_>) {
                     }
                     return;
                 }
-                for (row, products) in products.into_iter().enumerate() {
-                    let scales = scales
-                        .map(|scales| (scales.values.as_ptr(), *scales.places.get_unchecked(row)))
-                        .filter(|(_, place)| *place != NO_SCALES);
-                    for (half, product) in products.into_iter().enumerate() {
-                        let column = column + half * S::F32_LANES;
-                        let place = sums.as_mut_ptr().add(*places.get_unchecked(row) + column);
-                        let sum = load::<S>(place);
-                        let sum = match scales {
-                            Some((values, place)) => {
-                                simd.mul_add_e_f32s(product, load::<S>(values.add(place + column)), sum)
-                            }
-                            None => simd.add_f32s(sum, product),
-                        };
-                        store::<S>(place, sum);
-                    }
-                }
+                add_products(simd, products, (places, scales), column, sums);
             }
         }
     }
     simd.vectorize(Work::<ROWS>(work));
+}
+
+/// Adds the products of a slice to the sums, each by its scale where its row has some.
+///
+/// # Safety
+/// There are places for every row; from each of them, and from each of the scales' that is one, `column` and two vectors more are
+/// within the sums and the scales.
+#[inline(always)]
+pub(crate) unsafe fn add_products<S: Simd, const ROWS: usize>(
+    simd: S,
+    products: [[S::f32s; 2]; ROWS],
+    (places, scales): (&[usize], Option<OutScales<'_>>),
+    column: usize,
+    sums: &mut [f32],
+) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        for (row, products) in products.into_iter().enumerate() {
+            let scales = scales
+                .map(|scales| (scales.values.as_ptr(), *scales.places.get_unchecked(row)))
+                .filter(|(_, place)| *place != NO_SCALES);
+            for (half, product) in products.into_iter().enumerate() {
+                let column = column + half * S::F32_LANES;
+                let place = sums.as_mut_ptr().add(*places.get_unchecked(row) + column);
+                let sum = load::<S>(place);
+                let sum = match scales {
+                    Some((values, place)) => simd.mul_add_e_f32s(product, load::<S>(values.add(place + column)), sum),
+                    None => simd.add_f32s(sum, product),
+                };
+                store::<S>(place, sum);
+            }
+        }
+    }
 }
 
 /// A strip of W0 ∘ (offset + Σ_v in_v out_vᵀ); without W0, the sum is added to what is there.

@@ -31,6 +31,7 @@ mod low_rank;
 mod materialise;
 mod matmul;
 mod memory;
+mod one_row;
 mod operands;
 mod pack;
 mod partition;

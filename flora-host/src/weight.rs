@@ -185,6 +185,16 @@ impl<'a> Strips<'a> {
         }
     }
 
+    /// Strip `at` of a quantised weight as it lies.
+    pub(crate) fn words(&self, at: usize) -> Option<Words<'a>> {
+        match (self.walk, self.numbers) {
+            (Walk::Along, Numbers::Words { words, scales, quantisation }) => {
+                Some(Words { words: self.strip(words, at), scales: self.strip(scales, at), quantisation })
+            }
+            _ => None,
+        }
+    }
+
     /// Inputs `depth` of strip `at`, `[depth, STRIP]`: where they lie, or decoded into `decoded`. Of an encoded weight the first
     /// input is a multiple of 32.
     pub(crate) fn read<'b, S: Simd>(
