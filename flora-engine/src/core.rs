@@ -12,11 +12,11 @@ use crate::decoder::{AdapterId, BlockSharing, Decoder, LogitRows, SequenceId, St
 use crate::limits::{Accepted, RequestLimits};
 use crate::metrics::{AdapterRequests, Metrics};
 use crate::options::{Options, OptionsError};
+use crate::phases::{SAMPLING, STEP};
 use crate::request::{Event, Request, RequestError};
 use crate::residency::{LoadOrder, Loaded, Residency};
 use crate::schedule::{Piece, plan};
 use crate::sequence::{Running, Said, Waiting, WaitingAdapter};
-use crate::spans::{SAMPLING, STEP};
 use crate::text::Vocabulary;
 
 mod admission;

@@ -12,6 +12,7 @@ mod limits;
 mod loader;
 pub mod metrics;
 pub mod options;
+pub mod phases;
 mod prefix;
 pub mod request;
 pub mod residency;
@@ -20,7 +21,6 @@ mod sample;
 mod schedule;
 mod score;
 mod sequence;
-pub mod spans;
 mod stop;
 mod text;
 

@@ -1,7 +1,7 @@
 //! One layer of a decoder, as data: families differ in which norms, which projections and which feed-forward network a block has and
 //! how far it sees, and a further one is another way to fill the same fields.
 
-use flora_engine::spans::{ATTENTION, GATES, NORMS, PROJECTIONS};
+use flora_engine::phases::{ATTENTION, GATES, NORMS, PROJECTIONS};
 use flora_runtime::StepBatch;
 use tracing::trace_span;
 

@@ -2,7 +2,7 @@
 
 use flora_adapters::{AdaptedEmbedding, AdaptedModel};
 use flora_checkpoint::Model;
-use flora_engine::spans::{EMBEDDING, NORMS, OUTPUT};
+use flora_engine::phases::{EMBEDDING, NORMS, OUTPUT};
 use flora_engine::{
     AdapterFailure, AdapterId, BlockId, BlockSharing, Decoder, DecoderLimits, PlaceError, SequenceId, StepSegment,
 };

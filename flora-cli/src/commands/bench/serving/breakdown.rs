@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use flora_engine::Engine;
-use flora_engine::spans::{OF_DECODER, SAMPLING, STEP};
+use flora_engine::phases::{OF_DECODER, SAMPLING, STEP};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 use tracing_subscriber::registry::LookupSpan;
