@@ -8,7 +8,7 @@
 //! emitted with `wgpu`. `emulate` executes the CUDA text on the processor.
 
 #[cfg(feature = "emulate")]
-mod emulated;
+pub mod emulated;
 pub mod kernels;
 pub mod launch;
 pub mod routine;

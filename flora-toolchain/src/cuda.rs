@@ -37,7 +37,6 @@ pub use architecture::{Architecture, UnknownArchitecture};
 pub use bound::{Bound, Source, Unit};
 pub use check::{Defect, Expectations};
 pub use kept::KeptKernels;
-pub use launch::dynamic_shared_bytes;
 pub use loops::MainLoop;
 pub use mix::{Class, Mix};
 pub use occupancy::{Block, Limiter, MAX_WARPS, Occupancy, OccupancyError};

@@ -21,8 +21,7 @@ mod wheel;
 pub use cache::Cache;
 pub use cuda::{
     Architecture, Block, Bound, Class, CompileError, Compiled, CudaCompiler, Defect, Expectations, KeptKernels,
-    Limiter, MAX_WARPS, MainLoop, Mix, Occupancy, OccupancyError, Source, Unit, UnknownArchitecture,
-    dynamic_shared_bytes, heading,
+    Limiter, MAX_WARPS, MainLoop, Mix, Occupancy, OccupancyError, Source, Unit, UnknownArchitecture, heading,
 };
 pub use cxx::{CxxCompiler, CxxError, Sanitizer, UnknownSanitizer};
 pub use error::FetchError;

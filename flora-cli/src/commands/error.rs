@@ -54,10 +54,6 @@ pub(crate) enum CommandError {
     #[diagnostic(help("use --target cuda:sm_80, cuda:sm_90 or cuda:sm_100"))]
     NotCuda { option: &'static str, target: String },
     #[cfg(feature = "emit")]
-    #[error("how much shared memory `{kernel}` takes on {target} can't be read from its source")]
-    #[diagnostic(help("this is a defect of flora; please report it with the command line"))]
-    UnknownSharedMemory { kernel: String, target: String },
-    #[cfg(feature = "emit")]
     #[error("{format} keeps blocks of {block} inputs and the layer has {d}")]
     #[diagnostic(help("choose a --d that {block} divides, or --weight int8"))]
     PartialBlock { format: flora::prelude::WeightFormat, block: u32, d: u32 },

@@ -3,10 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use flora_codegen::target::export::{Argument, Contents, LaunchList, Operand, export as exported};
+use flora_codegen::target::export::{Argument, Contents, ExportedKernel, LaunchList, Operand, export as exported};
 use flora_codegen::target::{Emission, Pass, Target};
 use flora_plan::batch::{AdapterSlots, Segment};
-use flora_toolchain::dynamic_shared_bytes;
 use serde::Serialize;
 
 use super::error::CommandError;
@@ -92,7 +91,7 @@ pub(crate) fn export(arguments: &Arguments) -> Result<(), CommandError> {
     let list = exported(capability, &emission)?;
 
     let folder = Folder::new(&arguments.out)?;
-    let kernels = kernels(&folder, &list, &target)?;
+    let kernels = kernels(&folder, &list)?;
     let buffers = buffers(&folder, &list)?;
     let launches = list.launches.iter().map(|launch| Launch {
         kernel: launch.kernel,
@@ -127,14 +126,12 @@ pub(crate) fn export(arguments: &Arguments) -> Result<(), CommandError> {
     ))
 }
 
-fn kernels(folder: &Folder, list: &LaunchList, target: &Target) -> Result<Vec<Kernel>, CommandError> {
+fn kernels(folder: &Folder, list: &LaunchList) -> Result<Vec<Kernel>, CommandError> {
     let written = list.kernels.iter().enumerate().map(|(position, kernel)| {
         let file = format!("kernel_{position}.cu");
         folder.write(&file, kernel.source.as_bytes())?;
-        let dynamic_shared_bytes = dynamic_shared_bytes(&kernel.source).ok_or_else(|| {
-            CommandError::UnknownSharedMemory { kernel: kernel.name.clone(), target: target.to_string() }
-        })?;
-        Ok(Kernel { file, function: kernel.name.clone(), block: kernel.block, dynamic_shared_bytes })
+        let ExportedKernel { name, block, dynamic_shared_bytes, .. } = kernel.clone();
+        Ok(Kernel { file, function: name, block, dynamic_shared_bytes })
     });
     written.collect()
 }

@@ -8,10 +8,9 @@
 //! There is one device for each compute capability that text is emitted for. It is slow, and it says nothing of a card's speed.
 
 mod keep;
+mod kernel;
 mod memory;
 mod program;
-#[cfg(test)]
-mod replay;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -25,6 +24,7 @@ use crate::runtime::start::start;
 use crate::target::Capability;
 use crate::target::cuda::Cuda;
 use crate::target::recorder::{Dialect, Offline, OfflineDevice};
+pub use kernel::{EmulatedKernel, EmulationError};
 use server::EmulatedServer;
 
 /// The runtime of emulated cards.

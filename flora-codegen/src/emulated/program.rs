@@ -7,7 +7,6 @@ use flora_toolchain::{CxxCompiler, CxxError, Sanitizer};
 use libloading::Library;
 
 use super::memory::Resource;
-use crate::target::EmittedKernel;
 
 /// What stands in for CUDA's headers, and for a block of threads.
 const HEADERS: [(&str, &str); 6] = [
@@ -41,7 +40,6 @@ pub(super) enum ProgramError {
 /// A kernel that can be launched.
 pub(super) struct Program {
     name: String,
-    cube_dim: [u32; 3],
     shared: Vec<SharedArray>,
     launch: unsafe extern "C" fn(*const Launch) -> *const c_char,
     /// Holds the function.
@@ -86,16 +84,15 @@ impl Program {
     /// Compiles a kernel's text.
     pub(super) fn new(
         compiler: &CxxCompiler,
-        kernel: &EmittedKernel,
+        (name, source): (&str, &str),
         sanitizer: Option<Sanitizer>,
     ) -> Result<Self, ProgramError> {
-        let (source, shared) = spread_shared_arrays(&without_ptx(&kernel.source));
+        let (source, shared) = spread_shared_arrays(&without_ptx(source));
         #[cfg(test)]
         let source = super::tests::broken(source);
         let source = format!(
             "#include \"ptx.h\"\n{source}\nextern \"C\" const char* flora_launch(const emulation::Launch* launch) {{\n\
-             return emulation::run([](void** arguments) {{ emulation::call({}, arguments); }}, *launch);\n}}\n",
-            kernel.name
+             return emulation::run([](void** arguments) {{ emulation::call({name}, arguments); }}, *launch);\n}}\n"
         );
         let path = compiler.library(&source, &HEADERS, sanitizer)?;
         // SAFETY: the library is what was just compiled, and has no constructors.
@@ -104,16 +101,16 @@ impl Program {
             let launch = *library.get(b"flora_launch\0")?;
             (library, launch)
         };
-        Ok(Self { name: kernel.name.clone(), cube_dim: kernel.cube_dim, shared, launch, _library: library })
+        Ok(Self { name: name.to_owned(), shared, launch, _library: library })
     }
 
-    /// Runs every cube, one after the other.
+    /// Runs every cube of these units, one after the other.
     ///
     /// # Safety
     /// The buffers and what is passed by value are what the kernel's parameters say.
     pub(super) unsafe fn run(
         &self,
-        grid: [u32; 3],
+        (grid, block): ([u32; 3], [u32; 3]),
         buffers: &[Resource],
         by_value: &[u64],
     ) -> Result<(), ProgramError> {
@@ -127,7 +124,7 @@ impl Program {
         let last = self.shared.last();
         let launch = Launch {
             grid,
-            block: self.cube_dim,
+            block,
             arguments: arguments.as_ptr(),
             buffers: ranges.as_ptr(),
             buffer_count: ranges.len(),

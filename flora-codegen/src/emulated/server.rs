@@ -73,7 +73,8 @@ pub(crate) struct EmulatedServer {
     /// Its compute capability.
     variant: u16,
     memory: MemoryManagement<Memory>,
-    programs: HashMap<(KernelId, ExecutionMode), Program>,
+    /// Each with the units of its cubes.
+    programs: HashMap<(KernelId, ExecutionMode), (Program, [u32; 3])>,
     options: <CudaCompiler as Compiler>::CompilationOptions,
     /// Found at the first launch.
     tools: Option<Tools>,
@@ -141,7 +142,7 @@ impl EmulatedServer {
         kernel: &dyn CubeTask<CudaCompiler>,
         count: &CubeCount,
         mode: ExecutionMode,
-    ) -> Result<&Program, LaunchFailure> {
+    ) -> Result<&(Program, [u32; 3]), LaunchFailure> {
         let key = (kernel.id(), mode);
         if !self.programs.contains_key(&key) {
             let tools = match &mut self.tools {
@@ -149,11 +150,11 @@ impl EmulatedServer {
                 None => self.tools.insert(Tools::find(self.variant)?),
             };
             let emitted: EmittedKernel = emitted::<Cuda>(kernel, &self.options, count, mode)?;
-            let program = Program::new(&tools.compiler, &emitted, tools.sanitizer)?;
+            let program = Program::new(&tools.compiler, (&emitted.name, &emitted.source), tools.sanitizer)?;
             if let Some(kept) = &tools.kept {
                 kept.keep(&emitted.source)?;
             }
-            self.programs.insert(key.clone(), program);
+            self.programs.insert(key.clone(), (program, emitted.cube_dim));
         }
         Ok(&self.programs[&key])
     }
@@ -174,9 +175,9 @@ impl EmulatedServer {
         if !dynamic.is_empty() {
             buffers.push(Resource { start: dynamic.as_mut_ptr().cast(), length: 8 * dynamic.len() });
         }
-        let program = self.program(kernel, count, mode)?;
+        let (program, block) = self.program(kernel, count, mode)?;
         // SAFETY: cubecl lays out what its kernel takes.
-        Ok(unsafe { program.run([x, y, z], &buffers, &info) }?)
+        Ok(unsafe { program.run(([x, y, z], *block), &buffers, &info) }?)
     }
 
     fn taken_errors(&mut self) -> Result<(), ServerError> {

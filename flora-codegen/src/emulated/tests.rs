@@ -11,10 +11,6 @@ use flora_plan::weight::PackedWeight;
 use flora_runtime::{Device, LayerOperands, PoolBuffer};
 use flora_toolchain::{CxxCompiler, Sanitizer};
 
-use super::replay::Replay;
-use crate::target::export::{LaunchList, Operand, export};
-use crate::target::{Capability, Emission, Pass};
-
 /// What a child process changes in the text of every kernel for halves: `barrier N` takes out the N-th barrier, `index` writes one vector too far.
 const BREAK: &str = "FLORA_TEST_BREAK";
 
@@ -98,10 +94,6 @@ impl Case {
         Self { element, adapters, segments: segments.to_vec(), w0, x, ins, outs }
     }
 
-    fn format(&self) -> LayerFormat {
-        LayerFormat { fragments: self.element != Element::F32, ..LayerFormat::uniform(self.element) }
-    }
-
     /// y on a device.
     fn on(&self, device: &Device, plan: &Plan) -> Vec<f32> {
         let Self { element, adapters, segments, w0, x, ins, outs } = self;
@@ -112,8 +104,9 @@ impl Case {
         let upload = |values: &[f32]| device.upload_as(values, *element).expect("it fits");
         let pools = (PoolBuffer::new(upload(ins), Self::SLOTS), PoolBuffer::new(upload(outs), Self::SLOTS));
         let weight = device.upload_weight(&weight).expect("it fits");
+        let format = LayerFormat { fragments: *element != Element::F32, ..LayerFormat::uniform(*element) };
         let epilogue = Epilogue::default();
-        let operands = LayerOperands::new(self.format(), weight, None, pools, epilogue).expect("they fit");
+        let operands = LayerOperands::new(format, weight, None, pools, epilogue).expect("they fit");
         let y = device.execute(&operands, &schedule, &upload(x), None).expect("it runs");
         device.read(&y).expect("no launch failed")
     }
@@ -175,59 +168,6 @@ fn every_lowering_is_right_on_every_card() {
             for plan in Plan::unmerged() {
                 let worst = case.worst(&case.on(&device, &plan));
                 assert!(worst <= tolerance(element), "{name} {element} {plan:?}: {worst}");
-            }
-        }
-    }
-}
-
-/// Numbers in a type's bytes.
-fn bytes(values: &[f32], element: Element) -> Vec<u8> {
-    let of = |value: &f32| match element {
-        Element::F32 => value.to_le_bytes().to_vec(),
-        Element::F16 => half::f16::from_f32(*value).to_le_bytes().to_vec(),
-        Element::Bf16 => half::bf16::from_f32(*value).to_le_bytes().to_vec(),
-    };
-    values.iter().flat_map(of).collect()
-}
-
-/// What is exported gives the bits that the runtime's own launches give, on every card and each time that it is run.
-#[test]
-fn exported_launches_give_the_bits_of_the_runtime_s() {
-    if !there_is_a_compiler() {
-        return;
-    }
-    let compiler = CxxCompiler::find().expect("a C++ compiler");
-    for (name, capability) in Capability::ALL {
-        let device = device(name);
-        for element in Element::ALL {
-            let case = Case::new(element);
-            for plan in Plan::unmerged().flat_map(|plan| [plan, plan.with_split()]) {
-                let emission = Emission {
-                    pass: Pass::Forward,
-                    shape: Case::SHAPE,
-                    format: case.format(),
-                    epilogue: Epilogue::default(),
-                    plan,
-                    segments: &case.segments,
-                    adapters: &case.adapters,
-                };
-                let list = export(capability, &emission).expect("it is exported");
-                let list = serde_json::to_string(&list).expect("JSON");
-                let list: LaunchList = serde_json::from_str(&list).expect("a list");
-                let mut replay = Replay::new(&compiler, &list).expect("the kernels compile");
-                for (operand, values) in [
-                    (Operand::BaseWeight, &case.w0),
-                    (Operand::X, &case.x),
-                    (Operand::InPool, &case.ins),
-                    (Operand::OutPool, &case.outs),
-                ] {
-                    replay.set(operand, &bytes(values, element));
-                }
-                let expected = bytes(&case.on(&device, &plan), element);
-                for time in 0..2 {
-                    let found = replay.run().expect("no launch failed");
-                    assert_eq!(found, expected, "{name} {element} {plan:?}, time {time}");
-                }
             }
         }
     }

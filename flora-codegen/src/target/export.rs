@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use super::nowhere::Place;
 use super::recorder::{Offline, OfflineDevice, Records};
-use super::{Buffers, Capability, Emission, EmitError, LaidOut, Pass};
+use super::stable::shared_bytes;
+use super::{Buffers, Capability, Emission, EmitError, EmittedKernel, LaidOut, Pass};
 use crate::launch::{LaunchError, LowRankSums, launch};
 use crate::routine::Hardware;
 use crate::target::cuda::Cuda;
@@ -27,12 +28,14 @@ pub struct LaunchList {
 }
 
 /// A kernel.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ExportedKernel {
     /// The name of its function.
     pub name: String,
     /// Threads of a block.
     pub block: [u32; 3],
+    /// Bytes of shared memory that a launch asks for.
+    pub dynamic_shared_bytes: u32,
     /// CUDA C++.
     pub source: String,
 }
@@ -108,18 +111,34 @@ pub struct Argument {
     pub bytes: u64,
 }
 
-/// The launches of a batch's forward pass on a card; of [`Emission`], `pass` has to be [`Pass::Forward`].
+/// The launches of a batch's forward pass on a card; of [`Emission`], `pass` has to be [`Pass::Forward`]. The pools are as long as the
+/// batch needs them.
 ///
 /// # Errors
 /// As [`super::emit`].
 pub fn export(capability: Capability, emission: &Emission) -> Result<LaunchList, EmitError> {
+    export_with_pools(capability, emission, (0, 0))
+}
+
+/// The same with pools of so many in-slots and out-slots, or more where the batch needs more. Launches are told how long their buffers
+/// are: where pools are of one length, batches that differ in their adapters' slots differ in tables alone.
+///
+/// # Errors
+/// As [`super::emit`].
+pub fn export_with_pools(
+    capability: Capability,
+    emission: &Emission,
+    (in_slots, out_slots): (u32, u32),
+) -> Result<LaunchList, EmitError> {
     let emission = &Emission { pass: Pass::Forward, ..emission.clone() };
     let laid_out = LaidOut::of(emission)?;
+    let (needed_in, needed_out, tokens, merged) = laid_out.needs();
+    let needs = (needed_in.max(in_slots), needed_out.max(out_slots), tokens, merged);
     let client = Offline::<Cuda>::client(&OfflineDevice { variant: capability.version() });
     let (hardware, sums) = (Hardware::of(client.properties()), LowRankSums::default());
     let place = |handle: &Handle| client.get_resource(handle.clone()).ok().map(|found| found.resource().buffer);
     let (named, records) = client.info().record(
-        || Buffers::new(&client, emission, &laid_out),
+        || Buffers::new(&client, emission, needs),
         |Buffers { layer, x, outputs }| -> Result<_, LaunchError> {
             let LaidOut::Forward(schedule) = &laid_out else { return Ok(Named::default()) };
             // SAFETY: a recorder has no memory that a kernel could miss.
@@ -178,7 +197,12 @@ impl<'a> List<'a> {
                 kernel: kernel.name.clone(),
                 reason: "the number of its blocks is known on the card alone".to_owned(),
             })?;
-            let exported = ExportedKernel { name: kernel.name, block: kernel.cube_dim, source: kernel.source };
+            let EmittedKernel { name, cube_dim: block, source, .. } = kernel;
+            let Some(dynamic_shared_bytes) = shared_bytes(&source) else {
+                let reason = "how much shared memory it takes can't be read from its text".to_owned();
+                return Err(EmitError::Compile { kernel: name, reason });
+            };
+            let exported = ExportedKernel { name, block, dynamic_shared_bytes, source };
             let known = own.list.kernels.iter().position(|known| *known == exported);
             let position = known.unwrap_or_else(|| {
                 own.list.kernels.push(exported);

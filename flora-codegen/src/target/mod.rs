@@ -7,7 +7,7 @@ mod nowhere;
 pub(crate) mod recorder;
 #[cfg(feature = "wgpu")]
 mod shader;
-mod stable;
+pub(crate) mod stable;
 #[cfg(feature = "wgpu")]
 mod stable_spirv;
 
@@ -231,7 +231,7 @@ where
     let sums = LowRankSums::default();
     let mut hardware = Hardware::of(client.properties());
     hardware.largest_buffer = largest_buffer.unwrap_or(hardware.largest_buffer);
-    let buffers = || Buffers::new(&client, emission, &laid_out);
+    let buffers = || Buffers::new(&client, emission, laid_out.needs());
     Ok(client.info().record(buffers, |Buffers { layer, x, outputs }| {
         let launched = (0..layers).try_for_each(|_| match &laid_out {
             // SAFETY: a recorder has no memory that a kernel could miss.
@@ -258,8 +258,12 @@ struct Buffers {
 }
 
 impl Buffers {
-    fn new<R: Runtime>(client: &ComputeClient<R>, emission: &Emission, laid_out: &LaidOut) -> Self {
-        let (in_slots, out_slots, tokens, merged) = laid_out.needs();
+    /// For slots of both pools, rows, and the merged adapter.
+    fn new<R: Runtime>(
+        client: &ComputeClient<R>,
+        emission: &Emission,
+        (in_slots, out_slots, tokens, merged): (u32, u32, u32, Option<u32>),
+    ) -> Self {
         let LayerShape { d, k } = emission.shape;
         let buffer = |bytes: u64| client.empty(bytes.next_multiple_of(4) as usize);
         let LayerFormat { activations, adapters, weight, .. } = emission.format;

@@ -1,5 +1,6 @@
 //! A cubecl runtime that compiles what it is asked to launch and keeps the source, and what the launch takes, instead of running it.
 
+use std::collections::HashMap;
 use std::fmt::Debug;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,6 +24,7 @@ use cubecl_common::stream_id::StreamId;
 use cubecl_core::zspace::{Shape, Strides};
 use cubecl_runtime::allocator::ContiguousMemoryLayoutPolicy;
 use cubecl_runtime::compiler::CubeTask;
+use cubecl_runtime::id::KernelId;
 use cubecl_runtime::logging::ServerLogger;
 use cubecl_runtime::memory_management::{
     ManagedMemoryHandle, MemoryAllocationMode, MemoryManagement, MemoryManagementOptions, MemoryUsage,
@@ -108,6 +110,14 @@ impl Recording {
     }
 }
 
+/// The cubes of a launch; `None` where they are read on the device.
+fn static_count(count: &CubeCount) -> Option<[u32; 3]> {
+    match *count {
+        CubeCount::Static(x, y, z) => Some([x, y, z]),
+        CubeCount::Dynamic(_) => None,
+    }
+}
+
 /// The text of a kernel, and how it would be launched.
 pub(crate) fn emitted<D: Dialect>(
     kernel: &dyn CubeTask<D::Compiler>,
@@ -127,10 +137,7 @@ pub(crate) fn emitted<D: Dialect>(
         Ok(Ok(compiled)) => Ok(EmittedKernel {
             name: compiled.entrypoint_name,
             cube_dim: [compiled.cube_dim.x, compiled.cube_dim.y, compiled.cube_dim.z],
-            cube_count: match *count {
-                CubeCount::Static(x, y, z) => Some([x, y, z]),
-                CubeCount::Dynamic(_) => None,
-            },
+            cube_count: static_count(count),
             source: D::stable_source(&compiled.source),
         }),
         Ok(Err(error)) => Err(EmitError::Compile { kernel: name, reason: first_line(&error.to_string()) }),
@@ -145,11 +152,29 @@ pub(crate) fn emitted<D: Dialect>(
 /// The server side: compiles every launch.
 pub(crate) struct OfflineServer<D: Dialect> {
     options: <D::Compiler as Compiler>::CompilationOptions,
+    /// What was compiled before: batches of other adapters launch the same kernels.
+    known: HashMap<(KernelId, ExecutionMode), EmittedKernel>,
     memory: MemoryManagement<Nowhere>,
     utilities: Arc<ServerUtilities<Self>>,
 }
 
 impl<D: Dialect> OfflineServer<D> {
+    /// [`emitted`], compiled once for each kernel.
+    fn emitted(
+        &mut self,
+        kernel: &dyn CubeTask<D::Compiler>,
+        count: &CubeCount,
+        mode: ExecutionMode,
+    ) -> Result<EmittedKernel, EmitError> {
+        let key = (kernel.id(), mode);
+        if let Some(known) = self.known.get(&key) {
+            return Ok(EmittedKernel { cube_count: static_count(count), ..known.clone() });
+        }
+        let emitted = emitted::<D>(kernel, &self.options, count, mode)?;
+        self.known.insert(key, emitted.clone());
+        Ok(emitted)
+    }
+
     /// As much of a buffer as its owner asked for.
     fn place(&mut self, binding: Binding) -> Result<Place, IoError> {
         let bytes = binding.size_in_used();
@@ -183,7 +208,7 @@ impl<D: Dialect> DeviceService for OfflineServer<D> {
             MemoryManagementOptions::new("offline"),
         );
         let utilities = ServerUtilities::new(properties, logger, Recording::default(), layout);
-        Self { options: D::options(variant), memory, utilities: Arc::new(utilities) }
+        Self { options: D::options(variant), known: HashMap::new(), memory, utilities: Arc::new(utilities) }
     }
 
     fn utilities(&self) -> Arc<dyn std::any::Any + Send + Sync> {
@@ -250,8 +275,9 @@ impl<D: Dialect> ComputeServer for OfflineServer<D> {
         let by_value = arguments.info.data;
         let dynamic = by_value.get(arguments.info.dynamic_metadata_offset..).unwrap_or_default().to_vec();
         let record = match buffers {
-            Ok(buffers) => emitted::<D>(&*kernel, &self.options, &count, mode)
-                .map(|kernel| (kernel, Arguments { buffers, by_value, dynamic })),
+            Ok(buffers) => {
+                self.emitted(&*kernel, &count, mode).map(|kernel| (kernel, Arguments { buffers, by_value, dynamic }))
+            }
             Err(error) => {
                 let (kernel, reason) = (kernel.name().to_owned(), first_line(&error.to_string()));
                 Err(EmitError::Compile { kernel, reason })

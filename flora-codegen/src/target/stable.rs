@@ -104,6 +104,19 @@ fn place_shared_arrays(lines: Vec<&str>) -> Vec<String> {
     placed
 }
 
+/// Bytes of shared memory that a launch of such a text has to ask for: to where its last array ends, which is more than cubecl asks for
+/// where arrays shared a place. `None` where something else lies there too.
+pub(crate) fn shared_bytes(source: &str) -> Option<u32> {
+    let lines: Vec<_> = source.lines().collect();
+    let arrays = lines.windows(2).filter(|pair| pair[0].starts_with(SHARED_SIZE) && pair[1].contains(SHARED_PLACE));
+    let ends: Vec<_> = arrays.map(|pair| number_after(pair[0], ", ") + number_after(pair[1], SHARED_PLACE)).collect();
+    let places = lines.iter().filter(|line| line.contains(&SHARED_PLACE[1..]) && !line.starts_with("extern ")).count();
+    if places != ends.len() {
+        return None;
+    }
+    u32::try_from(ends.into_iter().max().unwrap_or(0)).ok()
+}
+
 const TEMPORARY: &str = "_tmp_";
 
 /// Numbers temporaries in order of appearance.
@@ -131,7 +144,7 @@ fn renumber_temporaries(lines: &[String]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::stable_source;
+    use super::{shared_bytes, stable_source};
 
     #[test]
     fn accidents_are_put_in_order() {
@@ -145,6 +158,9 @@ mod tests {
                         a _tmp_0 = _tmp_1 + _tmp_0;\n";
         assert_eq!(stable_source(one), expected);
         assert_eq!(stable_source(expected), expected);
+        assert_eq!((shared_bytes(one), shared_bytes(expected)), (Some(48), Some(144)));
+        assert_eq!(shared_bytes("int a;"), Some(0));
+        assert_eq!(shared_bytes(&format!("{one}float &v = cast(dynamic_shared_mem[48]);\n")), None);
     }
 
     #[test]

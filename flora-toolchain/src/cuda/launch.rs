@@ -17,7 +17,7 @@ pub(super) fn threads(ptx: &str) -> Option<u32> {
 ///
 /// Generated sources lay all shared memory out in one dynamic array. Each part has its size in a comment and its offset
 /// in the line below; what a launch must give is where the last part ends.
-pub fn dynamic_shared_bytes(source: &str) -> Option<u32> {
+pub(super) fn dynamic_shared_bytes(source: &str) -> Option<u32> {
     static DECLARED: LazyLock<Regex> = LazyLock::new(|| pattern(r"\bextern\s+__shared__\b"));
     static MENTIONED: LazyLock<Regex> = LazyLock::new(|| pattern(r"\bdynamic_shared_mem\[\d"));
     static PART: LazyLock<Regex> = LazyLock::new(|| {
