@@ -5,7 +5,7 @@
 //! runtime's type in it, so that nothing but a card fills it. This library is put where the program looks for `libnvrtc.so`: that is a
 //! public interface, and what is asked there is the text itself. A kernel that has changed has another text, and is compiled.
 //!
-//! The functions are those that cubecl's CUDA runtime calls, with the types of `nvrtc.h`.
+//! The functions are those that cubecl's CUDA runtime and `flora-driver` call, with the types of `nvrtc.h`.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fs::File;
@@ -40,13 +40,16 @@ type Create = unsafe extern "C" fn(
 type Compile = unsafe extern "C" fn(*mut c_void, c_int, *const *const c_char) -> Status;
 type Size = unsafe extern "C" fn(*mut c_void, *mut usize) -> Status;
 type Text = unsafe extern "C" fn(*mut c_void, *mut c_char) -> Status;
+type Version = unsafe extern "C" fn(*mut c_int, *mut c_int) -> Status;
 type Destroy = unsafe extern "C" fn(*mut *mut c_void) -> Status;
 
 /// The real library's functions; it stays loaded to the end of the process.
 struct Real {
     create: Create,
     compile: Compile,
+    version: Version,
     ptx: (Size, Text),
+    cubin: (Size, Text),
     log: (Size, Text),
     destroy: Destroy,
     _library: Library,
@@ -67,6 +70,8 @@ impl Real {
             Ok(Self {
                 create: *library.get(b"nvrtcCreateProgram\0")?,
                 compile: *library.get(b"nvrtcCompileProgram\0")?,
+                version: *library.get(b"nvrtcVersion\0")?,
+                cubin: (*library.get(b"nvrtcGetCUBINSize\0")?, *library.get(b"nvrtcGetCUBIN\0")?),
                 ptx: (*library.get(b"nvrtcGetPTXSize\0")?, *library.get(b"nvrtcGetPTX\0")?),
                 log: (*library.get(b"nvrtcGetProgramLogSize\0")?, *library.get(b"nvrtcGetProgramLog\0")?),
                 destroy: *library.get(b"nvrtcDestroyProgram\0")?,
@@ -219,25 +224,25 @@ unsafe fn size_of_text(program: *mut c_void, size: *mut usize, kept: usize, whic
     }
 }
 
+/// How long the kept machine code is, or what the real library answers.
+///
 /// # Safety
-/// As of NVRTC's: `program` was created and compiled, and `size` is a place.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn nvrtcGetPTXSize(program: *mut c_void, size: *mut usize) -> Status {
+/// `program` was created and compiled, and `size` is a place.
+unsafe fn size_of_code(program: *mut c_void, size: *mut usize, which: fn(&Real) -> Size) -> Status {
     // SAFETY: the caller's.
     let kept = match unsafe { program.cast::<Program>().as_ref() } {
         Some(Program { made: Made::Kept(code), .. }) => code.len(),
         _ => 0,
     };
     // SAFETY: the caller's.
-    unsafe { size_of_text(program, size, kept, |real| real.ptx.0) }
+    unsafe { size_of_text(program, size, kept, which) }
 }
 
-/// The machine code where it was kept, which CUDA's driver loads as it loads PTX.
+/// The machine code where it was kept, which CUDA's driver loads as it loads PTX; else what the real library has.
 ///
 /// # Safety
-/// As of NVRTC's: `program` was created and compiled, and `text` has as many bytes as was said.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn nvrtcGetPTX(program: *mut c_void, text: *mut c_char) -> Status {
+/// `program` was created and compiled, and `text` has as many bytes as was said.
+unsafe fn code(program: *mut c_void, text: *mut c_char, which: fn(&Real) -> Text) -> Status {
     // SAFETY: the caller's.
     let Some(program) = (unsafe { program.cast::<Program>().as_ref() }) else { return INVALID_PROGRAM };
     match (&program.made, Real::get()) {
@@ -247,8 +252,51 @@ pub unsafe extern "C" fn nvrtcGetPTX(program: *mut c_void, text: *mut c_char) ->
             SUCCESS
         }
         // SAFETY: the program is the real library's.
-        (Made::Passed(program), Some(real)) => unsafe { real.ptx.1(*program, text) },
+        (Made::Passed(program), Some(real)) => unsafe { which(real)(*program, text) },
         _ => INVALID_PROGRAM,
+    }
+}
+
+/// # Safety
+/// As of NVRTC's: `program` was created and compiled, and `size` is a place.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetPTXSize(program: *mut c_void, size: *mut usize) -> Status {
+    // SAFETY: the caller's.
+    unsafe { size_of_code(program, size, |real| real.ptx.0) }
+}
+
+/// # Safety
+/// As of NVRTC's: `program` was created and compiled, and `text` has as many bytes as was said.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetPTX(program: *mut c_void, text: *mut c_char) -> Status {
+    // SAFETY: the caller's.
+    unsafe { code(program, text, |real| real.ptx.1) }
+}
+
+/// # Safety
+/// As of [`nvrtcGetPTXSize`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetCUBINSize(program: *mut c_void, size: *mut usize) -> Status {
+    // SAFETY: the caller's.
+    unsafe { size_of_code(program, size, |real| real.cubin.0) }
+}
+
+/// # Safety
+/// As of [`nvrtcGetPTX`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcGetCUBIN(program: *mut c_void, code_of_it: *mut c_char) -> Status {
+    // SAFETY: the caller's.
+    unsafe { code(program, code_of_it, |real| real.cubin.1) }
+}
+
+/// # Safety
+/// As of NVRTC's: places for both numbers, which are those of the real library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvrtcVersion(major: *mut c_int, minor: *mut c_int) -> Status {
+    match Real::get() {
+        // SAFETY: the caller's.
+        Some(real) => unsafe { (real.version)(major, minor) },
+        None => INTERNAL_ERROR,
     }
 }
 
@@ -313,6 +361,10 @@ mod tests {
             if nvrtcGetPTXSize(program, &mut size) == SUCCESS {
                 text.resize(size, 7);
                 assert_eq!(nvrtcGetPTX(program, text.as_mut_ptr().cast()), SUCCESS);
+                let mut code = vec![7; size];
+                assert_eq!(nvrtcGetCUBINSize(program, &mut size), SUCCESS);
+                assert_eq!((nvrtcGetCUBIN(program, code.as_mut_ptr().cast()), size), (SUCCESS, code.len()));
+                assert_eq!(code, text, "machine code is machine code, by either name");
                 let mut log = [c_char::MAX];
                 assert_eq!((nvrtcGetProgramLogSize(program, &mut size), size), (SUCCESS, 1));
                 assert_eq!((nvrtcGetProgramLog(program, log.as_mut_ptr()), log), (SUCCESS, [0]));

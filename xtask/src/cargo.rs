@@ -66,15 +66,33 @@ pub(crate) fn test(arguments: &[&str]) -> Command {
     command
 }
 
-/// Builds a command, a test and a library that other programs load; where they lie.
+/// Something that cargo makes, by its target's name.
+#[derive(Clone, Copy)]
+pub(crate) enum Product {
+    /// A command.
+    Binary(&'static str),
+    /// The program of an integration test.
+    Test(&'static str),
+    /// A library that other programs load.
+    Library(&'static str),
+}
+
+/// Builds products and all libraries; where they lie.
 ///
-/// Naming a test brings in what only tests depend on, for the command too: the features are those of [`fn@test`]'s build.
+/// Naming a test brings in what only tests depend on, for commands too: the features are those of [`fn@test`]'s build.
 ///
 /// # Errors
-/// When cargo can't be run or fails, or makes one of the three no longer.
-pub(crate) fn build([binary, test, library]: [&'static str; 3]) -> Result<[PathBuf; 3], BuildError> {
+/// When cargo can't be run or fails, or makes one of them no longer.
+pub(crate) fn build<const N: usize>(products: [Product; N]) -> Result<[PathBuf; N], BuildError> {
     let mut command = workspace("build");
-    command.args(["--bin", binary, "--test", test, "--lib", "--message-format=json-render-diagnostics"]);
+    for product in products {
+        match product {
+            Product::Binary(name) => command.args(["--bin", name]),
+            Product::Test(name) => command.args(["--test", name]),
+            Product::Library(_) => &mut command,
+        };
+    }
+    command.args(["--lib", "--message-format=json-render-diagnostics"]);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
     let mut made = BTreeMap::new();
     if let Some(stdout) = child.stdout.take() {
@@ -85,9 +103,16 @@ pub(crate) fn build([binary, test, library]: [&'static str; 3]) -> Result<[PathB
     if !child.wait()?.success() {
         return Err(BuildError::Failed);
     }
-    let mut taken =
-        |kind: &str, name: &'static str| made.remove(&(kind.into(), name.into())).ok_or(BuildError::Missing(name));
-    Ok([taken("bin", binary)?, taken("test", test)?, taken("cdylib", library)?])
+    let mut paths = products.map(|_| PathBuf::new());
+    for (path, product) in paths.iter_mut().zip(products) {
+        let (kind, name) = match product {
+            Product::Binary(name) => ("bin", name),
+            Product::Test(name) => ("test", name),
+            Product::Library(name) => ("cdylib", name),
+        };
+        *path = made.remove(&(kind.into(), name.into())).ok_or(BuildError::Missing(name))?;
+    }
+    Ok(paths)
 }
 
 /// A message of cargo about something that it made, as far as it matters here.

@@ -14,7 +14,7 @@ use std::process::{Command, ExitCode};
 
 use serde::Serialize;
 
-use crate::cargo;
+use crate::cargo::{self, Product};
 use folder::Contents;
 
 /// Where to leave the folder, and whether to try it out.
@@ -84,7 +84,13 @@ fn prepare(arguments: &Arguments) -> Result<(), GpuError> {
         return pack(&out);
     }
     let before = Build::of_checkout();
-    let products = cargo::build(["flora", "conformance", "flora_nvrtc"])?;
+    let products = cargo::build([
+        Product::Binary("flora"),
+        Product::Test("conformance"),
+        Product::Test("launches"),
+        Product::Library("flora_nvrtc"),
+        Product::Library("flora_emulated_driver"),
+    ])?;
     let bytes = leave(&products, before, &out)?;
     println!("{} ({:.0} MB)", out.display(), bytes as f64 * 1e-6);
     let rehearsed = arguments.rehearse.as_ref().map(|card| rehearse(&out, card, arguments.minutes));
@@ -116,11 +122,16 @@ fn rehearse(out: &Path, card: &str, minutes: f64) -> Result<(), GpuError> {
 }
 
 /// Makes the folder `out` for what was built; how many bytes it has.
-fn leave([flora, conformance, nvrtc]: &[PathBuf; 3], before: Build, out: &Path) -> Result<u64, folder::FolderError> {
+fn leave(
+    [flora, conformance, launches, nvrtc, emulated]: &[PathBuf; 5],
+    before: Build,
+    out: &Path,
+) -> Result<u64, folder::FolderError> {
     let changed_during_build = before != Build::of_checkout();
     let build = serde_json::json!(Build { changed_during_build, ..before }).to_string();
     let (peers, golden) = (cargo::root().join("benches/peers"), cargo::root().join("tests/golden"));
-    folder::make(&Contents { flora, conformance, nvrtc, peers: &peers, golden: &golden, build: &build }, out)
+    let (peers, golden, build) = (&peers, &golden, &build);
+    folder::make(&Contents { flora, conformance, launches, nvrtc, emulated, peers, golden, build }, out)
 }
 
 impl Build {

@@ -140,6 +140,8 @@ def measure(given: argparse.Namespace, report: dict, path: Path, start: float, s
         environment = dict(os.environ) | cuda["environment"]
         environment |= {
             "FLORA_TEST_DEVICE": given.device,
+            # A card has its own, and a test on one doesn't look at it.
+            "FLORA_EMULATED_DRIVER": str(FOLDER / "lib" / "libflora_emulated_driver.so"),
             "FLORA_GOLDEN": str(FOLDER / "golden"),
             "FLORA_CONFIG": str(path.parent / "tuning"),
         }

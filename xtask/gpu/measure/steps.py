@@ -69,7 +69,7 @@ class Step:
 
 def steps(folder: Path, device: str, budget: float, sizes: Sizes) -> list[Step]:
     """The steps, for the programs of `folder`, on `device`, within `budget` seconds."""
-    flora, conformance = str(folder / "bin" / "flora"), str(folder / "bin" / "conformance")
+    flora, conformance, launches = (str(folder / "bin" / name) for name in ("flora", "conformance", "launches"))
     # The script is named relatively: the command for the peer is one string, which a blank of the folder would part.
     peer = [sys.executable, "peers/torch_lora.py", "--device", peer_device(device)]
     tune = (flora, "tune", "--device", device, "--quick", "--dtype", "f16,bf16", "--json")
@@ -77,6 +77,8 @@ def steps(folder: Path, device: str, budget: float, sizes: Sizes) -> list[Step]:
         Step("devices", (flora, "devices", "--json"), "devices", 60, needs=()),
         # The output that is shown lists what can't run here.
         Step("conformance-first", (conformance, *FIRST, "--show-output"), "tests", 0.25 * budget),
+        # Launches by the driver alone: bits of flora's own launches, graphs, and what is wrong.
+        Step("launches", (launches, "--show-output"), "tests", 0.15 * budget),
         Step("tune", tune, "json", 90, left_out=sizes.without_tuning),
         Step("peer-check", (*peer, "--check"), "text", 90, needs=("device", "peer")),
     ]

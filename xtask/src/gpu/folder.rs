@@ -31,8 +31,12 @@ pub(super) struct Contents<'a> {
     pub(super) flora: &'a Path,
     /// The conformance tests' program.
     pub(super) conformance: &'a Path,
+    /// The program of the driver's tests.
+    pub(super) launches: &'a Path,
     /// The library that stands in for NVRTC.
     pub(super) nvrtc: &'a Path,
+    /// The library that plays CUDA's driver in a rehearsal.
+    pub(super) emulated: &'a Path,
     /// A folder of Python programs to compare with.
     pub(super) peers: &'a Path,
     /// The folder of PEFT's adapters and outputs.
@@ -70,7 +74,9 @@ pub(super) fn make(contents: &Contents<'_>, out: &Path) -> Result<u64, FolderErr
     let mut bytes = write(&mark, contents.build)?;
     bytes += program(contents.flora, &out.join("bin/flora"))?;
     bytes += program(contents.conformance, &out.join("bin/conformance"))?;
+    bytes += program(contents.launches, &out.join("bin/launches"))?;
     bytes += program(contents.nvrtc, &out.join("lib/libnvrtc.so"))?;
+    bytes += program(contents.emulated, &out.join("lib/libflora_emulated_driver.so"))?;
     bytes += tree(contents.peers, &out.join("peers"), &|file| file.extension().is_some_and(|end| end == "py"))?;
     for part in GOLDEN {
         bytes += tree(&contents.golden.join(part), &out.join("golden").join(part), &|_| true)?;
@@ -149,7 +155,9 @@ mod tests {
         for (name, text) in [
             ("flora", "the command"),
             ("conformance-0123", "the tests"),
+            ("launches-0123", "the driver's tests"),
             ("libflora_nvrtc.so", "the library"),
+            ("libflora_emulated_driver.so", "the driver"),
             ("peers/torch_lora.py", "python"),
             ("peers/__pycache__/torch_lora.pyc", "compiled"),
             ("golden/mixed/config.json", "{}"),
@@ -161,12 +169,15 @@ mod tests {
     }
 
     fn make_from(root: &Path, out: &Path) -> Result<u64, FolderError> {
-        let [flora, conformance, nvrtc, peers, golden] =
-            ["flora", "conformance-0123", "libflora_nvrtc.so", "peers", "golden"].map(|name| root.join(name));
+        let [flora, conformance, launches] = ["flora", "conformance-0123", "launches-0123"].map(|name| root.join(name));
+        let [nvrtc, emulated] = ["libflora_nvrtc.so", "libflora_emulated_driver.so"].map(|name| root.join(name));
+        let [peers, golden] = ["peers", "golden"].map(|name| root.join(name));
         let contents = Contents {
             flora: &flora,
             conformance: &conformance,
+            launches: &launches,
             nvrtc: &nvrtc,
+            emulated: &emulated,
             peers: &peers,
             golden: &golden,
             build: "{}",
@@ -182,9 +193,11 @@ mod tests {
         let expected = [
             "bin/conformance",
             "bin/flora",
+            "bin/launches",
             "build.json",
             "golden/mixed/config.json",
             "golden/peft/lora/adapter/adapter_config.json",
+            "lib/libflora_emulated_driver.so",
             "lib/libnvrtc.so",
             "measure/__main__.py",
             "measure/kernels.py",

@@ -33,6 +33,11 @@ ls "$FLORA_GOLDEN" "$CUDA_PATH"
 sleep "${FAKE_SECONDS:-0}" & wait
 [ -z "${FAKE_FAILURE:-}" ] || { echo "test golden::kernels ... FAILED"; exit 101; }
 "#;
+/// The same of the driver's tests, which need the library that plays a driver, and headers.
+const LAUNCHES: &str = r#"#!/bin/sh
+[ -f "$FLORA_EMULATED_DRIVER" ] && [ -n "$CUDA_PATH" ] || { echo "test launches ... FAILED"; exit 101; }
+echo "test launches ... ok"
+"#;
 /// A PyTorch that sees a GPU.
 const TORCH: &str = r"
 __version__ = '2.11.0'
@@ -63,16 +68,21 @@ impl World {
         }
         program(&at("flora"), FLORA);
         program(&at("conformance"), CONFORMANCE);
-        fs::write(at("libnvrtc.so"), "no library").unwrap();
+        program(&at("launches"), LAUNCHES);
+        for library in ["libnvrtc.so", "libemulated.so"] {
+            fs::write(at(library), "no library").unwrap();
+        }
         fs::write(at("peers/torch_lora.py"), "print('right')").unwrap();
         fs::write(at("golden/peft/lora/config.json"), "{}").unwrap();
         fs::write(at("site/torch.py"), TORCH).unwrap();
-        let [flora, conformance, nvrtc, peers, golden] =
-            ["flora", "conformance", "libnvrtc.so", "peers", "golden"].map(&at);
+        let [flora, conformance, launches] = ["flora", "conformance", "launches"].map(&at);
+        let [nvrtc, emulated, peers, golden] = ["libnvrtc.so", "libemulated.so", "peers", "golden"].map(&at);
         let contents = Contents {
             flora: &flora,
             conformance: &conformance,
+            launches: &launches,
             nvrtc: &nvrtc,
+            emulated: &emulated,
             peers: &peers,
             golden: &golden,
             build: r#"{"commit": "0123"}"#,
@@ -132,7 +142,7 @@ fn a_failing_step_is_reported_and_the_next_ones_run() {
         let bad = ["q8_0", "int8", "q4_0", "conformance"].iter().any(|word| name.contains(word));
         assert_eq!(outcome, if bad { "failed" } else { "ok" }, "{name}");
     }
-    assert_eq!(report["steps"].as_array().unwrap().len(), 4 + 7 + 2 + 3 + 20);
+    assert_eq!(report["steps"].as_array().unwrap().len(), 5 + 7 + 2 + 3 + 20);
     assert_eq!(report["build"]["commit"], "0123");
     assert_eq!(report["machine"]["torch"]["version"], "2.11.0");
     let conformance = step(&report, "conformance-first");
@@ -196,7 +206,7 @@ fn the_budget_ends_steps_and_the_rest_is_listed() {
     let report = world.report();
     assert_eq!(step(&report, "conformance-first")["outcome"], "timed_out");
     assert_eq!(step(&report, "conformance-first")["tests"]["passed"], 1, "what passed until then");
-    assert_eq!(report["steps"].as_array().unwrap().len(), 4 + 7 + 2 + 3 + 20);
+    assert_eq!(report["steps"].as_array().unwrap().len(), 5 + 7 + 2 + 3 + 20);
     assert!(report["seconds"].as_f64().unwrap() < 7.5, "{}", report["seconds"]);
 }
 
@@ -231,7 +241,7 @@ fn a_rehearsal_is_marked_and_keeps_kernels() {
     let report = world.report();
     assert_eq!(report["device"], "cuda-emulated:sm_80");
     assert!(report["rehearsal"].as_str().unwrap().contains("No time in it says anything of a card"));
-    assert_eq!(report["steps"].as_array().unwrap().len(), 4 + 7 + 2 + 3 + 20, "the steps of a card's report");
+    assert_eq!(report["steps"].as_array().unwrap().len(), 5 + 7 + 2 + 3 + 20, "the steps of a card's report");
     assert_eq!(report["kernels"], serde_json::json!({ "use": "kept", "carried": 0, "afterwards": 0 }));
     let first = step(&report, "conformance-first");
     let folder = world.root.path().join("gpu/kernels");

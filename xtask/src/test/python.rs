@@ -9,7 +9,7 @@ use std::time::Instant;
 use flora_toolchain::{pytest, torch_from_environment};
 
 use super::{Outcome, Row};
-use crate::cargo;
+use crate::cargo::{self, Product};
 
 const NATIVE: &str = "python";
 const TORCH: &str = "python with PyTorch, PEFT";
@@ -19,12 +19,16 @@ pub(super) fn suites() -> Vec<Row> {
     let start = Instant::now();
     let row = |suite, outcome| Row { suite, outcome, failures: Vec::new(), time: start.elapsed() };
     eprintln!("\n== {NATIVE}");
-    let package = match stage() {
-        Ok(package) => package,
+    let (package, driver) = match stage() {
+        Ok(staged) => staged,
         Err(error) => return vec![row(NATIVE, Outcome::Failed(error))],
     };
     let native = match pytest() {
-        Ok(packages) => outcome(packages.command_after(&package), "native"),
+        Ok(packages) => {
+            let mut python = packages.command_after(&package);
+            python.env("FLORA_EMULATED_DRIVER", driver);
+            outcome(python, "native")
+        }
         Err(error) => Outcome::NotRun(error.to_string()),
     };
     let native = row(NATIVE, native);
@@ -39,9 +43,16 @@ pub(super) fn suites() -> Vec<Row> {
     vec![native, row(TORCH, torch)]
 }
 
-/// Builds the native module and puts it beside a copy of the package's sources: the folder to import it from.
-fn stage() -> Result<PathBuf, String> {
-    let [_, _, library] = cargo::build(["flora", "facade", "flora_python"]).map_err(|error| error.to_string())?;
+/// Builds the native module and puts it beside a copy of the package's sources: the folder to import it from, and the library that
+/// plays CUDA's driver.
+fn stage() -> Result<(PathBuf, PathBuf), String> {
+    let [_, _, library, driver] = cargo::build([
+        Product::Binary("flora"),
+        Product::Test("facade"),
+        Product::Library("flora_python"),
+        Product::Library("flora_emulated_driver"),
+    ])
+    .map_err(|error| error.to_string())?;
     let folder = library.with_file_name("python");
     let failed = |error: io::Error| format!("the package can't be put together in {}: {error}", folder.display());
     if folder.exists() {
@@ -50,7 +61,7 @@ fn stage() -> Result<PathBuf, String> {
     copy(&cargo::root().join("flora-python/python/flora"), &folder.join("flora")).map_err(failed)?;
     let suffix = if cfg!(windows) { "pyd" } else { "abi3.so" };
     fs::copy(&library, folder.join("flora").join(format!("_native.{suffix}"))).map_err(failed)?;
-    Ok(folder)
+    Ok((folder, driver))
 }
 
 /// Copies a folder's sources, not what was built in it.
