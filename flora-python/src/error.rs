@@ -109,6 +109,18 @@ pub(crate) enum Error {
     /// The kernels refuse.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// What a card doesn't compute.
+    #[cfg(feature = "cuda")]
+    #[error("{0}")]
+    Cuda(String),
+    /// A card, or its driver, refuses.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Driver(#[from] flora_driver::DriverError),
+    /// No kernels come of a batch.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Emit(#[from] flora_codegen::target::EmitError),
     /// The kernels around another's product refuse.
     #[error(transparent)]
     Attached(#[from] AttachedError),

@@ -2,9 +2,12 @@
 //!
 //! Two interfaces stand on the same functions: that of C (`include/flora.h`), and, with the feature `python`, the native module of
 //! the Python package `flora`. Neither brings a device's library or PyTorch: tensors come as addresses, extents and strides.
+//! With the feature `cuda`, layers run on cards of NVIDIA's as well, whose driver is loaded when it is first asked for one.
 #![deny(unsafe_code)]
 
 pub mod c;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod kinds;
 mod linear;

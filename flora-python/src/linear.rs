@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, Weak};
 
 use flora_adapters::layers::HeldBase;
@@ -38,6 +38,8 @@ pub(crate) struct Linear {
     activations: Element,
     slots: u32,
     parts: Vec<Part>,
+    /// How often its adapters have changed.
+    changes: AtomicU64,
 }
 
 /// Consecutive outputs of a layer.
@@ -91,10 +93,7 @@ pub(crate) fn open(handle: i64) -> Result<Arc<Linear>, Error> {
 
 impl Drop for Linear {
     fn drop(&mut self) {
-        let mut open = OPEN.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(open) = &mut *open {
-            open.remove(&self.handle);
-        }
+        self.close();
     }
 }
 
@@ -139,10 +138,19 @@ impl Linear {
             first += size;
         }
         let handle = NEXT.fetch_add(1, Ordering::Relaxed);
-        let linear = Arc::new(Self { handle, inputs, outputs, activations, slots, parts: made });
+        let linear =
+            Arc::new(Self { handle, inputs, outputs, activations, slots, parts: made, changes: AtomicU64::new(0) });
         let mut open = OPEN.write().unwrap_or_else(PoisonError::into_inner);
         open.get_or_insert_default().insert(handle, Arc::downgrade(&linear));
         Ok(linear)
+    }
+
+    /// Is found by nobody from now on.
+    pub(crate) fn close(&self) {
+        let mut open = OPEN.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(open) = &mut *open {
+            open.remove(&self.handle);
+        }
     }
 
     /// What finds it again.
@@ -175,6 +183,18 @@ impl Linear {
         self.parts.iter().map(|part| part.outputs.len())
     }
 
+    /// How often its adapters have changed, for whoever keeps copies of them.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// Its parts.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
     pub(crate) fn part(&self, part: usize) -> Result<&Part, Error> {
         let missing = Error::NoSuch { what: "part", number: part as u64, count: self.parts.len() as u64 };
         self.parts.get(part).ok_or(missing)
@@ -197,14 +217,16 @@ impl Linear {
     ) -> Result<(), Error> {
         let (position, part) = (self.position(slot)?, self.part(part)?);
         let (folded, offset) = part.fold(adapter, path, shard)?;
-        Ok(part.projection.change(|projection| {
+        let placed = part.projection.change(|projection| {
             projection.remove(position);
             place(projection, position, &folded)?;
             match &offset {
                 Some(offset) => projection.set_offset(position, offset).inspect_err(|_| projection.remove(position)),
                 None => Ok(()),
             }
-        })?)
+        });
+        self.changes.fetch_add(1, Ordering::Release);
+        Ok(placed?)
     }
 
     /// Empties a slot of one part or of all: its rows are base rows from then on.
@@ -214,13 +236,14 @@ impl Linear {
             Some(part) => std::slice::from_ref(self.part(part)?),
             None => &self.parts[..],
         };
-        for part in parts {
+        let cleared = parts.iter().try_for_each(|part| {
             part.projection.change(|projection| {
                 projection.remove(position);
                 projection.trim()
-            })?;
-        }
-        Ok(())
+            })
+        });
+        self.changes.fetch_add(1, Ordering::Release);
+        Ok(cleared?)
     }
 
     /// Computes y of x, each row by the adapter in its slot.

@@ -2,6 +2,8 @@
 //! make of PyTorch's and NumPy's, and gives the interpreter free while it computes.
 
 mod attached;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -36,6 +38,8 @@ impl From<Error> for PyErr {
             Error::Closed(_) => ClosedError::new_err(said),
             Error::UnknownModule { .. } => PyKeyError::new_err(said),
             Error::Threads { .. } | Error::Device(_) => PyRuntimeError::new_err(said),
+            #[cfg(feature = "cuda")]
+            Error::Driver(error) => cuda::exception(&error),
             _ => PyValueError::new_err(with_causes(&error)),
         }
     }
@@ -159,7 +163,9 @@ impl PyLinear {
 
     fn close(&self) {
         let linear = self.0.write().unwrap_or_else(PoisonError::into_inner).take();
-        drop(linear);
+        if let Some(linear) = linear {
+            linear.close();
+        }
     }
 
     fn put(
@@ -452,6 +458,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("ClosedError", module.py().get_type::<ClosedError>())?;
     module.add_class::<PyLinear>()?;
     module.add_class::<PyAdapter>()?;
+    module.add("has_cuda", cfg!(feature = "cuda"))?;
+    #[cfg(feature = "cuda")]
+    cuda::add(module)?;
     module.add_class::<attached::PyAttached>()?;
     module.add_class::<attached::PyFolded>()?;
     module.add_function(wrap_pyfunction!(attached::reads_base, module)?)?;

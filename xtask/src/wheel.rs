@@ -13,6 +13,9 @@ pub(crate) struct Arguments {
     /// The folder that the wheel is put into.
     #[arg(long, default_value = "target/wheels")]
     out: PathBuf,
+    /// With layers on cards of NVIDIA's, whose libraries are loaded when they are first asked for.
+    #[arg(long)]
+    cuda: bool,
 }
 
 /// Builds it.
@@ -27,6 +30,9 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     let mut command = Command::new(&maturin);
     command.args(["build", "--release", "--locked", "--manifest-path"]);
     command.arg(cargo::root().join("flora-python/Cargo.toml")).arg("--out").arg(&arguments.out);
+    if arguments.cuda {
+        command.args(["--features", "cuda"]);
+    }
     match command.status() {
         Ok(status) if status.success() => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from . import _native, _threads
 from ._adapters import Adapter
-from ._memory import is_tensor, numbers, rows_of, slots_of
+from ._memory import is_on_card, is_tensor, numbers, on_host, rows_of, slots_of
 
 
 class AdaptedLinear:
@@ -36,6 +38,7 @@ class AdaptedLinear:
         activations: Optional[str] = None,
     ) -> None:
         _threads.choose()
+        weight, bias = on_host(weight), on_host(bias)
         own_bias = None if bias is None else numbers(bias, "bias").described
         own_parts = None if parts is None else list(parts)
         self._native = _native.Linear(numbers(weight, "weight").described, own_bias, own_parts, slots, activations)
@@ -45,6 +48,7 @@ class AdaptedLinear:
         self.parts: list[int] = self._native.parts
         self.slots: int = self._native.slots
         self.activations: str = self._native.activations
+        weakref.finalize(self, _forget_on_cards, self.handle).atexit = False
 
     def put(self, slot: int, layer: str, operands: Mapping[str, Any], *, part: int = 0) -> None:
         """Puts an adapter into a slot of one part, in place of what was there.
@@ -59,6 +63,7 @@ class AdaptedLinear:
         for name, value in operands.items():
             if isinstance(value, (int, float)):
                 value = _Number(value)
+            value = on_host(value)
             kept.append(value)
             described[name] = value.described if isinstance(value, _Number) else numbers(value, name).described
         self._native.put(slot, part, layer, described)
@@ -95,13 +100,18 @@ class AdaptedLinear:
         """Computes a batch.
 
         Args:
-            x: ``[..., in]`` in the type of the activations, a PyTorch tensor on the processor or a NumPy array. It is read where it lies.
+            x: ``[..., in]`` in the type of the activations, a PyTorch tensor or a NumPy array. It is read where it lies, on a card too
+                (:mod:`flora.cuda`).
             rows: int64 ``[rows]``, the slot of each row; -1, and a slot that is empty, is the base. None: all rows are the base's.
             out: ``[..., out]`` to write to; None makes one.
 
         Returns:
             ``out``.
         """
+        if is_on_card(x):
+            from . import cuda
+
+            return cuda.forward(self.handle, x, rows, out)
         own = numbers(x, "x")
         self._check_type(own.dtype, "x")
         count, stride = rows_of(own, self.in_features, "x")
@@ -140,6 +150,7 @@ class AdaptedLinear:
     def close(self) -> None:
         """Frees its memory. Calls that are running end as they would; later ones raise :class:`flora.ClosedError`."""
         self._native.close()
+        _forget_on_cards(self.handle)
 
     def _check_type(self, found: str, what: str) -> None:
         if found != self.activations:
@@ -154,6 +165,13 @@ class AdaptedLinear:
 
     def __repr__(self) -> str:
         return f"<flora.AdaptedLinear {self.in_features} -> {self.out_features}, {self.activations}>"
+
+
+def _forget_on_cards(handle: int) -> None:
+    """Frees what a layer has on cards, where anybody has used some."""
+    cuda = sys.modules.get("flora.cuda")
+    if cuda is not None:
+        cuda.forget(handle)
 
 
 class _Number:

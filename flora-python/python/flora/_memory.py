@@ -86,6 +86,16 @@ def _dense(shape: tuple[int, ...], step: int) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def is_on_card(value: Any) -> bool:
+    """Whether it is a PyTorch tensor on a card of NVIDIA's."""
+    return is_tensor(value) and value.is_cuda
+
+
+def on_host(value: Any) -> Any:
+    """A tensor on a card as one in host memory; anything else as it is."""
+    return value.detach().cpu() if is_on_card(value) else value
+
+
 def rows_of(own: Numbers, width: int, what: str) -> tuple[int, int]:
     """A tensor ``[..., width]`` as rows: how many, and numbers from one to the next.
 

@@ -10,6 +10,23 @@ __version__: str
 
 class ClosedError(RuntimeError): ...
 
+# Whether this build has the classes below that begin with Cuda.
+has_cuda: bool
+
+class OtherLaunchesError(RuntimeError): ...
+
+class CudaLinear:
+    parts: list[int]
+    compiled: int
+    def __init__(self, handle: int, card: int, includes: list[str]) -> None: ...
+    def batch(self, slots: int, rows: int, stream: int) -> CudaBatch: ...
+
+class CudaBatch:
+    def assign(self, slots: int, rows: int, stream: int) -> bool: ...
+    def refresh(self, stream: int) -> bool: ...
+    # (address, bytes)
+    def forward(self, x: tuple[int, int], y: list[tuple[int, int]], stream: int) -> None: ...
+
 class Linear:
     handle: int
     in_features: int

@@ -4,6 +4,7 @@ Importing this module registers two operators, for the processor, for fake tenso
 for autograd, whose gradients are those that flora derives from a layer's equation:
 
 ``torch.ops.flora.adapted_linear(x, rows, layer, out_features) -> y``
+    Of an ``x`` on a card too, where this build has support for it (:mod:`flora.cuda`); gradients are the processor's alone.
     ``x [..., in]`` through the layer with the handle ``layer``, each row by the adapter in its slot (int64 ``rows``, -1 is the base,
     None: all rows are). The gradient goes to ``x``.
 
@@ -22,7 +23,7 @@ from typing import Any, Optional
 
 import torch
 
-from . import _native, _threads
+from . import _native, _threads, cuda
 from ._adapters import adapter_operands
 from ._linear import AdaptedLinear
 from ._memory import numbers, rows_of, slots_of
@@ -163,7 +164,21 @@ def _trained_gradients(
     return [dx, *own_types]
 
 
+def _forward_on_card(x: torch.Tensor, rows: Optional[torch.Tensor], layer: int, out_features: int) -> torch.Tensor:
+    y = cuda.forward(layer, x, rows)
+    if y.size(-1) != out_features:
+        raise ValueError(f"the layer has {y.size(-1)} outputs and not {out_features}")
+    return y
+
+
+def _not_on_card(*_: Any) -> Any:
+    raise NotImplementedError("cards compute flora's layers without gradients; move tensors to the processor to train adapters")
+
+
 _library.impl("adapted_linear", _forward, "CPU")
+_library.impl("adapted_linear", _forward_on_card, "CUDA")
+for _name in ("adapted_linear_gradient", "trained_linear", "trained_linear_gradients"):
+    _library.impl(_name, _not_on_card, "CUDA")
 _library.impl("adapted_linear_gradient", _gradient, "CPU")
 _library.impl("trained_linear", _trained_forward, "CPU")
 _library.impl("trained_linear_gradients", _trained_gradients, "CPU")

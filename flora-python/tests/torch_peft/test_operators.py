@@ -282,3 +282,9 @@ def test_no_memory_grows_in_ten_thousand_calls():
     call(3000)
     before = call(1000)
     assert call(10000) - before < 2 << 20
+
+
+def test_operators_are_there_for_cards():
+    """What they do on one is tested on emulated cards (`native/test_cuda.py`); PyTorch has to find them."""
+    for name in ("adapted_linear", "adapted_linear_gradient", "trained_linear", "trained_linear_gradients"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flora::{name}", "CUDA"), name
