@@ -173,9 +173,7 @@ pub enum OperandProblem {
         alignment: u64,
     },
     /// Memory that the driver doesn't know, or less of it.
-    #[error(
-        "is {bytes} bytes at {address:#x}, which is not within one allocation on the card; pass memory of the card"
-    )]
+    #[error("is {bytes} bytes at {address:#x}, which are not all memory of this card; pass memory of the card")]
     Elsewhere {
         /// Where it is said to be.
         address: u64,

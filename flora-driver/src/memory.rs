@@ -16,7 +16,7 @@ pub struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// Whether it is memory of the context that is current, in one allocation, whose address is a multiple of `alignment`.
+    /// Whether all of it is memory of the context that is current, at an address that is a multiple of `alignment`.
     pub(crate) fn check(self, needed: u64, alignment: u64) -> Result<(), OperandProblem> {
         let Self { address, bytes } = self;
         if address == 0 {
@@ -28,13 +28,18 @@ impl DeviceMemory {
         if !address.is_multiple_of(alignment) {
             return Err(OperandProblem::Misaligned { address, alignment });
         }
-        let elsewhere = OperandProblem::Elsewhere { address, bytes };
-        let (mut base, mut length) = (0, 0);
-        // SAFETY: the driver writes two numbers, and takes any address.
-        let found = unsafe { sys::cuMemGetAddressRange_v2(&mut base, &mut length, address) };
-        let end = base.checked_add(length as u64).ok_or(elsewhere.clone())?;
-        let is_within = found.result().is_ok() && address.checked_add(bytes).is_some_and(|own| own <= end);
-        if is_within { Ok(()) } else { Err(elsewhere) }
+        let elsewhere = || OperandProblem::Elsewhere { address, bytes };
+        let end = address.checked_add(bytes).ok_or_else(elsewhere)?;
+        // An allocation that is put together of physical pieces, as PyTorch's expandable segments are, has a range for each.
+        let mut next = address;
+        while next < end {
+            let (mut base, mut length) = (0, 0);
+            // SAFETY: the driver writes two numbers, and takes any address.
+            let found = unsafe { sys::cuMemGetAddressRange_v2(&mut base, &mut length, next) }.result();
+            let range_end = found.ok().and_then(|()| base.checked_add(length as u64));
+            next = range_end.filter(|range_end| *range_end > next).ok_or_else(elsewhere)?;
+        }
+        Ok(())
     }
 
     /// Whether two have a byte in common.

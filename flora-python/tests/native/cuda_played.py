@@ -259,7 +259,7 @@ def what_is_wrong_is_raised():
     for error, said, wrong in [
         (ValueError, "operand X is at the address 0", lambda: batch.forward_pointers((0, x.place[1]), [y.place], 0)),
         (ValueError, "operand X has 4 bytes", lambda: batch.forward_pointers((x.address, 4), [y.place], 0)),
-        (ValueError, "not within one allocation", lambda: batch.forward_pointers((X.ctypes.data & ~255, X.nbytes), [y.place], 0)),
+        (ValueError, "not all memory of this card", lambda: batch.forward_pointers((X.ctypes.data & ~255, X.nbytes), [y.place], 0)),
         (ValueError, "lies over the operand", lambda: batch.forward_pointers(x.place, [x.place], 0)),
         (ValueError, "the layer has 1 parts", lambda: batch.forward_pointers(x.place, [], 0)),
         (RuntimeError, "cuStreamGetCtx fails for the stream 0x40", lambda: batch.forward_pointers(x.place, [y.place], 64)),
