@@ -8,7 +8,7 @@ use std::process::{Command, ExitCode};
 use crate::cargo;
 
 /// The libraries, the facade first. The macro's face is its documentation.
-const LIBRARIES: [&str; 16] = [
+const LIBRARIES: [&str; 17] = [
     "flora",
     "flora-ir",
     "flora-plan",
@@ -16,6 +16,7 @@ const LIBRARIES: [&str; 16] = [
     "flora-host",
     "flora-codegen",
     "flora-devices",
+    "flora-driver",
     "flora-checkpoint",
     "flora-adapters",
     "flora-tune",
