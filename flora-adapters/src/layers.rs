@@ -45,6 +45,8 @@ pub(crate) struct FoldTarget<'a> {
     pub(crate) path: &'a str,
     pub(crate) d: usize,
     pub(crate) k: usize,
+    /// In a sum of adapters; 1 for one by itself.
+    pub(crate) weight: f64,
 }
 
 /// A module of an adapter, folded for its base weight.
@@ -94,9 +96,9 @@ impl<'a> EndWeight<'a> {
 }
 
 impl<'a> FoldTarget<'a> {
-    pub(crate) fn new(adapter: &'a str, projection: &'a Projection) -> Self {
+    pub(crate) fn new(adapter: &'a str, projection: &'a Projection, weight: f64) -> Self {
         let Projection { path, d, k, .. } = projection;
-        Self { adapter, path, d: *d, k: *k }
+        Self { adapter, path, d: *d, k: *k, weight }
     }
 
     pub(crate) fn failed(&self, source: FoldError) -> StoreError {
@@ -187,14 +189,28 @@ impl Layers {
         model: &Model,
         form: BaseForm,
     ) -> Result<AdaptedModel, StoreError> {
+        self.prepare_weighted(adapter, 1.0, model, form)
+    }
+
+    /// A part of a sum of adapters: what it changes is `weight` times as much, as
+    /// [`NormalForm::fold_weighted`] has it.
+    pub(crate) fn prepare_weighted(
+        &self,
+        adapter: &AdapterFolder,
+        weight: f64,
+        model: &Model,
+        form: BaseForm,
+    ) -> Result<AdaptedModel, StoreError> {
         let replaced = adapter.replaced_of(model).map_err(|source| failed(adapter, source))?;
         let ends = DecoderEnds::of(model);
-        let mut adapted = AdaptedModel { bias_offsets: replaced.bias_offsets.clone(), ..AdaptedModel::default() };
+        let weighted = |offset: &Vec<f32>| offset.iter().map(|offset| (weight * f64::from(*offset)) as f32).collect();
+        let bias_offsets = replaced.bias_offsets.iter().map(|(path, offset)| (path.clone(), weighted(offset)));
+        let mut adapted = AdaptedModel { bias_offsets: bias_offsets.collect(), ..AdaptedModel::default() };
         let mut embedding = None;
         for (path, module) in &adapter.modules {
             let end = ends.as_ref().and_then(|ends| EndWeight::of(path, ends, &replaced));
             if let Some(end) = end {
-                let target = FoldTarget { adapter: &adapter.name, path, d: end.d, k: end.k };
+                let target = FoldTarget { adapter: &adapter.name, path, d: end.d, k: end.k, weight };
                 let Prepared { folded, offset, .. } = self.fold(&target, adapter, module, || end.value(&target))?;
                 // Nothing adds one at either end of a decoder.
                 if offset.is_some() {
@@ -214,7 +230,7 @@ impl Layers {
             }
             let failed = |source: BaseError| StoreError::Base { adapter: adapter.name.clone(), source: source.into() };
             let projection = model.projection(path).map_err(|error| failed(error.into()))?;
-            let target = FoldTarget::new(&adapter.name, projection);
+            let target = FoldTarget::new(&adapter.name, projection, weight);
             let base = || {
                 let weight = form.weight(model, path).map_err(failed)?;
                 base_value(&weight).map_err(|error| target.failed(error.into()))
@@ -258,7 +274,7 @@ impl Layers {
         base: HeldBase<'_>,
     ) -> Result<(FoldedAdapter, Option<Vec<f32>>), StoreError> {
         let HeldBase { d, k, weight, bias } = base;
-        let target = FoldTarget { adapter: &adapter.name, path, d, k };
+        let target = FoldTarget { adapter: &adapter.name, path, d, k, weight: 1.0 };
         let weight = || {
             let values = weight().into_iter().map(f64::from).collect();
             Value::matrix(d, k, values).map_err(|error| target.failed(error.into()))
@@ -284,7 +300,7 @@ impl Layers {
         Ok((folded, offset))
     }
 
-    /// What scaling the base layer's bias adds: (scale − 1) ∘ bias.
+    /// What scaling the base layer's bias adds: (scale − 1) ∘ bias, of a part of a sum with its weight.
     fn scaled_offset(
         &self,
         target: &FoldTarget<'_>,
@@ -294,7 +310,8 @@ impl Layers {
     ) -> Result<Vec<f32>, StoreError> {
         match &folded.virtual_rows[..] {
             [VirtualRow { in_scale: None, out_scale: Some(scale) }] => {
-                let offset = |(scale, bias): (&f32, &f32)| ((f64::from(*scale) - 1.0) * f64::from(*bias)) as f32;
+                let offset =
+                    |(scale, bias): (&f32, &f32)| ((f64::from(*scale) - target.weight) * f64::from(*bias)) as f32;
                 Ok(scale.iter().zip(bias).map(offset).collect())
             }
             // Which of several scales is the bias's, no description says.
@@ -341,7 +358,7 @@ impl Layers {
         if let Some(base) = base {
             all.insert(base_weight_name(&layer.linear), base);
         }
-        let (folded, offset) = layer.linear.fold_with_offset(&all).map_err(failed)?;
+        let (folded, offset) = layer.linear.fold_weighted(&all, target.weight).map_err(failed)?;
         folded.check(target.d, target.k).map_err(failed)?;
         if let Some(offset) = offset.as_ref().filter(|offset| offset.len() != target.k) {
             let (found, expected) = (vec![offset.len()], vec![target.k]);

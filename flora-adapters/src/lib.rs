@@ -2,6 +2,7 @@
 //! form in which a device keeps them. The crate that reads files knows no layer, and the crate that runs layers knows no file.
 
 pub mod adapted;
+mod compose;
 mod derive;
 pub mod layers;
 pub mod register;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use flora_checkpoint::{AdapterError, AdapterFolder, AdapterKind, BaseWeight, Model, TensorProblem};
 use flora_ir::Bindings;
-use flora_ir::algebra::{FoldError, FoldedAdapter};
+use flora_ir::algebra::{ComposeError, FoldError, FoldedAdapter};
 use flora_plan::pipeline::CompiledLayer;
 use rayon::prelude::*;
 
@@ -159,6 +159,36 @@ pub enum StoreError {
         adapter: String,
         /// The module.
         module: String,
+    },
+    /// An adapter that is more than changes of projections, in a sum of adapters.
+    #[error(
+        "the adapter `{adapter}` can't be a part of a sum: it replaces the {what}, and only changes are weighted; leave it out of the sum"
+    )]
+    Replaces {
+        /// The adapter.
+        adapter: String,
+        /// What it replaces.
+        what: &'static str,
+    },
+    /// An adapter whose change of a module isn't weighted.
+    #[error("the adapter `{adapter}` ({kind}) can't be a part of a sum at `{module}`: {source}")]
+    Compose {
+        /// The adapter.
+        adapter: String,
+        /// Its kind.
+        kind: String,
+        /// The module.
+        module: String,
+        /// Why.
+        source: ComposeError,
+    },
+    /// Adapters whose sum can't be computed.
+    #[error("the sum of the adapters can't be folded for `{module}`: {source}")]
+    Sum {
+        /// The module.
+        module: String,
+        /// Why.
+        source: ComposeError,
     },
     /// Tensors that don't fold.
     #[error("the adapter `{adapter}` can't be folded for `{module}`: {source}")]
@@ -315,7 +345,7 @@ impl AdapterStore {
                 if base.bias.is_some() && self.layers.scales_bias(adapted) {
                     return Err(self.layers.scaled_bias(name, module, adapted));
                 }
-                let target = FoldTarget { adapter: name, path: module, d: base.d, k: base.k };
+                let target = FoldTarget { adapter: name, path: module, d: base.d, k: base.k, weight: 1.0 };
                 let prepared = self.layers.fold(&target, adapter, adapted, || match &base_weight {
                     Some(base_weight) => base_weight.clone().map_err(|error| target.failed(error.into())),
                     None => base_value(base).map_err(|error| target.failed(error.into())),

@@ -581,3 +581,62 @@ fn sparse_matrices_that_do_not_fit_are_errors() {
     let unfolded = linear.unfolding().unfold(&bindings, &Default::default());
     assert!(matches!(unfolded, Err(FoldError::SparseGradient { layer }) if layer == "f"));
 }
+
+/// Each part's own weighted fold, put together, computes y₀ + Σᵢ wᵢ (yᵢ − y₀) of the equations as they are written.
+#[test]
+fn composed_adapters_add_up_what_each_changes() {
+    let names = ["lora", "dora", "ia3", "ia3_feedforward", "hira", "flora"];
+    let layers = names.map(|name| normalize(builtin::builtin(name).expect(name)).expect("a linear layer"));
+    let sizes = [3, 5, 4, 2];
+    let bound: Vec<_> =
+        layers.iter().zip(1..).map(|(layer, seed)| bindings(&layer.linear.layer, sizes, seed)).collect();
+    let first = &layers[0].linear;
+    let operand = |handle| &first.layer.layer().operands[handle].name;
+    let (x, w0) =
+        (bound[0].get(operand(first.input)).expect("x"), bound[0].get(operand(first.base_weight)).expect("w0"));
+    let sums: [&[(usize, f64)]; 6] = [
+        &[(0, 0.7), (0, 0.3)],
+        &[(0, 0.5), (1, -1.25), (2, 0.5)],
+        &[(2, 0.5)],
+        &[(3, -0.5), (4, 1.0)],
+        &[(5, 1.0)],
+        &[(1, 0.25), (3, 0.25), (5, 0.25), (2, 0.25)],
+    ];
+    let base = FoldedAdapter { virtual_rows: vec![VirtualRow::default()], ..FoldedAdapter::default() };
+    let apply = |folded: &FoldedAdapter| folded.apply(x, w0, None, Activation::Identity).expect("vectors that fit");
+    for parts in sums {
+        let folded = |index: usize, weight| {
+            let linear = &layers[index].linear;
+            let mut own = bound[index].clone();
+            own.insert(linear.layer.layer().operands[linear.base_weight].name.clone(), w0.clone());
+            linear.fold_weighted(&own, weight).expect("tensors that fold").0
+        };
+        let weighted: Vec<_> = parts.iter().map(|(index, weight)| (*weight, folded(*index, *weight))).collect();
+        let composed = FoldedAdapter::compose(weighted.iter().map(|(weight, part)| (*weight, part))).expect("a sum");
+        let y0 = apply(&base);
+        let mut expected = y0.data().to_vec();
+        for (index, weight) in parts {
+            let own = apply(&folded(*index, 1.0));
+            for ((sum, own), base) in expected.iter_mut().zip(own.data()).zip(y0.data()) {
+                *sum += weight * (own - base);
+            }
+        }
+        let bound = sizes_of_products(&composed, x, w0).expect("vectors that fit");
+        for ((found, expected), size) in apply(&composed).data().iter().zip(&expected).zip(bound.data()) {
+            // Each part's own vectors are rounded once here and once in the sum.
+            let limit = 2.0 * ROUNDED * (size + expected.abs() + 1.0);
+            assert!((found - expected).abs() <= limit, "{parts:?}: {found} for {expected}");
+        }
+    }
+    // One part with the weight 1 is that adapter, with no row of the base left; additive parts leave the base row as it is.
+    let rows = |parts: &[(f64, FoldedAdapter)]| {
+        FoldedAdapter::compose(parts.iter().map(|(weight, part)| (*weight, part))).expect("a sum").virtual_rows.len()
+    };
+    let own =
+        |index: usize, weight| (weight, layers[index].linear.fold_weighted(&bound[index], weight).expect("it folds").0);
+    assert_eq!([rows(&[own(2, 1.0)]), rows(&[own(2, 0.5)]), rows(&[own(0, 0.5), own(0, 9.0)])], [1, 2, 1]);
+    let mut sparse = own(0, 1.0);
+    sparse.1.sparse.inputs = Some(SparseMatrix::default());
+    let refused = FoldedAdapter::compose([(1.0, &sparse.1)]);
+    assert_eq!(refused, Err(flora_ir::algebra::ComposeError::Sparse));
+}

@@ -137,13 +137,27 @@ impl NormalForm {
     /// # Errors
     /// As [`fold`](Self::fold).
     pub fn fold_with_offset(&self, bindings: &Bindings) -> Result<(FoldedAdapter, Option<Vec<f32>>), FoldError> {
+        self.fold_weighted(bindings, 1.0)
+    }
+
+    /// [`fold_with_offset`](Self::fold_with_offset) of a part of a sum of adapters: all that it gives is `weight` times as much, but a
+    /// virtual row without scales, which [`FoldedAdapter::compose`] accounts for. The weight is multiplied in f64, so that everything
+    /// is still rounded once.
+    ///
+    /// # Errors
+    /// As [`fold`](Self::fold).
+    pub fn fold_weighted(
+        &self,
+        bindings: &Bindings,
+        weight: f64,
+    ) -> Result<(FoldedAdapter, Option<Vec<f32>>), FoldError> {
         let extents = bindings.extents(self.layer.layer().operands.iter().map(|(_, operand)| operand))?;
         // Of a sparse operand itself, the entries are all that is wanted.
         let nodes: Vec<_> =
             self.load_time_values().into_iter().filter(|node| self.sparse_operand(*node, bindings).is_none()).collect();
         let values = evaluate_graph(self.layer.layer(), &nodes, bindings)?;
         let values = nodes.into_iter().zip(values).collect();
-        let mut fold = Fold { linear: self, bindings, extents, values, folded: FoldedAdapter::default() };
+        let mut fold = Fold { linear: self, bindings, extents, values, weight, folded: FoldedAdapter::default() };
         for folding in self.foldings() {
             fold.add(&folding)?;
         }
@@ -158,6 +172,8 @@ struct Fold<'a> {
     bindings: &'a Bindings,
     extents: Extents,
     values: BTreeMap<Handle<Node>, Value>,
+    /// What all outputs are multiplied by.
+    weight: f64,
     folded: FoldedAdapter,
 }
 
@@ -170,7 +186,7 @@ impl Fold<'_> {
             }
             Folding::ScaledRow { term, .. } => {
                 // A scalar goes into the vector of the other side, so that a row holds no vector of equal numbers.
-                let (inner, outer) = match (self.scale(term.inner)?, self.scale(term.outer)?) {
+                let (inner, outer) = match (self.scale(term.inner)?, self.outer(term)?) {
                     (inner, Scale::Scalar(outer)) => (inner.scaled(outer), None),
                     (inner, Scale::Vector(outer)) => (inner, Some(outer)),
                 };
@@ -192,7 +208,7 @@ impl Fold<'_> {
             }
             Folding::Transformed { term, matrix, .. } => self.transformed(term, *matrix)?,
             Folding::Sparse { term, first, second } => {
-                let (inner, outer, one) = (self.scale(term.inner)?, self.scale(term.outer)?, Scale::Scalar(1.0));
+                let (inner, outer, one) = (self.scale(term.inner)?, self.outer(term)?, Scale::Scalar(1.0));
                 let product = match second {
                     None => SparseProduct { first: self.sparse(*first, &inner, &outer)?, second: None },
                     Some(second) => SparseProduct {
@@ -209,7 +225,7 @@ impl Fold<'_> {
     /// A term over the base weight whose input or output is transformed. A vector on the other side is the virtual row's; all other
     /// scales go into the matrix.
     fn transformed(&mut self, term: &Term, matrix: Handle<Node>) -> Result<(), FoldError> {
-        let (inner, outer) = (self.scale(term.inner)?, self.scale(term.outer)?);
+        let (inner, outer) = (self.scale(term.inner)?, self.outer(term)?);
         let mut row = VirtualRow::default();
         if let Core::TransformedOutputs(_) = term.core {
             let (in_scale, inner) = inner.split();
@@ -248,7 +264,7 @@ impl Fold<'_> {
                 Scale::Scalar(inner) => inner,
                 Scale::Vector(_) => continue,
             };
-            sum = sum.plus(self.scale(term.outer)?.scaled(inner));
+            sum = sum.plus(self.outer(term)?.scaled(inner));
         }
         let sum = match sum {
             Scale::Scalar(scale) => vec![scale; self.out_extent()?],
@@ -265,7 +281,7 @@ impl Fold<'_> {
         let Some(last) = self.linear.offset.last() else { return Ok(None) };
         let mut sum = Scale::Scalar(0.0);
         for node in &self.linear.offset {
-            sum = sum.plus(self.scale(Some(*node))?);
+            sum = sum.plus(self.scale(Some(*node))?.scaled(self.weight));
         }
         let sum = match sum {
             Scale::Scalar(number) => vec![number; self.out_extent()?],
@@ -281,7 +297,7 @@ impl Fold<'_> {
         if reduce == Reduce::Mean && rank == 0 {
             return Err(EvaluateError::EmptyMean.into());
         }
-        let (inner, outer) = (self.scale(term.inner)?, self.scale(term.outer)?);
+        let (inner, outer) = (self.scale(term.inner)?, self.outer(term)?);
         let outer = if reduce == Reduce::Mean { outer.scaled(1.0 / rank as f64) } else { outer };
         let pair = |r: usize| {
             let column: Vec<f64> = b.data().iter().skip(r).step_by(rank).copied().collect();
@@ -303,6 +319,11 @@ impl Fold<'_> {
             [scalar] if value.shape().is_empty() => Scale::Scalar(scalar),
             _ => Scale::Vector(value.data().to_vec()),
         })
+    }
+
+    /// What a term's outputs are multiplied by.
+    fn outer(&self, term: &Term) -> Result<Scale, FoldError> {
+        Ok(self.scale(term.outer)?.scaled(self.weight))
     }
 
     /// k

@@ -1,5 +1,6 @@
 //! From a verified equation to the one form that every lowering computes.
 
+mod compose;
 mod derivation;
 mod fold;
 mod layout;
@@ -10,6 +11,7 @@ mod read;
 pub mod rules;
 mod sparse_parts;
 
+pub use compose::ComposeError;
 pub use derivation::{Derivation, Step};
 pub use fold::FoldError;
 pub use layout::{FoldedLayout, RowScales};
