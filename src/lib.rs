@@ -110,10 +110,11 @@ pub mod target {
 #[cfg(feature = "serve")]
 pub mod serving {
     pub use flora_engine::{
-        AdapterContent, AdapterFacts, AdapterFailure, AdapterId, AdapterMetrics, AdapterOptions, AdapterRequests,
-        AdapterSource, BlockId, BlockSharing, CompiledGrammar, Decoder, DecoderLimits, Engine, Event, FinishReason,
-        Grammar, GrammarState, LogProbabilities, LogitRows, LogitRules, Metrics, Options, OptionsError, PlaceError,
-        Request, RequestError, Sampling, ScoredToken, SequenceId, StepSegment, StopAt, Stream, Usage, Vocabulary,
+        AdapterChoice, AdapterContent, AdapterFacts, AdapterFailure, AdapterId, AdapterMetrics, AdapterOptions,
+        AdapterRequests, AdapterSource, AdapterSpans, BlockId, BlockSharing, CompiledGrammar, Composition,
+        CompositionError, Decoder, DecoderLimits, Engine, Event, FinishReason, Grammar, GrammarState, LogProbabilities,
+        LogitRows, LogitRules, Metrics, Options, OptionsError, PlaceError, Request, RequestError, Sampling, ScoredToken,
+        SequenceId, Span, SpanError, Spans, StepSegment, StopAt, Stream, Usage, Vocabulary,
     };
     pub use flora_model::{
         AdapterDirectory, DeviceModel, DirectoryError, PlanningChoice, PreparedAdapter, ServeError, ServeOptions, load,

@@ -8,7 +8,8 @@ use std::time::Instant;
 use tracing::trace_span;
 
 use crate::cache::BlockPool;
-use crate::decoder::{AdapterId, BlockSharing, Decoder, LogitRows, SequenceId, StepSegment};
+use crate::composition::AdapterChoice;
+use crate::decoder::{BlockSharing, Decoder, LogitRows, SequenceId, StepSegment};
 use crate::limits::{Accepted, RequestLimits};
 use crate::metrics::{AdapterRequests, Metrics};
 use crate::options::{Options, OptionsError};
@@ -16,7 +17,7 @@ use crate::phases::{SAMPLING, STEP};
 use crate::request::{Event, Request, RequestError};
 use crate::residency::{LoadOrder, Loaded, Residency};
 use crate::schedule::{Piece, plan};
-use crate::sequence::{Running, Said, Waiting, WaitingAdapter};
+use crate::sequence::{Adapted, Running, Said, Waiting, WaitingAdapters};
 use crate::text::Vocabulary;
 
 mod admission;
@@ -107,9 +108,11 @@ impl<D: Decoder> Core<D> {
         let id = RequestId(self.next_request);
         self.next_request += 1;
         let waiting = Waiting::new(request, self.limits.context_length(), &self.vocabulary, now);
-        if let WaitingAdapter::Named { name, .. } = &waiting.adapter {
-            // Its files are compared with what is resident while the step before its first one runs.
-            self.residency.standing(name, now, now);
+        if let WaitingAdapters::Named { wanted, .. } = &waiting.adapters {
+            // Files are compared with what is resident while the step before its first one runs.
+            for wanted in wanted {
+                self.residency.standing(&wanted.adapter, now, now);
+            }
         }
         self.waiting.insert(id, waiting);
         self.stalled = false;
@@ -183,13 +186,14 @@ impl<D: Decoder> Core<D> {
 
     /// Which adapters requests have.
     pub fn adapter_requests(&self) -> AdapterRequests {
-        let resident = |id: AdapterId| self.residency.name(id);
-        let running = self.running.values().filter_map(|running| resident(running.adapter?.id));
-        let waiting = self.waiting.values().filter_map(|waiting| match &waiting.adapter {
-            WaitingAdapter::Named { name, .. } => Some(name.as_str()),
-            WaitingAdapter::Chosen(id) => resident((*id)?),
+        let resident =
+            |adapted: &Adapted| -> Vec<_> { adapted.ids.iter().filter_map(|id| self.residency.name(*id)).collect() };
+        let running = self.running.values().flat_map(|running| resident(&running.adapters));
+        let waiting = self.waiting.values().flat_map(|waiting| match &waiting.adapters {
+            WaitingAdapters::Named { wanted, .. } => wanted.iter().map(|wanted| &wanted.adapter).collect(),
+            WaitingAdapters::Chosen(adapted) => resident(adapted),
         });
-        let once = |names: BTreeSet<&str>| names.into_iter().map(str::to_owned).collect();
+        let once = |adapters: BTreeSet<&AdapterChoice>| adapters.into_iter().map(ToString::to_string).collect();
         let (running, waiting) = (once(running.collect()), once(waiting.collect()));
         AdapterRequests { running, waiting, resident: self.options.adapters.resident }
     }
@@ -214,9 +218,8 @@ impl<D: Decoder> Core<D> {
     fn preempt(&mut self, request: RequestId, preempted: Running) {
         self.counts.preemptions += 1;
         self.decoder.release(request.sequence());
-        let Running { sequence, adapter, run_before, .. } = preempted;
-        let adapter = WaitingAdapter::Chosen(adapter.map(|adapter| adapter.id));
-        self.waiting.insert(request, Waiting { sequence, adapter, run_before });
+        let Running { sequence, adapters, run_before, .. } = preempted;
+        self.waiting.insert(request, Waiting { sequence, adapters: WaitingAdapters::Chosen(adapters), run_before });
     }
 
     /// Runs one batch and says what it gave.
@@ -305,10 +308,10 @@ impl<D: Decoder> Core<D> {
 
     /// Gives back all that a request holds. Whether there was one.
     fn drop_request(&mut self, request: RequestId) -> bool {
-        let adapter = if let Some(waiting) = self.waiting.remove(&request) {
-            match waiting.adapter {
-                WaitingAdapter::Chosen(adapter) => adapter,
-                WaitingAdapter::Named { .. } => None,
+        let adapters = if let Some(waiting) = self.waiting.remove(&request) {
+            match waiting.adapters {
+                WaitingAdapters::Chosen(adapted) => adapted.ids,
+                WaitingAdapters::Named { .. } => Vec::new(),
             }
         } else if let Some(mut running) = self.running.remove(&request) {
             if self.shares {
@@ -323,14 +326,14 @@ impl<D: Decoder> Core<D> {
             self.decoder.release(request.sequence());
             self.cache.give_back(running.blocks);
             self.forget_blocks();
-            running.adapter.map(|adapter| adapter.id)
+            running.adapters.ids
         } else {
             return false;
         };
-        if let Some(adapter) = adapter {
+        for adapter in adapters {
             self.residency.release(adapter);
-            self.remove_adapters();
         }
+        self.remove_adapters();
         self.stalled = false;
         true
     }
@@ -370,7 +373,7 @@ fn segment<'a>(running: &'a BTreeMap<RequestId, Running>, piece: &Piece) -> Opti
     // A context is counted in u32.
     Some(StepSegment {
         sequence: piece.request.sequence(),
-        adapter: sequence.adapter_at(piece.range.start),
+        adapter: sequence.adapters.at(piece.range.start),
         first_position: piece.range.start as u32,
         tokens: &tokens[piece.range.clone()],
         prompt_tokens: prompt_tokens as u32,

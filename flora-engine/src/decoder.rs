@@ -3,6 +3,8 @@
 use std::error::Error;
 use std::ops::Range;
 
+use crate::composition::{AdapterChoice, Composition};
+
 /// A sequence whose keys and values a decoder keeps, from its first segment until it is released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId(pub u64);
@@ -195,7 +197,7 @@ pub enum AdapterFailure {
     /// It can't be read, or doesn't fit the model.
     #[error("the adapter `{name}` can't be used: {reason}")]
     Unusable {
-        /// The adapter.
+        /// The adapter, or the composition.
         name: String,
         /// Why, in full.
         reason: String,
@@ -246,6 +248,37 @@ pub trait AdapterSource: Send + Sync + 'static {
     /// # Errors
     /// There is no such adapter, or it can't be used.
     fn prepare(&self, name: &str) -> Result<Read<Self::Prepared>, Unread>;
+
+    /// Reads the parts of a composition, and folds them into one adapter.
+    ///
+    /// # Errors
+    /// A part that there isn't, or that can't be used in a sum. None can where this isn't implemented.
+    fn compose(&self, composition: &Composition) -> Result<Read<Self::Prepared>, Unread> {
+        let reason = "adapters aren't composed here; name one of them".to_owned();
+        Err(AdapterFailure::Unusable { name: composition.to_string(), reason }.into())
+    }
+
+    /// [`version`](Self::version) of an adapter, or of all that it is made of.
+    ///
+    /// # Errors
+    /// As [`version`](Self::version).
+    fn version_of(&self, adapter: &AdapterChoice) -> Result<u64, AdapterFailure> {
+        match adapter {
+            AdapterChoice::Named(name) => self.version(name),
+            AdapterChoice::Composed(composition) => composition.version(|name| self.version(name)),
+        }
+    }
+
+    /// [`prepare`](Self::prepare) or [`compose`](Self::compose).
+    ///
+    /// # Errors
+    /// As these.
+    fn read(&self, adapter: &AdapterChoice) -> Result<Read<Self::Prepared>, Unread> {
+        match adapter {
+            AdapterChoice::Named(name) => self.prepare(name),
+            AdapterChoice::Composed(composition) => self.compose(composition),
+        }
+    }
 
     /// What the engine has to know of it.
     fn facts(prepared: &Self::Prepared) -> AdapterFacts;

@@ -1,5 +1,8 @@
 //! What is asked of a request before it may wait, so that nothing behind this point meets one that can't be run.
 
+use std::collections::BTreeSet;
+
+use crate::composition::AdapterChoice;
 use crate::decoder::DecoderLimits;
 use crate::options::{Options, StopLimits};
 use crate::request::{LogitRules, Request, RequestError, Sampling};
@@ -13,6 +16,8 @@ pub struct RequestLimits {
     vocabulary: u32,
     context_length: usize,
     cache_tokens: usize,
+    /// Adapters that may be resident.
+    resident: usize,
     stop: StopLimits,
 }
 
@@ -32,6 +37,7 @@ impl RequestLimits {
             vocabulary: decoder.vocabulary,
             context_length: decoder.context_length as usize,
             cache_tokens: options.cache_tokens / options.block_tokens * options.block_tokens,
+            resident: options.adapters.resident,
             stop: options.stop,
         }
     }
@@ -76,8 +82,8 @@ impl RequestLimits {
             ));
         }
         // An adapter may bring a vocabulary of its own: its requests are looked at when it is resident.
-        if request.adapter.is_none()
-            && let Some(fault) = token_fault(&request.prompt, self.vocabulary)
+        if request.adapters.adapters().next().is_none()
+            && let Some(fault) = token_fault(0, &request.prompt, self.vocabulary)
         {
             return Some(fault);
         }
@@ -94,8 +100,16 @@ impl RequestLimits {
                 self.cache_tokens
             ));
         }
-        if request.adapter.as_ref().is_some_and(|name| name.len() > ADAPTER_NAME_BYTES) {
-            return Some(format!("the adapter's name is longer than {ADAPTER_NAME_BYTES} bytes"));
+        let adapters: BTreeSet<&AdapterChoice> = request.adapters.adapters().collect();
+        if adapters.iter().flat_map(|adapter| adapter.names()).any(|name| name.len() > ADAPTER_NAME_BYTES) {
+            return Some(format!("an adapter's name is longer than {ADAPTER_NAME_BYTES} bytes"));
+        }
+        if adapters.len() > self.resident {
+            return Some(format!(
+                "the request has {} adapters, and {} may be resident at a time; name fewer in one request",
+                adapters.len(),
+                self.resident
+            ));
         }
         sampling_fault(request.sampling).or_else(|| self.rules_fault(request)).or_else(|| self.stop_fault(request))
     }
@@ -151,9 +165,9 @@ impl RequestLimits {
     }
 }
 
-/// What is wrong with a prompt for a vocabulary.
-pub(crate) fn token_fault(prompt: &[u32], vocabulary: u32) -> Option<String> {
-    let (position, token) = prompt.iter().enumerate().find(|(_, token)| **token >= vocabulary)?;
+/// What is wrong with tokens of a prompt, from position `first` on, for a vocabulary.
+pub(crate) fn token_fault(first: usize, tokens: &[u32], vocabulary: u32) -> Option<String> {
+    let (position, token) = (first..).zip(tokens).find(|(_, token)| **token >= vocabulary)?;
     Some(format!("token {token} at position {position} of the prompt: there are {vocabulary}"))
 }
 

@@ -5,6 +5,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
+use crate::composition::AdapterChoice;
 use crate::decoder::{AdapterFailure, AdapterSource, Read, Unread};
 use crate::engine::panic_text;
 use crate::residency::{LoadOrder, LoadOutcome, Loaded};
@@ -45,39 +46,39 @@ impl Loader {
 fn compare<S: AdapterSource>(
     source: &S,
     ordered: &Receiver<LoadOrder>,
-    readings: &Sender<String>,
+    readings: &Sender<AdapterChoice>,
     done: impl Fn(Loaded<S::Prepared>),
 ) {
-    for LoadOrder { name, known } in ordered {
-        let outcome = match guarded(&name, || Ok(source.version(&name)?)) {
+    for LoadOrder { adapter, known } in ordered {
+        let outcome = match guarded(&adapter, || Ok(source.version_of(&adapter)?)) {
             Ok(version) if known == Some(version) => LoadOutcome::Unchanged,
             Ok(_) => {
-                let _ = readings.send(name);
+                let _ = readings.send(adapter);
                 continue;
             }
             Err(Unread { version, failure }) => LoadOutcome::Failed { version, failure },
         };
-        done(Loaded { name, outcome });
+        done(Loaded { adapter, outcome });
     }
 }
 
 /// Reads one adapter after the other, beside other threads that do.
-fn read<S: AdapterSource>(source: &S, to_read: &Mutex<Receiver<String>>, done: impl Fn(Loaded<S::Prepared>)) {
+fn read<S: AdapterSource>(source: &S, to_read: &Mutex<Receiver<AdapterChoice>>, done: impl Fn(Loaded<S::Prepared>)) {
     loop {
         let next = to_read.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(name) = next else { return };
-        let outcome = match guarded(&name, || source.prepare(&name)) {
+        let Ok(adapter) = next else { return };
+        let outcome = match guarded(&adapter, || source.read(&adapter)) {
             Ok(Read { version, prepared }) => LoadOutcome::Prepared { version, facts: S::facts(&prepared), prepared },
             Err(Unread { version, failure }) => LoadOutcome::Failed { version, failure },
         };
-        done(Loaded { name, outcome });
+        done(Loaded { adapter, outcome });
     }
 }
 
 /// A panic is a failure like any other: files come from anywhere.
-fn guarded<T>(name: &str, call: impl FnOnce() -> Result<T, Unread>) -> Result<T, Unread> {
+fn guarded<T>(adapter: &AdapterChoice, call: impl FnOnce() -> Result<T, Unread>) -> Result<T, Unread> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
         let reason = format!("reading it panicked: {}", panic_text(&*panic));
-        Err(AdapterFailure::Unusable { name: name.into(), reason }.into())
+        Err(AdapterFailure::Unusable { name: adapter.to_string(), reason }.into())
     })
 }

@@ -4,14 +4,16 @@ use std::num::NonZeroU32;
 
 use crate::decoder::AdapterFailure;
 use crate::grammar::Grammar;
+use crate::spans::AdapterSpans;
 
 /// One request.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
     /// At least one token.
     pub prompt: Vec<u32>,
-    /// The adapter's name, or `None` for the base model.
-    pub adapter: Option<String>,
+    /// Which adapter acts on which of its tokens, those that are generated among them. The logits after a token are those of the
+    /// adapter that acts on it.
+    pub adapters: AdapterSpans,
     /// How the next token is chosen.
     pub sampling: Sampling,
     /// What is done to the logits before that.
@@ -176,7 +178,7 @@ pub enum RequestError {
         /// How many.
         waiting: usize,
     },
-    /// Its adapter can't be had.
+    /// One of its adapters can't be had.
     #[error(transparent)]
     Adapter(#[from] AdapterFailure),
     /// The model failed.

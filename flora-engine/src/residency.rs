@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Instant;
 
+use crate::composition::AdapterChoice;
 use crate::decoder::{AdapterFacts, AdapterFailure, AdapterId};
 use crate::metrics::AdapterMetrics;
 use crate::options::AdapterOptions;
@@ -18,7 +19,7 @@ const REMEMBERED_FAILURES: usize = 1024;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoadOrder {
     /// Which.
-    pub name: String,
+    pub adapter: AdapterChoice,
     /// The version that is resident, or that failed: one of this version need not be read again.
     pub known: Option<u64>,
 }
@@ -27,7 +28,7 @@ pub struct LoadOrder {
 #[derive(Debug)]
 pub struct Loaded<P> {
     /// Which.
-    pub name: String,
+    pub adapter: AdapterChoice,
     /// What came of it.
     pub outcome: LoadOutcome<P>,
 }
@@ -80,6 +81,8 @@ pub(crate) enum Room {
     /// When adapters in use fall free.
     Later,
     Never(AdapterFailure),
+    /// Not beside those that the same request needs.
+    NeverTogether(AdapterFailure),
 }
 
 /// An adapter on its way to the device: to be told to [`Residency::placed`], [`Residency::full`] or [`Residency::unfit`].
@@ -87,7 +90,7 @@ pub(crate) enum Room {
 #[must_use]
 pub(crate) struct Placement {
     pub(crate) id: AdapterId,
-    name: String,
+    name: AdapterChoice,
     checked: Instant,
     version: u64,
     facts: AdapterFacts,
@@ -128,7 +131,7 @@ enum Work<P> {
 
 #[derive(Debug)]
 struct Slot {
-    name: String,
+    name: AdapterChoice,
     version: u64,
     facts: AdapterFacts,
     /// Sequences that run with it.
@@ -144,8 +147,8 @@ struct Slot {
 pub(crate) struct Residency<P> {
     options: AdapterOptions,
     pinned: HashSet<String>,
-    settled: HashMap<String, Settled>,
-    work: HashMap<String, Work<P>>,
+    settled: HashMap<AdapterChoice, Settled>,
+    work: HashMap<AdapterChoice, Work<P>>,
     slots: BTreeMap<AdapterId, Slot>,
     orders: Vec<LoadOrder>,
     removed: Vec<AdapterId>,
@@ -192,7 +195,7 @@ impl<P> Residency<P> {
     }
 
     /// How it stands with `name` for a request that came at `arrived`; orders what has to be read for it.
-    pub(crate) fn standing(&mut self, name: &str, arrived: Instant, now: Instant) -> Standing {
+    pub(crate) fn standing(&mut self, name: &AdapterChoice, arrived: Instant, now: Instant) -> Standing {
         // What the disk had after the request came is as new as it can want, whatever is being looked at for others; anything older may
         // have been replaced before.
         let known = match self.settled.get(name) {
@@ -218,10 +221,31 @@ impl<P> Residency<P> {
         }
         // Comparing is quick, and what is resident shall not wait for those that are being read.
         if resident.is_some() || self.work.len() < self.options.loading {
-            self.work.insert(name.into(), Work::Ordered { since: now });
-            self.orders.push(LoadOrder { name: name.into(), known });
+            self.work.insert(name.clone(), Work::Ordered { since: now });
+            self.orders.push(LoadOrder { adapter: name.clone(), known });
         }
         resident.map_or(Standing::Loading, Standing::Checking)
+    }
+
+    /// Nothing that is prepared is known to be wanted, until [`Self::standing`] is asked for it.
+    pub(crate) fn begin_pass(&mut self) {
+        for work in self.work.values_mut() {
+            if let Work::Prepared { wanted, .. } = work {
+                *wanted = false;
+            }
+        }
+    }
+
+    /// Forgets what is prepared for requests that [`Self::standing`] wasn't asked for yet, as far as `name` can't be read beside it. They
+    /// wait for room that is kept for whoever wants `name`, who would wait for them otherwise.
+    pub(crate) fn make_way(&mut self, name: &AdapterChoice) {
+        while !self.work.contains_key(name) && self.work.len() >= self.options.loading {
+            let may_go = |(name, work): (&AdapterChoice, &Work<P>)| {
+                matches!(work, Work::Prepared { wanted: false, .. }).then(|| name.clone())
+            };
+            let Some(last) = self.work.iter().filter_map(may_go).max() else { return };
+            self.work.remove(&last);
+        }
     }
 
     /// Forgets what was prepared for requests that are gone: [`Self::standing`] was asked for all that wait since the last call.
@@ -237,7 +261,7 @@ impl<P> Residency<P> {
 
     /// Takes what came of an order. One that wasn't given is ignored.
     pub(crate) fn loaded(&mut self, loaded: Loaded<P>) {
-        let Loaded { name, outcome } = loaded;
+        let Loaded { adapter: name, outcome } = loaded;
         let Some(Work::Ordered { since }) = self.work.get(&name) else {
             return;
         };
@@ -259,7 +283,7 @@ impl<P> Residency<P> {
         }
     }
 
-    fn fail(&mut self, name: String, checked: Instant, version: Option<u64>, failure: AdapterFailure) {
+    fn fail(&mut self, name: AdapterChoice, checked: Instant, version: Option<u64>, failure: AdapterFailure) {
         self.counts.failures += 1;
         // A name that nobody has is a client's mistake, which its answer says.
         if let AdapterFailure::Unusable { reason, .. } = &failure {
@@ -286,14 +310,19 @@ impl<P> Residency<P> {
         }
     }
 
-    /// Makes room for the adapter `name`, which is prepared. Those that are in use, are pinned or `protected` stay.
-    pub(crate) fn make_room(&mut self, name: &str, protected: &[AdapterId]) -> Room {
+    /// Makes room for the adapter `name`, which is prepared. Those that are in use, are pinned or `protected` stay; `together` are those
+    /// among these that the same request needs at the same time.
+    pub(crate) fn make_room(&mut self, name: &AdapterChoice, protected: &[AdapterId], together: &[AdapterId]) -> Room {
         let Some(Work::Prepared { facts, full_at, .. }) = self.work.get(name) else {
             return Room::Later;
         };
         let (bytes, device_full) = (facts.bytes, *full_at == Some(self.removals));
-        if let Some(reason) = self.never_fits(name, bytes, device_full) {
-            return Room::Never(AdapterFailure::Unusable { name: name.into(), reason });
+        let unusable = |reason| AdapterFailure::Unusable { name: name.to_string(), reason };
+        if let Some(reason) = self.never_fits(name, bytes, device_full, &[]) {
+            return Room::Never(unusable(reason));
+        }
+        if let Some(reason) = self.never_fits(name, bytes, device_full, together) {
+            return Room::NeverTogether(unusable(reason));
         }
         let mut unused: Vec<(u64, AdapterId, u64)> = self
             .slots
@@ -319,28 +348,41 @@ impl<P> Residency<P> {
     }
 
     /// Whether an adapter stays whatever comes, while room is made for `name`: the old version of that may go.
-    fn stays(&self, name: &str, slot: &Slot) -> bool {
-        slot.name != name && !slot.superseded && self.pinned.contains(&slot.name)
+    fn stays(&self, name: &AdapterChoice, slot: &Slot) -> bool {
+        let is_pinned = matches!(&slot.name, AdapterChoice::Named(name) if self.pinned.contains(name));
+        slot.name != *name && !slot.superseded && is_pinned
     }
 
-    fn never_fits(&self, name: &str, bytes: u64, device_full: bool) -> Option<String> {
-        let staying = || self.slots.values().filter(|slot| self.stays(name, slot));
+    /// Why the adapter `name` never fits beside those that stay whatever comes.
+    fn never_fits(
+        &self,
+        name: &AdapterChoice,
+        bytes: u64,
+        device_full: bool,
+        together: &[AdapterId],
+    ) -> Option<String> {
+        let stays = |id: &AdapterId, slot: &Slot| together.contains(id) || self.stays(name, slot);
+        let staying = || self.slots.iter().filter(|(id, slot)| stays(id, slot)).map(|(_, slot)| slot);
+        let (which, mend) = match together.is_empty() {
+            true => ("pinned ones", "unpin one or allow more"),
+            false => ("others of the request, and pinned ones,", "name fewer in one request, or allow more"),
+        };
         let (count, taken) = (staying().count(), staying().map(|slot| slot.facts.bytes).sum::<u64>());
         if count >= self.options.resident {
             return Some(format!(
-                "{} adapters may be resident, and {count} pinned ones are; unpin one or allow more",
+                "{} adapters may be resident, and {count} {which} are; {mend}",
                 self.options.resident
             ));
         }
         if bytes > self.options.bytes.saturating_sub(taken) {
             return Some(format!(
-                "it takes {bytes} bytes on the device; {} are allowed, and pinned adapters take {taken} of them; allow more \
+                "it takes {bytes} bytes on the device; {} are allowed, and {which} take {taken} of them; allow more \
                  (--adapter-memory)",
                 self.options.bytes
             ));
         }
         (device_full && count == self.slots.len()).then(|| {
-            format!("it takes {bytes} bytes, and the device has no room for it beside {count} pinned adapters")
+            format!("it takes {bytes} bytes, and the device has no room for it beside {count} {which}; {mend}")
         })
     }
 
@@ -361,7 +403,7 @@ impl<P> Residency<P> {
     }
 
     /// Takes a prepared adapter out, for the decoder. `None` if it isn't prepared.
-    pub(crate) fn begin(&mut self, name: &str) -> Option<(Placement, P)> {
+    pub(crate) fn begin(&mut self, name: &AdapterChoice) -> Option<(Placement, P)> {
         match self.work.remove(name) {
             Some(Work::Prepared { checked, version, facts, prepared, .. }) => {
                 while self.slots.contains_key(&AdapterId(self.next_id)) {
@@ -369,10 +411,10 @@ impl<P> Residency<P> {
                 }
                 let id = AdapterId(self.next_id);
                 self.next_id = self.next_id.wrapping_add(1);
-                Some((Placement { id, name: name.into(), checked, version, facts }, prepared))
+                Some((Placement { id, name: name.clone(), checked, version, facts }, prepared))
             }
             Some(work) => {
-                self.work.insert(name.into(), work);
+                self.work.insert(name.clone(), work);
                 None
             }
             None => None,
@@ -404,7 +446,7 @@ impl<P> Residency<P> {
     }
 
     /// Fails one that is prepared and finds no room, ever.
-    pub(crate) fn refuse(&mut self, name: &str, failure: AdapterFailure) {
+    pub(crate) fn refuse(&mut self, name: &AdapterChoice, failure: AdapterFailure) {
         if let Some((placement, _)) = self.begin(name) {
             // What it doesn't fit beside may change though its files don't, so that it has to be read again.
             self.fail(placement.name, placement.checked, None, failure);
@@ -412,7 +454,7 @@ impl<P> Residency<P> {
     }
 
     /// No new sequence takes the version that is resident.
-    fn supersede(&mut self, name: &str) {
+    fn supersede(&mut self, name: &AdapterChoice) {
         if let Some(Settled::Resident { id, .. }) = self.settled.remove(name)
             && let Some(slot) = self.slots.get_mut(&id)
         {
@@ -424,8 +466,8 @@ impl<P> Residency<P> {
     }
 
     /// What a resident adapter is called.
-    pub(crate) fn name(&self, id: AdapterId) -> Option<&str> {
-        self.slots.get(&id).map(|slot| slot.name.as_str())
+    pub(crate) fn name(&self, id: AdapterId) -> Option<&AdapterChoice> {
+        self.slots.get(&id).map(|slot| &slot.name)
     }
 
     /// What is known of a resident adapter.
@@ -464,7 +506,7 @@ impl<P> Residency<P> {
         }
     }
 
-    fn resident(&self, name: &str) -> Option<AdapterId> {
+    fn resident(&self, name: &AdapterChoice) -> Option<AdapterId> {
         match self.settled.get(name) {
             Some(Settled::Resident { id, .. }) => Some(*id),
             _ => None,
@@ -486,12 +528,12 @@ mod tests {
         let mut residency = Residency::<()>::new(AdapterOptions::default());
         let now = Instant::now();
         for index in 0..3 * REMEMBERED_FAILURES {
-            let name = format!("no-{index}");
+            let name = AdapterChoice::Named(format!("no-{index}"));
             assert_eq!(residency.standing(&name, now, now), Standing::Loading);
-            assert_eq!(residency.take_orders(), [LoadOrder { name: name.clone(), known: None }]);
-            let failure = AdapterFailure::Unknown(name.clone());
+            assert_eq!(residency.take_orders(), [LoadOrder { adapter: name.clone(), known: None }]);
+            let failure = AdapterFailure::Unknown(name.to_string());
             let outcome = LoadOutcome::Failed { version: None, failure: failure.clone() };
-            residency.loaded(Loaded { name: name.clone(), outcome });
+            residency.loaded(Loaded { adapter: name.clone(), outcome });
             assert_eq!(residency.standing(&name, now, now), Standing::Failed(failure));
         }
         assert_eq!(residency.settled.len(), REMEMBERED_FAILURES);

@@ -23,12 +23,12 @@ pub(crate) struct Schedule {
 }
 
 /// What of a sequence runs next. Where its ends are depends on the sequence alone, so that what is computed does too: chunks of
-/// the prompt, then, after a pre-emption, chunks of what was generated. `adapted` is where an adapter begins to act that doesn't act
-/// everywhere, so that a piece has one adapter or none.
-fn next_range(prompt: usize, tokens: usize, adapted: Option<usize>, computed: usize, chunk: usize) -> Range<usize> {
+/// the prompt, then, after a pre-emption, chunks of what was generated. `change` is where another adapter begins to act than on the first
+/// of them, so that a piece has one adapter or none.
+fn next_range(prompt: usize, tokens: usize, change: Option<usize>, computed: usize, chunk: usize) -> Range<usize> {
     let (start, end) = if computed < prompt { (0, prompt) } else { (prompt, tokens) };
     let boundary = start + ((computed - start) / chunk + 1) * chunk;
-    let end = adapted.filter(|from| *from > computed).map_or(end, |from| end.min(from));
+    let end = change.map_or(end, |change| end.min(change));
     computed..boundary.min(end)
 }
 
@@ -50,8 +50,8 @@ pub(crate) fn plan(
         // It may have made room for an older one.
         let Some(sequence) = running.get(&request) else { continue };
         let (prompt, tokens) = (sequence.sequence.prompt(), sequence.sequence.tokens().len());
-        let adapted = sequence.adapter.map(|adapter| adapter.from);
-        let range = next_range(prompt, tokens, adapted, sequence.computed, chunk_tokens);
+        let change = sequence.adapters.next_change(sequence.computed);
+        let range = next_range(prompt, tokens, change, sequence.computed, chunk_tokens);
         let decodes = range.len() == 1 && range.start >= prompt;
         if !make_room(running, cache, request, range.end, &mut schedule.preempted) {
             continue;
@@ -97,11 +97,12 @@ mod tests {
 
     #[test]
     fn chunks_end_where_the_sequence_says() {
-        let ranges = |prompt, tokens, adapted| {
+        let ranges = |prompt, tokens, change: Option<usize>| {
             let mut computed = 0;
             std::iter::from_fn(move || {
                 (computed < tokens).then(|| {
-                    let range = next_range(prompt, tokens, adapted, computed, 4);
+                    let next = change.filter(|change| *change > computed);
+                    let range = next_range(prompt, tokens, next, computed, 4);
                     computed = range.end;
                     range
                 })

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::time::Instant;
 
 use crate::cache::Blocks;
+use crate::composition::AdapterChoice;
 use crate::decoder::{AdapterContent, AdapterFacts, AdapterId};
 use crate::grammar::Position;
 use crate::limits::Accepted;
@@ -12,6 +13,7 @@ use crate::request::{Event, FinishReason, LogProbabilities, Request, RequestErro
 use crate::rules::Reshaper;
 use crate::sample::{LogitsError, Sampler};
 use crate::score::score;
+use crate::spans::Spans;
 use crate::stop::{Found, StopStrings};
 use crate::text::{Reader, Vocabulary};
 
@@ -38,30 +40,38 @@ pub(crate) struct Sequence {
 #[derive(Debug)]
 pub(crate) struct Waiting {
     pub(crate) sequence: Sequence,
-    pub(crate) adapter: WaitingAdapter,
+    pub(crate) adapters: WaitingAdapters,
     /// How many of its tokens have been run before.
     pub(crate) run_before: usize,
 }
 
-/// What a waiting sequence has of its adapter.
+/// What a waiting sequence has of its adapters.
 #[derive(Debug)]
-pub(crate) enum WaitingAdapter {
-    /// Whatever version is the disk's when it begins.
+pub(crate) enum WaitingAdapters {
+    /// Whatever versions are the disk's when it begins.
     Named {
-        name: String,
+        wanted: Vec<Wanted>,
+        /// What acts where, as positions in `wanted`.
+        spans: Spans<usize>,
         arrived: Instant,
-        /// It had to wait for it.
-        missed: bool,
     },
     /// It was pre-empted and keeps what it began with, or needs none.
-    Chosen(Option<AdapterId>),
+    Chosen(Adapted),
+}
+
+/// An adapter that a sequence waits for.
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted {
+    pub(crate) adapter: AdapterChoice,
+    /// It had to be waited for.
+    pub(crate) missed: bool,
 }
 
 /// A sequence that runs.
 #[derive(Debug)]
 pub(crate) struct Running {
     pub(crate) sequence: Sequence,
-    pub(crate) adapter: Option<Adapted>,
+    pub(crate) adapters: Adapted,
     /// How many of its tokens the decoder holds.
     pub(crate) computed: usize,
     /// The most of them that were ever run.
@@ -69,55 +79,83 @@ pub(crate) struct Running {
     pub(crate) blocks: Blocks,
 }
 
-/// The adapter of a sequence.
-#[derive(Clone, Copy, Debug)]
+/// The adapters of a sequence, all of them resident as long as it runs.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Adapted {
-    pub(crate) id: AdapterId,
+    /// Each once.
+    pub(crate) ids: Vec<AdapterId>,
+    acting: Spans<Acting>,
+}
+
+/// An adapter and what it holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Acting {
+    id: AdapterId,
     content: AdapterContent,
-    /// The first token that it acts on.
-    pub(crate) from: usize,
 }
 
 impl Adapted {
-    /// An adapter for a sequence with this prompt. An activated one acts from the last occurrence of its invocation on, as PEFT has
-    /// it, and where there is none not at all.
-    pub(crate) fn new(id: AdapterId, facts: &AdapterFacts, prompt: &[u32]) -> Self {
-        let from = match facts.invocation.as_deref() {
-            None => 0,
-            // Nothing is in no place.
-            Some([]) => usize::MAX,
-            Some(invocation) => {
-                prompt.windows(invocation.len()).rposition(|tokens| tokens == invocation).unwrap_or(usize::MAX)
+    /// The adapters of a sequence with this prompt, and where each acts, as positions in `adapters`. An activated one acts from the last
+    /// occurrence of its invocation in its span of the prompt on, as PEFT has it, and where there is none not at all.
+    pub(crate) fn new(adapters: &[(AdapterId, &AdapterFacts)], spans: &Spans<usize>, prompt: &[u32]) -> Self {
+        let mut runs = Vec::new();
+        for (start, own) in spans.runs() {
+            let Some((id, facts)) = own.and_then(|own| adapters.get(*own)) else {
+                runs.push((start, None));
+                continue;
+            };
+            let end = spans.next_change(start).map_or(prompt.len(), |end| end.min(prompt.len()));
+            let acting = Some(Acting { id: *id, content: facts.content });
+            match facts.invocation.as_deref() {
+                None => runs.push((start, acting)),
+                Some(invocation) => {
+                    runs.push((start, None));
+                    let own = prompt.get(start..end).unwrap_or_default();
+                    // Nothing is in no place.
+                    let invoked = (!invocation.is_empty())
+                        .then(|| own.windows(invocation.len()).rposition(|tokens| tokens == invocation));
+                    runs.extend(invoked.flatten().map(|at| (start + at, acting)));
+                }
             }
-        };
-        Self { id, content: facts.content, from }
+        }
+        Self { ids: adapters.iter().map(|(id, _)| *id).collect(), acting: Spans::of_runs(runs) }
     }
 
     /// Tokens with what they are computed with, those of a sequence from `first` on.
-    pub(crate) fn rows(adapter: Option<&Self>, first: usize, tokens: &[u32]) -> Vec<Row> {
-        let row = |(position, token): (usize, &u32)| {
-            let acting = adapter.filter(|adapter| position >= adapter.from);
-            Row { token: *token, adapter: acting.map(|adapter| adapter.content) }
+    pub(crate) fn rows(&self, first: usize, tokens: &[u32]) -> Vec<Row> {
+        let row = |(position, token): (usize, &u32)| Row {
+            token: *token,
+            adapter: self.acting.at(position).map(|acting| acting.content),
         };
         (first..).zip(tokens).map(row).collect()
+    }
+
+    /// The adapter that acts on the token at a position.
+    pub(crate) fn at(&self, position: usize) -> Option<AdapterId> {
+        self.acting.at(position).map(|acting| acting.id)
+    }
+
+    /// Where each run starts, and what acts on it.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = (usize, Option<AdapterId>)> {
+        self.acting.runs().map(|(start, acting)| (start, acting.map(|acting| acting.id)))
+    }
+
+    /// Where another begins to act than on the token at a position.
+    pub(crate) fn next_change(&self, position: usize) -> Option<usize> {
+        self.acting.next_change(position)
     }
 }
 
 impl Running {
     /// Its tokens at these positions with what they are computed with.
     pub(crate) fn rows(&self, positions: std::ops::Range<usize>) -> Vec<Row> {
-        Adapted::rows(self.adapter.as_ref(), positions.start, &self.sequence.tokens()[positions])
-    }
-
-    /// The adapter that acts on its token at a position.
-    pub(crate) fn adapter_at(&self, position: usize) -> Option<AdapterId> {
-        self.adapter.filter(|adapter| position >= adapter.from).map(|adapter| adapter.id)
+        self.adapters.rows(positions.start, &self.sequence.tokens()[positions])
     }
 }
 
 impl Waiting {
     pub(crate) fn new(request: Accepted, context_length: usize, vocabulary: &Vocabulary, arrived: Instant) -> Self {
-        let Request { prompt, adapter, sampling, rules, grammar, stop, log_probabilities } = request.into_request();
+        let Request { prompt, adapters, sampling, rules, grammar, stop, log_probabilities } = request.into_request();
         let sequence = Sequence {
             prompt: prompt.len(),
             most: prompt.len().saturating_add(stop.max_tokens as usize).min(context_length),
@@ -131,11 +169,18 @@ impl Waiting {
             log_probabilities,
             scored: 1,
         };
-        let adapter = match adapter {
-            Some(name) => WaitingAdapter::Named { name, arrived, missed: false },
-            None => WaitingAdapter::Chosen(None),
+        let mut wanted: Vec<Wanted> = Vec::new();
+        let spans = adapters.map(|adapter| {
+            wanted.iter().position(|known| known.adapter == *adapter).unwrap_or_else(|| {
+                wanted.push(Wanted { adapter: adapter.clone(), missed: false });
+                wanted.len() - 1
+            })
+        });
+        let adapters = match wanted.is_empty() {
+            false => WaitingAdapters::Named { wanted, spans, arrived },
+            true => WaitingAdapters::Chosen(Adapted::default()),
         };
-        Self { sequence, adapter, run_before: 0 }
+        Self { sequence, adapters, run_before: 0 }
     }
 }
 

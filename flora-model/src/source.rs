@@ -13,7 +13,7 @@ use flora_adapters::adapted::numbers;
 use flora_adapters::{AdaptedModel, BaseForm, Layers, RegisterError, StoreError};
 use flora_checkpoint::peft::{AdapterFiles, FolderVersion};
 use flora_checkpoint::{AdapterFolder, Model};
-use flora_engine::{AdapterContent, AdapterFacts, AdapterFailure, AdapterSource, Read, Unread};
+use flora_engine::{AdapterContent, AdapterFacts, AdapterFailure, AdapterSource, Composition, Read, Unread};
 use flora_plan::layer::Element;
 
 const CONFIG: &str = "adapter_config.json";
@@ -231,9 +231,21 @@ impl AdapterSource for AdapterDirectory {
         self.read(name, &self.path(name)?)
     }
 
+    fn compose(&self, composition: &Composition) -> Result<Read<PreparedAdapter>, Unread> {
+        self.sum(composition)
+    }
+
     fn facts(prepared: &PreparedAdapter) -> AdapterFacts {
         prepared.facts()
     }
+}
+
+/// A part of a composition.
+struct Part {
+    weight: f64,
+    version: u64,
+    content: u128,
+    folder: AdapterFolder,
 }
 
 impl AdapterDirectory {
@@ -260,6 +272,41 @@ impl AdapterDirectory {
         Ok(Read { version, prepared: PreparedAdapter { content, invocation, ..prepared } })
     }
 }
+
+impl AdapterDirectory {
+    /// Reads, checks and folds the parts of a composition into one adapter.
+    fn sum(&self, composition: &Composition) -> Result<Read<PreparedAdapter>, Unread> {
+        let name = composition.to_string();
+        let mut parts = Vec::with_capacity(composition.parts().len());
+        for (own, weight) in composition.parts() {
+            let failed = |error: &dyn std::error::Error| unusable(own, error);
+            let files = AdapterFiles::read(&self.path(own)?).map_err(|error| failed(&error))?;
+            let parsed = AdapterFolder::parse_activated(&files, self.layers.kinds());
+            let (mut folder, invocation) = parsed.map_err(|error| failed(&error))?;
+            if invocation.is_some() {
+                return Err(failed(&ActivatedPartError).into());
+            }
+            own.clone_into(&mut folder.name);
+            parts.push(Part { weight, version: files.version().digest(), content: files.content(), folder });
+        }
+        let mut versions = parts.iter().map(|part| part.version);
+        let version = composition.version(|_| versions.next().ok_or_else(|| AdapterFailure::Unknown(name.clone())))?;
+        let content =
+            AdapterContent(AdapterFiles::content_of_sum(parts.iter().map(|part| (part.weight, part.content))));
+        let weighted: Vec<_> = parts.iter().map(|part| (part.weight, &part.folder)).collect();
+        let adapted = self
+            .layers
+            .compose(&weighted, &self.model, self.base)
+            .map_err(|error| Unread { version: Some(version), failure: unusable(&name, &error) })?;
+        let prepared = PreparedAdapter::new(name, adapted, self.element);
+        Ok(Read { version, prepared: PreparedAdapter { content, ..prepared } })
+    }
+}
+
+/// A part of a sum that doesn't act everywhere.
+#[derive(Debug, thiserror::Error)]
+#[error("it is activated by `alora_invocation_tokens`, and a part of a sum acts on every token; ask for it by itself")]
+struct ActivatedPartError;
 
 /// What an activated adapter may not have: PEFT would have it act on all tokens.
 #[derive(Debug, thiserror::Error)]

@@ -1,9 +1,10 @@
 //! From what a client asks to the engine's requests, one for each choice.
 
-use flora_engine::{Grammar, LogProbabilities, Request, StopAt};
+use flora_engine::{AdapterChoice, AdapterSpans, Grammar, LogProbabilities, Request, Span, Spans, StopAt};
 
+use crate::adapters::SpanField;
 use crate::app::App;
-use crate::chat::Chat;
+use crate::chat::{Chat, Next};
 use crate::completions::{Completions, Length, Prompt};
 use crate::error::ApiError;
 use crate::parameters::{MostTokens, Parameters};
@@ -33,6 +34,7 @@ pub(crate) struct Echo {
 /// A prompt that was read.
 struct ReadPrompt {
     tokens: Vec<u32>,
+    adapters: AdapterSpans,
     echo: Option<Echo>,
 }
 
@@ -52,7 +54,18 @@ impl Asked {
         parameters: &Parameters,
         grammar: Option<Grammar>,
     ) -> Result<Vec<Planned>, ApiError> {
-        let adapter = app.adapter(&parameters.model)?;
+        let model = app.adapter(&parameters.model)?;
+        let own = match &parameters.adapter {
+            None => model.map(AdapterChoice::from),
+            Some(adapter) if model.is_none() => adapter.choice(app)?,
+            Some(_) => {
+                let message = format!(
+                    "adapter says what acts on the base model, and `model` names an adapter already; let it be `{}`",
+                    app.model()
+                );
+                return Err(ApiError::invalid("adapter", message));
+            }
+        };
         let prompts = match &self {
             Self::Completions(completions) => completions.prompts.len(),
             Self::Chat(_) => 1,
@@ -67,12 +80,16 @@ impl Asked {
         }
         let context = app.engine().limits().most_tokens();
         let mut requests = Vec::with_capacity(prompts * parameters.n);
-        let reader = app.text().reader(adapter)?;
+        // A sum has no chat template of its own.
+        let reader = app.text().reader(match &own {
+            Some(AdapterChoice::Named(name)) => Some(name),
+            Some(AdapterChoice::Composed(_)) | None => None,
+        })?;
         let mut stop_tokens = if parameters.ignore_eos { Vec::new() } else { reader.stop_tokens() };
         stop_tokens.extend(&parameters.stop_tokens);
         let (length, log_probabilities) = self.told();
-        let prompts = self.prompts(&reader)?;
-        for ReadPrompt { tokens: prompt, echo } in prompts {
+        let prompts = self.prompts(app, &reader, own.as_ref())?;
+        for ReadPrompt { tokens: prompt, adapters, echo } in prompts {
             // Room for one token at least, where one is generated.
             let room = context.saturating_sub(usize::from(length.is_some()));
             let (tokens, limit) = (prompt.len(), limits.prompt_tokens.min(room));
@@ -83,7 +100,7 @@ impl Asked {
             requests.extend((0..parameters.n).map(|choice| {
                 let request = Request {
                     prompt: prompt.clone(),
-                    adapter: adapter.map(str::to_owned),
+                    adapters: adapters.clone(),
                     sampling: parameters.draw.choice(choice),
                     rules: parameters.rules.clone(),
                     grammar: grammar.clone(),
@@ -111,30 +128,57 @@ impl Asked {
         }
     }
 
-    /// The prompts as tokens.
-    fn prompts(self, reader: &Reader<'_>) -> Result<Vec<ReadPrompt>, ApiError> {
+    /// The prompts as tokens, each with its adapters: `own` where it names no other.
+    fn prompts(self, app: &App, reader: &Reader<'_>, own: Option<&AdapterChoice>) -> Result<Vec<ReadPrompt>, ApiError> {
         match self {
-            Self::Completions(Completions { prompts, length, .. }) => {
+            Self::Completions(Completions { prompts, spans, length, .. }) => {
                 let gives_back = !matches!(length, Length::Text(_));
                 let read = |prompt| {
-                    let (tokens, text) = match prompt {
+                    let wrong = |error| ApiError::invalid("prompt", error);
+                    let whole = || AdapterSpans::whole(own.cloned());
+                    let (tokens, adapters, text) = match prompt {
+                        Prompt::Text(said) if spans.is_empty() => {
+                            (reader.prompt(&said).map_err(wrong)?, whole(), gives_back.then_some(said))
+                        }
                         Prompt::Text(said) => {
-                            let tokens = reader.prompt(&said).map_err(|error| ApiError::invalid("prompt", error))?;
-                            (tokens, gives_back.then_some(said))
+                            let (tokens, characters) = reader.prompt_places(&said).map_err(wrong)?;
+                            let length = ("characters", said.chars().count());
+                            let token = |from: usize| characters.partition_point(|character| *character < from);
+                            let adapters = SpanField::place(&spans, app, own.cloned(), length, token)?;
+                            (tokens, adapters, gives_back.then_some(said))
                         }
                         Prompt::Tokens(tokens) => {
+                            let length = ("tokens", tokens.len());
+                            let adapters = SpanField::place(&spans, app, own.cloned(), length, |token| token)?;
                             let text = gives_back.then(|| reader.decode(&tokens));
-                            (tokens, text)
+                            (tokens, adapters, text)
                         }
                     };
                     let first = tokens.first().copied();
-                    Ok(ReadPrompt { tokens, echo: text.map(|text| Echo { text, first }) })
+                    Ok(ReadPrompt { tokens, adapters, echo: text.map(|text| Echo { text, first }) })
                 };
                 prompts.into_iter().map(read).collect()
             }
-            Self::Chat(Chat { conversation, .. }) => {
-                let tokens = reader.chat(&conversation).map_err(|error| ApiError::invalid("messages", error))?;
-                Ok(vec![ReadPrompt { tokens, echo: None }])
+            Self::Chat(Chat { conversation, adapters, .. }) => {
+                let wrong = |error| ApiError::invalid("messages", error);
+                if adapters.iter().all(Option::is_none) {
+                    let tokens = reader.chat(&conversation).map_err(wrong)?;
+                    return Ok(vec![ReadPrompt { tokens, adapters: AdapterSpans::whole(own.cloned()), echo: None }]);
+                }
+                let (tokens, places) = reader.chat_places(&conversation).map_err(wrong)?;
+                let goes_on = |index: usize| conversation.next == Next::Rest && index + 1 == places.len();
+                let mut spans = Vec::new();
+                for (index, (adapter, place)) in adapters.iter().zip(&places).enumerate() {
+                    let Some(adapter) = adapter else { continue };
+                    let adapter = adapter.choice(app)?;
+                    // What goes on with a message's words goes on with its adapter.
+                    let end = if goes_on(index) { None } else { Some(place.end) };
+                    if end.is_none_or(|end| place.start < end) {
+                        spans.push(Span { start: place.start, end, adapter });
+                    }
+                }
+                let adapters = Spans::new(own.cloned(), spans).map_err(|error| wrong(error.to_string()))?;
+                Ok(vec![ReadPrompt { tokens, adapters, echo: None }])
             }
         }
     }

@@ -4,6 +4,7 @@ pub use flora_tokenizer::Next;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::adapters::AdapterField;
 use crate::body::{Object, fields};
 use crate::error::ApiError;
 use crate::fields::check_chat;
@@ -13,6 +14,8 @@ use crate::parameters::{MostTokens, alternatives};
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Chat {
     pub(crate) conversation: Conversation,
+    /// What acts on the words of each message, where that is said.
+    pub(crate) adapters: Vec<Option<AdapterField>>,
     /// Where the request says so.
     pub(crate) max_tokens: Option<MostTokens>,
     /// Alternatives of each token whose log-probability is told.
@@ -166,7 +169,9 @@ impl Chat {
                 return Err(ApiError::invalid("top_logprobs", "top_logprobs needs logprobs to be true"));
             }
         };
-        Ok(Self { conversation, max_tokens, logprobs })
+        let adapters = (0..conversation.messages.len()).map(|index| message_adapter(index, body));
+        let adapters = adapters.collect::<Result<_, _>>()?;
+        Ok(Self { conversation, adapters, max_tokens, logprobs })
     }
 
     /// The conversation of a body whose fields are known.
@@ -184,6 +189,17 @@ impl Chat {
         let next = next(fields.add_generation_prompt, fields.continue_final_message)?;
         Ok(Conversation { messages, next, variables })
     }
+}
+
+/// The adapter of a message, where it has one.
+fn message_adapter(index: usize, body: &Value) -> Result<Option<AdapterField>, ApiError> {
+    let message = &body["messages"][index];
+    let param = format!("messages[{index}].adapter");
+    let adapter = AdapterField::parse(&message["adapter"], &param)?;
+    if adapter.is_some() && message["content"].is_null() {
+        return Err(ApiError::invalid(&param, format!("{param} is of a message without content; leave it out")));
+    }
+    Ok(adapter)
 }
 
 fn message(index: usize, fields: MessageFields) -> Result<Message, ApiError> {

@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::adapters::SpanField;
 use crate::body::fields;
 use crate::error::ApiError;
 use crate::fields::check_completions;
@@ -12,10 +13,12 @@ use crate::parameters::{MostTokens, alternatives};
 const MAX_TOKENS: MostTokens = MostTokens::Count(16);
 
 /// Texts to go on with.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Completions {
     /// At least one.
     pub(crate) prompts: Vec<Prompt>,
+    /// Parts of the prompt, which is one then.
+    pub(crate) spans: Vec<SpanField>,
     pub(crate) length: Length,
     /// Alternatives of each token whose log-probability is told.
     pub(crate) logprobs: Option<u32>,
@@ -78,6 +81,11 @@ impl Completions {
         if prompts.is_empty() {
             return Err(ApiError::invalid("prompt", "prompt is an empty array"));
         }
+        let spans = SpanField::parse(&body["adapter_spans"])?;
+        if !spans.is_empty() && prompts.len() > 1 {
+            let message = "adapter_spans needs a single prompt; ask for each prompt by itself";
+            return Err(ApiError::invalid("adapter_spans", message));
+        }
         let logprobs = match fields.logprobs {
             None | Some(Logprobs::Flag(false)) => None,
             Some(Logprobs::Flag(true)) => {
@@ -91,7 +99,7 @@ impl Completions {
             (true, value) => Length::EchoAndText(most(value)?),
             (false, value) => Length::Text(most(value)?),
         };
-        Ok(Self { prompts, length, logprobs })
+        Ok(Self { prompts, spans, length, logprobs })
     }
 }
 
@@ -111,7 +119,7 @@ mod tests {
         ] {
             let parsed = Completions::parse(&json!({"prompt": prompt})).unwrap();
             let length = Length::Text(MostTokens::Count(16));
-            assert_eq!(parsed, Completions { prompts: expected, length, logprobs: None });
+            assert_eq!(parsed, Completions { prompts: expected, spans: Vec::new(), length, logprobs: None });
         }
         for prompt in [json!(null), json!(1), json!([]), json!(["a", 1]), json!([-1]), json!([1.5]), json!({"a": 1})] {
             let error = Completions::parse(&json!({"prompt": prompt})).unwrap_err();

@@ -40,6 +40,8 @@ pub(crate) enum ApiError {
     Method,
     #[error("the model `{0}` does not exist")]
     UnknownModel(String),
+    #[error("{param}: there is no adapter `{name}`")]
+    UnknownAdapter { param: String, name: String },
     #[error(transparent)]
     Engine(RequestError),
     #[error(transparent)]
@@ -68,7 +70,7 @@ impl ApiError {
             Self::Slow(_) => StatusCode::REQUEST_TIMEOUT,
             Self::Cut | Self::Json(_) | Self::Invalid { .. } | Self::LongPrompt { .. } => StatusCode::BAD_REQUEST,
             Self::NoKey | Self::WrongKey => StatusCode::UNAUTHORIZED,
-            Self::UnknownPath | Self::UnknownModel(_) => StatusCode::NOT_FOUND,
+            Self::UnknownPath | Self::UnknownModel(_) | Self::UnknownAdapter { .. } => StatusCode::NOT_FOUND,
             Self::Method => StatusCode::METHOD_NOT_ALLOWED,
             Self::Engine(RequestError::Invalid(_)) => StatusCode::BAD_REQUEST,
             Self::Engine(RequestError::QueueFull { .. }) => StatusCode::TOO_MANY_REQUESTS,
@@ -102,6 +104,7 @@ impl ApiError {
             | Self::Invalid { .. }
             | Self::LongPrompt { .. }
             | Self::UnknownModel(_)
+            | Self::UnknownAdapter { .. }
             | Self::Engine(_)
             | Self::Update(_)
             | Self::TimedOut(_)
@@ -115,9 +118,9 @@ impl ApiError {
         match self {
             Self::LongPrompt { .. } => Some("context_length_exceeded"),
             Self::NoKey | Self::WrongKey => Some("invalid_api_key"),
-            Self::UnknownModel(_) | Self::Engine(RequestError::Adapter(AdapterFailure::Unknown(_))) => {
-                Some("model_not_found")
-            }
+            Self::UnknownModel(_)
+            | Self::UnknownAdapter { .. }
+            | Self::Engine(RequestError::Adapter(AdapterFailure::Unknown(_))) => Some("model_not_found"),
             Self::UnknownPath => Some("unknown_url"),
             Self::Engine(RequestError::Adapter(AdapterFailure::Unusable { .. })) => Some("adapter_unusable"),
             Self::Engine(RequestError::QueueFull { .. }) => Some("queue_full"),
@@ -136,6 +139,7 @@ impl ApiError {
     fn param(&self) -> Option<&str> {
         match self {
             Self::Invalid { param, .. } => param.as_deref(),
+            Self::UnknownAdapter { param, .. } => Some(param),
             Self::LongPrompt { .. } => Some("prompt"),
             Self::UnknownModel(_) | Self::Engine(RequestError::Adapter(_)) => Some("model"),
             Self::Update(_) => Some("lora_name"),

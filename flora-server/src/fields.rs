@@ -24,6 +24,8 @@ type Fields = &'static [(&'static str, Fate)];
 /// The fields of both endpoints: OpenAI's, then those that vLLM and llama.cpp add.
 const SHARED: Fields = &[
     ("model", Read),
+    // Ours: an adapter or a sum of several, where `model` is the base model.
+    ("adapter", Read),
     ("n", Read),
     ("temperature", Read),
     ("top_p", Read),
@@ -114,6 +116,8 @@ const SHARED: Fields = &[
 /// The fields of `/v1/completions` alone.
 const COMPLETIONS: Fields = &[
     ("prompt", Read),
+    // Ours: other adapters for parts of it.
+    ("adapter_spans", Read),
     ("logprobs", Read),
     ("echo", Read),
     ("suffix", Refused(&[r#""""#])),
@@ -184,9 +188,16 @@ const STRUCTURED_OUTPUTS: Fields = &[
     ("structural_tag", Refused(&[])),
 ];
 
+/// The fields of a part of a sum of adapters.
+const ADAPTER_PART: Fields = &[("name", Read), ("weight", Read)];
+
+/// The fields of a span of a prompt.
+const SPAN: Fields = &[("start", Read), ("end", Read), ("adapter", Read)];
+
 const MESSAGE: Fields = &[
     ("role", Read),
     ("content", Read),
+    ("adapter", Read),
     ("name", Read),
     ("refusal", Refused(&[])),
     ("annotations", Refused(&["[]"])),
@@ -260,6 +271,16 @@ pub(crate) fn check_load(body: &Value) -> Result<(), ApiError> {
 /// Refuses what a body that unloads an adapter asks for and isn't done.
 pub(crate) fn check_unload(body: &Value) -> Result<(), ApiError> {
     check(body, "", &[UNLOAD])
+}
+
+/// Refuses what a part of a sum of adapters, at `path`, asks for and isn't done.
+pub(crate) fn check_adapter_part(part: &Value, path: &str) -> Result<(), ApiError> {
+    check(part, path, &[ADAPTER_PART])
+}
+
+/// Refuses what a span of a prompt, at `path`, asks for and isn't done.
+pub(crate) fn check_span(span: &Value, path: &str) -> Result<(), ApiError> {
+    check(span, path, &[SPAN])
 }
 
 fn check_messages(body: &Value) -> Result<(), ApiError> {
@@ -342,7 +363,8 @@ mod tests {
 
     #[test]
     fn each_table_names_a_field_once_and_its_values_are_json() {
-        let within = [STREAM_OPTIONS, RESPONSE_FORMAT, NAMED_SCHEMA, STRUCTURED_OUTPUTS, MESSAGE, PART];
+        let within =
+            [STREAM_OPTIONS, RESPONSE_FORMAT, NAMED_SCHEMA, STRUCTURED_OUTPUTS, ADAPTER_PART, SPAN, MESSAGE, PART];
         let alone = within.into_iter().chain([TOKENIZE, DETOKENIZE, LOAD, UNLOAD]).map(|table| vec![table]);
         for tables in [vec![SHARED, COMPLETIONS], vec![SHARED, CHAT]].into_iter().chain(alone) {
             let mut names: Vec<&str> = Vec::new();

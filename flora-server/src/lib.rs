@@ -2,6 +2,7 @@
 //!
 //! [`App`] is one model with its adapters, [`router`] its API as a service, [`serve`] that service on a socket.
 
+mod adapters;
 mod answer;
 mod app;
 mod asked;

@@ -7,6 +7,7 @@ use flora_engine::{LogitRules, Sampling};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::adapters::AdapterField;
 use crate::body::{Object, fields};
 use crate::error::ApiError;
 
@@ -24,6 +25,8 @@ const COLDEST: f32 = 1e-5;
 pub(crate) struct Parameters {
     /// The base model's name or an adapter's.
     pub(crate) model: String,
+    /// What acts where the model is the base model.
+    pub(crate) adapter: Option<AdapterField>,
     /// Choices of each prompt.
     pub(crate) n: usize,
     /// How tokens are drawn.
@@ -134,7 +137,8 @@ impl Parameters {
             }
         };
         let (stop_tokens, ignore_eos) = (fields.stop_token_ids.unwrap_or_default(), fields.ignore_eos.unwrap_or(false));
-        Ok(Self { model: fields.model, n, draw, rules, stop, stop_tokens, ignore_eos, delivery })
+        let adapter = AdapterField::parse(&body["adapter"], "adapter")?;
+        Ok(Self { model: fields.model, adapter, n, draw, rules, stop, stop_tokens, ignore_eos, delivery })
     }
 }
 
@@ -278,6 +282,7 @@ mod tests {
     fn what_is_left_out_or_null_is_as_openai_has_it() {
         let expected = Parameters {
             model: "m".to_owned(),
+            adapter: None,
             n: 1,
             draw: Draw::Random { temperature: 1.0, top_p: 1.0, seed: None },
             rules: LogitRules::default(),
@@ -291,7 +296,7 @@ mod tests {
             "n": null, "temperature": null, "top_p": null, "seed": null, "stop": null, "stream": null,
             "stream_options": null, "presence_penalty": null, "frequency_penalty": null, "logit_bias": null,
             "repetition_penalty": null, "top_k": null, "min_p": null, "stop_token_ids": null, "ignore_eos": null,
-            "min_tokens": null, "user": "someone",
+            "min_tokens": null, "user": "someone", "adapter": null,
         });
         assert_eq!(parse(nulls).unwrap(), expected);
         let nothing = json!({

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -159,11 +160,54 @@ impl Reader<'_> {
         }
     }
 
+    /// The tokens of a prompt, and the character that each one's first byte lies in; a token around the prompt lies at its start or end.
+    pub(crate) fn prompt_places(&self, text: &str) -> Result<(Vec<u32>, Vec<usize>), String> {
+        let (tokens, places) = match &self.text.0 {
+            Source::Functions { prompt, spelled, .. } => {
+                let tokens = prompt(text)?;
+                let mut said = Vec::with_capacity(text.len());
+                let mut places = Vec::with_capacity(tokens.len());
+                for token in &tokens {
+                    places.push(said.len());
+                    said.extend(spelled(*token));
+                }
+                if said != text.as_bytes() {
+                    return Err("its tokens don't spell it, so that no token's place in it is known".to_owned());
+                }
+                (tokens, places)
+            }
+            Source::Tokenizer { tokenizer, .. } => {
+                tokenizer.prompt_places(text, Specials::Parse).map_err(|error| error.to_string())?
+            }
+        };
+        let starts: Vec<usize> = text.char_indices().map(|(start, _)| start).chain([text.len()]).collect();
+        let character = |place: usize| match starts.binary_search(&place) {
+            Ok(character) => character,
+            // Within one.
+            Err(behind) => behind.saturating_sub(1),
+        };
+        Ok((tokens, places.into_iter().map(character).collect()))
+    }
+
+    /// The tokens of a conversation, and which of them are of each message's content.
+    pub(crate) fn chat_places(&self, conversation: &Conversation) -> Result<(Vec<u32>, Vec<Range<usize>>), String> {
+        match &self.text.0 {
+            Source::Functions { .. } => {
+                Err("which tokens are a message's isn't known here; leave `adapter` out of messages".to_owned())
+            }
+            Source::Tokenizer { tokenizer, .. } => {
+                let write = |said: &Said<'_>| tokenizer.conversation_places(self.adapter.template(), said);
+                written(conversation, write).map_err(|error| error.to_string())
+            }
+        }
+    }
+
     pub(crate) fn chat(&self, conversation: &Conversation) -> Result<Vec<u32>, String> {
         match &self.text.0 {
             Source::Functions { chat, .. } => chat(conversation),
             Source::Tokenizer { tokenizer, .. } => {
-                self.written(tokenizer, conversation).map_err(|error| error.to_string())
+                let write = |said: &Said<'_>| tokenizer.conversation(self.adapter.template(), said);
+                written(conversation, write).map_err(|error| error.to_string())
             }
         }
     }
@@ -179,36 +223,32 @@ impl Reader<'_> {
             }
         }
     }
+}
 
-    fn written(
-        &self,
-        tokenizer: &Tokenizer,
-        conversation: &Conversation,
-    ) -> Result<Vec<u32>, flora_tokenizer::ChatError> {
-        let messages: Vec<_> = conversation
-            .messages
-            .iter()
-            .map(|message| SaidMessage {
-                role: match message.role {
-                    Role::System => "system",
-                    Role::User => "user",
-                    Role::Assistant => "assistant",
-                    Role::Tool => "tool",
-                },
-                content: match &message.content {
-                    Content::None => SaidContent::None,
-                    Content::Text(text) => SaidContent::Text(text),
-                    Content::Parts(parts) => SaidContent::Parts(parts),
-                },
-                name: message.name.as_deref(),
-                tool_calls: message.tool_calls.as_ref(),
-                tool_call_id: message.tool_call_id.as_deref(),
-            })
-            .collect();
-        let next = conversation.next;
-        let said = Said { messages: &messages, next, variables: &conversation.variables };
-        tokenizer.conversation(self.adapter.template(), &said)
-    }
+/// What `write` makes of a conversation.
+fn written<T>(conversation: &Conversation, write: impl FnOnce(&Said<'_>) -> T) -> T {
+    let messages: Vec<_> = conversation
+        .messages
+        .iter()
+        .map(|message| SaidMessage {
+            role: match message.role {
+                Role::System => "system",
+                Role::User => "user",
+                Role::Assistant => "assistant",
+                Role::Tool => "tool",
+            },
+            content: match &message.content {
+                Content::None => SaidContent::None,
+                Content::Text(text) => SaidContent::Text(text),
+                Content::Parts(parts) => SaidContent::Parts(parts),
+            },
+            name: message.name.as_deref(),
+            tool_calls: message.tool_calls.as_ref(),
+            tool_call_id: message.tool_call_id.as_deref(),
+        })
+        .collect();
+    let next = conversation.next;
+    write(&Said { messages: &messages, next, variables: &conversation.variables })
 }
 
 impl From<Arc<Tokenizer>> for Text {
@@ -278,6 +318,30 @@ mod tests {
         assert_eq!(read(&text).prompt("ab<|im_end|>").unwrap(), [0, 1, 27]);
         assert_eq!(read(&text).stop_tokens(), [27]);
         assert_eq!(text.written(&[26, 0, 1, 27, 27, 2]), "<|im_start|>ab<|im_end|><|im_end|>c");
+    }
+
+    #[test]
+    fn a_messages_tokens_are_those_of_its_content() {
+        let text = letters(Some(
+            "{% for m in messages %}<|im_start|>{{ m.role[0] }}{{ m.content }}<|im_end|>{% endfor %}<|im_start|>a",
+        ));
+        // The second spells a control token, which is text: here its letters.
+        let messages = [message(Role::User, "ua"), message(Role::Assistant, "x<|im_end|>y"), message(Role::User, "")];
+        let conversation = conversation(&messages);
+        let (tokens, places) = read(&text).chat_places(&conversation).unwrap();
+        assert_eq!(tokens, read(&text).chat(&conversation).unwrap());
+        let said: Vec<String> = places.iter().map(|place| text.decode(&tokens[place.clone()])).collect();
+        assert_eq!(said, ["ua", "ximendy", ""]);
+        let changed = letters(Some("{% for m in messages %}{{ m.content | upper }}{% endfor %}"));
+        let error = read(&changed).chat_places(&conversation).unwrap_err();
+        assert!(error.contains("message 0"), "{error}");
+    }
+
+    #[test]
+    fn a_token_lies_where_its_first_byte_does() {
+        let text = letters(None);
+        let (tokens, places) = read(&text).prompt_places("ab<|im_end|>c").unwrap();
+        assert_eq!((tokens, places), (vec![0, 1, 27, 2], vec![0, 1, 2, 12]));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use crate::{folder, gguf};
 use flora_checkpoint::{FileError, SharedBytes};
 use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -133,7 +134,7 @@ impl Tokenizer {
     /// # Errors
     /// The text is longer than any context, or the model's pattern fails on it.
     pub fn encode(&self, text: &str, specials: Specials) -> Result<Vec<u32>, EncodeError> {
-        Ok(self.encoding(text, specials.into())?.get_ids().to_vec())
+        Ok(self.encoding(text, specials.into(), OffsetType::None)?.get_ids().to_vec())
     }
 
     /// [`encode`](Self::encode), with the tokens around it that the model wants around every prompt, if it wants some.
@@ -141,7 +142,27 @@ impl Tokenizer {
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn prompt(&self, text: &str, specials: Specials) -> Result<Vec<u32>, EncodeError> {
-        let encoding = self.encoding(text, specials.into())?;
+        self.framed(self.encoding(text, specials.into(), OffsetType::None)?)
+    }
+
+    /// [`prompt`](Self::prompt), and for each token where its first byte lies in `text`. A token around the text lies at its start or at its
+    /// end.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn prompt_places(&self, text: &str, specials: Specials) -> Result<(Vec<u32>, Vec<usize>), EncodeError> {
+        let encoding = self.encoding(text, specials.into(), OffsetType::Byte)?;
+        let (own, places) = (encoding.get_ids().to_vec(), places(&encoding));
+        let tokens = self.framed(encoding)?;
+        // Tokens are put around the text, and its own stay as they are.
+        let before = tokens.windows(own.len().max(1)).position(|tokens| tokens == own).unwrap_or(0);
+        let after = tokens.len().saturating_sub(before + own.len());
+        let all = std::iter::repeat_n(0, before).chain(places).chain(std::iter::repeat_n(text.len(), after)).collect();
+        Ok((tokens, all))
+    }
+
+    /// The tokens with those that the model wants around every prompt.
+    fn framed(&self, encoding: Encoding) -> Result<Vec<u32>, EncodeError> {
         match self.frame {
             Frame::Tokens { before, after } => {
                 Ok(before.into_iter().chain(encoding.get_ids().iter().copied()).chain(after).collect())
@@ -153,7 +174,8 @@ impl Tokenizer {
         }
     }
 
-    fn encoding(&self, text: &str, reading: Reading) -> Result<Encoding, EncodeError> {
+    /// Places of tokens in the text are found only where `offsets` says so.
+    fn encoding(&self, text: &str, reading: Reading, offsets: OffsetType) -> Result<Encoding, EncodeError> {
         if text.len() > TEXT_LIMIT {
             return Err(EncodeError::TooLong { found: text.len(), limit: TEXT_LIMIT });
         }
@@ -162,12 +184,12 @@ impl Tokenizer {
             Reading::Text => (&self.without_controls, None),
             Reading::Marked(mark) => (self.inner.get_added_vocabulary(), Some(mark)),
         };
-        let (encoding, has_controls) = guarded(|| self.tokenize(added, text, mark, false))?;
+        let (encoding, has_controls) = guarded(|| self.tokenize(added, text, mark, (false, offsets)))?;
         // A vocabulary may hold control tokens among those for text, where a model finds them.
         if reading == Reading::Controls || !has_controls {
             return Ok(encoding);
         }
-        Ok(guarded(|| self.tokenize(added, text, mark, true))?.0)
+        Ok(guarded(|| self.tokenize(added, text, mark, (true, offsets)))?.0)
     }
 
     /// The library's own steps, and whether control tokens were found in text that is none of `added`. `mark` is taken out of that
@@ -177,7 +199,7 @@ impl Tokenizer {
         added: &AddedVocabulary,
         text: &str,
         mark: Option<char>,
-        apart: bool,
+        (apart, offsets): (bool, OffsetType),
     ) -> tokenizers::Result<(Encoding, bool)> {
         let mut pieces: PreTokenizedString = added.extract_and_normalize(self.inner.get_normalizer(), text);
         if let Some(mark) = mark {
@@ -214,7 +236,7 @@ impl Tokenizer {
             }
             Ok(tokens)
         })?;
-        Ok((pieces.into_encoding(None, 0, OffsetType::None)?, has_controls.get()))
+        Ok((pieces.into_encoding(None, 0, offsets)?, has_controls.get()))
     }
 
     /// Whether `id` is a control token that text can't stand for; the one for unknown text is written for text.
@@ -311,14 +333,45 @@ impl Tokenizer {
         template: Option<&ChatTemplate>,
         conversation: &Conversation<'_>,
     ) -> Result<Vec<u32>, ChatError> {
+        let write = |template: &ChatTemplate, marked: &Conversation<'_>| template.render(marked);
+        let (text, reading) = self.written(template, conversation, write)?;
+        Ok(self.encoding(&text, reading, OffsetType::None)?.get_ids().to_vec())
+    }
+
+    /// [`conversation`](Self::conversation), and which of the tokens are each message's: those whose first byte is one of its content's.
+    ///
+    /// # Errors
+    /// As [`conversation`](Self::conversation), and [`ChatError::Changed`].
+    pub fn conversation_places(
+        &self,
+        template: Option<&ChatTemplate>,
+        conversation: &Conversation<'_>,
+    ) -> Result<(Vec<u32>, Vec<Range<usize>>), ChatError> {
+        let write = |template: &ChatTemplate, marked: &Conversation<'_>| template.render_places(marked);
+        let ((text, contents), reading) = self.written(template, conversation, write)?;
+        let encoding = self.encoding(&text, reading, OffsetType::Byte)?;
+        let places = places(&encoding);
+        let tokens_of = |content: Range<usize>| {
+            places.partition_point(|place| *place < content.start)..places.partition_point(|place| *place < content.end)
+        };
+        Ok((encoding.get_ids().to_vec(), contents.into_iter().map(tokens_of).collect()))
+    }
+
+    /// What `write` makes of the conversation with the template, and how that is to be read.
+    fn written<T>(
+        &self,
+        template: Option<&ChatTemplate>,
+        conversation: &Conversation<'_>,
+        write: impl Fn(&ChatTemplate, &Conversation<'_>) -> Result<T, ChatError>,
+    ) -> Result<(T, Reading), ChatError> {
         let template = template.or(self.template.as_ref()).ok_or(ChatError::NoTemplate)?;
         let controls =
             || (0..).zip(&self.tokens).filter(|(id, _)| self.is_control(*id)).map(|(_, token)| &token.text[..]);
         match Guard::of(controls(), conversation)? {
-            None => Ok(self.encode(&template.render(conversation)?, Specials::Parse)?),
+            None => Ok((write(template, conversation)?, Reading::Controls)),
             Some(guard) => {
-                let text = guard.with(conversation, |marked| template.render(marked))?;
-                Ok(self.encoding(&text, Reading::Marked(guard.mark()))?.get_ids().to_vec())
+                let written = guard.with(conversation, |marked| write(template, marked))?;
+                Ok((written, Reading::Marked(guard.mark())))
             }
         }
     }
@@ -330,6 +383,17 @@ impl Tokenizer {
     pub fn chat(&self, conversation: &Conversation<'_>) -> Result<String, ChatError> {
         self.template.as_ref().ok_or(ChatError::NoTemplate)?.render(conversation)
     }
+}
+
+/// Where each token's first byte lies in the text, in rising order.
+fn places(encoding: &Encoding) -> Vec<usize> {
+    let mut last = 0;
+    let place = |(start, _): &(usize, usize)| {
+        // A token for what isn't in the text has the place of the one before.
+        last = last.max(*start);
+        last
+    };
+    encoding.get_offsets().iter().map(place).collect()
 }
 
 /// Places behind the first character of each of `texts` wherever it occurs in `piece`, in order.

@@ -148,14 +148,29 @@ impl AdapterFiles {
             digest.update((file.as_slice().len() as u64).to_le_bytes());
             digest.update(file.as_slice());
         }
-        let digest: [u8; 32] = digest.finalize().into();
-        u128::from_le_bytes(std::array::from_fn(|at| digest[at]))
+        first_half(digest)
+    }
+
+    /// A digest of a weighted sum: of each part's weight and [`content`](Self::content), in their order. No file has the same.
+    pub fn content_of_sum(parts: impl IntoIterator<Item = (f64, u128)>) -> u128 {
+        let mut digest = Sha256::new();
+        digest.update(b"weighted sum");
+        for (weight, content) in parts {
+            digest.update(weight.to_le_bytes());
+            digest.update(content.to_le_bytes());
+        }
+        first_half(digest)
     }
 
     /// Of the files that were read, whatever is in the folder by now.
     pub fn version(&self) -> FolderVersion {
         self.version
     }
+}
+
+fn first_half(digest: Sha256) -> u128 {
+    let digest: [u8; 32] = digest.finalize().into();
+    u128::from_le_bytes(std::array::from_fn(|at| digest[at]))
 }
 
 /// A folder with its files, all open.

@@ -7,12 +7,13 @@
 use std::time::Instant;
 
 use super::{Core, RequestId};
+use crate::composition::AdapterChoice;
 use crate::decoder::{AdapterFailure, AdapterId, Decoder, PlaceError};
 use crate::limits::token_fault;
 use crate::prefix::Found as Prefix;
 use crate::request::RequestError;
 use crate::residency::{Room, Standing};
-use crate::sequence::{Adapted, Running, Waiting, WaitingAdapter};
+use crate::sequence::{Adapted, Running, Waiting, WaitingAdapters, Wanted};
 
 /// One pass over those that wait.
 struct Pass {
@@ -31,16 +32,16 @@ struct Pass {
 
 /// What a waiting request may do.
 enum Turn {
-    /// `begins`: it takes the adapter now, having found it there or not. Otherwise it has all it needs of adapters.
+    /// `begins`: it takes its adapters now, having found them there or not. Otherwise it has all it needs of adapters.
     Enter {
-        adapter: Option<AdapterId>,
-        begins: Option<Found>,
+        adapted: Adapted,
+        begins: Option<Vec<Found>>,
     },
     Wait,
     Fail(AdapterFailure),
 }
 
-/// How a request came to its adapter.
+/// How a request came to an adapter.
 #[derive(Clone, Copy)]
 enum Found {
     Resident,
@@ -58,19 +59,20 @@ impl<D: Decoder> Core<D> {
             place_is_waited_for: false,
             protected: Vec::new(),
         };
+        self.residency.begin_pass();
         let requests: Vec<RequestId> = self.waiting.keys().copied().collect();
         for request in requests {
             let turn = self.turn(request, &mut pass);
-            if let Turn::Enter { adapter, begins: Some(_) } = turn
-                && let Some(fault) = self.unknown_token(request, adapter)
+            if let Turn::Enter { adapted, begins: Some(_) } = &turn
+                && let Some(fault) = self.unknown_token(request, adapted)
             {
                 self.fail(request, RequestError::Invalid(fault));
                 continue;
             }
             match turn {
                 Turn::Enter { begins: Some(_), .. } if pass.place_is_waited_for => {}
-                Turn::Enter { adapter, begins } if pass.has_room => {
-                    pass.has_room = self.enter(request, adapter, begins);
+                Turn::Enter { adapted, begins } if pass.has_room => {
+                    pass.has_room = self.enter(request, adapted, begins);
                     pass.changed |= pass.has_room;
                 }
                 Turn::Enter { .. } | Turn::Wait => {}
@@ -82,92 +84,140 @@ impl<D: Decoder> Core<D> {
 
     fn turn(&mut self, request: RequestId, pass: &mut Pass) -> Turn {
         let Some(waiting) = self.waiting.get_mut(&request) else { return Turn::Wait };
-        let (name, arrived, missed) = match &mut waiting.adapter {
-            WaitingAdapter::Chosen(adapter) => return Turn::Enter { adapter: *adapter, begins: None },
-            WaitingAdapter::Named { name, arrived, missed } => (name, *arrived, missed),
+        let (mut wanted, arrived) = match &mut waiting.adapters {
+            WaitingAdapters::Chosen(adapted) => return Turn::Enter { adapted: adapted.clone(), begins: None },
+            WaitingAdapters::Named { wanted, arrived, .. } => (std::mem::take(wanted), *arrived),
         };
-        match self.residency.standing(name, arrived, pass.now) {
-            Standing::Ready(id) => {
-                pass.protected.push(id);
-                let found = if *missed { Found::Loaded } else { Found::Resident };
-                Turn::Enter { adapter: Some(id), begins: Some(found) }
-            }
-            Standing::Checking(id) => {
-                pass.protected.push(id);
-                Turn::Wait
-            }
-            Standing::Failed(failure) => Turn::Fail(failure),
-            Standing::Loading => {
-                *missed = true;
-                Turn::Wait
-            }
-            Standing::Prepared { bytes } => {
-                *missed = true;
-                let all = self.options.adapters.bytes_per_step;
-                if pass.place_is_waited_for || pass.placeable.is_some_and(|left| bytes > left) {
-                    return Turn::Wait;
-                }
-                pass.placeable = Some(pass.placeable.unwrap_or(all).saturating_sub(bytes));
-                let name = name.clone();
-                self.place(&name, pass)
-            }
-        }
+        let found = self.find(&mut wanted, arrived, pass);
+        let Some(waiting) = self.waiting.get_mut(&request) else { return Turn::Wait };
+        let WaitingAdapters::Named { wanted: own, spans, .. } = &mut waiting.adapters else { return Turn::Wait };
+        *own = wanted;
+        let ids = match found {
+            Ok(Some(ids)) => ids,
+            Ok(None) => return Turn::Wait,
+            Err(failure) => return Turn::Fail(failure),
+        };
+        let facts = ids.iter().map(|id| Some((*id, self.residency.facts(*id)?))).collect::<Option<Vec<_>>>();
+        let Some(facts) = facts else { return Turn::Wait };
+        let prompt = &waiting.sequence.tokens()[..waiting.sequence.prompt()];
+        let adapted = Adapted::new(&facts, spans, prompt);
+        let begins = own.iter().map(|wanted| if wanted.missed { Found::Loaded } else { Found::Resident });
+        Turn::Enter { adapted, begins: Some(begins.collect()) }
     }
 
-    /// Places an adapter that is prepared, if there is room.
-    fn place(&mut self, name: &str, pass: &mut Pass) -> Turn {
-        match self.residency.make_room(name, &pass.protected) {
+    /// The adapters that a request wants, where all of them are resident and of the disk's version by now. Those that are prepared are
+    /// placed, if there is room.
+    fn find(
+        &mut self,
+        wanted: &mut [Wanted],
+        arrived: Instant,
+        pass: &mut Pass,
+    ) -> Result<Option<Vec<AdapterId>>, AdapterFailure> {
+        let mut ids: Vec<Option<AdapterId>> = vec![None; wanted.len()];
+        // What of it is on the device stays there while the rest is placed.
+        let mut together = Vec::new();
+        let mut prepared = Vec::new();
+        let mut failure = None;
+        for (index, Wanted { adapter, missed }) in wanted.iter_mut().enumerate() {
+            // All are asked for, so that they are read at the same time.
+            match self.residency.standing(adapter, arrived, pass.now) {
+                Standing::Ready(id) => {
+                    together.push(id);
+                    ids[index] = Some(id);
+                }
+                Standing::Checking(id) => together.push(id),
+                Standing::Failed(reason) => failure = failure.or(Some(reason)),
+                Standing::Loading => *missed = true,
+                Standing::Prepared { bytes } => {
+                    *missed = true;
+                    prepared.push((index, bytes));
+                }
+            }
+        }
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+        if !together.is_empty() {
+            // Who is younger can't have the room that is kept for what is here, and may have read all that is read at a time.
+            for (Wanted { adapter, .. }, _) in wanted.iter().zip(&ids).filter(|(_, id)| id.is_none()) {
+                self.residency.make_way(adapter);
+                self.residency.standing(adapter, arrived, pass.now);
+            }
+        }
+        pass.protected.extend(&together);
+        for (index, bytes) in prepared {
+            let all = self.options.adapters.bytes_per_step;
+            if pass.place_is_waited_for || pass.placeable.is_some_and(|left| bytes > left) {
+                continue;
+            }
+            pass.placeable = Some(pass.placeable.unwrap_or(all).saturating_sub(bytes));
+            ids[index] = self.place(&wanted[index].adapter, &together, pass)?;
+            together.extend(ids[index]);
+        }
+        Ok(ids.into_iter().collect())
+    }
+
+    /// Places an adapter that is prepared, if there is room beside those that the request needs with it.
+    fn place(
+        &mut self,
+        adapter: &AdapterChoice,
+        together: &[AdapterId],
+        pass: &mut Pass,
+    ) -> Result<Option<AdapterId>, AdapterFailure> {
+        match self.residency.make_room(adapter, &pass.protected, together) {
             Room::Now => {}
             Room::Later => {
                 pass.place_is_waited_for = true;
-                return Turn::Wait;
+                return Ok(None);
             }
             Room::Never(failure) => {
-                self.residency.refuse(name, failure.clone());
+                self.residency.refuse(adapter, failure.clone());
                 self.remove_adapters();
-                return Turn::Fail(failure);
+                return Err(failure);
             }
+            // Others may have it by itself.
+            Room::NeverTogether(failure) => return Err(failure),
         }
         self.remove_adapters();
         pass.changed = true;
-        let Some((placement, prepared)) = self.residency.begin(name) else { return Turn::Wait };
-        let turn = match self.decoder.place(placement.id, prepared) {
+        let Some((placement, prepared)) = self.residency.begin(adapter) else { return Ok(None) };
+        let placed = match self.decoder.place(placement.id, prepared) {
             Ok(()) => {
                 let id = self.residency.placed(placement);
                 pass.protected.push(id);
-                Turn::Enter { adapter: Some(id), begins: Some(Found::Loaded) }
+                Ok(Some(id))
             }
             Err(PlaceError::Full(prepared)) => {
                 self.residency.full(placement, prepared);
                 pass.place_is_waited_for = true;
-                Turn::Wait
+                Ok(None)
             }
             Err(PlaceError::Unfit(failure)) => {
                 self.residency.unfit(placement, failure.clone());
-                Turn::Fail(failure)
+                Err(failure)
             }
         };
         self.remove_adapters();
-        turn
+        placed
     }
 
-    /// What is wrong with a prompt for an adapter whose vocabulary is known only now that it is resident.
-    fn unknown_token(&self, request: RequestId, adapter: Option<AdapterId>) -> Option<String> {
-        let tokens = self.waiting.get(&request)?.sequence.tokens();
-        // Those before an activated adapter are the base model's.
-        let from = self.adapted(adapter, tokens).map_or(0, |adapter| adapter.from.min(tokens.len()));
-        token_fault(&tokens[..from], self.decoder.vocabulary(None))
-            .or_else(|| token_fault(tokens, self.decoder.vocabulary(adapter)))
-    }
-
-    /// An adapter for a sequence with this prompt.
-    fn adapted(&self, adapter: Option<AdapterId>, prompt: &[u32]) -> Option<Adapted> {
-        let id = adapter?;
-        Some(Adapted::new(id, self.residency.facts(id)?, prompt))
+    /// What is wrong with a prompt for adapters whose vocabularies are known only now that they are resident.
+    fn unknown_token(&self, request: RequestId, adapted: &Adapted) -> Option<String> {
+        let sequence = &self.waiting.get(&request)?.sequence;
+        let tokens = sequence.tokens();
+        let mut sizes = adapted.runs().map(|(_, adapter)| self.decoder.vocabulary(adapter));
+        let first = sizes.next()?;
+        // What one says is read by the next.
+        if let Some(other) = sizes.find(|size| *size != first) {
+            return Some(format!(
+                "the adapters of its spans have vocabularies of {first} and {other} tokens; a request's have to be of one size"
+            ));
+        }
+        token_fault(0, tokens, first)
     }
 
     /// Moves a request among those that run, if there is room.
-    fn enter(&mut self, request: RequestId, adapter: Option<AdapterId>, begins: Option<Found>) -> bool {
+    fn enter(&mut self, request: RequestId, adapted: Adapted, begins: Option<Vec<Found>>) -> bool {
         let Some(waiting) = self.waiting.get(&request) else { return true };
         if self.running.len() >= self.options.sequences {
             return false;
@@ -175,11 +225,10 @@ impl<D: Decoder> Core<D> {
         // One more than it has, or it might have to make room with its first word.
         let said = waiting.sequence.tokens();
         let tokens = (said.len() + 1).min(waiting.sequence.most());
-        let adapted = self.adapted(adapter, &said[..waiting.sequence.prompt()]);
         // The last token is run whatever is there, and so is a prompt whose logits are asked for.
         let prefix = match said.split_last() {
             Some((_, before)) if self.shares && !waiting.sequence.scores_prompt() => {
-                self.cache.find(&Adapted::rows(adapted.as_ref(), 0, before))
+                self.cache.find(&adapted.rows(0, before))
             }
             _ => Prefix::default(),
         };
@@ -187,14 +236,14 @@ impl<D: Decoder> Core<D> {
         self.forget_blocks();
         let Some((blocks, prefix)) = taken else { return false };
         let Some(Waiting { sequence, run_before, .. }) = self.waiting.remove(&request) else { return true };
-        if let (Some(id), Some(found)) = (adapter, begins) {
-            self.residency.acquire(id, matches!(found, Found::Resident));
+        for (id, found) in adapted.ids.iter().zip(begins.into_iter().flatten()) {
+            self.residency.acquire(*id, matches!(found, Found::Resident));
         }
         let computed = self.resume(request, prefix);
         let prompt = sequence.prompt();
         self.counts.prompt_tokens += computed.min(prompt).saturating_sub(run_before) as u64;
         let run_before = run_before.max(computed);
-        self.running.insert(request, Running { sequence, adapter: adapted, computed, run_before, blocks });
+        self.running.insert(request, Running { sequence, adapters: adapted, computed, run_before, blocks });
         true
     }
 

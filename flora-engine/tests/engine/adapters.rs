@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use flora_engine::{AdapterFailure, AdapterOptions, Options, RequestError, RequestId};
+use flora_engine::{
+    AdapterChoice, AdapterFailure, AdapterOptions, Composition, Options, Request, RequestError, RequestId, Span, Spans,
+};
 
 use crate::support::disk::{Disk, Files};
 use crate::support::drive::{Drive, End};
@@ -34,7 +36,7 @@ impl Drive {
     }
 
     fn version_of(&self, request: RequestId) -> u64 {
-        self.decoder.state().known[&request.sequence()].adapter.as_ref().expect("an adapter").version
+        self.decoder.state().known[&request.sequence()].adapters[0].version
     }
 
     fn failure(&self, request: RequestId) -> &AdapterFailure {
@@ -47,6 +49,59 @@ impl Drive {
     /// The disk is looked at again from now on.
     fn let_time_pass(&mut self) {
         self.now += Duration::from_secs(2);
+    }
+}
+
+/// A request of adapters, one after the other.
+fn of_all(names: &[&str]) -> Request {
+    let span = |(start, name): (usize, &&str)| Span { start, end: Some(start + 1), adapter: Some((*name).into()) };
+    let adapters = Spans::new(None, names.iter().enumerate().map(span)).expect("spans that don't overlap");
+    Request { adapters, ..request(&[1, 2, 3], None, 2) }
+}
+
+#[test]
+fn all_adapters_of_a_request_are_resident_while_it_runs() {
+    let disk = Disk::with(&["ann", "bob", "cat", "dan"]);
+    let mut drive = drive(2, disk.clone());
+    let sum = Composition::new([("cat".to_owned(), 0.5), ("dan".to_owned(), 2.0)]).expect("two parts");
+    for _ in 0..2 {
+        drive.submit(of_all(&["ann", "bob"]));
+        drive.submit(Request { adapters: AdapterChoice::from(sum.clone()).into(), ..request(&[1, 2, 3], None, 2) });
+        drive.submit(of_all(&["cat", "ann"]));
+    }
+    drive.finish();
+    assert_eq!(drive.core.metrics().finished, 6);
+    drive.check_nothing_is_held();
+    let error = drive.core.submit(of_all(&["ann", "bob", "cat"]), drive.now).expect_err("three of two");
+    assert!(error.to_string().contains("3 adapters, and 2 may be resident"), "{error}");
+    // A part that changes is another sum.
+    let reads = disk.reads("dan");
+    disk.write("dan", 1, Files::Good);
+    drive.submit(Request { adapters: AdapterChoice::from(sum).into(), ..request(&[1, 2, 3], None, 2) });
+    drive.finish();
+    assert_eq!(disk.reads("dan"), reads + 1);
+}
+
+#[test]
+fn what_never_fits_together_fails_the_request_alone() {
+    let disk = Disk::default();
+    for (name, bytes) in [("ann", 3), ("bob", 3), ("cat", 1)] {
+        disk.write(name, bytes, Files::Good);
+    }
+    for device in [None, Some(5)] {
+        let bytes = if device.is_some() { 100 } else { 5 };
+        let mut drive = drive_with(AdapterOptions { bytes, ..AdapterOptions::default() }, disk.clone());
+        drive.decoder.state().adapter_capacity = device;
+        let (both, fits) = (drive.submit(of_all(&["ann", "bob"])), drive.submit(of_all(&["bob", "cat"])));
+        drive.finish();
+        let AdapterFailure::Unusable { reason, .. } = drive.failure(both) else { panic!("a reason") };
+        assert!(reason.contains("others of the request"), "{reason}");
+        assert!(matches!(drive.end(fits), End::Finished(..)));
+        for name in ["ann", "bob"] {
+            let alone = drive.serve(name);
+            assert!(matches!(drive.end(alone), End::Finished(..)), "{name}");
+        }
+        drive.check_nothing_is_held();
     }
 }
 
@@ -363,7 +418,7 @@ fn what_nobody_waits_for_is_dropped() {
     drive.core.cancel(gone);
     let next = drive.ask("bob");
     drive.step();
-    assert!(drive.orders.iter().all(|order| order.name == "ann"), "one at a time");
+    assert!(drive.orders.iter().all(|order| order.adapter == AdapterChoice::from("ann")), "one at a time");
     drive.load();
     drive.finish();
     assert!(matches!(drive.end(next), End::Finished(..)));

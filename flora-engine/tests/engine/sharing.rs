@@ -1,6 +1,6 @@
 //! Keys and values that sequences have in common: what they save, and that they change nothing.
 
-use flora_engine::{LogProbabilities, Options, Request, RequestId};
+use flora_engine::{AdapterChoice, LogProbabilities, Options, Request, RequestId, Span, Spans};
 
 use crate::support::decoder::INVOKED;
 use crate::support::disk::{Disk, Files, INVOCATION};
@@ -97,6 +97,38 @@ fn an_activated_adapter_begins_as_the_base_does() {
     // Without one it is the base model.
     let (id, _) = run(&mut drive, request(&before, Some(INVOKED), 3));
     assert_eq!(drive.heard[&id].tokens, alone(request(&before, None, 3), 4, disk).tokens);
+    drive.check_nothing_is_held();
+}
+
+/// Rows are known by what each was computed with, wherever their request's spans end.
+#[test]
+fn spans_share_what_is_computed_alike() {
+    let disk = Disk::with(&["ann", "bob"]);
+    let mut drive = Drive::new(sharing(), disk.clone());
+    let prompt: Vec<u32> = (0..20).map(|token| token * 7 % 11).collect();
+    let span = |start, end, name: Option<&str>| Span { start, end, adapter: name.map(AdapterChoice::from) };
+    let with = |own: Option<&str>, spans: Vec<Span<AdapterChoice>>, max_tokens| {
+        let adapters = Spans::new(own.map(AdapterChoice::from), spans).expect("spans that don't overlap");
+        Request { adapters, ..request(&prompt, None, max_tokens) }
+    };
+    let spanned =
+        |max_tokens| with(None, vec![span(6, Some(11), Some("ann")), span(15, None, Some("bob"))], max_tokens);
+    assert_eq!(run(&mut drive, request(&prompt, None, 1)).1, 20);
+    let (id, computed) = run(&mut drive, spanned(5));
+    assert_eq!(computed, 14 + 4, "what comes before the first span is the base's");
+    assert_eq!(drive.heard[&id], alone(spanned(5), 4, disk.clone()));
+    let first = drive.heard[&id].tokens.clone();
+    assert_ne!(first, alone(with(Some("bob"), vec![], 5), 4, disk.clone()).tokens);
+    assert_eq!(run(&mut drive, spanned(1)).1, 1);
+    // The same rows, said in another way.
+    let otherwise =
+        with(Some("bob"), vec![span(0, Some(6), None), span(6, Some(11), Some("ann")), span(11, Some(15), None)], 5);
+    let (id, _) = run(&mut drive, otherwise);
+    assert_eq!(drive.heard[&id].tokens, first);
+    // An answer may begin with one adapter and go on with another.
+    let changes = with(None, vec![span(18, Some(22), Some("ann"))], 6);
+    let (id, _) = run(&mut drive, changes.clone());
+    assert_eq!(drive.heard[&id], alone(changes, 4, disk));
     drive.check_nothing_is_held();
 }
 

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use flora_checkpoint::Model;
 use flora_engine::{
-    AdapterSource, Core, Event, LoadOutcome, Loaded, LogProbabilities, LogitRules, Options, Request, Sampling,
-    ScoredToken, StopAt, Vocabulary,
+    AdapterSource, AdapterSpans, Core, Event, LoadOutcome, Loaded, LogProbabilities, LogitRules, Options, Request,
+    Sampling, ScoredToken, StopAt, Vocabulary,
 };
 use flora_model::{AdapterDirectory, DeviceModel, ServeOptions};
 use flora_plan::layer::Element;
@@ -17,40 +17,47 @@ use crate::served::golden;
 use crate::{device, is_host};
 
 /// The model behind an engine, with its adapters.
-struct Served {
-    core: Core<DeviceModel>,
+pub(crate) struct Served {
+    pub(crate) core: Core<DeviceModel>,
     source: AdapterDirectory,
 }
 
 /// What a request was told.
 #[derive(Default)]
-struct Heard {
-    prompt: Vec<ScoredToken>,
-    said: Vec<ScoredToken>,
+pub(crate) struct Heard {
+    pub(crate) prompt: Vec<ScoredToken>,
+    pub(crate) said: Vec<ScoredToken>,
+}
+
+impl Heard {
+    pub(crate) fn tokens(&self) -> Vec<u32> {
+        self.said.iter().map(|scored| scored.token).collect()
+    }
 }
 
 impl Served {
-    fn new(options: Options) -> Self {
+    /// With the adapters of a golden folder.
+    pub(crate) fn new(folder: &str, options: Options) -> Self {
         let model = Arc::new(Model::open(&golden("llama_tiny").join("model")).expect("a golden model"));
         let block_tokens = options.block_tokens as u32;
         let serve = ServeOptions { adapter_bytes: 4 << 20, block_tokens, ..ServeOptions::default() };
         let decoder = flora_model::load(&device(), &model, &serve).expect("a decoder of a known family");
-        let folder = golden("llama_alora").join("adapters");
+        let folder = golden(folder).join("adapters");
         let source = AdapterDirectory::new(Some(&folder), &model, Element::F32).expect("built-in layers");
         let core = Core::new(decoder, Arc::new(Vocabulary::new(Vec::new())), options).expect("options that fit");
         Self { core, source }
     }
 
-    fn ask(
+    pub(crate) fn ask(
         &mut self,
         prompt: &[u32],
-        adapter: Option<&str>,
+        adapters: impl Into<AdapterSpans>,
         max_tokens: u32,
         log_probabilities: LogProbabilities,
     ) -> Heard {
         let request = Request {
             prompt: prompt.to_vec(),
-            adapter: adapter.map(str::to_owned),
+            adapters: adapters.into(),
             sampling: Sampling::Greedy,
             rules: LogitRules::default(),
             grammar: None,
@@ -62,10 +69,10 @@ impl Served {
         let mut heard = Heard::default();
         loop {
             for order in self.core.take_orders() {
-                let read = self.source.prepare(&order.name).expect("a golden adapter");
+                let read = self.source.read(&order.adapter).expect("a golden adapter");
                 let (version, prepared) = (read.version, read.prepared);
                 let outcome = LoadOutcome::Prepared { version, facts: prepared.facts(), prepared };
-                self.core.loaded(Loaded { name: order.name, outcome });
+                self.core.loaded(Loaded { adapter: order.adapter, outcome });
             }
             for (_, event) in self.core.step(now) {
                 match event {
@@ -80,7 +87,7 @@ impl Served {
 }
 
 /// ln softmax of transformers' logits after the token at `position`.
-fn log_probability(prompt: &Prompt, position: usize, token: u32) -> f32 {
+pub(crate) fn log_probability(prompt: &Prompt, position: usize, token: u32) -> f32 {
     let logits = &prompt.logits[position * prompt.vocabulary.len()..(position + 1) * prompt.vocabulary.len()];
     let sum: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
     let own =
@@ -94,11 +101,10 @@ fn it_equals_peft() {
     let both = LogProbabilities { generated: Some(0), prompt: Some(0) };
     let said_alone = LogProbabilities { generated: Some(0), prompt: None };
     for prompt in &prompts {
-        let mut served = Served::new(Options { chunk_tokens: 16, ..Options::default() });
+        let mut served = Served::new("llama_alora", Options { chunk_tokens: 16, ..Options::default() });
         let steps = prompt.continuation.len() as u32;
         let heard = served.ask(&prompt.tokens, Some("alora"), steps, both);
-        let tokens = |heard: &Heard| heard.said.iter().map(|scored| scored.token).collect::<Vec<_>>();
-        assert_eq!(tokens(&heard), prompt.continuation, "{}", prompt.name);
+        assert_eq!(heard.tokens(), prompt.continuation, "{}", prompt.name);
         let mut worst = 0.0f32;
         for (position, scored) in heard.prompt.iter().enumerate() {
             let right = log_probability(prompt, position, scored.token);
@@ -110,8 +116,8 @@ fn it_equals_peft() {
         assert_eq!(heard.prompt.len(), prompt.tokens.len() - 1);
 
         // The same over what the base model's requests left, and over its own.
-        let mut served = Served::new(Options { chunk_tokens: 16, ..Options::default() });
-        served.ask(&prompt.tokens, None, 1, LogProbabilities::default());
+        let mut served = Served::new("llama_alora", Options { chunk_tokens: 16, ..Options::default() });
+        served.ask(&prompt.tokens, None::<&str>, 1, LogProbabilities::default());
         let shared = served.ask(&prompt.tokens, Some("alora"), steps, said_alone);
         assert_eq!(shared.said, heard.said, "{}: the bits of what is said", prompt.name);
         let first = served.core.metrics().shared_tokens;

@@ -1,15 +1,15 @@
 //! A real decoder under the engine: what a request says doesn't depend on what else is in its batches. 200 random compositions of
-//! requests with adapters of every kind, which arrive, are cancelled and are pre-empted, each held against the same request alone.
+//! requests with adapters of every kind, sums of them, and spans of both, which arrive, are cancelled and are pre-empted, each held against the same request alone.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use flora_adapters::Layers;
+use flora_adapters::{BaseForm, Layers};
 use flora_checkpoint::{AdapterFolder, AdapterModule, Model, Operand};
 use flora_engine::{
-    AdapterOptions, Core, Event, LoadOutcome, Loaded, LogProbabilities, LogitRules, Metrics, Options, Request,
-    RequestId, Sampling, StopAt, Vocabulary,
+    AdapterChoice, AdapterOptions, AdapterSpans, Composition, Core, Event, LoadOutcome, Loaded, LogProbabilities,
+    LogitRules, Metrics, Options, Request, RequestId, Sampling, Span, Spans, StopAt, Vocabulary,
 };
 use flora_model::{DeviceModel, PreparedAdapter, ServeOptions};
 use flora_plan::layer::Element;
@@ -67,10 +67,53 @@ fn prepared(model: &Model) -> BTreeMap<String, PreparedAdapter> {
         let adapted = adapted.map(|own| (own.path.clone(), random_module(&mut random, layer, rank, own.d, own.k)));
         let folder = AdapterFolder::new(name, kind, adapted.collect());
         let folded = layers.prepare(&folder, model).expect("an adapter of the model's shapes");
-        (name.to_owned(), PreparedAdapter::new(name.to_owned(), folded, Element::F32))
+        (folder, PreparedAdapter::new(name.to_owned(), folded, Element::F32))
     };
-    ADAPTERS.into_iter().map(one).collect()
+    let (folders, prepared): (Vec<_>, Vec<_>) = ADAPTERS.into_iter().map(one).unzip();
+    let composed = SUMS.into_iter().map(|parts| {
+        let folder = |name: &str| folders.iter().find(|folder| folder.name == name).expect("a part");
+        let weighted: Vec<_> = parts.iter().map(|(name, weight)| (*weight, folder(name))).collect();
+        let folded = layers.compose(&weighted, model, BaseForm::default()).expect("parts that are weighted");
+        PreparedAdapter::new(sum(parts).to_string(), folded, Element::F32)
+    });
+    prepared.into_iter().chain(composed).map(|prepared| (prepared.name.clone(), prepared)).collect()
 }
+
+fn sum(parts: &[(&str, f64)]) -> Composition {
+    Composition::new(parts.iter().map(|(name, weight)| ((*name).to_owned(), *weight))).expect("names that differ")
+}
+
+/// One of the adapters, or of the sums.
+fn choice(random: &mut fastrand::Rng) -> AdapterChoice {
+    match random.usize(0..ADAPTERS.len() + SUMS.len()) {
+        index if index < ADAPTERS.len() => ADAPTERS[index].0.into(),
+        index => sum(SUMS[index - ADAPTERS.len()]).into(),
+    }
+}
+
+/// What acts on a request's tokens: one adapter or none for half of them, and up to three with their own spans for the others.
+fn adapters(random: &mut fastrand::Rng) -> AdapterSpans {
+    let own = (random.u8(0..5) > 0).then(|| choice(random));
+    let (mut spans, mut free) = (Vec::new(), random.usize(0..8));
+    for _ in 0..[0, 0, 1, 2][random.usize(0..4)] {
+        let start = free;
+        free = start + random.usize(1..24);
+        let adapter = (random.u8(0..5) > 0).then(|| choice(random));
+        spans.push(Span { start, end: random.bool().then_some(free), adapter });
+        if spans.last().is_some_and(|span| span.end.is_none()) {
+            break;
+        }
+        free += random.usize(0..3);
+    }
+    Spans::new(own, spans).expect("one after the other")
+}
+
+/// Sums of them, over layers that some parts leave alone.
+const SUMS: [&[(&str, f64)]; 3] = [
+    &[("lora", 0.7), ("lora-all", 0.3)],
+    &[("dora", 0.5), ("flora-wide", -0.25), ("lora", 1.5)],
+    &[("ia3-feedforward", 0.5), ("hira", 1.0), ("flora-mean", 0.125)],
+];
 
 /// The model with its adapters at hand.
 struct Bench {
@@ -78,8 +121,8 @@ struct Bench {
     adapters: BTreeMap<String, PreparedAdapter>,
 }
 
-/// What a request said, or that it was cancelled.
-type Said = Option<Vec<u32>>;
+/// What a request said, with the bits of each token's log-probability, or that it was cancelled.
+type Said = Option<Vec<(u32, u32)>>;
 
 impl Bench {
     fn new() -> Self {
@@ -118,17 +161,18 @@ impl Bench {
                 }
             }
             for order in core.take_orders() {
-                let prepared = self.adapters[&order.name].clone();
+                let prepared = self.adapters[&order.adapter.to_string()].clone();
                 let facts = prepared.facts();
                 let outcome = LoadOutcome::Prepared { version: 1, prepared, facts };
-                core.loaded(Loaded { name: order.name, outcome });
+                core.loaded(Loaded { adapter: order.adapter, outcome });
             }
             for (id, event) in core.step(now) {
                 let own = ids.iter().position(|own| *own == Some(id)).expect("an event of a request");
                 match event {
                     Event::Prompt(_) => {}
-                    Event::Text { tokens, .. } => {
-                        said[own].as_mut().expect("one that isn't cancelled").extend(tokens);
+                    Event::Text { scored, .. } => {
+                        let said = said[own].as_mut().expect("one that isn't cancelled");
+                        said.extend(scored.into_iter().map(|own| (own.token, own.log_probability.to_bits())));
                     }
                     Event::Finished { .. } => ended[own] = true,
                     Event::Failed(error) => panic!("{error}"),
@@ -148,25 +192,25 @@ fn vocabulary() -> u32 {
 
 fn request(random: &mut fastrand::Rng, vocabulary: u32) -> Request {
     let prompt = (0..random.usize(1..40)).map(|_| random.u32(0..vocabulary)).collect();
-    let adapter = random.usize(0..ADAPTERS.len() + 2);
     let sampling = match random.u8(0..4) {
         0 => Sampling::Random { temperature: 0.9, top_p: 0.95, seed: random.u64(..) },
         _ => Sampling::Greedy,
     };
     let stop = StopAt { max_tokens: random.u32(1..24), strings: Vec::new(), tokens: Vec::new() };
-    let adapter = ADAPTERS.get(adapter).map(|own| own.0.to_owned());
+    let log_probabilities = LogProbabilities { generated: Some(0), prompt: None };
     Request {
         prompt,
-        adapter,
+        adapters: adapters(random),
         sampling,
         rules: LogitRules::default(),
         stop,
         grammar: None,
-        log_probabilities: LogProbabilities::default(),
+        log_probabilities,
     }
 }
 
-/// Holds random compositions of requests against the same requests alone, without anything in common. Gives their pre-emptions, their
+/// Holds random compositions of requests against the same requests alone, without anything in common: their tokens, and the bits of
+/// these where each token is run once, so that it is always run beside the same of its own sequence. Gives their pre-emptions, their
 /// cancellations, and the tokens that they had in common.
 fn compare(
     requests: &[Request],
@@ -195,7 +239,7 @@ fn compare(
             sequences: random.usize(1..9),
             tokens_per_step: random.usize(24..80),
             cache_tokens: random.usize(cache_tokens.clone()),
-            adapters: AdapterOptions { resident: random.usize(1..6), ..AdapterOptions::default() },
+            adapters: AdapterOptions { resident: random.usize(3..6), ..AdapterOptions::default() },
             ..options.clone()
         };
         let (said, metrics) = bench.run(options.clone(), &crowd);
@@ -204,7 +248,11 @@ fn compare(
         for (position, (own, said)) in chosen.iter().zip(said).enumerate() {
             match said {
                 Some(said) => {
-                    assert_eq!(said, alone[*own], "round {round}, request {position} of {crowd:?} under {options:?}");
+                    let what = || format!("round {round}, request {position} of {crowd:?} under {options:?}");
+                    let tokens = |said: &[(u32, u32)]| said.iter().map(|(token, _)| *token).collect::<Vec<_>>();
+                    assert_eq!(tokens(&said), tokens(&alone[*own]), "{}", what());
+                    let is_run_once = metrics.preemptions == 0 && !options.share_prefixes;
+                    assert!(!is_run_once || said == alone[*own], "the bits in {}", what());
                 }
                 None => cancelled += 1,
             }
@@ -231,6 +279,18 @@ fn what_a_request_says_does_not_depend_on_the_others() {
     // Two of the longest at most.
     let (preemptions, cancelled, _) = compare(&requests, &wide, 64..160, &mut random);
     assert!(!is_host() || preemptions > 20 && cancelled > 20, "the test doesn't test what it is for");
+}
+
+/// Where there is room for all of them, nothing is computed twice.
+#[test]
+fn the_bits_of_what_a_request_says_are_its_own() {
+    let vocabulary = vocabulary();
+    let mut random = fastrand::Rng::with_seed(41);
+    let requests: Vec<_> = (0..rounds().min(40)).map(|_| request(&mut random, vocabulary)).collect();
+    let several = requests.iter().filter(|request| request.adapters.runs().count() > 1).count();
+    let roomy = Options { chunk_tokens: 16, block_tokens: 8, share_prefixes: false, ..Options::default() };
+    let (preemptions, ..) = compare(&requests, &roomy, 4096..4097, &mut random);
+    assert!(preemptions == 0 && (!is_host() || several > 10), "the test doesn't test what it is for");
 }
 
 /// The same of requests that begin alike, some as far as to their answers, so that they have keys and values in common.

@@ -95,8 +95,8 @@ fn ask(handle: &EngineHandle, adapter: &str) -> Option<Vec<u32>> {
     let prompt = vec![5, 80, 3, 17, 90, 41, 9];
     let rules = LogitRules::default();
     let (sampling, log_probabilities) = (Sampling::Greedy, LogProbabilities::default());
-    let request =
-        Request { prompt, adapter: Some(adapter.to_owned()), sampling, rules, stop, grammar: None, log_probabilities };
+    let adapters = Some(adapter).into();
+    let request = Request { prompt, adapters, sampling, rules, stop, grammar: None, log_probabilities };
     let mut stream = handle.submit(request).expect("a request that can be run");
     let mut said = Vec::new();
     loop {

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use flora_checkpoint::Model;
 use flora_engine::{
-    AdapterFailure, AdapterOptions, Engine, EngineHandle, Event, LogProbabilities, LogitRules, Options, Request,
-    RequestError, Sampling, StopAt, Vocabulary,
+    AdapterFailure, AdapterOptions, AdapterSpans, Engine, EngineHandle, Event, LogProbabilities, LogitRules, Options,
+    Request, RequestError, Sampling, StopAt, Vocabulary,
 };
 use flora_model::{AdapterDirectory, ServeOptions};
 
@@ -60,7 +60,7 @@ fn request(random: &mut fastrand::Rng, vocabulary: u32, names: &[String]) -> Req
     let stop = StopAt { max_tokens: random.u32(1..40), strings: vec!["\u{1}never".to_owned()], tokens: Vec::new() };
     Request {
         prompt,
-        adapter,
+        adapters: adapter.into(),
         sampling,
         rules: LogitRules::default(),
         stop,
@@ -118,7 +118,7 @@ fn watch(handle: &EngineHandle, stop: &AtomicBool) -> BTreeMap<bool, Vec<f64>> {
         let forever = StopAt { max_tokens: 64, strings: Vec::new(), tokens: Vec::new() };
         let request = Request {
             prompt: vec![1],
-            adapter: None,
+            adapters: AdapterSpans::default(),
             sampling: Sampling::Greedy,
             rules: LogitRules::default(),
             stop: forever,

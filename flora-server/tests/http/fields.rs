@@ -91,6 +91,7 @@ fn is_object(seen: &Seen) -> bool {
 fn shared() -> Vec<Row> {
     vec![
         ("model", json!("alice"), Changes(json!({"max_tokens": 8}), |_, with| with.text == "aliceabc")),
+        ("adapter", json!("alice"), Changes(json!({"max_tokens": 8}), |_, with| with.text == "aliceabc")),
         ("n", json!(3), Changes(json!({}), |_, with| with.choices == 3)),
         ("temperature", json!(0), Changes(drawn(), |_, with| with.text == "a".repeat(60))),
         ("top_p", json!(0.01), Changes(drawn(), |_, with| with.text == "a".repeat(60))),
@@ -201,6 +202,11 @@ fn shared() -> Vec<Row> {
 fn of_completions() -> Vec<Row> {
     vec![
         ("prompt", json!("xyz"), Changes(json!({}), |_, with| with.text == "xyzxyz")),
+        (
+            "adapter_spans",
+            json!([{"start": 7, "adapter": "alice"}]),
+            Changes(json!({"max_tokens": 8}), |_, with| with.text == "aliceabc"),
+        ),
         ("echo", json!(true), Changes(json!({}), |_, with| with.text == "abcdefghabcdef")),
         (
             "logprobs",

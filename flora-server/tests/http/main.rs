@@ -11,5 +11,6 @@ mod hostile;
 mod logprobs;
 mod model;
 mod replicas;
+mod spans;
 mod structured;
 mod support;

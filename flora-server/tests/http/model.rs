@@ -10,8 +10,8 @@ use std::fmt;
 use std::sync::{Arc, Condvar, Mutex};
 
 use flora_engine::{
-    AdapterContent, AdapterFacts, AdapterFailure, AdapterId, AdapterSource, Decoder, DecoderLimits, PlaceError, Read,
-    SequenceId, StepSegment, Unread, Vocabulary,
+    AdapterContent, AdapterFacts, AdapterFailure, AdapterId, AdapterSource, Composition, Decoder, DecoderLimits,
+    PlaceError, Read, SequenceId, StepSegment, Unread, Vocabulary,
 };
 
 /// The byte that the model takes for the end of a text.
@@ -184,6 +184,12 @@ impl AdapterSource for Names {
     fn prepare(&self, name: &str) -> Result<Read<String>, Unread> {
         Self::check(name)?;
         Ok(Read { version: 0, prepared: name.to_owned() })
+    }
+
+    fn compose(&self, composition: &Composition) -> Result<Read<String>, Unread> {
+        composition.parts().try_for_each(|(name, _)| Self::check(name))?;
+        let version = self.version_of(&composition.clone().into())?;
+        Ok(Read { version, prepared: composition.to_string() })
     }
 
     fn facts(prepared: &String) -> AdapterFacts {

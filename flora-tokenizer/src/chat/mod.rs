@@ -6,6 +6,7 @@
 
 mod guard;
 mod json;
+mod places;
 mod template;
 mod time;
 
@@ -92,6 +93,11 @@ pub enum ChatError {
         "the messages spell control tokens and have all characters from U+10FF00 to U+10FFFD; leave one of them out"
     )]
     Unmarkable,
+    /// The tokens of each message are asked for, and the template doesn't write its content as it is.
+    #[error(
+        "which tokens are message {0}'s can't be told: the model's chat template changes its content, or leaves it out"
+    )]
+    Changed(usize),
     /// The last message is to go on, and the template doesn't leave it whole.
     #[error("the last message can't be continued: {0}")]
     Closed(&'static str),

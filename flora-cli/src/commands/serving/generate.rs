@@ -84,9 +84,9 @@ pub(crate) fn generate(arguments: &Arguments) -> Result<(), CommandError> {
     let mut ends = tokenizer.stop_tokens();
     ends.extend(adapted.end());
     let stop = StopAt { max_tokens: arguments.max_tokens, strings: arguments.stop.clone(), tokens: ends };
-    let adapter = arguments.adapter.clone();
+    let adapters = arguments.adapter.as_deref().into();
     let (rules, log_probabilities) = (LogitRules::default(), LogProbabilities::default());
-    let request = Request { prompt, adapter, sampling, rules, stop, grammar: None, log_probabilities };
+    let request = Request { prompt, adapters, sampling, rules, stop, grammar: None, log_probabilities };
     let began = Instant::now();
     let mut stream = serving.engine.handle().submit(request)?;
     let (mut said, mut tokens, mut first) = (String::new(), Vec::new(), None);

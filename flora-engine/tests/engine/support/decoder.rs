@@ -29,6 +29,8 @@ pub(crate) struct FakeAdapter {
     pub(crate) version: u64,
     pub(crate) bytes: u64,
     pub(crate) fits: bool,
+    /// What it was made of, by names and versions.
+    pub(crate) parts: Vec<(String, u64)>,
 }
 
 /// The decoder; its clones are views of the same device.
@@ -47,8 +49,10 @@ pub(crate) struct State {
     /// Tokens that were run.
     pub(crate) computed: usize,
     pub(crate) adapters: BTreeMap<AdapterId, FakeAdapter>,
-    /// Of every sequence that ever was: its adapter and, once it is known, the length of its prompt.
+    /// Of every sequence that ever was: its adapters and, once it is known, the length of its prompt.
     pub(crate) known: BTreeMap<SequenceId, Known>,
+    /// Sequences whose rows have different adapters, so that a chunk may end anywhere.
+    pub(crate) varying: BTreeSet<SequenceId>,
     /// Bytes of adapters that there is room for.
     pub(crate) adapter_capacity: Option<u64>,
     pub(crate) next_step: NextStep,
@@ -75,7 +79,8 @@ pub(crate) type FakeRow = (u32, Option<(String, u64)>);
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Known {
-    pub(crate) adapter: Option<FakeAdapter>,
+    /// Each once, as they came.
+    pub(crate) adapters: Vec<FakeAdapter>,
     pub(crate) prompt: Option<usize>,
 }
 
@@ -113,11 +118,17 @@ impl State {
         assert!((1..=chunk).contains(&length), "{segment:?}");
         assert!(segment.tokens.iter().all(|token| *token < TOKENS), "{segment:?}");
         let adapter = segment.adapter.map(|id| self.adapters.get(&id).expect("an adapter that was placed").clone());
-        let known = self.known.entry(id).or_insert_with(|| Known { adapter: adapter.clone(), prompt: None });
-        if known.adapter.is_none() && adapter.as_ref().is_some_and(|adapter| adapter.name == INVOKED) {
-            known.adapter = adapter.clone();
+        let varies = self.varying.contains(&id);
+        let own: Vec<FakeAdapter> = adapter.iter().cloned().collect();
+        let known = self.known.entry(id).or_insert_with(|| Known { adapters: own.clone(), prompt: None });
+        for adapter in own.iter().filter(|_| varies) {
+            if known.adapters.iter().all(|known| known.name != adapter.name) {
+                known.adapters.push(adapter.clone());
+            }
         }
-        assert_eq!(known.adapter, adapter, "a sequence keeps its adapter, and the version of it");
+        let keeps =
+            if varies { own.iter().all(|adapter| known.adapters.contains(adapter)) } else { known.adapters == own };
+        assert!(keeps, "a sequence keeps its adapters, and their versions: {own:?} of {known:?}");
         let held = self.sequences.entry(id).or_default();
         let (start, resumed) = (held.rows.len(), held.resumed);
         assert_eq!(start, segment.first_position as usize, "{segment:?}");
@@ -125,7 +136,7 @@ impl State {
         held.rows.extend(segment.tokens.iter().map(|token| (*token, with.clone())));
         self.computed += length;
         assert!(held.rows.len() <= CONTEXT as usize);
-        if known.adapter.as_ref().is_some_and(|adapter| adapter.name == INVOKED) {
+        if varies {
             return;
         }
         if segment.prompt_tokens > 0 {
@@ -260,6 +271,14 @@ impl BlockSharing for FakeDecoder {
         assert!((1..=state.shared[last].len()).contains(&in_last), "{in_last} of the last of {blocks:?}");
         let mut rows: Vec<FakeRow> = blocks.iter().flat_map(|block| state.shared[block].clone()).collect();
         rows.truncate(tokens);
+        for (name, version) in rows.iter().filter_map(|(_, with)| with.as_ref()) {
+            let is_it = |adapter: &&FakeAdapter| (&adapter.name, adapter.version) == (name, *version);
+            let adapter = state.adapters.values().find(is_it).expect("what a sequence begins with is resident").clone();
+            let known = &mut state.known.entry(sequence).or_default().adapters;
+            if !known.contains(&adapter) {
+                known.push(adapter);
+            }
+        }
         let held = Held { rows, shared: tokens / block_tokens, resumed: tokens };
         assert!(state.sequences.insert(sequence, held).is_none(), "a sequence that is held");
     }

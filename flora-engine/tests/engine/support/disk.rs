@@ -1,10 +1,13 @@
 //! Adapters as they would lie on a disk: they change, break, and go.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flora_engine::{
-    AdapterContent, AdapterFacts, AdapterFailure, AdapterSource, LoadOrder, LoadOutcome, Loaded, Read, Unread,
+    AdapterContent, AdapterFacts, AdapterFailure, AdapterSource, Composition, LoadOrder, LoadOutcome, Loaded, Read,
+    Unread,
 };
 
 use super::decoder::{FakeAdapter, INVOKED};
@@ -62,18 +65,18 @@ impl Disk {
 
     /// What a loader would make of an order.
     pub(crate) fn load(&self, order: LoadOrder) -> Loaded<FakeAdapter> {
-        let LoadOrder { name, known } = order;
-        let outcome = match self.version(&name) {
+        let LoadOrder { adapter, known } = order;
+        let outcome = match self.version_of(&adapter) {
             Err(failure) => LoadOutcome::Failed { version: None, failure },
             Ok(version) if known == Some(version) => LoadOutcome::Unchanged,
-            Ok(_) => match self.prepare(&name) {
+            Ok(_) => match self.read(&adapter) {
                 Ok(Read { version, prepared }) => {
                     LoadOutcome::Prepared { version, facts: Self::facts(&prepared), prepared }
                 }
                 Err(Unread { version, failure }) => LoadOutcome::Failed { version, failure },
             },
         };
-        Loaded { name, outcome }
+        Loaded { adapter, outcome }
     }
 }
 
@@ -97,14 +100,30 @@ impl AdapterSource for Disk {
             return Err(Unread { version: Some(stored.version), failure });
         }
         let (version, fits) = (stored.version, stored.state == Files::Good);
-        Ok(Read { version, prepared: FakeAdapter { name: name.into(), version, bytes: stored.bytes, fits } })
+        let (bytes, parts) = (stored.bytes, vec![(name.to_owned(), version)]);
+        Ok(Read { version, prepared: FakeAdapter { name: name.into(), version, bytes, fits, parts } })
+    }
+
+    fn compose(&self, composition: &Composition) -> Result<Read<FakeAdapter>, Unread> {
+        let parts = composition.parts().map(|(name, _)| Ok(self.prepare(name)?.prepared));
+        let parts: Vec<FakeAdapter> = parts.collect::<Result<_, Unread>>()?;
+        let versions: BTreeMap<&str, u64> = parts.iter().map(|part| (&*part.name, part.version)).collect();
+        let Ok(version) = composition.version(|name| Ok::<_, Infallible>(versions[name]));
+        let prepared = FakeAdapter {
+            name: composition.to_string(),
+            version,
+            bytes: parts.iter().map(|part| part.bytes).sum(),
+            fits: parts.iter().all(|part| part.fits),
+            parts: parts.into_iter().flat_map(|part| part.parts).collect(),
+        };
+        Ok(Read { version, prepared })
     }
 
     fn facts(prepared: &FakeAdapter) -> AdapterFacts {
         let FakeAdapter { name, version, bytes, .. } = prepared;
-        // Names are of three letters or four.
-        let letters = name.bytes().fold(0, |content, byte| content << 8 | u128::from(byte));
-        let content = AdapterContent(letters << 64 | u128::from(*version));
+        let mut hasher = DefaultHasher::new();
+        name.hash(&mut hasher);
+        let content = AdapterContent(u128::from(hasher.finish()) << 64 | u128::from(*version));
         let invocation = (name == INVOKED).then(|| INVOCATION.to_vec());
         AdapterFacts { bytes: *bytes, content, invocation }
     }

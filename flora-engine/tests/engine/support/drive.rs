@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use flora_engine::{
-    Core, Event, FinishReason, LoadOrder, Options, Request, RequestError, RequestId, ScoredToken, Usage,
+    AdapterChoice, Core, Event, FinishReason, LoadOrder, Options, Request, RequestError, RequestId, ScoredToken, Usage,
 };
 
-use super::decoder::FakeDecoder;
+use super::decoder::{FakeDecoder, INVOKED};
 use super::disk::Disk;
 use super::vocabulary;
 
@@ -63,7 +63,12 @@ impl Drive {
     }
 
     pub(crate) fn submit(&mut self, request: Request) -> RequestId {
+        let runs = request.adapters.runs().count();
+        let is_invoked = request.adapters.adapters().any(|adapter| *adapter == AdapterChoice::from(INVOKED));
         let id = self.core.submit(request, self.now).expect("a request that can be run");
+        if runs > 1 || is_invoked {
+            self.decoder.state().varying.insert(id.sequence());
+        }
         self.heard.insert(id, Heard::default());
         id
     }

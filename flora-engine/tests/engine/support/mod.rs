@@ -33,7 +33,7 @@ pub(crate) fn options() -> Options {
 pub(crate) fn request(prompt: &[u32], adapter: Option<&str>, max_tokens: u32) -> Request {
     Request {
         prompt: prompt.to_vec(),
-        adapter: adapter.map(String::from),
+        adapters: adapter.into(),
         sampling: Sampling::Greedy,
         rules: LogitRules::default(),
         stop: StopAt { max_tokens, strings: Vec::new(), tokens: Vec::new() },

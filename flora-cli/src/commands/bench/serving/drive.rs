@@ -52,7 +52,7 @@ pub(super) fn drive(engine: &Engine, planned: &[Planned], vocabulary: u32, seed:
                 let stop = StopAt { max_tokens: planned.lengths.output, strings: Vec::new(), tokens: Vec::new() };
                 let request = Request {
                     prompt,
-                    adapter: planned.adapter,
+                    adapters: planned.adapter.into(),
                     sampling: Sampling::Greedy,
                     rules: LogitRules::default(),
                     stop,
