@@ -19,6 +19,7 @@ mod on_burn;
 mod reference;
 mod replaced;
 mod served;
+mod spans;
 mod trained;
 mod trained_quantised;
 mod trained_served;
