@@ -113,8 +113,8 @@ pub mod serving {
         AdapterChoice, AdapterContent, AdapterFacts, AdapterFailure, AdapterId, AdapterMetrics, AdapterOptions,
         AdapterRequests, AdapterSource, AdapterSpans, BlockId, BlockSharing, CompiledGrammar, Composition,
         CompositionError, Decoder, DecoderLimits, Engine, Event, FinishReason, Grammar, GrammarState, LogProbabilities,
-        LogitRows, LogitRules, Metrics, Options, OptionsError, PlaceError, Request, RequestError, Sampling, ScoredToken,
-        SequenceId, Span, SpanError, Spans, StepSegment, StopAt, Stream, Usage, Vocabulary,
+        LogitRows, LogitRules, Metrics, Options, OptionsError, PlaceError, Request, RequestError, Sampling,
+        ScoredToken, SequenceId, Span, SpanError, Spans, StepSegment, StopAt, Stream, Usage, Vocabulary,
     };
     pub use flora_model::{
         AdapterDirectory, DeviceModel, DirectoryError, PlanningChoice, PreparedAdapter, ServeError, ServeOptions, load,

@@ -1,6 +1,9 @@
 //! Which adapters a request asks for beside its model's name: one for all of it, sums of several with weights, and others for parts of
 //! the prompt.
 
+use std::cell::OnceCell;
+use std::collections::HashSet;
+
 use flora_engine::{AdapterChoice, AdapterSpans, Composition, Span, Spans};
 use serde_json::Value;
 
@@ -21,6 +24,28 @@ enum Named {
     /// The base model, or an adapter.
     One(String),
     Sum(Composition),
+}
+
+/// The adapters that there are for one request, looked for once.
+pub(crate) struct Known<'a> {
+    app: &'a App,
+    names: OnceCell<HashSet<String>>,
+}
+
+impl<'a> Known<'a> {
+    pub(crate) fn new(app: &'a App) -> Self {
+        Self { app, names: OnceCell::new() }
+    }
+
+    /// Whether `name`, which `param` gives, is an adapter; otherwise it is the base model.
+    fn is_adapter(&self, name: &str, param: &str) -> Result<bool, ApiError> {
+        let names = || self.names.get_or_init(|| self.app.engine().adapters().into_iter().collect());
+        match self.app.adapter(name) {
+            Ok(None) => Ok(false),
+            Ok(Some(name)) if names().contains(name) => Ok(true),
+            _ => Err(ApiError::UnknownAdapter { param: param.to_owned(), name: name.to_owned() }),
+        }
+    }
 }
 
 /// Where a span lies, as a field says it: in tokens or in characters.
@@ -65,12 +90,8 @@ impl AdapterField {
     }
 
     /// What it asks for; none for the base model.
-    pub(crate) fn choice(&self, app: &App) -> Result<Option<AdapterChoice>, ApiError> {
-        let known = |name: &str| match app.adapter(name) {
-            Ok(None) => Ok(false),
-            Ok(Some(name)) if app.engine().adapters().iter().any(|known| known == name) => Ok(true),
-            _ => Err(ApiError::UnknownAdapter { param: self.param.clone(), name: name.to_owned() }),
-        };
+    pub(crate) fn choice(&self, known: &Known<'_>) -> Result<Option<AdapterChoice>, ApiError> {
+        let known = |name: &str| known.is_adapter(name, &self.param);
         match &self.named {
             Named::One(name) => Ok(known(name)?.then(|| AdapterChoice::from(name.as_str()))),
             Named::Sum(sum) => {
@@ -130,7 +151,7 @@ impl SpanField {
     /// of the prompt on, for 0 to `length`.
     pub(crate) fn place(
         spans: &[Self],
-        app: &App,
+        known: &Known<'_>,
         own: Option<AdapterChoice>,
         (unit, length): (&str, usize),
         token: impl Fn(usize) -> usize,
@@ -149,7 +170,7 @@ impl SpanField {
             placed.push(Span {
                 start: *start,
                 end: *end,
-                adapter: adapter.as_ref().map(|adapter| adapter.choice(app)).transpose()?.flatten(),
+                adapter: adapter.as_ref().map(|adapter| adapter.choice(known)).transpose()?.flatten(),
             });
         }
         // What is wrong with them is said in what they were given in.

@@ -2,7 +2,7 @@
 
 use flora_engine::{AdapterChoice, AdapterSpans, Grammar, LogProbabilities, Request, Span, Spans, StopAt};
 
-use crate::adapters::SpanField;
+use crate::adapters::{Known, SpanField};
 use crate::app::App;
 use crate::chat::{Chat, Next};
 use crate::completions::{Completions, Length, Prompt};
@@ -54,10 +54,10 @@ impl Asked {
         parameters: &Parameters,
         grammar: Option<Grammar>,
     ) -> Result<Vec<Planned>, ApiError> {
-        let model = app.adapter(&parameters.model)?;
+        let (model, known) = (app.adapter(&parameters.model)?, Known::new(app));
         let own = match &parameters.adapter {
             None => model.map(AdapterChoice::from),
-            Some(adapter) if model.is_none() => adapter.choice(app)?,
+            Some(adapter) if model.is_none() => adapter.choice(&known)?,
             Some(_) => {
                 let message = format!(
                     "adapter says what acts on the base model, and `model` names an adapter already; let it be `{}`",
@@ -88,7 +88,7 @@ impl Asked {
         let mut stop_tokens = if parameters.ignore_eos { Vec::new() } else { reader.stop_tokens() };
         stop_tokens.extend(&parameters.stop_tokens);
         let (length, log_probabilities) = self.told();
-        let prompts = self.prompts(app, &reader, own.as_ref())?;
+        let prompts = self.prompts(&known, &reader, own.as_ref())?;
         for ReadPrompt { tokens: prompt, adapters, echo } in prompts {
             // Room for one token at least, where one is generated.
             let room = context.saturating_sub(usize::from(length.is_some()));
@@ -129,7 +129,12 @@ impl Asked {
     }
 
     /// The prompts as tokens, each with its adapters: `own` where it names no other.
-    fn prompts(self, app: &App, reader: &Reader<'_>, own: Option<&AdapterChoice>) -> Result<Vec<ReadPrompt>, ApiError> {
+    fn prompts(
+        self,
+        known: &Known<'_>,
+        reader: &Reader<'_>,
+        own: Option<&AdapterChoice>,
+    ) -> Result<Vec<ReadPrompt>, ApiError> {
         match self {
             Self::Completions(Completions { prompts, spans, length, .. }) => {
                 let gives_back = !matches!(length, Length::Text(_));
@@ -144,12 +149,12 @@ impl Asked {
                             let (tokens, characters) = reader.prompt_places(&said).map_err(wrong)?;
                             let length = ("characters", said.chars().count());
                             let token = |from: usize| characters.partition_point(|character| *character < from);
-                            let adapters = SpanField::place(&spans, app, own.cloned(), length, token)?;
+                            let adapters = SpanField::place(&spans, known, own.cloned(), length, token)?;
                             (tokens, adapters, gives_back.then_some(said))
                         }
                         Prompt::Tokens(tokens) => {
                             let length = ("tokens", tokens.len());
-                            let adapters = SpanField::place(&spans, app, own.cloned(), length, |token| token)?;
+                            let adapters = SpanField::place(&spans, known, own.cloned(), length, |token| token)?;
                             let text = gives_back.then(|| reader.decode(&tokens));
                             (tokens, adapters, text)
                         }
@@ -170,7 +175,7 @@ impl Asked {
                 let mut spans = Vec::new();
                 for (index, (adapter, place)) in adapters.iter().zip(&places).enumerate() {
                     let Some(adapter) = adapter else { continue };
-                    let adapter = adapter.choice(app)?;
+                    let adapter = adapter.choice(known)?;
                     // What goes on with a message's words goes on with its adapter.
                     let end = if goes_on(index) { None } else { Some(place.end) };
                     if end.is_none_or(|end| place.start < end) {
