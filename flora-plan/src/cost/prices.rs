@@ -91,13 +91,15 @@ impl LayerPrices {
         }
     }
 
-    /// Seconds of some work: launches·c0 + Σ max(MACs·c, bytes·c_bw).
+    /// Seconds of some work: launches·c0 + Σ max(MACs·c, bytes·c_bw). W_i that is made and read again sets no bound by its bytes: a
+    /// device that makes one after the other keeps it in a cache, and where it goes to memory, a MAC was measured to take that.
     pub fn price(&self, work: &Work) -> f64 {
         let terms = work.terms.iter().map(|term| {
             let position = Kernel::TIMED.iter().position(|(_, kernel)| *kernel == term.kernel);
             let sheet = position.and_then(|at| self.sheets[at].as_ref());
             let arithmetic = sheet.map_or(0.0, |sheet| term.macs as f64 * sheet.at(term.regime));
-            arithmetic.max(term.bytes as f64 * self.seconds_per_byte)
+            let bytes = if term.kernel == Kernel::Bmm { 0 } else { term.bytes };
+            arithmetic.max(bytes as f64 * self.seconds_per_byte)
         });
         work.launches as f64 * self.seconds_per_launch + terms.sum::<f64>()
     }
