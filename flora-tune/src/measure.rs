@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use flora_ir::Activation;
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
@@ -25,6 +25,16 @@ const MOST_COPIES: u64 = 64;
 const REPETITION_SECONDS: f64 = 0.02;
 /// Calls in a repetition on a device that queues.
 const MOST_CALLS: usize = 20;
+/// A repetition on the host needs no more calls than take this long; they are timed one by one, and their lower
+/// quartile counts.
+const HOST_REPETITION_SECONDS: f64 = 3e-3;
+/// Calls in a repetition on the host.
+const MOST_HOST_CALLS: usize = 7;
+/// A call on the host that takes this long needs none before it: to wake the threads is nothing beside it.
+const LONG_CALL_SECONDS: f64 = 8e-3;
+/// How long threads of the host are left alone before the call that wakes them. Without that, short calls that follow one another were
+/// seen to take up to twice their time for long stretches, as if two threads shared a processor.
+const REST: Duration = Duration::from_micros(300);
 
 /// A layer of random numbers, ready to be timed.
 #[derive(Debug)]
@@ -162,10 +172,11 @@ impl<'a> LayerBench<'a> {
         let start = Instant::now();
         call()?;
         device.synchronize()?;
-        let calls = match device.info().backend {
-            BackendKind::Host => 1,
-            _ => ((REPETITION_SECONDS / start.elapsed().as_secs_f64()) as usize).clamp(1, MOST_CALLS),
-        };
+        let first = start.elapsed().as_secs_f64();
+        if device.info().backend == BackendKind::Host {
+            return on_host(first, call);
+        }
+        let calls = ((REPETITION_SECONDS / first) as usize).clamp(1, MOST_CALLS);
         let mut queue = || -> Result<(), DeviceError> {
             for _ in 0..calls {
                 call()?;
@@ -183,6 +194,23 @@ impl<'a> LayerBench<'a> {
     }
 }
 
+/// Seconds of a call on the host, of which one took `first`: each call that is timed follows one that wakes the threads.
+fn on_host(first: f64, call: impl Fn() -> Result<(), DeviceError>) -> Result<f64, DeviceError> {
+    if first >= LONG_CALL_SECONDS {
+        return Ok(first);
+    }
+    let calls = ((HOST_REPETITION_SECONDS / first) as usize).clamp(1, MOST_HOST_CALLS);
+    let mut taken = Sample::default();
+    for _ in 0..calls {
+        std::thread::sleep(REST);
+        call()?;
+        let start = Instant::now();
+        call()?;
+        taken.push(start.elapsed().as_secs_f64());
+    }
+    Ok(taken.lower_quartile())
+}
+
 /// How many operands of so many bytes take turns.
 fn copies(bytes: u64) -> usize {
     ROTATED_BYTES.div_ceil(bytes.max(1)).clamp(1, MOST_COPIES) as usize
@@ -193,7 +221,7 @@ pub(crate) fn unscheduled(error: ScheduleError) -> DeviceError {
     DeviceError::Execution(error.to_string())
 }
 
-/// Several measurements of the same thing.
+/// Several measurements of the same thing, in the order in which they were taken.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sample {
     seconds: Vec<f64>,
@@ -202,25 +230,43 @@ pub struct Sample {
 impl Sample {
     /// Adds one.
     pub fn push(&mut self, seconds: f64) {
-        let at = self.seconds.partition_point(|own| *own < seconds);
-        self.seconds.insert(at, seconds);
+        self.seconds.push(seconds);
+    }
+
+    fn sorted(&self) -> Vec<f64> {
+        let mut sorted = self.seconds.clone();
+        sorted.sort_by(f64::total_cmp);
+        sorted
     }
 
     /// The median; NaN without any.
     pub fn median(&self) -> f64 {
-        match self.seconds.len() {
+        let sorted = self.sorted();
+        match sorted.len() {
             0 => f64::NAN,
-            count if count % 2 == 1 => self.seconds[count / 2],
-            count => (self.seconds[count / 2 - 1] + self.seconds[count / 2]) / 2.0,
+            count if count % 2 == 1 => sorted[count / 2],
+            count => (sorted[count / 2 - 1] + sorted[count / 2]) / 2.0,
         }
+    }
+
+    /// The lower quartile, the least of up to four; NaN without any. What it takes where nothing else uses the machine, as far as
+    /// three quarters of the measurements may have been disturbed: that only ever adds.
+    pub fn lower_quartile(&self) -> f64 {
+        self.sorted().get(self.seconds.len().saturating_sub(1) / 4).copied().unwrap_or(f64::NAN)
     }
 
     /// (largest − smallest) / median; 0 without any.
     pub fn spread(&self) -> f64 {
-        match (self.seconds.first(), self.seconds.last()) {
+        let sorted = self.sorted();
+        match (sorted.first(), sorted.last()) {
             (Some(least), Some(most)) => ((most - least) / self.median().abs().max(f64::MIN_POSITIVE)).min(1e6),
             _ => 0.0,
         }
+    }
+
+    /// Every other one, and the others.
+    pub fn halves(&self) -> [Self; 2] {
+        [0, 1].map(|first| Self { seconds: self.seconds.iter().skip(first).step_by(2).copied().collect() })
     }
 
     /// How many there are.
@@ -305,6 +351,10 @@ mod tests {
         [3.0, 1.0, 2.0].into_iter().for_each(|seconds| sample.push(seconds));
         assert_eq!((sample.median(), sample.spread(), sample.len()), (2.0, 1.0, 3));
         sample.push(4.0);
-        assert_eq!(sample.median(), 2.5);
+        assert_eq!((sample.median(), sample.lower_quartile()), (2.5, 1.0));
+        sample.push(5.0);
+        assert_eq!(sample.lower_quartile(), 2.0);
+        let [one, other] = sample.halves();
+        assert_eq!((one.median(), other.median()), (3.0, 2.5));
     }
 }

@@ -2,26 +2,31 @@
 //! ranks, adapters and extents. Points are taken pass after pass, so that what disturbs the machine for a while disturbs one pass
 //! of all of them and shows in the spread.
 //!
-//! A kernel's coefficient is what a batch that needs it takes beyond what the rest of it takes, divided by the kernel's MACs. The
-//! rest of a batch of additive adapters is its base GEMM, which is measured beside it every time. Gradients of adapters' vectors are
-//! timed in the same passes.
+//! A kernel's coefficient is what it takes divided by its MACs. Low-rank sums that have launches of their own are timed without the
+//! base GEMM; what is fused into it is what a batch takes beyond its base GEMM, which is measured beside it every time. Surfaces are
+//! fitted to all points of a kernel, each by its noise. Gradients of adapters' vectors are timed in the same passes.
 
 mod blueprints;
 mod effort;
+mod fit;
 mod gradients;
 mod held_out;
 mod lattice;
+mod taken;
 
 use std::collections::BTreeMap;
 
-use flora_plan::cost::{Coefficients, DeviceCoefficients, PricedLayer, SCHEMA};
+use flora_plan::batch::BatchShape;
+use flora_plan::cost::{Coefficients, DeviceCoefficients, Kernel, PricedLayer, SCHEMA, Surface, work};
 use flora_plan::layer::{LayerFormat, LayerShape};
+use flora_plan::plan::Plan;
 use flora_plan::schedule::Schedule;
 use serde::Serialize;
 
 pub use self::effort::Effort;
 pub use self::held_out::HeldOut;
 pub use self::lattice::needed_by;
+use self::taken::{Estimate, Taken};
 use crate::measure::{LayerBench, Sample, unscheduled};
 use flora_runtime::{BackendKind, Device, DeviceError};
 
@@ -68,7 +73,7 @@ pub fn tune(
         largest_buffer_bytes: device.info().largest_buffer_bytes,
         seconds_per_launch: launch.seconds,
         launch_spread: launch.spread,
-        seconds_per_byte: bandwidth.median(),
+        seconds_per_byte: bandwidth.seconds(),
         bandwidth_spread: bandwidth.spread(),
         blueprints,
         formats: BTreeMap::new(),
@@ -80,6 +85,11 @@ pub fn tune(
         let mut share = |done: u64, total: u64| progress(position as u64 * total.max(1) + done, whole * total.max(1));
         let measured = lattice::measure(device, *format, effort, &launch, &mut share)?;
         let lattice::Surfaces { seconds_per_mac, gradients } = measured;
+        if let Some((seconds, spread)) = fastest_pass(&seconds_per_mac, *format)
+            && seconds < coefficients.seconds_per_byte
+        {
+            (coefficients.seconds_per_byte, coefficients.bandwidth_spread) = (seconds, spread);
+        }
         let name = format.to_string();
         coefficients.formats.insert(name.clone(), Coefficients { seconds_per_mac, gradients, error: None });
         let points = held_out::measure(device, *format, effort, &launch, &coefficients)?;
@@ -91,6 +101,21 @@ pub fn tune(
         held_out.insert(name, points);
     }
     Ok(Tuning { coefficients, seconds_to_synchronize: launch.wait, held_out })
+}
+
+/// Seconds a byte of the pass over a base weight that reads fastest, with the spread of that. Nothing may be priced at less, and so
+/// nothing that was measured may have taken less: a byte's price is a bound.
+fn fastest_pass(seconds_per_mac: &BTreeMap<Kernel, Surface>, format: LayerFormat) -> Option<(f64, f64)> {
+    let surface = seconds_per_mac.get(&Kernel::Matmul)?;
+    let passes = surface.places().filter(|place| surface.measured[surface.index(*place)]).map(|place| {
+        let (extent, rows) = (surface.extents[place.extent], u64::from(surface.rows[place.rows]));
+        let layer = PricedLayer { shape: LayerShape { d: format.weight.whole(extent), k: extent }, format };
+        let batch = BatchShape { tokens: rows, plain_rows: rows, adapters: 1, ..BatchShape::default() };
+        let work = work(&Plan::default(), layer, &batch, false, false);
+        let at = surface.index(place);
+        (surface.seconds_per_mac[at] * work.macs() as f64 / work.bytes() as f64, surface.spread[at])
+    });
+    passes.min_by(|one, other| one.0.total_cmp(&other.0))
 }
 
 /// What a launch costs, and the wait at the end of a batch.
@@ -105,13 +130,13 @@ fn launch(device: &Device, effort: &Effort) -> Result<Launch, DeviceError> {
     let bench = epilogue(device)?;
     let finish = |times| Schedule::finish(bench.layer().shape, 1, times).map_err(unscheduled);
     let schedules = [finish(1)?, finish(MANY_LAUNCHES)?];
-    let (mut one, mut slope) = (Sample::default(), Sample::default());
+    let (mut one, mut slope) = (Sample::default(), Taken::new(Estimate::Median));
     for _ in 0..4 * effort.passes {
         let seconds = [bench.seconds(&schedules[0])?, bench.seconds(&schedules[1])?];
         one.push(seconds[0]);
-        slope.push((seconds[1] - seconds[0]) / (MANY_LAUNCHES - 1) as f64);
+        slope.push((seconds[1] - seconds[0]) / (MANY_LAUNCHES - 1) as f64, seconds[1]);
     }
-    let seconds = slope.median().max(0.0);
+    let seconds = slope.seconds().max(0.0);
     // On the host a call returns when it is done.
     let waits = device.info().backend != BackendKind::Host;
     let wait = if waits { (one.median() - seconds).max(0.0) } else { 0.0 };
@@ -125,7 +150,7 @@ fn epilogue(device: &Device) -> Result<LayerBench<'_>, DeviceError> {
 
 /// Seconds a byte, the lesser of two: the epilogue over rows that fill no cache, and one row by a weight that fills none.
 /// Devices differ in which of them something else slows down (fresh pages on a host, a lone row's GEMM on a GPU).
-fn bandwidth(device: &Device, effort: &Effort, launch: &Launch) -> Result<Sample, DeviceError> {
+fn bandwidth(device: &Device, effort: &Effort, launch: &Launch) -> Result<Taken, DeviceError> {
     let limit = device.info().largest_buffer_bytes.unwrap_or(u64::MAX);
     let bytes = u64::from(BANDWIDTH_BYTES).min(limit) as u32;
     let epilogue = epilogue(device)?;
@@ -134,11 +159,13 @@ fn bandwidth(device: &Device, effort: &Effort, launch: &Launch) -> Result<Sample
     let shape = LayerShape { d: side, k: side };
     let gemm = LayerBench::new(device, PricedLayer { shape, format: LayerFormat::default() }, 1)?;
     let row = Schedule::base_gemm(shape, 1).map_err(unscheduled)?;
-    let (mut by_epilogue, mut by_gemm) = (Sample::default(), Sample::default());
+    let [mut by_epilogue, mut by_gemm] = [(); 2].map(|()| Taken::new(Estimate::LowerQuartile));
     for _ in 0..effort.passes {
-        let each = |seconds: f64, bytes: f64| (seconds - launch.seconds - launch.wait).max(0.0) / bytes;
-        by_epilogue.push(each(epilogue.seconds(&finish)?, 2.0 * f64::from(bytes)));
-        by_gemm.push(each(gemm.seconds(&row)?, f64::from(side) * f64::from(side) * 4.0));
+        let each = |taken: &mut Taken, seconds: f64, bytes: f64| {
+            taken.push((seconds - launch.seconds - launch.wait).max(0.0) / bytes, seconds / bytes);
+        };
+        each(&mut by_epilogue, epilogue.seconds(&finish)?, 2.0 * f64::from(bytes));
+        each(&mut by_gemm, gemm.seconds(&row)?, f64::from(side) * f64::from(side) * 4.0);
     }
-    Ok(if by_gemm.median() < by_epilogue.median() { by_gemm } else { by_epilogue })
+    Ok(if by_gemm.seconds() < by_epilogue.seconds() { by_gemm } else { by_epilogue })
 }

@@ -39,7 +39,7 @@ pub(crate) struct Arguments {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum HowMuch {
-    /// Some minutes a format
+    /// Up to three minutes a format
     Full,
     /// Under a minute
     Quick,

@@ -29,7 +29,7 @@ fn a_damaged_tuning_file_is_reported_and_replaced() {
     let path = file(&tuned(config.path(), &[]));
     let whole = std::fs::read_to_string(&path).expect("it was written");
     let foreign = whole.replace("\"device\": \"", "\"device\": \"not ");
-    let future = whole.replace("\"schema\": 4", "\"schema\": 4000");
+    let future = whole.replace("\"schema\": 5", "\"schema\": 4000");
     let negative = whole.replacen("\"seconds_per_mac\": [", "\"seconds_per_mac\": [\n-1.0,", 1);
     for (wrong, said) in [
         ("{", "not a tuning file"),

@@ -11,7 +11,7 @@ use crate::blueprints::Blueprints;
 use crate::layer::LayerFormat;
 
 /// The version of the file's meaning; a file of another version is measured again, never trusted.
-pub const SCHEMA: u32 = 4;
+pub const SCHEMA: u32 = 5;
 
 /// Far more than a file of coefficients has; what is longer is cut, and so is no JSON.
 const MAX_BYTES: u64 = 16 << 20;

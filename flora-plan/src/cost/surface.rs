@@ -35,10 +35,10 @@ pub struct Surface {
     pub extents: Vec<u32>,
     /// `[extents, adapters, ranks, rows]`, row-major.
     pub seconds_per_mac: Vec<f64>,
-    /// How far measurements of the same point lay apart, as a share of the value: (largest − smallest) / median over the passes.
-    /// As long as `seconds_per_mac`.
+    /// How far another tuning's value is likely to lie from this one's, as a share of it: two standard deviations, by how far halves of
+    /// the measurements lay apart and by what the points around say. As long as `seconds_per_mac`.
     pub spread: Vec<f64>,
-    /// Whether the point was measured; the others, which would have taken too long, have a neighbour's value.
+    /// Whether the point was measured; the others, which would have taken too long, have what their neighbours say.
     pub measured: Vec<bool>,
 }
 

@@ -29,15 +29,15 @@ pub(super) const MOST_ROWS: u32 = 1024;
 pub(super) const MOST_SLOTS: u32 = 4096;
 
 impl Effort {
-    /// Some minutes on a host.
+    /// Up to three minutes on a host.
     pub const FULL: Self = Self {
-        extents: &[576, 2048, 6144],
+        extents: &[576, 1152, 2048, 6144],
         gemm_rows: &[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024],
         rows: &[1, 4, 16, 64, 256],
         ranks: &[1, 4, 16, 64],
-        adapters: &[1, 8, 64],
+        adapters: &[1, 4, 16, 64],
         passes: 5,
-        longest_call: 0.1,
+        longest_call: 0.08,
         held_out: 32,
         blueprints: true,
     };
@@ -45,9 +45,9 @@ impl Effort {
     pub const QUICK: Self = Self {
         extents: &[576, 2048],
         gemm_rows: &[1, 4, 16, 64, 256, 1024],
-        rows: &[1, 8, 64],
+        rows: &[1, 4, 16, 64],
         ranks: &[1, 8, 64],
-        adapters: &[1, 16],
+        adapters: &[1, 4, 16],
         passes: 3,
         longest_call: 0.03,
         held_out: 12,

@@ -10,8 +10,10 @@ use flora_plan::plan::Plan;
 use flora_plan::schedule::{BackwardSchedule, backward_schedule_by};
 
 use super::effort::{Effort, MOST_ROWS};
-use super::lattice::fill;
-use crate::measure::{EqualSegments, LayerBench, Sample, unscheduled};
+use super::fit::{Slopes, fit};
+use super::lattice::observations;
+use super::taken::{Estimate, Taken};
+use crate::measure::{EqualSegments, LayerBench, unscheduled};
 use flora_runtime::{Device, DeviceError};
 
 /// Adapters of a batch. What a MAC takes must not depend on them, because an adapter's lowering is chosen without a look at others.
@@ -23,7 +25,7 @@ pub(super) struct Point {
     place: Place,
     schedule: BackwardSchedule,
     macs: f64,
-    taken: Sample,
+    taken: Taken,
 }
 
 /// What is measured of layers of one extent.
@@ -53,7 +55,8 @@ impl<'a> Gradients<'a> {
     /// Measures every point once.
     pub(super) fn pass(&mut self) -> Result<(), DeviceError> {
         for point in &mut self.points {
-            point.taken.push(self.bench.gradient_seconds(&point.schedule)? / point.macs);
+            let seconds = self.bench.gradient_seconds(&point.schedule)?;
+            point.taken.push(seconds, seconds);
         }
         Ok(())
     }
@@ -72,7 +75,7 @@ pub(super) fn surfaces(points: &[Point], effort: &Effort) -> BTreeMap<GradientKe
     let filled = |(_, kernel)| {
         let mut surface = empty(kernel, effort);
         let own = points.iter().filter(|point| point.kernel == kernel);
-        fill(&mut surface, own.map(|point| (point.place, &point.taken)));
+        fit(&mut surface, Slopes::OF_TIMES, &observations(own.map(|point| (point.place, point.macs, &point.taken))));
         (kernel, surface)
     };
     GradientKernel::TIMED.map(filled).into_iter().collect()
@@ -110,7 +113,7 @@ fn points(layer: PricedLayer, extent: usize, effort: &Effort) -> Result<Vec<Poin
             let schedule = backward_schedule_by(&plan, layer.shape, &segments, &adapters, |_, _| lowering);
             let schedule = schedule.map_err(unscheduled)?;
             let macs = gradient_work(layer, schedule.adapters()).iter().map(|term| term.macs as f64).sum();
-            points.push(Point { kernel, place, schedule, macs, taken: Sample::default() });
+            points.push(Point { kernel, place, schedule, macs, taken: Taken::new(Estimate::LowerQuartile) });
         }
     }
     points.sort_by(|one, other| one.macs.total_cmp(&other.macs));

@@ -10,7 +10,8 @@ use serde::Serialize;
 
 use super::Launch;
 use super::effort::{Effort, MOST_ROWS, MOST_SLOTS};
-use crate::measure::{EqualSegments, LayerBench, Sample, unscheduled};
+use super::taken::{Estimate, Taken};
+use crate::measure::{EqualSegments, LayerBench, unscheduled};
 use flora_runtime::{Device, DeviceError};
 
 /// One batch by every lowering of its part.
@@ -39,7 +40,7 @@ pub struct HeldOutPlan {
     pub lowering: Lowering,
     /// By the model.
     pub predicted_seconds: f64,
-    /// Median.
+    /// The lower quartile of what was measured.
     pub seconds: f64,
 }
 
@@ -115,17 +116,21 @@ fn run(
     for (lowering, plan) in plans {
         let steps = schedule(&plan, layer.shape, &segments, &adapters, false).map_err(unscheduled)?;
         bench.seconds(&steps)?;
-        timed.push((lowering, plan, steps, Sample::default()));
+        timed.push((lowering, plan, steps, Taken::new(Estimate::LowerQuartile)));
     }
-    for _ in 0..effort.passes {
-        for (_, _, steps, sample) in &mut timed {
-            sample.push(bench.seconds(steps)?);
+    for pass in 0..2 * effort.passes {
+        for (_, _, steps, taken) in &mut timed {
+            // As for the points that the prediction comes from.
+            if pass < effort.passes || taken.is_unsteady() {
+                let seconds = bench.seconds(steps)?;
+                taken.push(seconds, seconds);
+            }
         }
     }
-    let plans = timed.iter().map(|(lowering, plan, _, sample)| HeldOutPlan {
+    let plans = timed.iter().map(|(lowering, plan, _, taken)| HeldOutPlan {
         lowering: *lowering,
         predicted_seconds: predict(plan),
-        seconds: sample.median(),
+        seconds: taken.seconds(),
     });
     let EqualSegments { part, adapters, rows, rank } = equal;
     let (d, k) = (layer.shape.d, layer.shape.k);

@@ -11,9 +11,11 @@ use flora_plan::schedule::{Schedule, can_hold, schedule};
 
 use super::Launch;
 use super::effort::{Effort, MOST_ROWS, MOST_SLOTS};
+use super::fit::{Observation, Slopes, fit};
 use super::gradients::{self, Gradients};
-use crate::measure::{EqualSegments, LayerBench, Sample, unscheduled};
-use flora_runtime::{Device, DeviceError};
+use super::taken::{Estimate, Taken, typical};
+use crate::measure::{EqualSegments, LayerBench, unscheduled};
+use flora_runtime::{BackendKind, Device, DeviceError};
 
 /// The part of an adapter, and the plan, that need a kernel: what its coefficients are measured by.
 pub fn needed_by(kernel: Kernel) -> (Part, Plan) {
@@ -35,26 +37,32 @@ struct Point {
     kernel: Kernel,
     place: Place,
     schedule: Schedule,
-    /// The base GEMM of an additive batch.
-    base: Option<Schedule>,
+    /// What the schedule does beside the kernel, run by itself.
+    beside: Option<Schedule>,
     /// Of the kernel.
     macs: f64,
     /// Of everything that is run.
     all_macs: f64,
-    /// Seconds of launches beyond the base GEMM's.
+    /// Seconds of launches.
     launches: f64,
-    /// Seconds per MAC.
-    taken: Sample,
+    /// Seconds of the kernel.
+    taken: Taken,
     is_measured: bool,
 }
 
 impl Point {
-    /// One measurement: seconds of the whole, and seconds per MAC of the kernel.
+    /// One measurement: seconds of the kernel, and of the whole.
     fn take(&self, benches: &Benches<'_>) -> Result<(f64, f64), DeviceError> {
         let bench = benches.of(self.schedule.in_slots());
-        let base = self.base.as_ref().map_or(Ok(0.0), |base| bench.seconds(base))?;
+        let beside = self.beside.as_ref().map_or(Ok(0.0), |beside| bench.seconds(beside))?;
         let seconds = bench.seconds(&self.schedule)?;
-        Ok((seconds, (seconds - base - self.launches) / self.macs))
+        Ok((seconds - beside - self.launches, seconds))
+    }
+
+    fn measure(&mut self, benches: &Benches<'_>) -> Result<(), DeviceError> {
+        let (own, whole) = self.take(benches)?;
+        self.taken.push(own, whole);
+        Ok(())
     }
 }
 
@@ -78,8 +86,7 @@ pub(super) fn measure(
     let mut points_of = Vec::with_capacity(effort.extents.len());
     for (position, extent) in effort.extents.iter().enumerate() {
         let layer = PricedLayer { shape: LayerShape { d: format.weight.whole(*extent), k: *extent }, format };
-        points_of
-            .push((layer, points(layer, position, &surfaces, effort, launch, device.info().largest_buffer_bytes)?));
+        points_of.push((layer, points(device, layer, position, &surfaces, effort, launch)?));
     }
     let total = points_of.iter().flat_map(|(_, points)| points).map(|point| point.all_macs).sum::<f64>();
     let unit = total / 1000.0;
@@ -93,27 +100,35 @@ pub(super) fn measure(
             done += macs;
             progress((done / unit) as u64, all);
         })?;
-        for _ in 0..effort.passes {
+        for pass in 0..effort.passes {
             for point in &mut *points {
-                if point.is_measured {
-                    let (_, seconds_per_mac) = point.take(&bench)?;
-                    point.taken.push(seconds_per_mac);
+                if point.is_measured && (pass < PASSES_OF_LONG_CALLS || !point.taken.is_long()) {
+                    point.measure(&bench)?;
                 }
                 done += point.all_macs;
-                progress((done / unit) as u64, all);
+                progress(((done / unit) as u64).min(all), all);
             }
             gradients.pass()?;
+        }
+        // What was disturbed is looked at as often again.
+        let mut unsteady: Vec<&mut Point> = points.iter_mut().filter(|point| point.taken.is_unsteady()).collect();
+        for _ in 0..effort.passes {
+            unsteady.iter_mut().try_for_each(|point| point.measure(&bench))?;
         }
         of_gradients.extend(gradients.into_points());
     }
     let points: Vec<Point> = points_of.into_iter().flat_map(|(_, points)| points).collect();
     for (kernel, surface) in &mut surfaces {
         let own = points.iter().filter(|point| point.kernel == *kernel);
-        fill(surface, own.map(|point| (point.place, &point.taken)));
+        let slopes = if *kernel == Kernel::Fused { Slopes::OF_DIFFERENCES } else { Slopes::OF_TIMES };
+        fit(surface, slopes, &observations(own.map(|point| (point.place, point.macs, &point.taken))));
     }
     raise_differences(&mut surfaces);
     Ok(Surfaces { seconds_per_mac: surfaces, gradients: gradients::surfaces(&of_gradients, effort) })
 }
+
+/// Passes over points that take long. They are the steadiest, and all passes over them would take most of the time.
+const PASSES_OF_LONG_CALLS: usize = 3;
 
 /// One layer with pools of several sizes.
 struct Benches<'a> {
@@ -165,12 +180,12 @@ fn empty(kernel: Kernel, effort: &Effort) -> Surface {
 
 /// What is run at every place of this extent, the least work first.
 fn points(
+    device: &Device,
     layer: PricedLayer,
     extent: usize,
     surfaces: &BTreeMap<Kernel, Surface>,
     effort: &Effort,
     launch: &Launch,
-    largest_buffer_bytes: Option<u64>,
 ) -> Result<Vec<Point>, DeviceError> {
     let mut points = Vec::new();
     for (kernel, surface) in surfaces {
@@ -185,8 +200,8 @@ fn points(
             if equal.tokens() <= u64::from(MOST_ROWS) && equal.slots() <= u64::from(pool_slots(effort)) {
                 let (segments, adapters) = equal.batch();
                 let batch = BatchShape::of(&segments, &adapters);
-                if can_hold(&plan, layer.shape, &batch, largest_buffer_bytes) {
-                    points.push(point(*kernel, place, layer, plan, equal, launch)?);
+                if can_hold(&plan, layer.shape, &batch, device.info().largest_buffer_bytes) {
+                    points.push(point(device, (*kernel, place), layer, plan, equal, launch)?);
                 }
             }
         }
@@ -196,33 +211,47 @@ fn points(
 }
 
 fn point(
-    kernel: Kernel,
-    place: Place,
+    device: &Device,
+    (kernel, place): (Kernel, Place),
     layer: PricedLayer,
     plan: Plan,
     equal: EqualSegments,
     launch: &Launch,
 ) -> Result<Point, DeviceError> {
     let (segments, adapters) = equal.batch();
-    let (schedule, base) = if kernel == Kernel::Matmul {
-        (Schedule::base_gemm(layer.shape, equal.rows).map_err(unscheduled)?, None)
-    } else {
-        let base = Schedule::base_gemm(layer.shape, equal.tokens() as u32).map_err(unscheduled)?;
-        let own = schedule(&plan, layer.shape, &segments, &adapters, false).map_err(unscheduled)?;
-        (own, (equal.part == Part::Additive).then_some(base))
+    let rows = |tokens| Schedule::base_gemm(layer.shape, tokens).map_err(unscheduled);
+    let whole = || schedule(&plan, layer.shape, &segments, &adapters, false).map_err(unscheduled);
+    let tokens = equal.tokens() as u32;
+    let (schedule, beside) = match kernel {
+        Kernel::Matmul => (rows(equal.rows)?, None),
+        // In the base GEMM's launch, so that it is seen in nothing but a difference.
+        Kernel::Fused => (whole()?, Some(rows(tokens)?)),
+        // By themselves, where a time that is all theirs can be had. What is left beside them are the zeros that they add to.
+        Kernel::LowRankBmm | Kernel::Segmented => (whole()?.without_gemm(), zeros(device, rows(tokens)?)),
+        Kernel::Stacked | Kernel::OnChip | Kernel::Bmm | Kernel::Move => (whole()?, None),
     };
     let work = work(&plan, layer, &BatchShape::of(&segments, &adapters), false, false);
     let square = f64::from(layer.shape.d) * f64::from(layer.shape.k);
     let own = work.terms.iter().filter(|term| term.kernel == kernel).map(|term| term.macs as f64).sum::<f64>();
     let macs = if kernel == Kernel::Matmul { f64::from(equal.rows) * square } else { own };
-    let launches = work.launches.saturating_sub(u64::from(base.is_some())) as f64 * launch.seconds;
-    let all_macs = macs + base.as_ref().map_or(0.0, |_| 2.0 * equal.tokens() as f64 * square);
-    Ok(Point { kernel, place, schedule, base, macs, all_macs, launches, taken: Sample::default(), is_measured: false })
+    let of_base = u64::from(equal.part == Part::Additive);
+    let launches = work.launches.saturating_sub(of_base) as f64 * launch.seconds;
+    let (estimate, all_macs) = match kernel {
+        Kernel::Fused => (Estimate::Median, macs + 2.0 * f64::from(tokens) * square),
+        _ => (Estimate::LowerQuartile, macs),
+    };
+    let taken = Taken::new(estimate);
+    Ok(Point { kernel, place, schedule, beside, macs, all_macs, launches, taken, is_measured: false })
+}
+
+/// What a schedule without its base GEMM does to y before it adds to it; nothing but on the host, where y is zeros first.
+fn zeros(device: &Device, base: Schedule) -> Option<Schedule> {
+    (device.info().backend == BackendKind::Host).then(|| base.without_gemm())
 }
 
 /// A point is tried where the last smaller one of its kernel says that it takes no more than so many times the longest call: more
 /// work at once is usually cheaper a MAC.
-const HOPE: f64 = 4.0;
+const HOPE: f64 = 2.0;
 
 /// Runs every point once, and leaves out those that take too long.
 fn survey(
@@ -235,8 +264,11 @@ fn survey(
     for point in points {
         let expected = taken.get(&point.kernel).map_or(0.0, |seconds_per_mac| point.all_macs * seconds_per_mac);
         if expected <= HOPE * effort.longest_call {
-            // The lesser of two: a first call may still meet a compiler at work.
-            let seconds = point.take(bench)?.0.min(point.take(bench)?.0);
+            let (_, mut seconds) = point.take(bench)?;
+            if seconds > effort.longest_call {
+                // A first call may still meet a compiler at work, or memory that nothing has touched.
+                seconds = seconds.min(point.take(bench)?.1);
+            }
             // A kernel has a point, however slow the device.
             point.is_measured = seconds <= effort.longest_call || !taken.contains_key(&point.kernel);
             taken.insert(point.kernel, seconds / point.all_macs);
@@ -246,22 +278,16 @@ fn survey(
     Ok(())
 }
 
-/// Puts medians and spreads into a surface, and the nearest measured point's where nothing was measured. What a MAC takes depends
-/// on the number of adapters and on the extent least where there is much to do, so that those are changed before rows and rank are.
-pub(super) fn fill<'a>(surface: &mut Surface, points: impl Iterator<Item = (Place, &'a Sample)>) {
-    let measured: Vec<_> = points.filter(|(_, taken)| !taken.is_empty()).collect();
-    let distance = |one: Place, other: Place| {
-        one.adapters.abs_diff(other.adapters)
-            + 2 * one.extent.abs_diff(other.extent)
-            + 12 * (one.rank.abs_diff(other.rank) + one.rows.abs_diff(other.rows))
+/// What was taken of points of one kernel, by MAC.
+pub(super) fn observations<'a>(points: impl Iterator<Item = (Place, f64, &'a Taken)>) -> Vec<Observation> {
+    let points: Vec<_> = points.filter(|(_, _, taken)| !taken.is_empty()).collect();
+    let typical = typical(points.iter().map(|(_, _, taken)| *taken));
+    let observation = |(place, macs, taken): (Place, f64, &Taken)| Observation {
+        place,
+        value: taken.seconds() / macs,
+        noise: taken.noise(typical) / macs,
     };
-    for place in surface.places() {
-        let nearest = measured.iter().min_by_key(|(own, _)| distance(*own, place));
-        let (median, spread) = nearest.map_or((f64::NAN, 0.0), |(_, taken)| (taken.median(), taken.spread()));
-        surface.seconds_per_mac.push(median);
-        surface.spread.push(spread);
-        surface.measured.push(nearest.is_some_and(|(own, _)| *own == place));
-    }
+    points.into_iter().map(observation).collect()
 }
 
 /// What a low-rank MAC is priced at least, as a share of the base GEMM's best: a difference of two times can come out as nothing,
@@ -272,12 +298,8 @@ fn raise_differences(surfaces: &mut BTreeMap<Kernel, Surface>) {
     let best = surfaces[&Kernel::Matmul].seconds_per_mac.iter().copied().fold(f64::INFINITY, f64::min);
     let least = LEAST_SHARE * best;
     for surface in surfaces.values_mut() {
-        for (value, spread) in surface.seconds_per_mac.iter_mut().zip(&mut surface.spread) {
-            if value.is_nan() || *value < least {
-                // As far as the point was off, seen from what it counts as.
-                *spread = (*spread * value.abs() / least).min(1e6);
-                *value = least;
-            }
+        for value in surface.seconds_per_mac.iter_mut().filter(|value| value.is_nan() || **value < least) {
+            *value = least;
         }
     }
 }

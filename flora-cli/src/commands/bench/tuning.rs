@@ -12,7 +12,7 @@ use crate::commands::{output, types};
 /// Tune twice and compare the coefficients
 ///
 /// Two coefficients agree when they differ by no more than both spreads together: |a − b| ≤ spread(a)·a + spread(b)·b, where a
-/// spread is (largest − smallest) / median over a run's passes. Nothing is saved.
+/// spread is how far a run says that another's coefficient is likely to lie from its own. Nothing is saved.
 #[derive(Args)]
 pub(super) struct Arguments {
     /// The device, as `flora devices` lists it
