@@ -1,5 +1,6 @@
-//! An engine on a real decoder under everything at once: random arrivals and cancellations, adapters that change, break, vanish and
-//! come back while they are asked for, a cache far too small. Every request ends, nothing leaks, running requests go on.
+//! Two engines on a real decoder, replicas over one folder, under everything at once: random arrivals and cancellations, prompts that
+//! begin alike, spans and sums of adapters, adapters that change, break, vanish and come back while they are asked for, caches far too
+//! small. Every request ends, nothing leaks, running requests go on.
 //!
 //! `FLORA_SOAK_SECONDS` says for how long (20 unless set), `FLORA_SOAK_MODEL` on which model (a tiny one unless set; a .gguf file or
 //! a folder). Times are printed, and decide nothing.
@@ -16,13 +17,15 @@ use std::time::{Duration, Instant};
 
 use flora_checkpoint::Model;
 use flora_engine::{
-    AdapterFailure, AdapterOptions, AdapterSpans, Engine, EngineHandle, Event, LogProbabilities, LogitRules, Options,
-    Request, RequestError, Sampling, StopAt, Vocabulary,
+    AdapterChoice, AdapterFailure, AdapterOptions, AdapterSpans, Composition, Engine, EngineHandle, Event,
+    LogProbabilities, LogitRules, Metrics, Options, Request, RequestError, Sampling, Span, StopAt, Vocabulary,
 };
 use flora_model::{AdapterDirectory, ServeOptions};
 
-/// Clients at a time.
-const CLIENTS: u64 = 12;
+/// Clients at a time: more than both engines take.
+const CLIENTS: u64 = 40;
+/// Of a cache; what the host can share is a multiple of it.
+const BLOCK_TOKENS: usize = 32;
 /// Nothing may take longer than this to make any progress at all.
 const HANG: Duration = Duration::from_secs(120);
 
@@ -46,13 +49,43 @@ impl Tally {
     }
 }
 
-fn request(random: &mut fastrand::Rng, vocabulary: u32, names: &[String]) -> Request {
-    let prompt = (0..random.usize(1..80)).map(|_| random.u32(0..vocabulary)).collect();
-    let adapter = match random.u8(0..10) {
+/// An adapter, or none; a sum of two now and then, and some that there are not.
+fn adapter(random: &mut fastrand::Rng, names: &[String]) -> Option<AdapterChoice> {
+    let mut named = || names[random.usize(0..names.len())].clone();
+    let (one, other) = (named(), named());
+    match random.u8(0..12) {
         0 | 1 => None,
-        2 => Some(["nobody", "../adapter-0", "/etc", "", "adapter-0/../adapter-1"][random.usize(0..5)].to_owned()),
-        _ => Some(names[random.usize(0..names.len())].clone()),
+        2 => {
+            let wrong = ["nobody", "../adapter-0", "/etc", "", "adapter-0/../adapter-1"][random.usize(0..5)];
+            Some(AdapterChoice::Named(wrong.to_owned()))
+        }
+        3 if one != other => {
+            let parts = [(one, 0.5), (other, -0.25)];
+            Some(AdapterChoice::Composed(Composition::new(parts).expect("two adapters with weights")))
+        }
+        _ => Some(AdapterChoice::Named(one)),
+    }
+}
+
+/// What some prompts begin with: longer than a block of the cache.
+fn prefix(number: u64, vocabulary: u32) -> Vec<u32> {
+    let mut random = fastrand::Rng::with_seed(number);
+    (0..48).map(|_| random.u32(0..vocabulary)).collect()
+}
+
+fn request(random: &mut fastrand::Rng, vocabulary: u32, names: &[String]) -> Request {
+    let mut prompt = if random.bool() { prefix(random.u64(0..4), vocabulary) } else { Vec::new() };
+    prompt.extend((0..random.usize(1..80 - prompt.len())).map(|_| random.u32(0..vocabulary)));
+    let own = adapter(random, names);
+    let spans = match random.u8(0..4) {
+        0 => {
+            let start = random.usize(0..prompt.len());
+            let end = random.bool().then(|| start + random.usize(1..30));
+            vec![Span { start, end, adapter: adapter(random, names) }]
+        }
+        _ => Vec::new(),
     };
+    let adapters = AdapterSpans::new(own, spans).expect("one span, which holds a token");
     let sampling = match random.bool() {
         true => Sampling::Random { temperature: 0.8, top_p: 0.9, seed: random.u64(..) },
         false => Sampling::Greedy,
@@ -60,7 +93,7 @@ fn request(random: &mut fastrand::Rng, vocabulary: u32, names: &[String]) -> Req
     let stop = StopAt { max_tokens: random.u32(1..40), strings: vec!["\u{1}never".to_owned()], tokens: Vec::new() };
     Request {
         prompt,
-        adapters: adapter.into(),
+        adapters,
         sampling,
         rules: LogitRules::default(),
         stop,
@@ -70,9 +103,10 @@ fn request(random: &mut fastrand::Rng, vocabulary: u32, names: &[String]) -> Req
 }
 
 /// Sends one request after the other until `stop`.
-fn client(number: u64, handle: &EngineHandle, vocabulary: u32, names: &[String], tally: &Tally, stop: &AtomicBool) {
+fn client(number: u64, replicas: &[EngineHandle], vocabulary: u32, names: &[String], tally: &Tally, stop: &AtomicBool) {
     let mut random = fastrand::Rng::with_seed(1000 + number);
     while !stop.load(Ordering::SeqCst) {
+        let handle = &replicas[random.usize(0..replicas.len())];
         // Whoever goes away does so after so many events.
         let patience = (random.u8(0..6) == 0).then(|| random.usize(0..10));
         tally.sent.fetch_add(1, Ordering::SeqCst);
@@ -101,6 +135,8 @@ fn client(number: u64, handle: &EngineHandle, vocabulary: u32, names: &[String],
                 Event::Failed(RequestError::Adapter(AdapterFailure::Unusable { .. })) => {
                     break &tally.unusable_adapters;
                 }
+                // Others came first after it was sent.
+                Event::Failed(RequestError::QueueFull { .. }) => break &tally.queue_full,
                 Event::Failed(error) => panic!("{error}"),
             }
         };
@@ -157,29 +193,35 @@ fn an_engine_survives_everything_at_once() {
     let options = Options {
         sequences: 8,
         tokens_per_step: 96,
+        chunk_tokens: 64,
         // Three of the longest requests, of eight that would run.
         cache_tokens: 384,
-        block_tokens: 16,
+        block_tokens: BLOCK_TOKENS,
         waiting: 10,
         adapters: AdapterOptions { resident: 6, ..AdapterOptions::default() },
         ..Options::default()
     };
     // Room for about six.
     let adapter_bytes = adapters::bytes(&model) * 6;
-    let serve = ServeOptions { adapted, adapter_bytes, block_tokens: 16, ..ServeOptions::default() };
-    let decoder = flora_model::load(&flora_devices::host(), &model, &serve).expect("a decoder");
-    let source = AdapterDirectory::new(Some(folder.path()), &model, serve.adapters).expect("built-in layers");
+    let block_tokens = BLOCK_TOKENS as u32;
+    let serve = ServeOptions { adapted, adapter_bytes, block_tokens, ..ServeOptions::default() };
     let vocabulary = model.decoder().expect("a decoder").vocabulary() as u32;
-    let engine = Engine::start(decoder, source, Vocabulary::new(Vec::new()), options).expect("options that fit");
+    let replica = || {
+        let decoder = flora_model::load(&flora_devices::host(), &model, &serve).expect("a decoder");
+        let source = AdapterDirectory::new(Some(folder.path()), &model, serve.adapters).expect("built-in layers");
+        Engine::start(decoder, source, Vocabulary::new(Vec::new()), options.clone()).expect("options that fit")
+    };
+    let engines = [replica(), replica()];
+    let handles = engines.each_ref().map(Engine::handle);
+    let metrics = || handles.each_ref().map(EngineHandle::metrics);
 
     let (tally, stop) = (Tally::default(), AtomicBool::new(false));
     let (gaps, memory, changes) = thread::scope(|scope| {
         for number in 0..CLIENTS {
-            let (handle, tally, stop, names) = (engine.handle(), &tally, &stop, &names);
-            scope.spawn(move || client(number, &handle, vocabulary, names, tally, stop));
+            let (handles, tally, stop, names) = (&handles, &tally, &stop, &names);
+            scope.spawn(move || client(number, handles, vocabulary, names, tally, stop));
         }
-        let (handle, stopped) = (engine.handle(), &stop);
-        let watched = scope.spawn(move || watch(&handle, stopped));
+        let watched = scope.spawn(|| watch(&handles[0], &stop));
         let changed = scope.spawn(|| adapters::change(folder.path(), &model, &names, &stop));
         let start = Instant::now();
         let (mut memory, mut ended, mut progress) = (Vec::new(), 0, Instant::now());
@@ -189,14 +231,14 @@ fn an_engine_survives_everything_at_once() {
             if tally.ended() > ended {
                 (ended, progress) = (tally.ended(), Instant::now());
             }
-            assert!(progress.elapsed() < HANG, "no request ended for {HANG:?}: {:?}", engine.handle().metrics());
+            assert!(progress.elapsed() < HANG, "no request ended for {HANG:?}: {:?}", metrics());
         }
         stop.store(true, Ordering::SeqCst);
         (watched.join().expect("no panic"), memory, changed.join().expect("no panic"))
     });
 
-    let metrics = engine.handle().metrics();
-    println!("{seconds} s, {CLIENTS} clients, {}", model.name());
+    let metrics = metrics();
+    println!("{seconds} s, {CLIENTS} clients, {} replicas, {}", engines.len(), model.name());
     println!(
         "sent {} = finished {} + cancelled {} + unknown adapters {} + unusable adapters {} + queue full {}; {} tokens",
         tally.sent.load(Ordering::SeqCst),
@@ -222,12 +264,15 @@ fn an_engine_survives_everything_at_once() {
         );
     }
     assert_eq!(tally.ended(), tally.sent.load(Ordering::SeqCst), "every request ends");
-    assert!(metrics.preemptions > 0 && metrics.adapters.evictions > 0 && metrics.adapters.failures > 0, "{metrics:?}");
+    for Metrics { preemptions, shared_tokens, adapters, .. } in metrics {
+        assert!(preemptions > 0 && shared_tokens > 0 && adapters.evictions > 0 && adapters.failures > 0, "{metrics:?}");
+    }
 
-    let handle = engine.handle();
-    handle.shutdown(Duration::from_secs(10));
-    engine.join();
-    let after = handle.metrics();
-    assert_eq!((after.running, after.waiting, after.cache_blocks_used), (0, 0, 0), "{after:?}");
+    for (engine, handle) in engines.into_iter().zip(&handles) {
+        handle.shutdown(Duration::from_secs(10));
+        engine.join();
+        let after = handle.metrics();
+        assert_eq!((after.running, after.waiting, after.cache_blocks_used), (0, 0, 0), "{after:?}");
+    }
     memory::must_be_flat(&memory);
 }
