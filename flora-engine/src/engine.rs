@@ -61,7 +61,7 @@ struct Shared {
 }
 
 enum Command {
-    Submit(Accepted, mpsc::UnboundedSender<Event>),
+    Submit(Box<Accepted>, mpsc::UnboundedSender<Event>),
     /// Some stream was dropped.
     Dropped,
     /// There is something from the loader.
@@ -168,7 +168,7 @@ impl EngineHandle {
             return Err(RequestError::QueueFull { waiting });
         }
         let (sender, events) = mpsc::unbounded_channel();
-        if self.commands.send(Command::Submit(accepted, sender)).is_err() {
+        if self.commands.send(Command::Submit(Box::new(accepted), sender)).is_err() {
             self.shared.sent.fetch_sub(1, Ordering::SeqCst);
             return Err(self.shared.reason());
         }
@@ -395,7 +395,7 @@ impl<D: Decoder> Worker<D> {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Submit(request, stream) => self.submit(request, stream),
+            Command::Submit(request, stream) => self.submit(*request, stream),
             Command::Dropped => {
                 let gone = self.streams.extract_if(|_, stream| stream.is_closed());
                 for (request, _) in gone {

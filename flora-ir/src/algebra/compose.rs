@@ -64,9 +64,9 @@ impl FoldedAdapter {
             return Err(ComposeError::NotFinite(scale));
         }
         let outputs = self.virtual_rows.iter().filter_map(|row| row.out_scale.as_ref());
-        let inputs = self.virtual_rows.iter().filter_map(|row| row.in_scale.as_ref());
+        let mut inputs = self.virtual_rows.iter().filter_map(|row| row.in_scale.as_ref());
         let all = |vector: &Vec<f32>| Some(vec![rounded; vector.len()]);
-        match (outputs.chain(self.low_rank.iter().map(|pair| &pair.expand)).next(), inputs.last()) {
+        match (outputs.chain(self.low_rank.iter().map(|pair| &pair.expand)).next(), inputs.next()) {
             (Some(output), _) => Ok(Some(VirtualRow { in_scale: None, out_scale: all(output) })),
             (None, Some(input)) => Ok(Some(VirtualRow { in_scale: all(input), out_scale: None })),
             (None, None) => Err(ComposeError::NoVector),
