@@ -21,20 +21,31 @@ use crate::engine::HostEngine;
 use crate::error::HostError;
 use crate::memory::{HostMemory, OwnedValues, foreign};
 use crate::operands::Operands;
+use crate::spare::SpareMemory;
 use crate::values::{NOT_REPLACED, Replaced, Rows, RowsMut, Values};
 use crate::weight::Weight;
 
 /// What the host calls itself, for whoever shares its memory: `device.place::<HostPlace>()` is there for the host alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HostPlace;
+#[derive(Clone, Debug, Default)]
+pub struct HostPlace {
+    /// Of outputs.
+    spare: Arc<SpareMemory>,
+}
+
+impl HostPlace {
+    pub(crate) fn spare(&self) -> &Arc<SpareMemory> {
+        &self.spare
+    }
+}
 
 struct HostBackend {
     engine: HostEngine,
+    place: HostPlace,
 }
 
 /// This machine's processor as a device.
 pub fn device() -> Device {
-    Device::new(describe(), HostBackend { engine: HostEngine::new() })
+    Device::new(describe(), HostBackend { engine: HostEngine::new(), place: HostPlace::default() })
 }
 
 /// What [`device`] is.
@@ -106,13 +117,13 @@ impl HostBackend {
     ) -> Result<Storage, DeviceError> {
         let activations = layer.format().activations;
         let (tokens, d, k) = (schedule.tokens() as usize, layer.shape().d as usize, layer.shape().k as usize);
-        let mut y = OwnedValues::zeros(tokens * k, activations);
+        let mut y = self.place.spare.take(tokens * k, activations);
         let x = Rows { values: values(x, activations)?.first(tokens * d), pitch: d };
         let residual = residual.map(|residual| values(residual, activations)).transpose()?;
         let residual = residual.map(|residual| residual.first(tokens * k));
-        let sums = RowsMut { values: y.values_mut(), pitch: k };
+        let sums = RowsMut { values: y.get_mut().values_mut().first(tokens * k), pitch: k };
         self.engine.execute_replaced(&operands(layer)?, schedule, (x, replaced), sums, residual)?;
-        Ok(Storage::new(HostMemory::Owned(y)))
+        Ok(Storage::new(HostMemory::Spare(y)))
     }
 
     fn gradients(
@@ -165,7 +176,7 @@ impl Backend for HostBackend {
         if storage.get_mut::<HostMemory>().is_none() {
             *storage = Storage::new(HostMemory::Owned(self::values(storage, element)?.to_owned_values()));
         }
-        let Some(HostMemory::Owned(held)) = storage.get_mut() else { return Err(foreign(element)) };
+        let held = storage.get_mut().and_then(HostMemory::owned_mut).ok_or_else(|| foreign(element))?;
         if held.overwrite(first, values) {
             return Ok(());
         }
@@ -244,7 +255,7 @@ impl Backend for HostBackend {
     }
 
     fn tuned(&self, _blueprints: &Blueprints) -> Arc<dyn Backend> {
-        Arc::new(Self { engine: HostEngine::new() })
+        Arc::new(Self { engine: HostEngine::new(), place: self.place.clone() })
     }
 
     fn tiles(&self, _format: LayerFormat) -> Vec<Tile> {
@@ -252,6 +263,6 @@ impl Backend for HostBackend {
     }
 
     fn place(&self) -> &dyn Any {
-        &HostPlace
+        &self.place
     }
 }

@@ -7,6 +7,8 @@ use flora_runtime::{Buffer, Device, DeviceError, Storage};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use crate::device::HostPlace;
+use crate::spare::SpareValues;
 use crate::values::{Values, ValuesMut};
 
 /// Numbers of any element type, owned.
@@ -106,15 +108,27 @@ pub type LentBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 pub enum HostMemory {
     /// The host's own numbers.
     Owned(OwnedValues),
+    /// Outputs, in memory that the host uses again.
+    Spare(SpareValues),
     /// Somebody else's, to be read as numbers.
     Lent(LentBytes),
 }
 
 impl HostMemory {
+    /// The host's own numbers, to write over.
+    pub(crate) fn owned_mut(&mut self) -> Option<&mut OwnedValues> {
+        match self {
+            Self::Owned(values) => Some(values),
+            Self::Spare(values) => Some(values.get_mut()),
+            Self::Lent(_) => None,
+        }
+    }
+
     /// The numbers; `None` where they are of another type, or bytes that can't be read as such numbers where they lie.
     pub(crate) fn values(&self, element: Element) -> Option<Values<'_>> {
         match self {
             Self::Owned(values) => Some(values.values()).filter(|values| values.element() == element),
+            Self::Spare(values) => Some(values.get().values()).filter(|values| values.element() == element),
             Self::Lent(bytes) => {
                 let bytes = bytes.as_ref().as_ref();
                 Some(match element {
@@ -146,6 +160,22 @@ pub fn buffer(device: &Device, values: OwnedValues) -> Result<Buffer, DeviceErro
     device.share(Storage::new(HostMemory::Owned(values)), count, element)
 }
 
+/// A buffer of `count` numbers, all of which `fill` has to write: before, they are whatever the memory's last use left.
+///
+/// # Errors
+/// Another device than the host; what `fill` ends with.
+pub fn filled<E: From<DeviceError>>(
+    device: &Device,
+    count: usize,
+    element: Element,
+    fill: impl FnOnce(ValuesMut<'_>) -> Result<(), E>,
+) -> Result<Buffer, E> {
+    let place = device.place::<HostPlace>().ok_or_else(|| foreign(element))?;
+    let mut values = place.spare().take(count, element);
+    fill(values.get_mut().values_mut().first(count))?;
+    Ok(device.share(Storage::new(HostMemory::Spare(values)), count, element)?)
+}
+
 /// A buffer of numbers that stay where they are and are not to be changed while it has them.
 ///
 /// # Errors
@@ -163,6 +193,7 @@ pub fn into_values(buffer: Buffer) -> Result<OwnedValues, DeviceError> {
     let (count, element) = (buffer.len(), buffer.element());
     match buffer.into_memory::<HostMemory>() {
         Ok(HostMemory::Owned(values)) => Ok(values.resized(count)),
+        Ok(HostMemory::Spare(values)) => Ok(values.into_owned().resized(count)),
         Ok(lent) => Ok(lent.values(element).ok_or_else(|| foreign(element))?.first(count).to_owned_values()),
         Err(shared) => Ok(values(&shared)?.to_owned_values()),
     }

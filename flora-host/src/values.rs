@@ -76,6 +76,22 @@ impl Values<'_> {
     }
 }
 
+impl<'a> ValuesMut<'a> {
+    /// The first `count`, or all where there are no more.
+    pub(crate) fn first(self, count: usize) -> Self {
+        match self {
+            ValuesMut::F32(values) => ValuesMut::F32(first(values, count)),
+            ValuesMut::F16(values) => ValuesMut::F16(first(values, count)),
+            ValuesMut::Bf16(values) => ValuesMut::Bf16(first(values, count)),
+        }
+    }
+}
+
+fn first<T>(values: &mut [T], count: usize) -> &mut [T] {
+    let count = count.min(values.len());
+    &mut values[..count]
+}
+
 impl ValuesMut<'_> {
     /// The same numbers for a while.
     pub fn reborrow(&mut self) -> ValuesMut<'_> {

@@ -23,7 +23,7 @@ pub(crate) struct HostOperations {
 }
 
 impl HostOperations {
-    /// A buffer of `count` numbers that `fill` writes.
+    /// A buffer of `count` numbers, all of which `fill` writes.
     pub(crate) fn filled<E>(
         &self,
         count: usize,
@@ -32,9 +32,7 @@ impl HostOperations {
     where
         ServeError: From<E>,
     {
-        let mut values = OwnedValues::zeros(count, self.element);
-        fill(values.values_mut())?;
-        Ok(flora_host::buffer(&self.device, values)?)
+        flora_host::filled(&self.device, count, self.element, |out| Ok(fill(out)?))
     }
 }
 
