@@ -83,7 +83,11 @@ pub(crate) fn exp(x: f32) -> f32 {
     let is_large = x > 88.0;
     let x = if x < -87.0 { -87.0 } else { x };
     let x = if is_large { 88.0 } else { x };
-    let n = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0; // to the nearest whole number
+    // To the nearest whole number, which the sum's last bits are: a conversion would take longer, for what it does with numbers that
+    // are too large.
+    const WHOLE: f32 = 12_582_912.0;
+    let rounded = x * std::f32::consts::LOG2_E + WHOLE;
+    let n = rounded - WHOLE;
     // ln 2 in two parts, the first with few enough bits for an exact product.
     let r = (x - n * 355.0 / 512.0) + n * 2.121_944_4e-4;
     let series = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
@@ -91,7 +95,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     for coefficient in series {
         sum = sum * r + coefficient;
     }
-    let power = f32::from_bits(((n as i32 + 127) as u32) << 23);
+    let power = f32::from_bits(rounded.to_bits().wrapping_sub(WHOLE.to_bits()).wrapping_add(127) << 23);
     if is_large { f32::INFINITY } else { sum * power }
 }
 

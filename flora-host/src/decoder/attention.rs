@@ -2,9 +2,8 @@
 //! last so many. The rows of a key-value
 //! head are queries of the same keys, whichever query head they are of, so that no key or value is ever repeated.
 //!
-//! A row goes through its keys in blocks of [`KEYS`] from position 0 on, those apart of which it sees none, and sums over a block in
-//! rising order. So its bits
-//! are the same whatever other rows it is computed with: those of its prompt, however that is cut, or none.
+//! A row goes through its keys in spans of [`SPAN`] from position 0 on, those apart of which it sees none, and sums over a span in
+//! rising order. So its bits are the same whatever other rows it is computed with: those of its prompt, however that is cut, or none.
 
 use std::ops::Range;
 
@@ -48,6 +47,13 @@ pub struct AttentionSegment<'a> {
     /// The tokens before; the rows' keys and values are appended.
     pub cache: &'a mut KeyValueCache,
 }
+
+/// Keys whose scores are turned into weights together: what that costs a row doesn't grow with its keys as their products do. Fixed,
+/// because a row's bits depend on it.
+const SPAN: usize = 4 * KEYS;
+
+/// Blocks of a span.
+const BLOCKS: usize = SPAN / KEYS;
 
 /// The most rows that share a pass over the keys: as many queries and sums as stay in the first-level cache beside a block, and
 /// whole tiles.
@@ -226,13 +232,13 @@ fn append<S: Simd>(simd: S, attention: &Attention<'_>, segment: &mut AttentionSe
 struct Memory {
     /// Rotated queries by 1 / √size, `[rows, size]`.
     queries: Vec<f32>,
-    /// Scores of a block of keys, then their weights, `[rows, KEYS]`.
+    /// Scores of a span of keys, then their weights, `[rows, SPAN]`.
     scores: Vec<f32>,
     /// Weighed values, `[rows, pitch]`.
     sums: Vec<f32>,
     softmaxes: Vec<Softmax>,
-    /// A block's keys and values, where they aren't f32.
-    wide: Vec<f32>,
+    /// A span's keys and values, where they aren't f32.
+    wide: [Vec<f32>; BLOCKS],
 }
 
 /// Some rows of one segment and one key-value head. Row r is query head r mod `group` of the head's, at position r / `group` of
@@ -253,24 +259,29 @@ impl Task<'_> {
         let (size, pitch, rows) = (layout.size, layout.pitch(), self.rows.len());
         let Memory { queries, scores, sums, softmaxes, wide } = memory;
         queries.resize(rows * size, 0.0);
-        scores.resize(rows * KEYS, 0.0);
+        scores.resize(rows * SPAN, 0.0);
         sums.clear();
         sums.resize(rows * pitch, 0.0);
         softmaxes.clear();
         softmaxes.resize(rows, Softmax::NONE);
         self.pack(simd, queries);
 
-        let first_block = self.first_key(0) / KEYS;
-        for block in first_block..=self.position(rows - 1) / KEYS {
-            let held = self.cache.head(block, self.head, wide);
-            let (keys, values) = held.split_at(layout.keys());
-            // Rows before the first one end in a block before, and the windows of those after the last one begin in a block after.
-            let before = (block * KEYS).saturating_sub(self.first_position) * self.group;
+        let last = self.position(rows - 1);
+        for span in self.first_key(0) / SPAN..=last / SPAN {
+            let start = span * SPAN;
+            let blocks = start / KEYS..(last.min(start + SPAN - 1) / KEYS) + 1;
+            let mut held: [&[f32]; BLOCKS] = [&[]; BLOCKS];
+            for ((held, block), wide) in held.iter_mut().zip(blocks.clone()).zip(&mut *wide) {
+                *held = self.cache.head(block, self.head, wide);
+            }
+            let held = &held[..blocks.len()];
+            // Rows before the first one end in a span before, and the windows of those after the last one begin in a span after.
+            let before = start.saturating_sub(self.first_position) * self.group;
             let first = before.saturating_sub(self.rows.start).min(rows);
             let end = match self.attention.window {
                 None => rows,
                 Some(window) => {
-                    let end = (block * KEYS + KEYS - 1).saturating_add(window);
+                    let end = (start + SPAN - 1).saturating_add(window);
                     let positions = end.saturating_sub(self.first_position);
                     positions.saturating_mul(self.group).saturating_sub(self.rows.start).min(rows)
                 }
@@ -278,8 +289,8 @@ impl Task<'_> {
             for tile in even_tiles(end.saturating_sub(first), tile_rows::<S>()) {
                 let tile = first + tile.start..first + tile.end;
                 let seen = |row: usize| {
-                    let start = self.first_key(row).saturating_sub(block * KEYS);
-                    [start, (self.position(row) + 1 - block * KEYS).min(KEYS)]
+                    let first = self.first_key(row).saturating_sub(start);
+                    [first, (self.position(row) + 1 - start).min(SPAN)]
                 };
                 let mut bounds = [[0; 2]; MOST_TILE_ROWS];
                 let bounds = &mut bounds[..tile.len()];
@@ -287,11 +298,10 @@ impl Task<'_> {
                 let work = Tile {
                     seen: bounds,
                     queries: &queries[tile.start * size..tile.end * size],
-                    scores: &mut scores[tile.start * KEYS..tile.end * KEYS],
+                    scores: &mut scores[tile.start * SPAN..tile.end * SPAN],
                     sums: &mut sums[tile.start * pitch..tile.end * pitch],
                     softmaxes: &mut softmaxes[tile],
-                    keys,
-                    values,
+                    held,
                     size,
                     pitch,
                 };
@@ -304,7 +314,8 @@ impl Task<'_> {
             #[inline(always)]
             || {
                 for (sums, softmax) in sums.chunks_exact_mut(pitch).zip(&*softmaxes) {
-                    sums.iter_mut().for_each(|sum| *sum /= softmax.sum);
+                    let weights = softmax.sum();
+                    sums.iter_mut().for_each(|sum| *sum /= weights);
                 }
             },
         );
@@ -357,22 +368,20 @@ impl Task<'_> {
     }
 }
 
-/// A block of keys and values for a tile of rows.
+/// A span of keys and values for a tile of rows.
 struct Tile<'a> {
-    /// The first of the block's keys that each row sees, and the end of those that it does, both rising; it sees at least one.
+    /// The first of the span's keys that each row sees, and the end of those that it does, both rising; it sees at least one.
     seen: &'a [[usize; 2]],
     /// `[rows, size]`
     queries: &'a [f32],
-    /// `[rows, KEYS]`
+    /// `[rows, SPAN]`
     scores: &'a mut [f32],
     /// `[rows, pitch]`
     sums: &'a mut [f32],
     /// `[rows]`
     softmaxes: &'a mut [Softmax],
-    /// `[size, KEYS]`
-    keys: &'a [f32],
-    /// `[KEYS, pitch]`
-    values: &'a [f32],
+    /// Block by block, keys `[size, KEYS]` and values `[KEYS, pitch]`.
+    held: &'a [&'a [f32]],
     size: usize,
     pitch: usize,
 }
@@ -385,10 +394,10 @@ impl Tile<'_> {
     fn run<S: Simd>(self, simd: S) {
         let rows = self.seen.len();
         assert!(rows <= tile_rows::<S>() && self.softmaxes.len() == rows);
-        assert!(self.queries.len() == rows * self.size && self.keys.len() == self.size * KEYS);
-        assert!(self.scores.len() == rows * KEYS && self.sums.len() == rows * self.pitch);
-        assert!(self.values.len() == KEYS * self.pitch && self.pitch.is_multiple_of(tile_columns::<S>()));
-        assert!(self.seen.iter().all(|[first, end]| first < end && *end <= KEYS));
+        assert!(self.queries.len() == rows * self.size && self.pitch.is_multiple_of(tile_columns::<S>()));
+        assert!(self.scores.len() == rows * SPAN && self.sums.len() == rows * self.pitch);
+        assert!(self.held.iter().all(|held| held.len() == (self.size + self.pitch) * KEYS));
+        assert!(self.seen.iter().all(|[first, end]| first < end && *end <= self.held.len() * KEYS));
         assert!(self.seen.is_sorted_by(|one, next| one[0] <= next[0] && one[1] <= next[1]));
         with_rows!(rows, attend, simd, self)
     }
@@ -401,24 +410,30 @@ fn attend<S: Simd, const ROWS: usize>(simd: S, tile: Tile<'_>) {
         type Output = ();
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
-            let Tile { seen, queries, scores, sums, softmaxes, keys, values, size, pitch } = self.0;
-            for column in (0..KEYS).step_by(tile_columns::<S>()) {
-                // SAFETY: `Tile::run` has compared every extent with its slice.
-                unsafe {
-                    let zero = [[simd.splat_f32s(0.0); 2]; ROWS];
-                    let right = Operand { values: keys.as_ptr().add(column), pitch: KEYS };
-                    let own = accumulate::<S, ROWS, false>(simd, zero, queries.as_ptr(), size, 1, right, size);
-                    for (row, own) in own.into_iter().enumerate() {
-                        let at = scores.as_mut_ptr().add(row * KEYS + column);
-                        store::<S>(at, own[0]);
-                        store::<S>(at.add(S::F32_LANES), own[1]);
+            let Tile { seen, queries, scores, sums, softmaxes, held, size, pitch } = self.0;
+            // Keys from the first that any row sees to the last: whole blocks of them.
+            let blocks = seen[0][0] / KEYS..seen[ROWS - 1][1].div_ceil(KEYS);
+            for block in blocks.clone() {
+                for column in (0..KEYS).step_by(tile_columns::<S>()) {
+                    // SAFETY: `Tile::run` has compared every extent with its slice.
+                    unsafe {
+                        let zero = [[simd.splat_f32s(0.0); 2]; ROWS];
+                        let right = Operand { values: held.get_unchecked(block).as_ptr().add(column), pitch: KEYS };
+                        let own =
+                            accumulate::<S, ROWS, false>(simd, zero, queries.as_ptr(), size, 1, right, size);
+                        for (row, own) in own.into_iter().enumerate() {
+                            let at = scores.as_mut_ptr().add(row * SPAN + block * KEYS + column);
+                            store::<S>(at, own[0]);
+                            store::<S>(at.add(S::F32_LANES), own[1]);
+                        }
                     }
                 }
             }
             let (scores, _) = scores.as_chunks_mut::<KEYS>();
-            let rows = scores.iter_mut().zip(&mut *softmaxes).zip(seen).zip(sums.chunks_exact_mut(pitch));
+            let rows = scores.chunks_exact_mut(BLOCKS).zip(&mut *softmaxes).zip(seen).zip(sums.chunks_exact_mut(pitch));
             for (((scores, softmax), [first, end]), sums) in rows {
-                let scale = softmax.add(scores, *first..*end);
+                let before = blocks.start * KEYS;
+                let scale = softmax.add(&mut scores[blocks.clone()], *first - before..*end - before);
                 if scale != 1.0 {
                     sums.iter_mut().for_each(|sum| *sum *= scale);
                 }
@@ -426,15 +441,16 @@ fn attend<S: Simd, const ROWS: usize>(simd: S, tile: Tile<'_>) {
             // Keys up to the first row's last, then those that a row sees alone: a row adds in rising order either way. Those before a
             // row's first have a weight of 0, so that they add nothing.
             let shared = seen[0][1];
+            let values = Values { held, first: size * KEYS, pitch };
             for column in (0..pitch).step_by(tile_columns::<S>()) {
-                // SAFETY: as above, and no count is beyond the block.
+                // SAFETY: as above, and no count is beyond the span.
                 unsafe {
-                    let (weights, right) = (scores.as_flattened().as_ptr(), values.as_ptr().add(column));
+                    let weights = scores.as_flattened().as_ptr();
                     let sums = sums.as_mut_ptr().add(column);
-                    add::<S, ROWS>(simd, sums, pitch, weights, right, shared);
+                    values.add::<S, ROWS>(simd, sums, weights, column, blocks.start * KEYS..shared);
                     for (row, [_, end]) in seen.iter().enumerate() {
-                        let (sums, weights) = (sums.add(row * pitch), weights.add(row * KEYS + shared));
-                        add::<S, 1>(simd, sums, pitch, weights, right.add(shared * pitch), end - shared);
+                        let (sums, weights) = (sums.add(row * pitch), weights.add(row * SPAN));
+                        values.add::<S, 1>(simd, sums, weights, column, shared..*end);
                     }
                 }
             }
@@ -443,34 +459,56 @@ fn attend<S: Simd, const ROWS: usize>(simd: S, tile: Tile<'_>) {
     simd.vectorize(Work::<ROWS>(tile));
 }
 
-/// `sums[row] += Σ_key weights[row][key] · values[key]` for two vectors of every row.
-///
-/// # Safety
-/// `sums` and `values` hold ROWS and `count` rows of that pitch, with two vectors in each; `weights` holds ROWS rows of [`KEYS`].
-#[inline(always)]
-unsafe fn add<S: Simd, const ROWS: usize>(
-    simd: S,
-    sums: *mut f32,
+/// Values of a span.
+#[derive(Clone, Copy)]
+struct Values<'a> {
+    /// Block by block.
+    held: &'a [&'a [f32]],
+    /// Where a block's values `[KEYS, pitch]` begin.
+    first: usize,
     pitch: usize,
-    weights: *const f32,
-    values: *const f32,
-    count: usize,
-) {
-    if count == 0 {
-        return;
-    }
-    // SAFETY: by the caller's promise.
-    unsafe {
-        let mut own = [[simd.splat_f32s(0.0); 2]; ROWS];
-        for (row, own) in own.iter_mut().enumerate() {
-            let at = sums.add(row * pitch);
-            *own = [load::<S>(at), load::<S>(at.add(S::F32_LANES))];
+}
+
+impl Values<'_> {
+    /// `sums[row] += Σ_key weights[row][key] · values[key]` over `keys`, for two vectors of every row from `column` on.
+    ///
+    /// # Safety
+    /// `sums` holds ROWS rows of the values' pitch with two vectors in each, `weights` ROWS rows of [`SPAN`]; the keys are in `held`,
+    /// with two vectors from `column` on.
+    #[inline(always)]
+    unsafe fn add<S: Simd, const ROWS: usize>(
+        self,
+        simd: S,
+        sums: *mut f32,
+        weights: *const f32,
+        column: usize,
+        keys: Range<usize>,
+    ) {
+        let Self { held, first, pitch } = self;
+        if keys.is_empty() {
+            return;
         }
-        let own = accumulate::<S, ROWS, false>(simd, own, weights, KEYS, 1, Operand { values, pitch }, count);
-        for (row, own) in own.into_iter().enumerate() {
-            let at = sums.add(row * pitch);
-            store::<S>(at, own[0]);
-            store::<S>(at.add(S::F32_LANES), own[1]);
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let mut own = [[simd.splat_f32s(0.0); 2]; ROWS];
+            for (row, own) in own.iter_mut().enumerate() {
+                let at = sums.add(row * pitch);
+                *own = [load::<S>(at), load::<S>(at.add(S::F32_LANES))];
+            }
+            let mut key = keys.start;
+            while key < keys.end {
+                let (block, at) = (key / KEYS, key % KEYS);
+                let count = (KEYS - at).min(keys.end - key);
+                let values = held.get_unchecked(block).as_ptr().add(first + at * pitch + column);
+                let right = Operand { values, pitch };
+                own = accumulate::<S, ROWS, false>(simd, own, weights.add(key), SPAN, 1, right, count);
+                key += count;
+            }
+            for (row, own) in own.into_iter().enumerate() {
+                let at = sums.add(row * pitch);
+                store::<S>(at, own[0]);
+                store::<S>(at.add(S::F32_LANES), own[1]);
+            }
         }
     }
 }

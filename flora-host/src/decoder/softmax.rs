@@ -1,4 +1,4 @@
-//! Softmax on the fly: scores come a block of keys at a time, and what was summed before is scaled down where a larger one comes.
+//! Softmax on the fly: scores come a span of keys at a time, and what was summed before is scaled down where a larger one comes.
 
 use std::ops::Range;
 
@@ -10,50 +10,64 @@ use crate::finish::exp;
 pub(super) struct Softmax {
     /// The largest.
     largest: f32,
-    /// Σ exp(score − largest)
-    pub(super) sum: f32,
+    /// Σ exp(score − largest) over every [`KEYS`]th key. They are summed once, at the end: that takes longer than the products with a
+    /// few keys.
+    sums: [f32; KEYS],
 }
 
 impl Softmax {
     /// Of no scores.
-    pub(super) const NONE: Self = Self { largest: f32::NEG_INFINITY, sum: 0.0 };
+    pub(super) const NONE: Self = Self { largest: f32::NEG_INFINITY, sums: [0.0; KEYS] };
+
+    /// Σ exp(score − largest)
+    pub(super) fn sum(&self) -> f32 {
+        fold(self.sums, |one, other| one + other)
+    }
 
     /// ln Σ exp(score)
     pub(super) fn log_sum(&self) -> f32 {
-        self.largest + self.sum.ln()
+        self.largest + self.sum().ln()
     }
 
     /// Turns the next scores, of which those in `seen` are keys that the row sees, at least one, into their weights:
     /// exp(score − largest), 0 for the others. The result is what sums over the keys before have to be multiplied by. NaN among the
     /// scores stays NaN.
     #[inline(always)]
-    pub(super) fn add(&mut self, scores: &mut [f32; KEYS], seen: Range<usize>) -> f32 {
+    pub(super) fn add(&mut self, scores: &mut [[f32; KEYS]], seen: Range<usize>) -> f32 {
         let Range { start, end } = seen;
-        if start > 0 {
-            scores[..start].fill(f32::NEG_INFINITY);
-        }
-        if end < KEYS {
-            scores[end..].fill(f32::NEG_INFINITY);
-        }
+        let all = scores.as_flattened_mut();
+        all[..start].fill(f32::NEG_INFINITY);
+        all[end..].fill(f32::NEG_INFINITY);
         let larger = |one: f32, other: f32| if other > one { other } else { one };
-        let largest = larger(self.largest, fold(scores, larger));
-        scores.iter_mut().for_each(|score| *score = exp(*score - largest));
-        if start > 0 {
-            scores[..start].fill(0.0);
+        let mut lanes = [self.largest; KEYS];
+        for scores in &*scores {
+            for lane in 0..KEYS {
+                lanes[lane] = larger(lanes[lane], scores[lane]);
+            }
         }
-        if end < KEYS {
-            scores[end..].fill(0.0);
+        let largest = fold(lanes, larger);
+        for scores in &mut *scores {
+            scores.iter_mut().for_each(|score| *score = exp(*score - largest));
         }
+        let all = scores.as_flattened_mut();
+        all[..start].fill(0.0);
+        all[end..].fill(0.0);
         let scale = exp(self.largest - largest);
-        *self = Self { largest, sum: self.sum * scale + fold(scores, |one, other| one + other) };
+        let mut sums = self.sums;
+        sums.iter_mut().for_each(|sum| *sum *= scale);
+        for scores in &*scores {
+            for lane in 0..KEYS {
+                sums[lane] += scores[lane];
+            }
+        }
+        *self = Self { largest, sums };
         scale
     }
 }
 
 /// All numbers in one, halves on halves.
 #[inline(always)]
-fn fold(numbers: &[f32; KEYS], both: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut lanes = *numbers;
+fn fold(mut lanes: [f32; KEYS], both: impl Fn(f32, f32) -> f32) -> f32 {
     let mut half = KEYS / 2;
     while half > 0 {
         for lane in 0..half {
