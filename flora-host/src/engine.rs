@@ -255,7 +255,7 @@ impl<S: Simd> Sources<'_, S> {
                 let sink = Sink::new(&mut values).rows(pitch);
                 stage.par_chunks(k).enumerate().for_each(|(row, values)| {
                     // SAFETY: y outlives the loop, and rows don't overlap.
-                    unsafe { sink.write(row, 0, values) }
+                    unsafe { sink.write(self.simd, row, 0, values) }
                 });
             }
         }
@@ -310,7 +310,8 @@ impl<S: Simd> Sources<'_, S> {
     fn pass(&self, weight: Strips<'_>, rows: gemm::Rows<'_>, hidden: &[f32], finishes: bool, sink: RowSink) {
         let (x, Layer { in_pool, out_pool, .. }) = (self.x, self.layer);
         let finish = finishes.then_some(self.finish);
-        let pass = Pass { weight, x, in_pool, out_pool, rows, hidden, finish, sink };
+        let form = gemm::fastest::<S>(weight, x);
+        let pass = Pass { form, weight, x, in_pool, out_pool, rows, hidden, finish, sink };
         gemm::run(self.simd, pass, self.scratches);
     }
 

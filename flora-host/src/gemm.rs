@@ -16,10 +16,11 @@ use crate::factors::Factors;
 use crate::fetch::Pieces;
 use crate::finish::Finish;
 use crate::frame::Frame;
-use crate::kernel::{Columns, NO_SCALES, OutScales};
+use crate::kernel::{Columns, Form, NO_SCALES, OutScales};
 use crate::layout::{SLICE, STRIP, X_PITCH};
 use crate::low_rank::expand;
 use crate::pack::{Vectors, pack_rows};
+use crate::pairs::{Pairs, pack_pairs, round_pairs};
 use crate::partition::{blocks, even_part, even_tiles, panels};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
@@ -56,6 +57,8 @@ const PACKED: usize = 192;
 /// What a pass reads and writes.
 #[derive(Clone, Copy)]
 pub(crate) struct Pass<'a> {
+    /// What is multiplied: pairs where the weight has some and the processor multiplies them.
+    pub(crate) form: Form,
     pub(crate) weight: Strips<'a>,
     /// `[tokens, d]`
     pub(crate) x: Vectors<'a>,
@@ -70,6 +73,12 @@ pub(crate) struct Pass<'a> {
     pub(crate) finish: Option<Finish<'a>>,
     /// `[tokens, k]`
     pub(crate) sink: RowSink,
+}
+
+/// The form in which x is multiplied by a weight fastest. The bits of a row depend on it, so that it is the same for all rows of a layer.
+pub(crate) fn fastest<S: Simd>(weight: Strips<'_>, x: Vectors<'_>) -> Form {
+    let both = weight.are_pairs() && matches!(x.values, Values::Bf16(_));
+    if both && Pairs::are_multiplied::<S>() { Form::Pairs } else { Form::Floats }
 }
 
 /// Runs a pass.
@@ -109,6 +118,38 @@ fn whole_segments(segments: &[OnChipSegment], row: usize) -> usize {
 struct Panel<'a, S> {
     frame: Frame<'a, S>,
     pass: &'a Pass<'a>,
+}
+
+/// Inputs of a strip of the weight.
+struct Piece<'a> {
+    strip: usize,
+    inputs: Range<usize>,
+    /// The slice's first input.
+    slice: usize,
+    /// The strip's first column, counted from the panel's.
+    column: usize,
+    /// What the next one needs.
+    ahead: Pieces<'a>,
+}
+
+impl<'a> Piece<'a> {
+    /// Which inputs of the slice.
+    fn depth(&self) -> Range<usize> {
+        self.inputs.start - self.slice..self.inputs.end - self.slice
+    }
+
+    /// Its numbers `[inputs, STRIP]`, to be multiplied.
+    fn part(&self, values: &'a [f32]) -> StripPart<'a> {
+        let weight = Columns { values, pitch: STRIP };
+        StripPart { weight, depth: self.depth(), column: self.column, ahead: self.ahead }
+    }
+
+    /// Its pairs, likewise.
+    fn part_in_pairs(&self, pairs: &'a [u32]) -> StripPart<'a> {
+        let Range { start, end } = self.depth();
+        let weight = Columns { values: bytemuck::cast_slice(pairs), pitch: STRIP };
+        StripPart { weight, depth: start / 2..Pairs::of(end), column: self.column, ahead: self.ahead }
+    }
 }
 
 /// The rows of a block.
@@ -185,21 +226,55 @@ impl<S: Simd> Panel<'_, S> {
     fn rows(&self, block: &Block<'_>, rows: &[ScheduledRow], depth: Range<usize>, scratch: &mut Scratch) {
         let Scratch { decoded, x, scales, sums, products, places, scale_places, .. } = scratch;
         let (simd, pitch) = (self.frame.simd, self.frame.pitch());
-        let x = x.floats(rows.len() * X_PITCH);
         let source = |row: u32| self.pass.rows.sources.get(row as usize).copied().unwrap_or(row);
         let sources = rows.iter().map(|row| (source(row.row), row.in_slot));
-        pack_rows(simd, self.pass.x, self.pass.in_pool, sources, depth.clone(), x);
+        let x = self.packed(sources, rows.len(), depth.clone(), x);
         places.clear();
         places.extend(rows.iter().map(|row| (row.row as usize - block.range.start) * pitch));
         let scales = self.out_scales(rows, scales, scale_places);
-        let tiles = Tiles { x, depth: depth.len(), places, scales };
+        let tiles = Tiles { x, form: self.pass.form, depth: self.steps(depth.len()), places, scales };
         let sums = sums.floats(block.range.len() * pitch);
         if rows.len() == 1 && self.one_row(&depth, tiles, decoded, sums) {
             return;
         }
-        let products = products.floats(rows.len() * STRIP);
-        let most = if self.pass.weight.are_encoded() { PART } else { SLICE };
-        self.strips(depth, most, decoded, |part| tiles.multiply(simd, &part, products, sums));
+        let (weight, products) = (self.pass.weight, products.floats(rows.len() * STRIP));
+        match self.pass.form {
+            Form::Floats => {
+                let most = if weight.are_encoded() { PART } else { SLICE };
+                self.strips(depth, most, |piece| {
+                    let values = weight.read(simd, piece.strip, piece.inputs.clone(), decoded);
+                    tiles.multiply(simd, &piece.part(values), products, sums);
+                });
+            }
+            Form::Pairs => self.strips(depth, SLICE, |piece| {
+                let pairs = weight.pairs(piece.strip, piece.inputs.clone());
+                tiles.multiply(simd, &piece.part_in_pairs(pairs), products, sums);
+            }),
+        }
+    }
+
+    /// So many rows of a slice of x, in the pass's form.
+    fn packed<'b>(
+        &self,
+        sources: impl Iterator<Item = (u32, u32)>,
+        rows: usize,
+        depth: Range<usize>,
+        out: &'b mut Buffer,
+    ) -> &'b [f32] {
+        let (simd, Pass { x, in_pool, .. }) = (self.frame.simd, self.pass);
+        match self.pass.form {
+            Form::Floats => pack_rows(simd, *x, *in_pool, sources, depth, out.floats(rows * X_PITCH)),
+            Form::Pairs => pack_pairs(simd, *x, *in_pool, sources, depth, out.numbers_mut(rows * X_PITCH)),
+        }
+        out.numbers()
+    }
+
+    /// The steps that so many inputs are.
+    fn steps(&self, inputs: usize) -> usize {
+        match self.pass.form {
+            Form::Floats => inputs,
+            Form::Pairs => Pairs::of(inputs),
+        }
     }
 
     /// The products of a single row with a quantised weight. Whether it is one.
@@ -214,7 +289,7 @@ impl<S: Simd> Panel<'_, S> {
     }
 
     /// Strip after strip of the panel, in parts of at most `most` inputs of a slice.
-    fn strips(&self, slice: Range<usize>, most: usize, decoded: &mut Buffer, mut work: impl FnMut(StripPart<'_>)) {
+    fn strips(&self, slice: Range<usize>, most: usize, mut work: impl FnMut(Piece<'_>)) {
         let weight = self.pass.weight;
         let strips = self.frame.columns.start / STRIP..self.frame.columns.end.div_ceil(STRIP);
         for (at, strip) in strips.clone().enumerate() {
@@ -222,9 +297,7 @@ impl<S: Simd> Panel<'_, S> {
                 let inputs = first..slice.end.min(first + most);
                 let next = strip + 1;
                 let ahead = if next < strips.end { weight.stored(next, inputs.clone()) } else { Pieces::default() };
-                let depth = inputs.start - slice.start..inputs.end - slice.start;
-                let values = weight.read(self.frame.simd, strip, inputs, decoded);
-                work(StripPart { weight: Columns { values, pitch: STRIP }, depth, column: at * STRIP, ahead });
+                work(Piece { strip, inputs, slice: slice.start, column: at * STRIP, ahead });
             }
         }
     }
@@ -266,7 +339,7 @@ impl<S: Simd> Panel<'_, S> {
 
     /// The products of `on_chip` segments, each with its own weight, of which a part of one strip is in being at a time.
     fn segments(&self, block: &Block<'_>, group: &[OnChipSegment], depth: Range<usize>, scratch: &mut Scratch) {
-        let Scratch { decoded, composed, x, inner, outer, sums, products, row, places, segments, .. } = scratch;
+        let Scratch { decoded, composed, pairs, x, inner, outer, sums, products, row, places, segments, .. } = scratch;
         let (simd, pitch) = (self.frame.simd, self.frame.pitch());
         let scales_of = |segment: &OnChipSegment| {
             self.pass.rows.scales[segment.first_scale as usize..segment.end_scale as usize].iter().copied()
@@ -283,22 +356,27 @@ impl<S: Simd> Panel<'_, S> {
         }
         let scales = group.iter().flat_map(scales_of);
         let factors = Factors::gather(&self.frame, scales, count, depth.clone(), (inner, outer, row));
-        let x = x.floats(places.len() * X_PITCH);
         let sources = group.iter().flat_map(|segment| block.rows_of(segment)).map(|row| (row as u32, 0));
-        pack_rows(simd, self.pass.x, self.pass.in_pool, sources, depth.clone(), x);
+        let x = self.packed(sources, places.len(), depth.clone(), x);
 
-        let tiles = Tiles { x, depth: depth.len(), places, scales: None };
+        let tiles = Tiles { x, form: self.pass.form, depth: self.steps(depth.len()), places, scales: None };
         let sums = sums.floats(block.range.len() * pitch);
         let products = products.floats(places.len() * STRIP);
-        self.strips(depth, PART, decoded, |part| {
-            let StripPart { weight, depth, column, mut ahead } = part;
-            let composed = composed.floats(weight.values.len());
+        self.strips(depth, PART, |mut piece| {
+            let weight = self.pass.weight.read(simd, piece.strip, piece.inputs.clone(), decoded);
+            let composed = composed.floats(weight.len());
             for PackedSegment { rows, terms } in segments.iter() {
-                factors.compose(simd, terms, (column / STRIP, depth.clone()), Some(weight.values), composed);
-                let weight = Columns { values: composed, pitch: STRIP };
-                // The first segment fetches it for all.
-                let part = StripPart { weight, depth: depth.clone(), column, ahead: std::mem::take(&mut ahead) };
+                factors.compose(simd, terms, (piece.column / STRIP, piece.depth()), Some(weight), composed);
+                let part = match self.pass.form {
+                    Form::Floats => piece.part(composed),
+                    Form::Pairs => {
+                        let pairs = pairs.numbers_mut(Pairs::of(piece.inputs.len()) * STRIP);
+                        piece.part_in_pairs(round_pairs(simd, composed, pairs))
+                    }
+                };
                 tiles.rows(rows.clone()).multiply(simd, &part, &mut products[rows.start * STRIP..], sums);
+                // The first segment fetches it for all.
+                piece.ahead = Pieces::default();
             }
         });
     }
@@ -334,7 +412,7 @@ impl<S: Simd> Panel<'_, S> {
                 finish.apply(self.frame.simd, (row, self.frame.columns.start, k), outputs, spare);
             }
             // SAFETY: y outlives the pass, a row is written once, and no other task has these columns.
-            unsafe { self.pass.sink.write(row, self.frame.columns.start, outputs) };
+            unsafe { self.pass.sink.write(self.frame.simd, row, self.frame.columns.start, outputs) };
         }
     }
 }

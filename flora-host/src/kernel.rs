@@ -7,6 +7,7 @@ use pulp::{Simd, WithSimd};
 
 use crate::fetch::{Ahead, Pieces, fetch_near};
 use crate::layout::{STRIP, X_PITCH};
+use crate::pairs::Pairs;
 use crate::partition::even_tiles;
 
 /// The most rows of a tile on any instruction set.
@@ -40,6 +41,35 @@ pub(crate) struct OutScales<'a> {
     pub(crate) places: &'a [usize],
 }
 
+/// What operands are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// f32.
+    Floats,
+    /// [`Pairs`] of bf16, in slices of floats of the same bits; depths count pairs.
+    Pairs,
+}
+
+/// How a sum goes on by a step.
+pub(crate) trait Product: Copy {
+    /// `sum + left · right`
+    ///
+    /// # Safety
+    /// The caller is compiled for the instructions that it takes.
+    unsafe fn add<S: Simd>(simd: S, left: f32, right: S::f32s, sum: S::f32s) -> S::f32s;
+}
+
+/// Fused multiply-adds.
+#[derive(Clone, Copy)]
+pub(crate) struct Floats;
+
+impl Product for Floats {
+    #[inline(always)]
+    unsafe fn add<S: Simd>(simd: S, left: f32, right: S::f32s, sum: S::f32s) -> S::f32s {
+        simd.mul_add_e_f32s(simd.splat_f32s(left), right, sum)
+    }
+}
+
 /// The place of a row's scales that has none.
 pub(crate) const NO_SCALES: usize = usize::MAX;
 
@@ -58,6 +88,8 @@ pub(crate) struct Part<'a> {
 pub(crate) struct Multiply<'a> {
     /// Packed rows, [`X_PITCH`] apart.
     pub(crate) x: &'a [f32],
+    /// What x and the weight are made of.
+    pub(crate) form: Form,
     /// At most [`SLICE`](crate::layout::SLICE).
     pub(crate) depth: usize,
     /// `[depth, tile_columns]`
@@ -121,48 +153,75 @@ impl Multiply<'_> {
             scales.places.len() == rows && scales.places.iter().all(within)
         }));
         assert!(self.part.as_ref().is_none_or(|part| part.products.len() >= rows * columns));
-        with_rows!(rows, multiply, simd, self)
+        match self.form {
+            Form::Floats => with_rows!(rows, multiply_floats, simd, self),
+            Form::Pairs => {
+                assert!(Pairs::are_multiplied::<S>());
+                // SAFETY: the processor has the instructions.
+                unsafe { with_rows!(rows, multiply_pairs, simd, self) }
+            }
+        }
     }
 }
 
 #[inline(always)]
-fn multiply<S: Simd, const ROWS: usize>(simd: S, work: Multiply<'_>) {
+fn multiply_floats<S: Simd, const ROWS: usize>(simd: S, work: Multiply<'_>) {
     struct Work<'a, const ROWS: usize>(Multiply<'a>);
     impl<const ROWS: usize> WithSimd for Work<'_, ROWS> {
         type Output = ();
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
-            let Multiply { x, depth, weight, places, scales, column, sums, part, ahead } = self.0;
-            // SAFETY: `Multiply::run` has compared every extent with its slice.
-            unsafe {
-                let mut products = [[simd.splat_f32s(0.0); 2]; ROWS];
-                if let Some(part) = part.as_ref().filter(|part| !part.is_first) {
-                    for (at, product) in products.as_flattened_mut().iter_mut().enumerate() {
-                        *product = load::<S>(part.products.as_ptr().add(at * S::F32_LANES));
-                    }
-                }
-                let mut ahead = Ahead::new(ahead, depth / TURN);
-                let mut first = 0;
-                while first < depth {
-                    ahead.fetch();
-                    let steps = TURN.min(depth - first);
-                    let weights =
-                        Operand { values: weight.values.as_ptr().add(first * weight.pitch), pitch: weight.pitch };
-                    products =
-                        accumulate::<S, ROWS, true>(simd, products, x.as_ptr().add(first), X_PITCH, 1, weights, steps);
-                    first += steps;
-                }
-                if let Some(part) = part.filter(|part| !part.is_last) {
-                    for (at, product) in products.as_flattened().iter().enumerate() {
-                        store::<S>(part.products.as_mut_ptr().add(at * S::F32_LANES), *product);
-                    }
-                    return;
-                }
-                add_products(simd, products, (places, scales), column, sums);
-            }
+            // SAFETY: any processor has the instructions.
+            unsafe { multiply::<S, Floats, ROWS>(simd, self.0) }
         }
     }
     simd.vectorize(Work::<ROWS>(work));
+}
+
+/// # Safety
+/// The processor has the instructions: see [`Pairs::are_multiplied`].
+#[cfg_attr(
+    target_arch = "x86_64",
+    target_feature(
+        enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16,avx2,fma,bmi1,bmi2,f16c,lzcnt,popcnt"
+    )
+)]
+unsafe fn multiply_pairs<S: Simd, const ROWS: usize>(simd: S, work: Multiply<'_>) {
+    // SAFETY: by the caller's promise.
+    unsafe { multiply::<S, Pairs, ROWS>(simd, work) }
+}
+
+/// # Safety
+/// The caller is compiled for the instructions of `P`.
+#[inline(always)]
+unsafe fn multiply<S: Simd, P: Product, const ROWS: usize>(simd: S, work: Multiply<'_>) {
+    let Multiply { x, form: _, depth, weight, places, scales, column, sums, part, ahead } = work;
+    // SAFETY: `Multiply::run` has compared every extent with its slice.
+    unsafe {
+        let mut products = [[simd.splat_f32s(0.0); 2]; ROWS];
+        if let Some(part) = part.as_ref().filter(|part| !part.is_first) {
+            for (at, product) in products.as_flattened_mut().iter_mut().enumerate() {
+                *product = load::<S>(part.products.as_ptr().add(at * S::F32_LANES));
+            }
+        }
+        let mut ahead = Ahead::new(ahead, depth / TURN);
+        let mut first = 0;
+        while first < depth {
+            ahead.fetch();
+            let steps = TURN.min(depth - first);
+            let weights = Operand { values: weight.values.as_ptr().add(first * weight.pitch), pitch: weight.pitch };
+            let x = x.as_ptr().add(first);
+            products = accumulate::<S, P, ROWS, true>(simd, products, x, X_PITCH, 1, weights, steps);
+            first += steps;
+        }
+        if let Some(part) = part.filter(|part| !part.is_last) {
+            for (at, product) in products.as_flattened().iter().enumerate() {
+                store::<S>(part.products.as_mut_ptr().add(at * S::F32_LANES), *product);
+            }
+            return;
+        }
+        add_products(simd, products, (places, scales), column, sums);
+    }
 }
 
 /// Adds the products of a slice to the sums, each by its scale where its row has some.
@@ -276,7 +335,8 @@ fn compose_rows<S: Simd, const ROWS: usize>(simd: S, strip: ComposedStrip<S>, fi
     // SAFETY: `Compose::run` has compared every extent with its slice, and `first + ROWS` is within the depth.
     unsafe {
         let outer = Operand { values: outer.add(column), pitch: STRIP };
-        let sums = accumulate::<S, ROWS, false>(simd, [[offset; 2]; ROWS], inner.add(first), 1, pitch, outer, terms);
+        let sums =
+            accumulate::<S, Floats, ROWS, false>(simd, [[offset; 2]; ROWS], inner.add(first), 1, pitch, outer, terms);
         for (row, sums) in sums.into_iter().enumerate() {
             for (half, sum) in sums.into_iter().enumerate() {
                 let at = (first + row) * STRIP + column + half * S::F32_LANES;
@@ -301,9 +361,10 @@ const NEAR: usize = 8;
 /// `sums[i] += Σ_step left[i · row_pitch + step · step_pitch] · right[step]`, in rising order of the steps.
 ///
 /// # Safety
-/// `left` holds ROWS × `steps` numbers at those pitches, `right` `steps` pairs of vectors.
+/// `left` holds ROWS × `steps` numbers at those pitches, `right` `steps` times two vectors, and the caller is compiled for the
+/// instructions of `P`.
 #[inline(always)]
-pub(crate) unsafe fn accumulate<S: Simd, const ROWS: usize, const FETCH: bool>(
+pub(crate) unsafe fn accumulate<S: Simd, P: Product, const ROWS: usize, const FETCH: bool>(
     simd: S,
     mut sums: [[S::f32s; 2]; ROWS],
     left: *const f32,
@@ -323,9 +384,9 @@ pub(crate) unsafe fn accumulate<S: Simd, const ROWS: usize, const FETCH: bool>(
             }
             let (first, second) = (load::<S>(right), load::<S>(right.add(S::F32_LANES)));
             for (row, sums) in sums.iter_mut().enumerate() {
-                let left = simd.splat_f32s(*left.add(row * row_pitch + step * step_pitch));
-                sums[0] = simd.mul_add_e_f32s(left, first, sums[0]);
-                sums[1] = simd.mul_add_e_f32s(left, second, sums[1]);
+                let left = *left.add(row * row_pitch + step * step_pitch);
+                sums[0] = P::add(simd, left, first, sums[0]);
+                sums[1] = P::add(simd, left, second, sums[1]);
             }
         }
     }

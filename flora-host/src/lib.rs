@@ -34,6 +34,7 @@ mod memory;
 mod one_row;
 mod operands;
 mod pack;
+mod pairs;
 mod partition;
 mod pool;
 mod scratch;

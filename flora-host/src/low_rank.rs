@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use crate::factors::scatter;
 use crate::fetch::Pieces;
 use crate::frame::Frame;
-use crate::kernel::{Columns, tile_rows};
+use crate::kernel::{Columns, Form, tile_rows};
 use crate::layout::{SLICE, STRIP, X_PITCH};
 use crate::pack::Vectors;
 use crate::partition::{PARALLEL_MACS, even_tiles, panels};
@@ -103,7 +103,7 @@ pub(crate) fn expand<S: Simd>(
         for (x, hidden) in x.chunks_exact_mut(X_PITCH).zip(hidden.chunks_exact(rank)) {
             x[..ranks.len()].copy_from_slice(&hidden[ranks.clone()]);
         }
-        let tiles = Tiles { x, depth: ranks.len(), places, scales: None };
+        let tiles = Tiles { x, form: Form::Floats, depth: ranks.len(), places, scales: None };
         let slot = (run.expand as usize + first) * frame.out_pool.width;
         // Vectors that a single tile needs are read where they lie, but for the strip that isn't whole.
         let (in_place, whole) = match frame.out_pool.values {

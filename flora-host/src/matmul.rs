@@ -3,7 +3,7 @@
 
 use pulp::{Simd, WithSimd};
 
-use crate::kernel::{MOST_TILE_ROWS, Operand, accumulate, load, store, tile_columns, tile_rows, with_rows};
+use crate::kernel::{Floats, MOST_TILE_ROWS, Operand, accumulate, load, store, tile_columns, tile_rows, with_rows};
 use crate::partition::even_tiles;
 
 /// A matrix that is read number by number.
@@ -94,7 +94,8 @@ fn multiply<S: Simd, const ROWS: usize>(simd: S, tile: Tile<'_>) {
                     }
                     let (numbers, Left { row_pitch, step_pitch, .. }) = (left.values.as_ptr(), left);
                     let right = Operand { values: right.values.as_ptr().add(column), pitch: right.pitch };
-                    let sums = accumulate::<S, ROWS, false>(simd, sums, numbers, row_pitch, step_pitch, right, steps);
+                    let sums =
+                        accumulate::<S, Floats, ROWS, false>(simd, sums, numbers, row_pitch, step_pitch, right, steps);
                     for (row, sums) in sums.into_iter().enumerate() {
                         let at = out.add(row * out_pitch);
                         store::<S>(at, sums[0]);

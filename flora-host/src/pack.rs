@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use pulp::Simd;
 
 use crate::layout::X_PITCH;
@@ -37,14 +38,24 @@ impl<'a> Vectors<'a> {
         }
     }
 
+    /// The numbers `range` of vector `slot` where they lie, if they are bf16.
+    pub(crate) fn bf16s(&self, slot: usize, range: Range<usize>) -> Option<&'a [bf16]> {
+        match self.of(slot) {
+            (Values::Bf16(values), start) => Some(&values[start + range.start..start + range.end]),
+            _ => None,
+        }
+    }
+
     /// The numbers of vector `slot` from `first` on.
+    #[inline(always)]
     pub(crate) fn widen(&self, slot: usize, first: usize, out: &mut [f32]) {
         let (values, start) = self.of(slot);
         values.widen(start + first, out);
     }
 
     /// The same by `out`, number by number.
-    fn multiply(&self, slot: usize, first: usize, out: &mut [f32]) {
+    #[inline(always)]
+    pub(crate) fn multiply(&self, slot: usize, first: usize, out: &mut [f32]) {
         let (values, start) = self.of(slot);
         let first = start + first;
         match values {

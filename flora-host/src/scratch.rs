@@ -10,6 +10,8 @@ pub(crate) struct Scratch {
     pub(crate) decoded: Buffer,
     /// A part of a strip of W_i.
     pub(crate) composed: Buffer,
+    /// The same in pairs.
+    pub(crate) pairs: Buffer,
     /// Packed rows of x.
     pub(crate) x: Buffer,
     /// In-vectors of segments.

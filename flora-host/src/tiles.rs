@@ -5,7 +5,7 @@ use std::ops::Range;
 use pulp::Simd;
 
 use crate::fetch::Pieces;
-use crate::kernel::{Columns, Multiply, OutScales, Part, tile_columns, tile_rows};
+use crate::kernel::{Columns, Form, Multiply, OutScales, Part, tile_columns, tile_rows};
 use crate::layout::{STRIP, X_PITCH};
 use crate::partition::even_tiles;
 
@@ -14,6 +14,8 @@ use crate::partition::even_tiles;
 pub(crate) struct Tiles<'a> {
     /// A slice of packed rows, [`X_PITCH`] apart.
     pub(crate) x: &'a [f32],
+    /// What they and the weight are made of.
+    pub(crate) form: Form,
     /// Of the slice.
     pub(crate) depth: usize,
     /// Where each row's sums begin.
@@ -50,7 +52,7 @@ impl Tiles<'_> {
         let rows = self.places.len();
         for tile in even_tiles(self.places.len(), tile_rows::<S>()) {
             let ahead = strip.ahead.part(&tile, rows);
-            let Tiles { x, places, scales, .. } = self.rows(tile.clone());
+            let Tiles { x, form, places, scales, .. } = self.rows(tile.clone());
             let products = products.get_mut(tile.start * STRIP..tile.end * STRIP).unwrap_or_default();
             for column in (0..STRIP).step_by(tile_columns::<S>()) {
                 let weight = Columns { values: &strip.weight.values[column..], ..strip.weight };
@@ -58,7 +60,7 @@ impl Tiles<'_> {
                 let part =
                     (!(is_first && is_last)).then(|| Part { products: &mut products[first..], is_first, is_last });
                 let (x, column) = (&x[start..], strip.column + column);
-                Multiply { x, depth: end - start, weight, places, scales, column, sums, part, ahead }.run(simd);
+                Multiply { x, form, depth: end - start, weight, places, scales, column, sums, part, ahead }.run(simd);
             }
         }
     }

@@ -7,6 +7,10 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use flora_plan::layer::Element;
+use pulp::Simd;
+
+use crate::vectorise::vectorised;
+use crate::widen::{round_all, widen_bf16};
 
 /// Numbers to read.
 #[derive(Clone, Copy, Debug)]
@@ -66,12 +70,15 @@ impl Values<'_> {
     }
 
     /// Widens the numbers from `first` on into `out`.
+    #[inline(always)]
     pub(crate) fn widen(&self, first: usize, out: &mut [f32]) {
         let range = first..first + out.len();
         match self {
             Values::F32(values) => out.copy_from_slice(&values[range]),
             Values::F16(values) => values[range].convert_to_f32_slice(out),
-            Values::Bf16(values) => values[range].convert_to_f32_slice(out),
+            Values::Bf16(values) => {
+                out.iter_mut().zip(&values[range]).for_each(|(out, value)| *out = widen_bf16(*value));
+            }
         }
     }
 }
@@ -224,13 +231,20 @@ impl Sink {
     ///
     /// # Safety
     /// As [`Shared::slice`].
-    pub(crate) unsafe fn write(&self, first: usize, values: &[f32]) {
+    pub(crate) unsafe fn write<S: Simd>(&self, simd: S, first: usize, values: &[f32]) {
         // SAFETY: by the caller's promise.
         unsafe {
             match self {
                 Sink::F32(out) => out.slice(first, values.len()).copy_from_slice(values),
                 Sink::F16(out) => out.slice(first, values.len()).convert_from_f32_slice(values),
-                Sink::Bf16(out) => out.slice(first, values.len()).convert_from_f32_slice(values),
+                Sink::Bf16(out) => {
+                    let out = out.slice(first, values.len());
+                    vectorised(
+                        simd,
+                        #[inline(always)]
+                        || round_all(values, out),
+                    );
+                }
             }
         }
     }
@@ -248,8 +262,8 @@ impl RowSink {
     ///
     /// # Safety
     /// As [`Shared::slice`].
-    pub(crate) unsafe fn write(&self, row: usize, column: usize, values: &[f32]) {
+    pub(crate) unsafe fn write<S: Simd>(&self, simd: S, row: usize, column: usize, values: &[f32]) {
         // SAFETY: by the caller's promise.
-        unsafe { self.sink.write(row * self.pitch + column, values) }
+        unsafe { self.sink.write(simd, row * self.pitch + column, values) }
     }
 }

@@ -14,15 +14,17 @@ use crate::buffer::Buffer;
 use crate::decode::Words;
 use crate::fetch::Pieces;
 use crate::layout::{STRIP, strips_len};
+use crate::pairs::{Pairs, pair, widen_pairs};
 use crate::transpose::transpose;
-use crate::widen::{widen, widen_bf16, widen_f16};
+use crate::widen::{widen, widen_f16};
 
 /// W0 `[d, k]` in strips: as many numbers as it has, but for the last strip's padding.
 #[derive(Debug)]
 pub struct Weight {
     shape: LayerShape,
     format: WeightFormat,
-    /// `[strips, d, STRIP]`; of a quantised weight its words, `[strips, rows, STRIP]`.
+    /// `[strips, d, STRIP]`; of bf16 pairs of inputs, `[strips, Pairs::of(d), STRIP]`; of a quantised weight its words,
+    /// `[strips, rows, STRIP]`.
     values: Buffer,
     /// `[strips, rows, STRIP]` with the rows of [`PackedWeight::scales`].
     scales: Buffer,
@@ -36,7 +38,7 @@ impl Weight {
         let values = match weight.values() {
             WeightValues::F32(values) => cut(values, k),
             WeightValues::F16(values) => cut(values, k),
-            WeightValues::Bf16(values) => cut(values, k),
+            WeightValues::Bf16(values) => cut(&in_pairs(values, k), k),
             WeightValues::Words(words) => cut(words, k),
         };
         Self { shape, format, values, scales: cut(weight.scales(), k) }
@@ -131,6 +133,17 @@ fn cut<T: Pod>(values: &[T], k: usize) -> Buffer {
     buffer
 }
 
+/// A matrix `[d, k]` as rows of pairs.
+fn in_pairs(values: &[bf16], k: usize) -> Vec<u32> {
+    let mut pairs = Vec::with_capacity(values.len().div_ceil(2));
+    for rows in values.chunks((2 * k).max(1)) {
+        let (first, second) = rows.split_at(k);
+        let second = second.iter().copied().chain(std::iter::repeat(bf16::ZERO));
+        pairs.extend(first.iter().zip(second).map(|(first, second)| pair(*first, second)));
+    }
+    pairs
+}
+
 /// Strips to read: those of W0, or of its transposed, whose inputs are W0's outputs.
 #[derive(Clone, Copy)]
 pub(crate) struct Strips<'a> {
@@ -156,8 +169,13 @@ enum Walk {
 enum Numbers<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
-    Bf16(&'a [bf16]),
-    Words { words: &'a [u32], scales: &'a [u32], quantisation: Quantisation },
+    /// In pairs of inputs.
+    Bf16(&'a [u32]),
+    Words {
+        words: &'a [u32],
+        scales: &'a [u32],
+        quantisation: Quantisation,
+    },
 }
 
 impl<'a> Strips<'a> {
@@ -182,6 +200,21 @@ impl<'a> Strips<'a> {
         match (self.walk, self.numbers) {
             (Walk::Along, Numbers::F32(_)) => false,
             (Walk::Along | Walk::Across, _) => true,
+        }
+    }
+
+    /// Whether they are pairs that can be multiplied as they lie.
+    pub(crate) fn are_pairs(&self) -> bool {
+        matches!((self.walk, self.numbers), (Walk::Along, Numbers::Bf16(_)))
+    }
+
+    /// The pairs of inputs `depth` of strip `at`, where they are: `[Pairs::of(depth), STRIP]`. The first input is an even one.
+    pub(crate) fn pairs(&self, at: usize, depth: Range<usize>) -> &'a [u32] {
+        match self.numbers {
+            Numbers::Bf16(values) if self.are_pairs() => {
+                &self.strip(values, at)[depth.start / 2 * STRIP..Pairs::of(depth.end) * STRIP]
+            }
+            _ => &[],
         }
     }
 
@@ -235,10 +268,11 @@ impl<'a> Strips<'a> {
         'a: 'b,
     {
         let numbers = depth.start * STRIP..depth.end * STRIP;
+        let in_pairs = depth.start / 2 * STRIP..Pairs::of(depth.end) * STRIP;
         match self.numbers {
             Numbers::F32(values) => &self.strip(values, at)[numbers],
             Numbers::F16(values) => widen(simd, &self.strip(values, at)[numbers], widen_f16, out),
-            Numbers::Bf16(values) => widen(simd, &self.strip(values, at)[numbers], widen_bf16, out),
+            Numbers::Bf16(values) => widen_pairs(simd, &self.strip(values, at)[in_pairs], out),
             Numbers::Words { words, scales: all, quantisation } => {
                 let strip = Words { words: self.strip(words, at), scales: self.strip(all, at), quantisation };
                 let scales: &mut [BlockScales] = bytemuck::cast_slice_mut(scales);
@@ -270,7 +304,7 @@ impl<'a> Strips<'a> {
         match self.numbers {
             Numbers::F32(values) => self.pieces(values, (at, depth), |input| input),
             Numbers::F16(values) => self.pieces(values, (at, depth), |input| input),
-            Numbers::Bf16(values) => self.pieces(values, (at, depth), |input| input),
+            Numbers::Bf16(values) => self.pieces(values, (at, depth), Pairs::of),
             Numbers::Words { words, quantisation, .. } => {
                 self.pieces(words, (at, depth), |input| quantisation.rows(input as u32) as usize)
             }

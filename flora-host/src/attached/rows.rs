@@ -9,7 +9,7 @@ use pulp::{Arch, Simd, WithSimd};
 use crate::buffer::Buffer;
 use crate::values::{Rows, RowsMut, Shared, Values, ValuesMut, span};
 use crate::vectorise::vectorised;
-use crate::widen::{widen, widen_bf16};
+use crate::widen::{round_all, widen, widen_bf16};
 
 /// Rows of x as floats.
 #[derive(Clone, Copy)]
@@ -165,31 +165,7 @@ impl WithSimd for Round<'_> {
         vectorised(
             simd,
             #[inline(always)]
-            || out.iter_mut().zip(values).for_each(|(out, value)| *out = round_bf16(*value)),
+            || round_all(values, out),
         );
-    }
-}
-
-/// The nearest bf16, the even one of two. Without the branches that keep the library's from being computed a vector at a time.
-#[inline(always)]
-fn round_bf16(value: f32) -> bf16 {
-    let bits = value.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    let quiet = bits >> 16 | 0x40;
-    bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn floats_are_rounded_as_the_library_does() {
-        let mut random = fastrand::Rng::with_seed(1);
-        let special = [0, 1, 0x7f80_0000, 0xff80_0000, 0x7fc0_0000, 0x7f80_0001, 0x7f7f_ffff, 0x3f80_8000, 0x3f81_8000];
-        for bits in special.into_iter().chain(std::iter::repeat_with(|| random.u32(..)).take(1 << 20)) {
-            let value = f32::from_bits(bits);
-            assert_eq!(round_bf16(value).to_bits(), bf16::from_f32(value).to_bits(), "{bits:#x}");
-        }
     }
 }

@@ -20,7 +20,7 @@ use super::Inputs;
 use crate::buffer::Buffer;
 use crate::call_memory::{GradientMemory, OuterAdapter};
 use crate::fetch::{Ahead, Pieces};
-use crate::kernel::{Columns, Compose, MOST_TILE_ROWS, tile_rows};
+use crate::kernel::{Columns, Compose, Form, MOST_TILE_ROWS, tile_rows};
 use crate::layout::{SLICE, STRIP, X_PITCH};
 use crate::pack::Vectors;
 use crate::partition::{even_part, even_tiles};
@@ -319,7 +319,8 @@ impl<S: Simd> TileSums<'_, S> {
         }
         let in_sums = sums.floats(ins * PITCH);
         in_sums.fill(0.0);
-        let by_inputs = Tiles { x: partners, depth: inputs.len(), places: scale_places, scales: None };
+        let by_inputs =
+            Tiles { x: partners, form: Form::Floats, depth: inputs.len(), places: scale_places, scales: None };
         for strip in 0..self.extents.strips {
             let weight = layer.weight.read(simd, strip, inputs.clone(), decoded);
             let tile = composed.floats(weight.len());
@@ -367,7 +368,8 @@ impl<S: Simd> TileSums<'_, S> {
         }
         let slice = columns.start / SLICE * ins * X_PITCH;
         let vectors = &self.vectors[own.vectors + slice..][..ins * X_PITCH];
-        let by_columns = Tiles { x: &vectors[columns.start % SLICE..], depth: columns.len(), places, scales: None };
+        let x = &vectors[columns.start % SLICE..];
+        let by_columns = Tiles { x, form: Form::Floats, depth: columns.len(), places, scales: None };
         for (at, turned) in turned.chunks_exact(TURNED_LEN).enumerate() {
             let (weight, column) = (Columns { values: turned, pitch: STRIP }, at * STRIP);
             let part = StripPart { weight, depth: 0..columns.len(), column, ahead: Pieces::default() };

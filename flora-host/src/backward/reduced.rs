@@ -13,6 +13,7 @@ use pulp::Simd;
 use super::Inputs;
 use crate::call_memory::{GradientMemory, Lent};
 use crate::gemm::{self, Pass, Rows};
+use crate::kernel::Form;
 use crate::operands::Layer;
 use crate::pack::Vectors;
 use crate::partition::panels;
@@ -98,6 +99,8 @@ impl Side<'_> {
         let width = self.others.width;
         let products = products.floats(rows.len() * width);
         let pass = Pass {
+            // Gradients are exact but for the rounding of their sums.
+            form: Form::Floats,
             weight: self.layer.weight,
             x: self.rows,
             in_pool: self.layer.in_pool,

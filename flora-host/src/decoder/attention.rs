@@ -17,7 +17,7 @@ use crate::decoder::heads::Heads;
 use crate::decoder::matrix::Matrix;
 use crate::decoder::rotary::RotaryRows;
 use crate::decoder::softmax::Softmax;
-use crate::kernel::{MOST_TILE_ROWS, Operand, accumulate, load, store, tile_columns, tile_rows, with_rows};
+use crate::kernel::{Floats, MOST_TILE_ROWS, Operand, accumulate, load, store, tile_columns, tile_rows, with_rows};
 use crate::partition::{PARALLEL_MACS, even_part, even_tiles};
 use crate::values::{Shared, Sink, ValuesMut};
 use crate::vectorise::vectorised;
@@ -272,7 +272,7 @@ impl Task<'_> {
             let blocks = start / KEYS..(last.min(start + SPAN - 1) / KEYS) + 1;
             let mut held: [&[f32]; BLOCKS] = [&[]; BLOCKS];
             for ((held, block), wide) in held.iter_mut().zip(blocks.clone()).zip(&mut *wide) {
-                *held = self.cache.head(block, self.head, wide);
+                *held = self.cache.head(simd, block, self.head, wide);
             }
             let held = &held[..blocks.len()];
             // Rows before the first one end in a span before, and the windows of those after the last one begin in a span after.
@@ -323,7 +323,7 @@ impl Task<'_> {
             let (row, query_head) = self.place(at);
             // SAFETY: the outputs outlive the step, and a row's head is one task's.
             unsafe {
-                out.attended.write(row * width + query_head * size, &sums[..size]);
+                out.attended.write(simd, row * width + query_head * size, &sums[..size]);
                 if let Some(log_sums) = &out.log_sums {
                     log_sums.slice(row * self.attention.heads.queries + query_head, 1)[0] = softmax.log_sum();
                 }
@@ -420,7 +420,7 @@ fn attend<S: Simd, const ROWS: usize>(simd: S, tile: Tile<'_>) {
                         let zero = [[simd.splat_f32s(0.0); 2]; ROWS];
                         let right = Operand { values: held.get_unchecked(block).as_ptr().add(column), pitch: KEYS };
                         let own =
-                            accumulate::<S, ROWS, false>(simd, zero, queries.as_ptr(), size, 1, right, size);
+                            accumulate::<S, Floats, ROWS, false>(simd, zero, queries.as_ptr(), size, 1, right, size);
                         for (row, own) in own.into_iter().enumerate() {
                             let at = scores.as_mut_ptr().add(row * SPAN + block * KEYS + column);
                             store::<S>(at, own[0]);
@@ -501,7 +501,7 @@ impl Values<'_> {
                 let count = (KEYS - at).min(keys.end - key);
                 let values = held.get_unchecked(block).as_ptr().add(first + at * pitch + column);
                 let right = Operand { values, pitch };
-                own = accumulate::<S, ROWS, false>(simd, own, weights.add(key), SPAN, 1, right, count);
+                own = accumulate::<S, Floats, ROWS, false>(simd, own, weights.add(key), SPAN, 1, right, count);
                 key += count;
             }
             for (row, own) in own.into_iter().enumerate() {

@@ -7,11 +7,13 @@ use std::sync::Arc;
 
 use flora_plan::layer::Element;
 use half::slice::HalfFloatSliceExt;
+use pulp::Simd;
 
 use crate::decoder::heads::Heads;
 use crate::layout::STRIP;
 use crate::memory::OwnedValues;
 use crate::values::Values;
+use crate::vectorise::vectorised;
 
 /// Tokens of a block. Fixed, because a row's bits depend on it.
 pub(super) const KEYS: usize = 32;
@@ -163,13 +165,17 @@ impl KeyValueCache {
 
     /// A head's keys `[size, KEYS]` and, after them, its values `[KEYS, pitch]` of a block: where they lie if they are f32, else
     /// widened into `wide`.
-    pub(super) fn head<'a>(&'a self, block: usize, head: usize, wide: &'a mut Vec<f32>) -> &'a [f32] {
+    pub(super) fn head<'a, S: Simd>(&'a self, simd: S, block: usize, head: usize, wide: &'a mut Vec<f32>) -> &'a [f32] {
         let own = head * self.layout.head()..(head + 1) * self.layout.head();
         match self.blocks[block].values() {
             Values::F32(values) => &values[own],
             values => {
                 wide.resize(own.len(), 0.0);
-                values.widen(own.start, wide);
+                vectorised(
+                    simd,
+                    #[inline(always)]
+                    || values.widen(own.start, wide),
+                );
                 wide
             }
         }

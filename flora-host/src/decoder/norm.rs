@@ -89,7 +89,7 @@ impl WithSimd for Rows<'_> {
                 },
             );
             // SAFETY: the output outlives the rows, which don't overlap.
-            unsafe { sink.write(row * width, own) };
+            unsafe { sink.write(simd, row * width, own) };
         };
         let rows = x.len() / width;
         if (x.len() as u64) < PARALLEL_MACS {

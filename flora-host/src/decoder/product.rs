@@ -52,7 +52,7 @@ impl WithSimd for Product<'_> {
                 },
             );
             // SAFETY: the output outlives the chunks, which don't overlap.
-            unsafe { sink.write(first, product) };
+            unsafe { sink.write(simd, first, product) };
         };
         let chunks = one.len().div_ceil(CHUNK);
         if (one.len() as u64) < PARALLEL_MACS {

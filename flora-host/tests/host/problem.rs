@@ -4,7 +4,7 @@ use flora_host::{HostEngine, NOT_REPLACED, Operands, Replaced, Rows, RowsMut, Va
 use flora_ir::Activation;
 use flora_ir::evaluate::apply_activation;
 use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
-use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape};
+use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::plan::Plan;
 use flora_plan::schedule::{Materialised, schedule};
 use flora_plan::weight::PackedWeight;
@@ -188,8 +188,8 @@ impl Problem {
         numbers(&dense, format.activations)
     }
 
-    /// Every output in f64, and the sum of its products' magnitudes.
-    pub(crate) fn oracle(&self) -> Vec<(f64, f64)> {
+    /// Every output in f64, and its products' magnitudes.
+    pub(crate) fn oracle(&self) -> Vec<(f64, Magnitudes)> {
         let (d, k) = (self.shape.d as usize, self.shape.k as usize);
         let widen = |values: &[f32], element| -> Vec<f64> {
             Numbers::new(element, values).widened().into_iter().map(f64::from).collect()
@@ -207,60 +207,85 @@ impl Problem {
             let (adapter, x) = (&self.adapters[owner], &x[row * d..(row + 1) * d]);
             let low_rank = adapter.low_rank;
             for column in 0..k {
-                let (mut sum, mut magnitude) = (0.0, 0.0);
+                let (mut sum, mut magnitudes) = (0.0, Magnitudes::default());
                 for scales in &adapter.virtual_rows {
                     let out = at(&out_pool, scales.out_scale, column, k);
                     for (depth, x) in x.iter().enumerate() {
                         let value = out * at(&in_pool, scales.in_scale, depth, d) * x * weight[depth * k + column];
-                        (sum, magnitude) = (sum + value, magnitude + value.abs());
+                        sum += value;
+                        magnitudes.add(value);
                     }
                 }
                 for rank in 0..low_rank.rank {
                     let out = at(&out_pool, Some(low_rank.expand + rank), column, k);
                     for (depth, x) in x.iter().enumerate() {
                         let value = out * at(&in_pool, Some(low_rank.shrink + rank), depth, d) * x;
-                        (sum, magnitude) = (sum + value, magnitude + value.abs());
+                        sum += value;
+                        magnitudes.add(value);
                     }
                 }
                 if self.epilogue.bias {
                     let bias = f64::from(self.bias[column]);
-                    (sum, magnitude) = (sum + bias, magnitude + bias.abs());
+                    sum += bias;
+                    magnitudes.add(bias);
                 }
                 sum = apply_activation(self.epilogue.activation, sum);
                 if self.epilogue.residual {
                     let residual = residual[row * k + column];
-                    (sum, magnitude) = (sum + residual, magnitude + residual.abs());
+                    sum += residual;
+                    magnitudes.add(residual);
                 }
-                outputs.push((sum, magnitude));
+                outputs.push((sum, magnitudes));
             }
         }
         outputs
     }
 
     /// Asserts that outputs are the oracle's but for rounding: a sum of n products errs by u·√n of their magnitudes at one
-    /// standard deviation, of which four are allowed, and by half a unit in the last place of the type that it is stored in.
+    /// standard deviation, of which four are allowed, and by half a unit in the last place of the type that it is stored in. Where both x
+    /// and the weight are bf16, what scales make of one of them may be rounded to bf16 before it is multiplied.
     pub(crate) fn assert_right(&self, y: &Numbers, what: &str) {
         let k = self.shape.k as usize;
         let owners = self.segments.iter().flat_map(|segment| (0..segment.rows).map(|_| segment.adapter as usize));
         let oracle = self.oracle();
         let (y, element) = (y.widened(), self.format.activations);
         let stored = if element == Element::F32 { 0.0 } else { element.rounding() };
+        let in_pairs = element == Element::Bf16 && self.format.weight == WeightFormat::Float(Element::Bf16);
         for (row, owner) in owners.enumerate() {
             let adapter = &self.adapters[owner];
             let roundings = self.shape.d as usize + adapter.virtual_rows.len() + adapter.low_rank.rank as usize + 8;
             let unit = f64::from(f32::EPSILON) / 2.0 * (roundings as f64).sqrt();
+            let has_scales = |row: &VirtualRowSlots| row.in_scale.is_some() || row.out_scale.is_some();
+            let scaled = if in_pairs && adapter.virtual_rows.iter().any(has_scales) { stored } else { 0.0 };
             for column in 0..k {
-                let ((right, magnitude), found) = (oracle[row * k + column], f64::from(y[row * k + column]));
+                let ((right, magnitudes), found) = (oracle[row * k + column], f64::from(y[row * k + column]));
                 let error = (found - right).abs();
                 // f16 has a least number too.
-                let allowed =
-                    4.0 * unit * magnitude + 1.001 * stored * right.abs() + if stored > 0.0 { 3e-8 } else { 0.0 };
+                let allowed = 4.0 * (unit * magnitudes.sum + scaled * magnitudes.squares.sqrt())
+                    + 1.001 * stored * right.abs()
+                    + if stored > 0.0 { 3e-8 } else { 0.0 };
                 assert!(
                     error <= allowed,
                     "{what}: row {row} of adapter {owner}, column {column}: {found} not {right}, {error} > {allowed}"
                 );
             }
         }
+    }
+}
+
+/// How large the products of an output are.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Magnitudes {
+    /// Σ|p|
+    pub(crate) sum: f64,
+    /// Σp²
+    pub(crate) squares: f64,
+}
+
+impl Magnitudes {
+    fn add(&mut self, product: f64) {
+        self.sum += product.abs();
+        self.squares += product * product;
     }
 }
 

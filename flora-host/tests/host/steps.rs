@@ -54,6 +54,20 @@ proptest! {
 }
 
 #[test]
+fn pairs_of_bf16_are_multiplied_by_every_plan() {
+    let weight = WeightFormat::Float(Element::Bf16);
+    for (seed, (d, k)) in [(1, 1), (2, 33), (301, 71), (1025, 7)].into_iter().enumerate() {
+        for adapters in Element::ALL {
+            let format = LayerFormat { activations: Element::Bf16, adapters, weight, ..LayerFormat::default() };
+            let problem = Problem::new(LayerShape { d, k }, format, Epilogue::default(), seed as u64);
+            for engine in HostEngine::all() {
+                check(&problem, &engine);
+            }
+        }
+    }
+}
+
+#[test]
 fn long_batches_wide_panels_and_several_slices() {
     let engine = HostEngine::new();
     let cases = [

@@ -1,0 +1,180 @@
+//! Pairs of neighbouring inputs in bf16, which newer processors multiply two at a time: twice the products of floats in the same time,
+//! each with its sum in f32. A weight in bf16 lies in pairs on every processor; where there is no such instruction, or x isn't bf16, it
+//! is widened as it is read.
+//!
+//! A pair is the word of its first number in the lower half and the second in the upper one.
+
+use std::ops::Range;
+
+use half::bf16;
+use pulp::Simd;
+
+use crate::kernel::Product;
+use crate::layout::{SLICE, STRIP, X_PITCH};
+use crate::pack::Vectors;
+use crate::vectorise::vectorised;
+use crate::widen::round_bf16;
+
+/// `sum + first · first + second · second` of a pair in every lane.
+#[derive(Clone, Copy)]
+pub(crate) struct Pairs;
+
+impl Pairs {
+    /// Whether this processor multiplies pairs in vectors of this kind.
+    pub(crate) fn are_multiplied<S: Simd>() -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return S::F32_LANES == 16 && std::arch::is_x86_feature_detected!("avx512bf16");
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// How many pairs so many inputs are; an odd one is beside a 0.
+    pub(crate) fn of(inputs: usize) -> usize {
+        inputs.div_ceil(2)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Product for Pairs {
+    #[inline(always)]
+    unsafe fn add<S: Simd>(_: S, left: f32, right: S::f32s, sum: S::f32s) -> S::f32s {
+        use std::arch::x86_64::{__m512bh, _mm512_dpbf16_ps, _mm512_set1_epi32};
+        const { assert!(size_of::<__m512bh>() == 64) };
+        assert!(size_of::<S::f32s>() == 64);
+        // SAFETY: the caller's function is compiled for these instructions, vectors of 16 floats are as large as those of 32 halves,
+        // and all of them are plain numbers.
+        unsafe {
+            let left: __m512bh = std::mem::transmute(_mm512_set1_epi32(left.to_bits() as i32));
+            let sum = _mm512_dpbf16_ps(std::mem::transmute_copy(&sum), left, std::mem::transmute_copy(&right));
+            std::mem::transmute_copy(&sum)
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+impl Product for Pairs {
+    #[inline(always)]
+    unsafe fn add<S: Simd>(_: S, _: f32, _: S::f32s, sum: S::f32s) -> S::f32s {
+        // Nobody gets here: no processor of this kind multiplies pairs.
+        sum
+    }
+}
+
+/// A pair.
+#[inline(always)]
+pub(crate) fn pair(first: bf16, second: bf16) -> u32 {
+    u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16
+}
+
+/// Rows of pairs `[Pairs::of(inputs), STRIP]` as floats `[inputs, STRIP]`, exactly.
+pub(crate) fn widen_pairs<'o, S: Simd>(simd: S, pairs: &[u32], out: &'o mut [f32]) -> &'o [f32] {
+    vectorised(
+        simd,
+        #[inline(always)]
+        || {
+            for (pairs, out) in pairs.chunks_exact(STRIP).zip(out.chunks_mut(2 * STRIP)) {
+                let (first, second) = out.split_at_mut(STRIP);
+                first.iter_mut().zip(pairs).for_each(|(out, pair)| *out = f32::from_bits(pair << 16));
+                second.iter_mut().zip(pairs).for_each(|(out, pair)| *out = f32::from_bits(pair & 0xffff_0000));
+            }
+        },
+    );
+    out
+}
+
+/// Rows of floats `[inputs, STRIP]`, rounded, as rows of pairs.
+pub(crate) fn round_pairs<'o, S: Simd>(simd: S, floats: &[f32], out: &'o mut [u32]) -> &'o [u32] {
+    vectorised(
+        simd,
+        #[inline(always)]
+        || {
+            for (floats, out) in floats.chunks(2 * STRIP).zip(out.chunks_exact_mut(STRIP)) {
+                let (first, second) = floats.split_at(STRIP);
+                match second.is_empty() {
+                    true => {
+                        out.iter_mut().zip(first).for_each(|(out, first)| *out = pair(round_bf16(*first), bf16::ZERO))
+                    }
+                    false => {
+                        for ((out, first), second) in out.iter_mut().zip(first).zip(second) {
+                            *out = pair(round_bf16(*first), round_bf16(*second));
+                        }
+                    }
+                }
+            }
+        },
+    );
+    out
+}
+
+/// Packs rows of x as pairs, [`X_PITCH`] apart: as they are, or multiplied by their in-vector (slots count from 1) and rounded.
+pub(crate) fn pack_pairs<S: Simd>(
+    simd: S,
+    x: Vectors<'_>,
+    in_pool: Vectors<'_>,
+    rows: impl Iterator<Item = (u32, u32)>,
+    depth: Range<usize>,
+    out: &mut [u32],
+) {
+    let mut floats = [0.0; SLICE];
+    let floats = &mut floats[..depth.len()];
+    for ((row, in_slot), out) in rows.zip(out.chunks_mut(X_PITCH)) {
+        let out = &mut out[..Pairs::of(depth.len())];
+        vectorised(
+            simd,
+            #[inline(always)]
+            || match (x.bf16s(row as usize, depth.clone()), in_slot.checked_sub(1)) {
+                (Some(values), None) => pair_up(values, out, |value| value),
+                (_, slot) => {
+                    x.widen(row as usize, depth.start, floats);
+                    if let Some(slot) = slot {
+                        in_pool.multiply(slot as usize, depth.start, floats);
+                    }
+                    pair_up(floats, out, round_bf16);
+                }
+            },
+        );
+    }
+}
+
+/// Neighbours together, the last one with a 0 where it has none.
+#[inline(always)]
+fn pair_up<T: Copy>(values: &[T], out: &mut [u32], number: impl Fn(T) -> bf16) {
+    let (pairs, rest) = values.as_chunks::<2>();
+    out.iter_mut().zip(pairs).for_each(|(out, [first, second])| *out = pair(number(*first), number(*second)));
+    if let ([last], Some(out)) = (rest, out.last_mut()) {
+        *out = pair(number(*last), bf16::ZERO);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pulp::{Arch, WithSimd};
+
+    use super::*;
+
+    struct ThereAndBack<'a> {
+        floats: &'a [f32],
+    }
+
+    impl WithSimd for ThereAndBack<'_> {
+        type Output = Vec<f32>;
+        fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
+            let rows = self.floats.len() / STRIP;
+            let mut pairs = vec![0; Pairs::of(rows) * STRIP];
+            round_pairs(simd, self.floats, &mut pairs);
+            let mut out = vec![f32::NAN; self.floats.len()];
+            widen_pairs(simd, &pairs, &mut out);
+            out
+        }
+    }
+
+    #[test]
+    fn floats_come_back_rounded_from_pairs_of_any_count() {
+        let mut random = fastrand::Rng::with_seed(2);
+        for rows in [1, 2, 7, 64, 65] {
+            let floats: Vec<f32> = std::iter::repeat_with(|| random.f32() - 0.5).take(rows * STRIP).collect();
+            let rounded: Vec<f32> = floats.iter().map(|value| bf16::from_f32(*value).to_f32()).collect();
+            assert_eq!(Arch::new().dispatch(ThereAndBack { floats: &floats }), rounded, "{rows} rows");
+        }
+    }
+}
