@@ -10,7 +10,7 @@ The model is SmolLM2-135M-Instruct: its Q4_1 file for flora and llama.cpp, and t
 vLLM (benches/peers/vllm_lora.py says what that needs). With --adapters each of the 32 requests also has an adapter of its own: `lora` and
 `flora` of rank 4 on q and k.
 
-Every server is a process of its own and waits while another has its turn. In a round each has its turn at each workload; the first round
+Every server is a process of its own, and is stopped while another has its turn: some look for work all the time. In a round each has its turn at each workload; the first round
 isn't counted. What is printed is each server's median and, of flora's, the median of the rounds' ratios to each peer with their quartiles:
 above 1, flora is faster.
 """
@@ -20,6 +20,7 @@ import json
 import os
 import random
 import selectors
+import signal
 import socket
 import statistics
 import subprocess
@@ -49,9 +50,11 @@ class Server:
     def start(self, stack: ExitStack, log: Path) -> None:
         environment = {**os.environ, **self.environment}
         out = stack.enter_context(open(log / f"{self.name}-{self.port}.log", "w"))
-        self.process = subprocess.Popen(self.command, stdout=out, stderr=out, env=environment)
+        # With the processes that it starts in a group of its own.
+        self.process = subprocess.Popen(self.command, stdout=out, stderr=out, env=environment, start_new_session=True)
         stack.callback(self.process.wait)
         stack.callback(self.process.terminate)
+        stack.callback(self.signal, signal.SIGCONT)
         begin = time.monotonic()
         while True:
             if self.process.poll() is not None or time.monotonic() - begin > 300:
@@ -64,6 +67,9 @@ class Server:
             except (OSError, IndexError):
                 pass
             time.sleep(0.5)
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
 
 
 def prompt(generator: random.Random, words: int) -> str:
@@ -147,12 +153,15 @@ WORKLOADS = {"decode": (decode, "tokens/s"), "prefill": (prefill, "tokens/s"), "
 def measure(servers: list[Server], workloads: list[str], rounds: int, settle: float) -> list[dict]:
     """Rates of every server and workload, round by round; the first server is flora's."""
     rates = {(server.name, workload): [] for server in servers for workload in workloads}
+    for server in servers:
+        server.signal(signal.SIGSTOP)
     for round_number in range(rounds + 1):
         for workload in workloads:
             for server in servers:
-                # What a server's threads still do, or spin for.
+                server.signal(signal.SIGCONT)
                 time.sleep(settle)
                 rate = WORKLOADS[workload][0](server, random.Random(round_number))
+                server.signal(signal.SIGSTOP)
                 if round_number > 0:
                     rates[server.name, workload].append(rate)
     records = []

@@ -29,7 +29,7 @@ impl Default for Options {
         Self {
             sequences: 32,
             tokens_per_step: 512,
-            chunk_tokens: 128,
+            chunk_tokens: 256,
             cache_tokens: 16_384,
             block_tokens: 32,
             share_prefixes: true,
