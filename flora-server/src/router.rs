@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
-use serde_json::json;
+use serde_json::{Value, json};
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use crate::answer::{self, Endpoint};
@@ -40,6 +40,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/chat/completions", post(chat_completions))
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
+        .route("/tokenizer_info", get(tokenizer_info))
         .merge(updates)
         .route("/v1/models", get(models))
         // Names of base models have slashes.
@@ -75,6 +76,10 @@ async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Respo
 
 async fn detokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     tokenize::detokenize(app, request).await
+}
+
+async fn tokenizer_info(State(app): State<Arc<App>>) -> Json<Value> {
+    tokenize::information(&app)
 }
 
 async fn load_adapter(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {

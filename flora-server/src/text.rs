@@ -1,13 +1,13 @@
 //! How what a client writes becomes the tokens of a prompt.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use flora_engine::{AdapterFailure, RequestError};
-use flora_tokenizer::{AdapterText, AdapterTexts, Content as SaidContent, Conversation as Said};
+use flora_tokenizer::{AdapterText, AdapterTexts, ChatTemplate, Content as SaidContent, Conversation as Said};
 use flora_tokenizer::{Message as SaidMessage, Specials, Tokenizer};
 
 use crate::chat::{Content, Conversation, Role};
@@ -94,6 +94,22 @@ impl Text {
         match &self.0 {
             Source::Functions { spelled, .. } => spelled(token),
             Source::Tokenizer { tokenizer, .. } => tokenizer.spelled(token),
+        }
+    }
+
+    /// The control tokens that the model names, by names like `eos_token`.
+    pub(crate) fn special_texts(&self) -> BTreeMap<String, String> {
+        match &self.0 {
+            Source::Functions { .. } => BTreeMap::new(),
+            Source::Tokenizer { tokenizer, .. } => tokenizer.special_texts().clone(),
+        }
+    }
+
+    /// The model's own chat template.
+    pub(crate) fn template(&self) -> Option<&str> {
+        match &self.0 {
+            Source::Functions { .. } => None,
+            Source::Tokenizer { tokenizer, .. } => tokenizer.template().map(ChatTemplate::source),
         }
     }
 
@@ -318,6 +334,14 @@ mod tests {
         assert_eq!(read(&text).prompt("ab<|im_end|>").unwrap(), [0, 1, 27]);
         assert_eq!(read(&text).stop_tokens(), [27]);
         assert_eq!(text.written(&[26, 0, 1, 27, 27, 2]), "<|im_start|>ab<|im_end|><|im_end|>c");
+    }
+
+    #[test]
+    fn control_tokens_and_the_template_are_told() {
+        let text = letters(Some("{{ messages[0].content }}"));
+        assert_eq!(text.special_texts(), BTreeMap::from([("eos_token".to_owned(), "<|im_end|>".to_owned())]));
+        assert_eq!(text.template(), Some("{{ messages[0].content }}"));
+        assert_eq!(letters(None).template(), None);
     }
 
     #[test]

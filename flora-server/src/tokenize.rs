@@ -1,4 +1,5 @@
-//! `/tokenize` and `/detokenize`, as vLLM has them: how the model reads a text or a chat, and what tokens say.
+//! `/tokenize`, `/detokenize` and `/tokenizer_info`, as vLLM has them: how the model reads a text or a chat, what tokens say, and
+//! what a client has to know that counts tokens without files of the model's.
 
 use std::sync::Arc;
 
@@ -6,7 +7,7 @@ use axum::Json;
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::app::{App, blocking};
 use crate::body::{self, fields};
@@ -73,6 +74,18 @@ pub(crate) async fn detokenize(app: Arc<App>, request: Request) -> Result<Respon
     .map(IntoResponse::into_response)
 }
 
+/// The model's control tokens by their names in the files of tokenizers, and its chat template.
+pub(crate) fn information(app: &App) -> Json<Value> {
+    let mut told = json!({
+        "bos_token": null, "eos_token": null, "chat_template": app.text().template(),
+        "model_max_length": app.engine().limits().most_tokens(),
+    });
+    for (name, text) in app.text().special_texts() {
+        told[name] = json!(text);
+    }
+    Json(told)
+}
+
 /// The adapter that `model` names, which has to be there; none for the base model, and where none is named.
 fn known<'a>(app: &App, model: Option<&'a str>) -> Result<Option<&'a str>, ApiError> {
     let Some(adapter) = model.map(|model| app.adapter(model)).transpose()?.flatten() else { return Ok(None) };
@@ -85,8 +98,6 @@ fn known<'a>(app: &App, model: Option<&'a str>) -> Result<Option<&'a str>, ApiEr
 /// Bodies of both are small objects; what they may hold is in the tables of fields.
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
-
     use super::*;
 
     #[test]

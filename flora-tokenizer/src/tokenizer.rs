@@ -315,7 +315,8 @@ impl Tokenizer {
         self.template.as_ref()
     }
 
-    pub(crate) fn special_texts(&self) -> &BTreeMap<String, String> {
+    /// What templates may ask for, by names like `bos_token`.
+    pub fn special_texts(&self) -> &BTreeMap<String, String> {
         &self.special_texts
     }
 

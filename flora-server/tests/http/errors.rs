@@ -163,6 +163,7 @@ async fn other_paths_and_methods_are_refused() {
         ("POST", "/health"),
         ("POST", "/"),
         ("GET", "/tokenize"),
+        ("POST", "/tokenizer_info"),
         ("BREW", "/metrics"),
     ] {
         service.ask(Request::builder().method(method).uri(path).body(Body::empty()).unwrap()).await.error(405);

@@ -26,6 +26,10 @@ async fn texts_become_tokens_and_tokens_texts() {
     assert_eq!(answer, expected);
     let answer = service.post("/detokenize", &json!({"tokens": answer["tokens"]})).await.json();
     assert_eq!(answer, json!({"prompt": "h\u{e9}"}));
+    let told = service.get("/tokenizer_info").await.json();
+    assert_eq!(told["model_max_length"], crate::model::CONTEXT);
+    // No files of a tokenizer say more of it.
+    assert!(told.get("eos_token").is_some_and(Value::is_null), "{told}");
     let chat =
         json!({"model": "alice", "messages": [{"role": "user", "content": "ab"}], "add_generation_prompt": false});
     let answer = service.post("/tokenize", &chat).await.json();

@@ -55,6 +55,11 @@ impl ChatTemplate {
         Self { takes_parts: OVER_PARTS.is_match(&plain), source: plain.into_owned(), special }
     }
 
+    /// The template as it is run: as it was given, but for tags that only ask which tokens are the model's.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
     /// The conversation as it writes it today.
     ///
     /// Steps and depth are bounded, repeated strings by the library; a string that a loop doubles is not. A template is as
