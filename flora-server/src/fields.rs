@@ -90,6 +90,7 @@ const SHARED: Fields = &[
     ("return_token_ids", Refused(&["false"])),
     ("return_token_offsets", Refused(&["false"])),
     ("return_mm_kwargs", Refused(&["true"])),
+    ("mm_payload", Refused(&[r#""tensors""#])),
     ("routed_experts_prompt_start", Refused(&["0"])),
     ("stream_interval", Refused(&["1"])),
     ("repetition_detection", Refused(&[])),

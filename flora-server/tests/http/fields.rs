@@ -187,6 +187,7 @@ fn shared() -> Vec<Row> {
         ("return_token_ids", json!(true), Refused),
         ("return_token_offsets", json!(true), Refused),
         ("return_mm_kwargs", json!(false), Refused),
+        ("mm_payload", json!("none"), Refused),
         ("routed_experts_prompt_start", json!(1), Refused),
         ("stream_interval", json!(4), Refused),
         ("repetition_detection", json!({"max_pattern_size": 3}), Refused),
