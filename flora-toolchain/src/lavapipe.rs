@@ -8,17 +8,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::apt::Packages;
 use crate::cache::Cache;
 use crate::error::FetchError;
-use crate::program::Fetch;
 
 /// The Debian release that the packages come from: the first with Mesa 26. A code name, because the name `testing`
 /// moves on to other versions.
 const SUITE: &str = "forky";
 /// Its packages: the driver, the Vulkan loader, and the C library they were built for.
 const PACKAGES: [&str; 3] = ["mesa-vulkan-drivers", "libvulkan1", "libc6"];
-/// The key ring that Debian's releases are signed with.
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Where a release's 64-bit libraries lie.
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 /// Lavapipe's manifest, put beside the libraries.
@@ -27,6 +25,9 @@ const MANIFEST: &str = "lvp_icd.json";
 const ENTRY: &str = "lavapipe-forky";
 /// What is being fetched, for people.
 const WHAT: &str = "lavapipe (Mesa's software Vulkan)";
+/// What to do where a program of Debian's is missing.
+const MEND: &str =
+    "it is part of Debian; elsewhere run on a GPU, or install Mesa 26 or newer and run without lavapipe's runner";
 
 /// An unpacked lavapipe.
 #[derive(Debug, Clone)]
@@ -77,127 +78,10 @@ impl Lavapipe {
 
 /// Fills `folder` with the unpacked packages.
 fn fetch(folder: &Path) -> Result<(), FetchError> {
-    let fetch = Fetch::new(WHAT, folder, None);
-    let apt = Apt { fetch: &fetch, work: folder.join("apt") };
-    let packages = apt.download()?;
-    for package in packages {
-        let mut unpack = Command::new("dpkg-deb");
-        unpack.arg("--extract").arg(package).arg(folder);
-        fetch.run(unpack, missing("dpkg-deb"))?;
-    }
-    fs::remove_dir_all(&apt.work).map_err(FetchError::io("remove", &apt.work, WHAT))?;
+    let packages = Packages { what: WHAT, suite: SUITE, names: &PACKAGES, without: &[], mend: MEND };
+    packages.unpack(folder)?;
     remove_other_drivers(&folder.join(LIBRARIES))?;
     write_manifest(folder)
-}
-
-/// apt-get with a configuration, lists and an archive of its own, so that the system's are neither changed nor needed.
-struct Apt<'a> {
-    fetch: &'a Fetch<'a>,
-    work: PathBuf,
-}
-
-impl Apt<'_> {
-    /// Downloads the packages with everything they depend on; gives the files.
-    fn download(&self) -> Result<Vec<PathBuf>, FetchError> {
-        for folder in ["lists/partial", "archives/partial"] {
-            let folder = self.work.join(folder);
-            fs::create_dir_all(&folder).map_err(FetchError::io("create", &folder, WHAT))?;
-        }
-        let mut outcome = Err(FetchError::Unsupported { what: WHAT, needs: "a Debian whose apt knows a mirror" });
-        for mirror in self.mirrors()? {
-            outcome = self.update(&mirror);
-            // Another mirror is no help where there is no network.
-            if outcome.as_ref().map_or_else(FetchError::is_offline, |()| true) {
-                break;
-            }
-        }
-        outcome?;
-        let install = ["-y", "--no-install-recommends", "--download-only", "install"];
-        self.run(install.iter().chain(&PACKAGES))?;
-        let archives = self.work.join("archives");
-        let entries = fs::read_dir(&archives).map_err(FetchError::io("list", &archives, WHAT))?;
-        let mut packages: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
-        packages.retain(|path| path.extension().is_some_and(|extension| extension == "deb"));
-        packages.sort();
-        Ok(packages)
-    }
-
-    /// The mirrors that this system's apt is set up with, its own release's first. One of a third party may be among
-    /// them, which the check of the signature then turns down.
-    fn mirrors(&self) -> Result<Vec<String>, FetchError> {
-        if !Path::new(KEYRING).is_file() {
-            return Err(FetchError::Unsupported { what: WHAT, needs: "Debian, with its debian-archive-keyring" });
-        }
-        let mut list = Command::new("apt-get");
-        // Without release information the targets are listed even where no list was downloaded yet.
-        list.args([
-            "indextargets",
-            "--no-release-info",
-            "--format",
-            "$(COMPONENT) $(REPO_URI)",
-            "Created-By: Packages",
-        ]);
-        let output = self.fetch.run(list, missing("apt-get"))?;
-        let mut mirrors: Vec<String> = Vec::new();
-        for line in String::from_utf8_lossy(&output.stdout).lines() {
-            if let Some(mirror) = line.strip_prefix("main ")
-                && !mirrors.iter().any(|known| known == mirror)
-            {
-                mirrors.push(mirror.to_owned());
-            }
-        }
-        Ok(mirrors)
-    }
-
-    /// Fetches the release's package lists from `mirror`.
-    fn update(&self, mirror: &str) -> Result<(), FetchError> {
-        let sources = self.work.join("sources.list");
-        fs::write(&sources, format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {SUITE} main\n"))
-            .map_err(FetchError::io("write", &sources, WHAT))?;
-        // Without this a mirror that can't be reached is but a warning.
-        self.run(&["-o", "APT::Update::Error-Mode=any", "update"])
-    }
-
-    /// Runs apt-get with the private configuration.
-    fn run<'s>(&self, arguments: impl IntoIterator<Item = &'s &'s str>) -> Result<(), FetchError> {
-        let here = |name: &str| self.work.join(name).display().to_string();
-        let mut command = Command::new("apt-get");
-        command.arg("-qq");
-        for option in [
-            format!("Dir::Etc::sourcelist={}", here("sources.list")),
-            "Dir::Etc::sourceparts=/dev/null".to_owned(),
-            "Dir::Etc::preferences=/dev/null".to_owned(),
-            "Dir::Etc::preferencesparts=/dev/null".to_owned(),
-            format!("Dir::State::lists={}", here("lists")),
-            // No package counts as installed, so that all of them are downloaded.
-            "Dir::State::status=/dev/null".to_owned(),
-            format!("Dir::State::extended_states={}", here("extended_states")),
-            format!("Dir::Cache::archives={}", here("archives")),
-            "Dir::Cache::pkgcache=".to_owned(),
-            "Dir::Cache::srcpkgcache=".to_owned(),
-            // The folder belongs to the user who runs this, root or not.
-            "APT::Sandbox::User=".to_owned(),
-            "Debug::NoLocking=true".to_owned(),
-            "APT::Architecture=amd64".to_owned(),
-            "Acquire::Languages=none".to_owned(),
-            "Acquire::Retries=2".to_owned(),
-            "Acquire::http::Timeout=20".to_owned(),
-            "Acquire::https::Timeout=20".to_owned(),
-        ] {
-            command.arg("-o").arg(option);
-        }
-        command.args(arguments);
-        self.fetch.run(command, missing("apt-get")).map(drop)
-    }
-}
-
-/// The error for a program of Debian's that is not there.
-fn missing(program: &'static str) -> FetchError {
-    FetchError::MissingProgram {
-        what: WHAT.to_owned(),
-        program,
-        mend: "it is part of Debian; elsewhere run on a GPU, or install Mesa 26 or newer and run without lavapipe's runner",
-    }
 }
 
 /// Removes the drivers for hardware, most of what the package holds.

@@ -27,6 +27,10 @@ struct Requirements {
 /// The client library of the OpenAI API, which the server is tested with.
 const OPENAI: Requirements = Requirements { name: "openai-client", text: include_str!("python/openai.txt") };
 
+/// lm-eval, which scores models through the server, with what it imports for that: no PyTorch, no transformers, and not what only
+/// other metrics need.
+const LM_EVAL: Requirements = Requirements { name: "lm-eval", text: include_str!("python/lm_eval.txt") };
+
 /// What flora's own Python package is tested with: pytest and NumPy.
 const PYTEST: Requirements = Requirements { name: "pytest", text: include_str!("python/pytest.txt") };
 
@@ -86,6 +90,22 @@ pub fn openai_client_from_environment() -> Result<Option<PythonPackages>, FetchE
     from_environment("FLORA_OPENAI", openai_client, || OPENAI.installed(&Cache::open().ok()?))
 }
 
+/// Python with the `lm_eval` package, fetched into the cache folder (some 130 MB) on first use.
+///
+/// # Errors
+/// As [`openai_client`].
+pub fn lm_eval() -> Result<PythonPackages, FetchError> {
+    LM_EVAL.ensure(&Cache::open()?)
+}
+
+/// The same as the environment variable `FLORA_LM_EVAL` has it, for tests, as [`openai_client_from_environment`] reads its own.
+///
+/// # Errors
+/// As [`openai_client`], with `required` only.
+pub fn lm_eval_from_environment() -> Result<Option<PythonPackages>, FetchError> {
+    from_environment("FLORA_LM_EVAL", lm_eval, || LM_EVAL.installed(&Cache::open().ok()?))
+}
+
 /// Python with `pytest` and `numpy`, fetched into the cache folder (some 20 MB) on first use.
 ///
 /// # Errors
@@ -130,7 +150,9 @@ impl Requirements {
             let list = work.join("requirements.txt");
             fs::write(&list, self.text).map_err(FetchError::io("write", &list, self.name))?;
             let fetch = Fetch::new(self.name, folder, None);
-            let arguments = ["--require-hashes".as_ref(), "--requirement".as_ref(), list.as_os_str()];
+            // The list has all that is needed, and for lm-eval no more.
+            let arguments =
+                ["--no-deps".as_ref(), "--require-hashes".as_ref(), "--requirement".as_ref(), list.as_os_str()];
             let target = ["--target".as_ref(), folder.as_os_str()];
             pip::run(&fetch, self.name, "install", &work, arguments.into_iter().chain(target))?;
             fs::remove_dir_all(&work).map_err(FetchError::io("remove", &work, self.name))
@@ -170,9 +192,13 @@ mod tests {
 
     #[test]
     fn every_package_is_pinned_by_version_and_digest() {
-        for (requirements, package, least) in
-            [(OPENAI, "openai", 6), (PYTEST, "pytest", 6), (TORCH, "torch", 30), (MATURIN, "maturin", 1)]
-        {
+        for (requirements, package, least) in [
+            (OPENAI, "openai", 6),
+            (LM_EVAL, "lm-eval", 40),
+            (PYTEST, "pytest", 6),
+            (TORCH, "torch", 30),
+            (MATURIN, "maturin", 1),
+        ] {
             let lines = requirements.text.lines();
             let packages = lines.filter(|line| line.starts_with(|first: char| first.is_ascii_lowercase()));
             let mut count = 0;
