@@ -1,8 +1,9 @@
 //! The built command, as a person or a script meets it: answers parse, other people's data comes out right, mistakes are told.
-//! Nothing here downloads.
+//! Nothing here downloads but what a variable of the environment requires.
 
 mod answers;
 mod bench;
+mod clients;
 mod command;
 mod convert;
 mod data;

@@ -40,6 +40,11 @@ impl Server {
         Self { child, address, _config: config }
     }
 
+    /// Where it listens.
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
     /// The whole answer to a request.
     fn ask(&self, request: &str) -> String {
         let mut stream = TcpStream::connect(&self.address).expect("the server listens");

@@ -2,14 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::command::{answer, flora, stderr};
 #[cfg(unix)]
 use super::server::Server;
 
-/// The tiny golden Llama with a tokenizer of letters.
+/// The tiny golden Llama with a tokenizer of characters.
 pub(crate) struct Tiny {
     _root: TempDir,
     pub(crate) model: String,
@@ -23,15 +23,8 @@ impl Tiny {
         for file in ["config.json", "model.safetensors"] {
             std::fs::copy(golden("model").join(file), folder.join(file)).expect("a golden file");
         }
-        let vocabulary: Map<_, _> = ('a'..='z').map(String::from).zip((0..).map(|id: u32| json!(id))).collect();
-        let tokenizer = json!({
-            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
-            "added_tokens": [{"id": 26, "content": "<|end|>", "single_word": false, "lstrip": false,
-                "rstrip": false, "normalized": false, "special": true}],
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true},
-        });
-        std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).expect("a file");
+        let tokenizer = golden("../log_likelihoods/tokenizer.json");
+        std::fs::copy(tokenizer, folder.join("tokenizer.json")).expect("a golden file");
         Self { model: folder.display().to_string(), _root: root }
     }
 }
