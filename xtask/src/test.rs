@@ -1,8 +1,8 @@
 //! `cargo xtask test`: every test there is, and a table of what ran.
 //!
-//! Some tests need things from outside (the CUDA compilers, lavapipe, the real model, the client of the OpenAI API, pytest), which
-//! are fetched first. Where one can't be had, what depends on it is listed as not run, loudly; in CI or with `--strict`
-//! that fails.
+//! Some tests need things from outside (the CUDA compilers, lavapipe, the real model, the client of the OpenAI API, lm-eval, a
+//! browser, pytest), which are fetched first. Where one can't be had, what depends on it is listed as not run, loudly; in CI or
+//! with `--strict` that fails.
 
 mod python;
 
@@ -11,7 +11,7 @@ use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use flora_toolchain::{Cache, CudaCompiler, CxxCompiler, Lavapipe, openai_client, smollm2};
+use flora_toolchain::{Cache, Chromium, CudaCompiler, CxxCompiler, Lavapipe, lm_eval, openai_client, smollm2};
 
 use crate::cargo::{self, Tally};
 
@@ -117,6 +117,8 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     let cuda = need("tests of generated CUDA", CudaCompiler::ensure());
     let model = need("tests on the real model", smollm2());
     let client = need("tests by the openai client", openai_client());
+    let lm_eval = need("tests by lm-eval", lm_eval());
+    let chromium = need("tests of the page", Chromium::ensure());
     let lavapipe = need(LAVAPIPE, Lavapipe::ensure());
     let cxx = need(EMULATED, CxxCompiler::ensure());
 
@@ -125,9 +127,14 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     if let Ok(cache) = Cache::open() {
         workspace.env("FLORA_CACHE", cache.root());
     }
-    for (variable, thing) in
-        [("FLORA_CUDA", &cuda), ("FLORA_MODEL", &model), ("FLORA_OPENAI", &client), ("FLORA_CXX", &cxx)]
-    {
+    for (variable, thing) in [
+        ("FLORA_CUDA", &cuda),
+        ("FLORA_MODEL", &model),
+        ("FLORA_OPENAI", &client),
+        ("FLORA_LM_EVAL", &lm_eval),
+        ("FLORA_CHROMIUM", &chromium),
+        ("FLORA_CXX", &cxx),
+    ] {
         workspace.env(variable, presence(thing));
     }
     let mut rows = vec![suite("workspace", workspace)];
@@ -138,7 +145,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     fuzz.env("FLORA_FUZZ_CASES", FUZZ_CASES);
     rows.push(suite("fuzz", fuzz));
     rows.extend(python::suites());
-    rows.extend([cuda, model, client].into_iter().filter_map(Result::err));
+    rows.extend([cuda, model, client, lm_eval, chromium].into_iter().filter_map(Result::err));
     report(&rows, strict)
 }
 

@@ -3,6 +3,7 @@
 
 mod answers;
 mod bench;
+mod browser;
 mod clients;
 mod command;
 mod convert;
@@ -14,6 +15,7 @@ mod gguf_writer;
 mod inspect;
 mod kinds;
 mod mistakes;
+mod page;
 mod quality;
 mod report;
 mod server;
