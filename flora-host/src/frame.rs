@@ -6,6 +6,7 @@ use pulp::Simd;
 
 use crate::layout::STRIP;
 use crate::pack::Vectors;
+use crate::vectorise::vectorised;
 
 /// A panel of columns.
 pub(crate) struct Frame<'a, S> {
@@ -36,7 +37,11 @@ impl<S: Simd> Frame<'_, S> {
     pub(crate) fn out_vector(&self, slot: u32, out: &mut [f32]) {
         let (vector, padding) = out.split_at_mut(self.columns.len());
         match slot.checked_sub(1) {
-            Some(slot) => self.out_pool.widen(slot as usize, self.columns.start, vector),
+            Some(slot) => vectorised(
+                self.simd,
+                #[inline(always)]
+                || self.out_pool.widen(slot as usize, self.columns.start, vector),
+            ),
             None => vector.fill(1.0),
         }
         padding.fill(0.0);

@@ -18,6 +18,7 @@ use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::tiles::{StripPart, Tiles};
 use crate::values::{Shared, Values};
+use crate::vectorise::vectorised;
 
 /// Rows that are shrunk at a time, each with [`TILE_VECTORS`] vectors: as many sums as stay in the registers.
 const TILE_ROWS: usize = 4;
@@ -182,11 +183,17 @@ fn shrink_rows<S: Simd>(
 ) {
     hidden.fill(0.0);
     let pack = |vectors: Vectors<'_>, first: usize, count: usize, depth: Range<usize>, out: &mut [f32]| {
-        for (at, out) in out.chunks_exact_mut(DOT_PITCH).take(count).enumerate() {
-            let (numbers, padding) = out.split_at_mut(depth.len());
-            vectors.widen(first + at, depth.start, numbers);
-            padding.fill(0.0);
-        }
+        vectorised(
+            simd,
+            #[inline(always)]
+            || {
+                for (at, out) in out.chunks_exact_mut(DOT_PITCH).take(count).enumerate() {
+                    let (numbers, padding) = out.split_at_mut(depth.len());
+                    vectors.widen(first + at, depth.start, numbers);
+                    padding.fill(0.0);
+                }
+            },
+        );
     };
     for first in (0..x.width).step_by(DOT) {
         let depth = first..(first + DOT).min(x.width);

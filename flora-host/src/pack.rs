@@ -46,6 +46,14 @@ impl<'a> Vectors<'a> {
         }
     }
 
+    /// The numbers `range` of vector `slot` where they lie, if they are f32.
+    fn f32s(&self, slot: usize, range: Range<usize>) -> Option<&'a [f32]> {
+        match self.of(slot) {
+            (Values::F32(values), start) => Some(&values[start + range.start..start + range.end]),
+            _ => None,
+        }
+    }
+
     /// The numbers of vector `slot` from `first` on.
     #[inline(always)]
     pub(crate) fn widen(&self, slot: usize, first: usize, out: &mut [f32]) {
@@ -91,9 +99,16 @@ pub(crate) fn pack_rows<S: Simd>(
         || {
             for ((row, in_slot), out) in rows.zip(out.chunks_mut(X_PITCH)) {
                 let out = &mut out[..depth.len()];
-                x.widen(row as usize, depth.start, out);
-                if let Some(slot) = in_slot.checked_sub(1) {
-                    in_pool.multiply(slot as usize, depth.start, out);
+                let slot = in_slot.checked_sub(1).map(|slot| slot as usize);
+                let f32s = (x.f32s(row as usize, depth.clone()), slot.map(|slot| in_pool.f32s(slot, depth.clone())));
+                if let (Some(values), Some(Some(factors))) = f32s {
+                    // In one pass, where both can be read as they are.
+                    out.iter_mut().zip(values).zip(factors).for_each(|((out, value), factor)| *out = value * factor);
+                } else {
+                    x.widen(row as usize, depth.start, out);
+                    if let Some(slot) = slot {
+                        in_pool.multiply(slot, depth.start, out);
+                    }
                 }
             }
         },

@@ -13,7 +13,7 @@ use crate::kernel::Product;
 use crate::layout::{SLICE, STRIP, X_PITCH};
 use crate::pack::Vectors;
 use crate::vectorise::vectorised;
-use crate::widen::round_bf16;
+use crate::widen::{round_all, round_bf16};
 
 /// `sum + first · first + second · second` of a pair in every lane.
 #[derive(Clone, Copy)]
@@ -118,32 +118,30 @@ pub(crate) fn pack_pairs<S: Simd>(
     let mut floats = [0.0; SLICE];
     let floats = &mut floats[..depth.len()];
     for ((row, in_slot), out) in rows.zip(out.chunks_mut(X_PITCH)) {
-        let out = &mut out[..Pairs::of(depth.len())];
+        let numbers = memory_of(&mut out[..Pairs::of(depth.len())]);
+        numbers[depth.len()..].fill(bf16::ZERO);
+        let numbers = &mut numbers[..depth.len()];
         vectorised(
             simd,
             #[inline(always)]
             || match (x.bf16s(row as usize, depth.clone()), in_slot.checked_sub(1)) {
-                (Some(values), None) => pair_up(values, out, |value| value),
+                (Some(values), None) => numbers.copy_from_slice(values),
                 (_, slot) => {
                     x.widen(row as usize, depth.start, floats);
                     if let Some(slot) = slot {
                         in_pool.multiply(slot as usize, depth.start, floats);
                     }
-                    pair_up(floats, out, round_bf16);
+                    round_all(floats, numbers);
                 }
             },
         );
     }
 }
 
-/// Neighbours together, the last one with a 0 where it has none.
-#[inline(always)]
-fn pair_up<T: Copy>(values: &[T], out: &mut [u32], number: impl Fn(T) -> bf16) {
-    let (pairs, rest) = values.as_chunks::<2>();
-    out.iter_mut().zip(pairs).for_each(|(out, [first, second])| *out = pair(number(*first), number(*second)));
-    if let ([last], Some(out)) = (rest, out.last_mut()) {
-        *out = pair(number(*last), bf16::ZERO);
-    }
+/// The numbers of pairs, on processors that have a word's lower half first: all that multiply pairs do.
+fn memory_of(pairs: &mut [u32]) -> &mut [bf16] {
+    const { assert!(cfg!(any(not(target_arch = "x86_64"), target_endian = "little"))) };
+    bytemuck::cast_slice_mut(pairs)
 }
 
 #[cfg(test)]

@@ -35,9 +35,7 @@ impl Softmax {
     #[inline(always)]
     pub(super) fn add(&mut self, scores: &mut [[f32; KEYS]], seen: Range<usize>) -> f32 {
         let Range { start, end } = seen;
-        let all = scores.as_flattened_mut();
-        all[..start].fill(f32::NEG_INFINITY);
-        all[end..].fill(f32::NEG_INFINITY);
+        hide(scores, start..end, f32::NEG_INFINITY);
         let larger = |one: f32, other: f32| if other > one { other } else { one };
         let mut lanes = [self.largest; KEYS];
         for scores in &*scores {
@@ -49,9 +47,7 @@ impl Softmax {
         for scores in &mut *scores {
             scores.iter_mut().for_each(|score| *score = exp(*score - largest));
         }
-        let all = scores.as_flattened_mut();
-        all[..start].fill(0.0);
-        all[end..].fill(0.0);
+        hide(scores, start..end, 0.0);
         let scale = exp(self.largest - largest);
         let mut sums = self.sums;
         sums.iter_mut().for_each(|sum| *sum *= scale);
@@ -62,6 +58,19 @@ impl Softmax {
         }
         *self = Self { largest, sums };
         scale
+    }
+}
+
+/// Gives the numbers that aren't in `seen` a value.
+#[inline(always)]
+fn hide(numbers: &mut [[f32; KEYS]], seen: Range<usize>, value: f32) {
+    let numbers = numbers.as_flattened_mut();
+    // Most rows see all keys of most spans, which is quicker asked than filling nothing.
+    if seen.start > 0 {
+        numbers[..seen.start].fill(value);
+    }
+    if seen.end < numbers.len() {
+        numbers[seen.end..].fill(value);
     }
 }
 
