@@ -5,6 +5,8 @@ use flora_plan::schedule::{
     AdapterGradient, BackwardSchedule, Gemm, LowRankRows, Materialised, NO_ROW, Packing, Scale, Schedule, Step,
 };
 
+use flora_runtime::RankGates;
+
 use crate::error::HostError;
 use crate::operands::Operands;
 use crate::values::{NOT_REPLACED, Replaced, Rows, RowsMut, Values, span};
@@ -15,6 +17,8 @@ struct Limits {
     tokens: u64,
     in_slots: u64,
     out_slots: u64,
+    /// Ranks that have gates, where there are any.
+    ranks: u64,
 }
 
 /// Compares all lengths and indices.
@@ -22,6 +26,7 @@ pub(crate) fn check(
     operands: &Operands<'_>,
     schedule: &Schedule,
     (x, replaced, y): (&Rows<'_>, Option<&Replaced<'_>>, &RowsMut<'_>),
+    gates: Option<RankGates<'_>>,
     residual: Option<usize>,
 ) -> Result<(), HostError> {
     let shape = operands.weight.shape();
@@ -46,7 +51,12 @@ pub(crate) fn check(
     if operands.epilogue.residual {
         length("the residual", residual.ok_or(HostError::Missing { what: "a residual" })?, tokens.saturating_mul(k))?;
     }
-    Limits::of(operands, tokens as u64)?.check_steps(operands, schedule)
+    let mut limits = Limits::of(operands, tokens as u64)?;
+    if let Some(RankGates { width, values }) = gates {
+        length("the gates", values.len(), tokens.saturating_mul(width))?;
+        limits.ranks = width as u64;
+    }
+    limits.check_steps(operands, schedule)
 }
 
 /// Compares all lengths and indices of a backward pass; lengths of what isn't wanted are `None`.
@@ -129,6 +139,7 @@ impl Limits {
             tokens,
             in_slots: slots("the pool of in-vectors", operands.in_pool, d as usize)?,
             out_slots: slots("the pool of out-vectors", operands.out_pool, k as usize)?,
+            ranks: u64::MAX,
         })
     }
 
@@ -138,7 +149,8 @@ impl Limits {
 
     fn low_rank(&self, shrink: u32, expand: u32, rank: u32) -> Result<(), HostError> {
         within("in-vector", u64::from(shrink) + u64::from(rank), self.in_slots)?;
-        within("out-vector", u64::from(expand) + u64::from(rank), self.out_slots)
+        within("out-vector", u64::from(expand) + u64::from(rank), self.out_slots)?;
+        within("gate", rank.into(), self.ranks)
     }
 
     /// Slots count from 1.
@@ -217,6 +229,7 @@ impl Limits {
                     }
                 }
                 Step::LowRankBmm(step) => {
+                    within("gate", step.shrink.block.into(), self.ranks)?;
                     self.packing("row", self.tokens, &step.rows)?;
                     self.packing("in-vector", self.in_slots, &step.shrink)?;
                     self.packing("out-vector", self.out_slots, &step.expand)?;

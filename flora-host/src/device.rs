@@ -11,8 +11,8 @@ use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
 use flora_plan::weight::PackedWeight;
 use flora_runtime::backend::{Backend, Queueing, ReplacedRows};
 use flora_runtime::{
-    BackendKind, Device, DeviceError, DeviceInfo, Gradients, LayerOperands, OperandError, PoolBuffer, SparseRows,
-    Storage, Wanted, WeightBuffer,
+    BackendKind, Device, DeviceError, DeviceInfo, Gradients, LayerOperands, OperandError, PoolBuffer, RankGates,
+    SparseRows, Storage, Wanted, WeightBuffer,
 };
 use half::slice::HalfFloatSliceExt;
 
@@ -112,9 +112,18 @@ impl HostBackend {
         &self,
         layer: &LayerOperands,
         schedule: &Schedule,
-        (x, replaced): (&Storage, Option<Replaced<'_>>),
+        (x, replaced): (&Storage, Option<ReplacedRows<'_>>),
+        gates: Option<RankGates<'_>>,
         residual: Option<&Storage>,
     ) -> Result<Storage, DeviceError> {
+        let places = replaced.map(|replaced| {
+            let mut places = vec![NOT_REPLACED; schedule.tokens() as usize];
+            for (row, place) in replaced.pieces.iter().cloned().flatten().zip(0..) {
+                places[row] = place;
+            }
+            (places, replaced.values)
+        });
+        let replaced = places.as_ref().map(|(places, values)| Replaced { places, values });
         let activations = layer.format().activations;
         let (tokens, d, k) = (schedule.tokens() as usize, layer.shape().d as usize, layer.shape().k as usize);
         let mut y = self.place.spare.take(tokens * k, activations);
@@ -122,7 +131,7 @@ impl HostBackend {
         let residual = residual.map(|residual| values(residual, activations)).transpose()?;
         let residual = residual.map(|residual| residual.first(tokens * k));
         let sums = RowsMut { values: y.get_mut().values_mut().first(tokens * k), pitch: k };
-        self.engine.execute_replaced(&operands(layer)?, schedule, (x, replaced), sums, residual)?;
+        self.engine.execute_gated(&operands(layer)?, schedule, (x, replaced), gates, sums, residual)?;
         Ok(Storage::new(HostMemory::Spare(y)))
     }
 
@@ -204,7 +213,7 @@ impl Backend for HostBackend {
         x: &Storage,
         residual: Option<&Storage>,
     ) -> Result<Storage, DeviceError> {
-        self.run(layer, schedule, (x, None), residual)
+        self.run(layer, schedule, (x, None), None, residual)
     }
 
     fn execute_replaced(
@@ -212,14 +221,25 @@ impl Backend for HostBackend {
         layer: &LayerOperands,
         schedule: &Schedule,
         x: &Storage,
-        ReplacedRows { pieces, values }: ReplacedRows<'_>,
+        replaced: ReplacedRows<'_>,
         residual: Option<&Storage>,
     ) -> Result<Storage, DeviceError> {
-        let mut places = vec![NOT_REPLACED; schedule.tokens() as usize];
-        for (row, place) in pieces.iter().cloned().flatten().zip(0..) {
-            places[row] = place;
-        }
-        self.run(layer, schedule, (x, Some(Replaced { places: &places, values })), residual)
+        self.run(layer, schedule, (x, Some(replaced)), None, residual)
+    }
+
+    fn has_gates(&self) -> bool {
+        true
+    }
+
+    fn execute_gated(
+        &self,
+        layer: &LayerOperands,
+        schedule: &Schedule,
+        x: (&Storage, Option<ReplacedRows<'_>>),
+        gates: RankGates<'_>,
+        residual: Option<&Storage>,
+    ) -> Option<Result<Storage, DeviceError>> {
+        Some(self.run(layer, schedule, x, Some(gates), residual))
     }
 
     fn backward(

@@ -4,6 +4,7 @@ use flora_plan::layer::LayerShape;
 use flora_plan::schedule::{
     Gemm, LowRankBmm, LowRankRows, Materialised, NO_ROW, Packing, Schedule, ScheduledRow, SegmentItem, Step,
 };
+use flora_runtime::RankGates;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -135,10 +136,26 @@ impl HostEngine {
         y: RowsMut<'_>,
         residual: Option<Values<'_>>,
     ) -> Result<(), HostError> {
-        check(operands, schedule, (&x, replaced.as_ref(), &y), residual.map(|own| own.len()))?;
+        self.execute_gated(operands, schedule, (x, replaced), None, y, residual)
+    }
+
+    /// The same with low-rank sums multiplied by gates before they are expanded, where there are any. W_i that steps make have none.
+    ///
+    /// # Errors
+    /// As [`execute_replaced`](Self::execute_replaced); gates of fewer rows or ranks than the schedule has.
+    pub fn execute_gated(
+        &self,
+        operands: &Operands<'_>,
+        schedule: &Schedule,
+        (x, replaced): (Rows<'_>, Option<Replaced<'_>>),
+        gates: Option<RankGates<'_>>,
+        y: RowsMut<'_>,
+        residual: Option<Values<'_>>,
+    ) -> Result<(), HostError> {
+        check(operands, schedule, (&x, replaced.as_ref(), &y), gates, residual.map(|own| own.len()))?;
         let x = Vectors { values: x.values, width: operands.weight.shape().d as usize, pitch: x.pitch, replaced };
         self.calls.lend(|memory| {
-            let call = Call { engine: self, operands, schedule, x, y, residual, memory };
+            let call = Call { engine: self, operands, schedule, x, gates, y, residual, memory };
             self.arch.dispatch(call);
         });
         Ok(())
@@ -189,6 +206,7 @@ struct Call<'a> {
     operands: &'a Operands<'a>,
     schedule: &'a Schedule,
     x: Vectors<'a>,
+    gates: Option<RankGates<'a>>,
     y: RowsMut<'a>,
     residual: Option<Values<'a>>,
     memory: &'a mut CallMemory,
@@ -200,6 +218,7 @@ pub(crate) struct Sources<'a, S> {
     pub(crate) simd: S,
     pub(crate) layer: Layer<'a>,
     pub(crate) x: Vectors<'a>,
+    pub(crate) gates: Option<RankGates<'a>>,
     pub(crate) finish: Finish<'a>,
     pub(crate) scratches: &'a Pool<Scratch>,
 }
@@ -208,12 +227,13 @@ impl WithSimd for Call<'_> {
     type Output = ();
 
     fn with_simd<S: Simd>(self, simd: S) {
-        let Call { engine, operands, schedule, x, y, residual, memory } = self;
+        let Call { engine, operands, schedule, x, gates, y, residual, memory } = self;
         let epilogue = operands.epilogue;
         let sources = Sources {
             simd,
             layer: operands.layer(),
             x,
+            gates,
             finish: Finish {
                 bias: operands.bias.filter(|_| epilogue.bias),
                 activation: epilogue.activation,
@@ -360,7 +380,7 @@ impl<S: Simd> Sources<'_, S> {
     /// The h of runs of rows, one run after the other.
     fn shrink<'h>(&self, runs: &[LowRankRows], tasks: &mut Vec<Shrink>, hidden: &'h mut Buffer) -> &'h [f32] {
         let hidden = hidden.floats(low_rank::tasks(runs, tasks));
-        low_rank::shrink(self.simd, self.x, self.layer.in_pool, tasks, hidden, self.scratches);
+        low_rank::shrink(self.simd, (self.x, self.gates), self.layer.in_pool, tasks, hidden, self.scratches);
         hidden
     }
 

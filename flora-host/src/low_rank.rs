@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use flora_plan::schedule::LowRankRows;
+use flora_runtime::RankGates;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -67,10 +68,10 @@ pub(crate) fn tasks(runs: &[LowRankRows], tasks: &mut Vec<Shrink>) -> usize {
     offset
 }
 
-/// Computes h for every task.
+/// Computes h for every task, times the gates of its rows.
 pub(crate) fn shrink<S: Simd>(
     simd: S,
-    x: Vectors<'_>,
+    (x, gates): (Vectors<'_>, Option<RankGates<'_>>),
     in_pool: Vectors<'_>,
     tasks: &[Shrink],
     hidden: &mut [f32],
@@ -82,6 +83,14 @@ pub(crate) fn shrink<S: Simd>(
         // SAFETY: the places of a task follow those of the one before it.
         let hidden = unsafe { hidden.slice(task.offset, task.rows * task.rank) };
         scratches.lend(|scratch| shrink_rows(simd, x, in_pool, task, hidden, scratch));
+        if let Some(RankGates { width, values }) = gates {
+            let of_rows = values.chunks_exact(width.max(1)).skip(task.first_row);
+            for (hidden, gates) in hidden.chunks_exact_mut(task.rank).zip(of_rows) {
+                for (hidden, gate) in hidden.iter_mut().zip(gates) {
+                    *hidden *= gate;
+                }
+            }
+        }
     };
     if macs < PARALLEL_MACS { tasks.iter().for_each(run) } else { tasks.par_iter().for_each(run) }
 }

@@ -105,6 +105,15 @@ pub struct ReplacedRows<'a> {
     pub values: &'a [f32],
 }
 
+/// Numbers that the low-rank sums of rows, h = x @ b, are multiplied by before they are expanded. Ones leave a row as it is, to the bit.
+#[derive(Clone, Copy, Debug)]
+pub struct RankGates<'a> {
+    /// Numbers of a row: as many as the largest rank of the batch, or more.
+    pub width: usize,
+    /// `[tokens, width]`; an adapter of a smaller rank has its first.
+    pub values: &'a [f32],
+}
+
 /// Queues something on a device.
 pub type Queueing<'a> = dyn FnMut() -> Result<(), DeviceError> + Send + 'a;
 
@@ -175,6 +184,25 @@ pub trait Backend: Send + Sync {
             rest = behind;
         }
         self.execute(layer, schedule, &whole, residual)
+    }
+
+    /// Whether there is [`Self::execute_gated`].
+    fn has_gates(&self) -> bool {
+        false
+    }
+
+    /// Queues a schedule whose low-rank sums are multiplied by gates, with other rows in place of some of x's where there are such.
+    /// `None`, and nothing done, where the backend can't.
+    fn execute_gated(
+        &self,
+        layer: &LayerOperands,
+        schedule: &Schedule,
+        (x, replaced): (&Storage, Option<ReplacedRows<'_>>),
+        gates: RankGates<'_>,
+        residual: Option<&Storage>,
+    ) -> Option<Result<Storage, DeviceError>> {
+        let _ = (layer, schedule, x, replaced, gates, residual);
+        None
     }
 
     /// Queues a backward pass: x `[tokens, d]` and g `[tokens, k]`, the gradient of the sum before bias, activation and residual.

@@ -76,6 +76,7 @@ impl BackwardPass {
         if projection.passes_of(batch.segments()).iter().any(|pass| !pass.own.sparse.is_empty()) {
             return Err(ProjectionError::SparseBackward);
         }
+        projection.refuse_gates(batch.segments())?;
         let schedule = batch.backward_schedule(projection, Plan::fixed_adjoint(), choose)?;
         let layout = |position: &u32| {
             let (virtual_rows, low_rank) = projection.own_slots_at(*position)?;

@@ -9,10 +9,10 @@ use flora_plan::layer::{Element, LayerFormat, WeightFormat};
 use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
 use flora_plan::weight::PackedWeight;
 
-use crate::backend::{Backend, Gradients, Queueing, ReplacedRows, SparseRows, Storage, Wanted};
+use crate::backend::{Backend, Gradients, Queueing, RankGates, ReplacedRows, SparseRows, Storage, Wanted};
 use crate::buffer::{Buffer, PoolBuffer, WeightBuffer};
 use crate::info::DeviceInfo;
-use crate::operands::{LayerOperands, OperandError, check_recipe};
+use crate::operands::{LayerOperands, OperandError, check_gates, check_recipe};
 
 /// What goes wrong on a device.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +76,12 @@ pub enum DeviceError {
         /// Which device.
         device: String,
     },
+    /// Gates of low-rank sums on a device whose kernels multiply by none.
+    #[error("the device `{device}` weighs no parts of an adapter for each token (gates); run the batch on `host`")]
+    NoGates {
+        /// Which device.
+        device: String,
+    },
     /// More numbers than the device takes in one buffer.
     #[error(
         "{bytes} bytes were to go into one buffer, and the device `{device}` takes {limit}; load fewer adapters or split the layer"
@@ -88,6 +94,16 @@ pub enum DeviceError {
         /// Which device.
         device: String,
     },
+}
+
+/// What the rows of a launch are computed of.
+#[derive(Clone, Copy)]
+pub(crate) struct RowInputs<'a> {
+    /// `[tokens, d]`
+    pub(crate) x: &'a Buffer,
+    /// What is read in place of some of its rows.
+    pub(crate) replaced: Option<ReplacedRows<'a>>,
+    pub(crate) gates: Option<RankGates<'a>>,
 }
 
 /// A device that is ready to run.
@@ -242,15 +258,20 @@ impl Device {
         x: &Buffer,
         residual: Option<&Buffer>,
     ) -> Result<Buffer, DeviceError> {
-        self.execute_replaced(layer, schedule, (x, None), residual)
+        self.execute_inputs(layer, schedule, RowInputs { x, replaced: None, gates: None }, residual)
     }
 
-    /// The same with other rows in place of some of x's.
-    pub(crate) fn execute_replaced(
+    /// Whether low-rank sums may be multiplied by gates here, so that adapters whose parts are weighed for each token can be run.
+    pub fn has_gates(&self) -> bool {
+        self.backend.has_gates()
+    }
+
+    /// The same with other rows in place of some of x's, and with gates.
+    pub(crate) fn execute_inputs(
         &self,
         layer: &LayerOperands,
         schedule: &Schedule,
-        (x, replaced): (&Buffer, Option<ReplacedRows<'_>>),
+        RowInputs { x, replaced, gates }: RowInputs<'_>,
         residual: Option<&Buffer>,
     ) -> Result<Buffer, DeviceError> {
         let (shape, tokens) = (layer.shape(), schedule.tokens() as usize);
@@ -267,9 +288,14 @@ impl Device {
         }
         layer.check_schedule(schedule)?;
         let residual = residual.map(|residual| &residual.storage);
-        let y = match replaced {
-            None => self.backend.execute(layer, schedule, &x.storage, residual)?,
-            Some(replaced) => self.backend.execute_replaced(layer, schedule, &x.storage, replaced, residual)?,
+        let y = match (replaced, gates) {
+            (None, None) => self.backend.execute(layer, schedule, &x.storage, residual)?,
+            (Some(replaced), None) => self.backend.execute_replaced(layer, schedule, &x.storage, replaced, residual)?,
+            (replaced, Some(gates)) => {
+                check_gates(schedule, gates)?;
+                let gated = self.backend.execute_gated(layer, schedule, (&x.storage, replaced), gates, residual);
+                gated.ok_or_else(|| DeviceError::NoGates { device: self.info.id.clone() })??
+            }
         };
         Ok(self.buffer(y, tokens * k, activations))
     }

@@ -2,8 +2,9 @@
 //! once for all backends.
 
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
-use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule, ScheduleError};
+use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule, ScheduleError, Step, WeightRun};
 
+use crate::backend::RankGates;
 use crate::buffer::{Buffer, PoolBuffer, WeightBuffer};
 
 /// The operands of one layer on a device. The types and extents of its parts are those of its format and shape.
@@ -97,6 +98,11 @@ pub enum OperandError {
         /// What is resident.
         found: Option<u32>,
     },
+    /// A plan that makes a weight of an adapter's low-rank part, between whose factors there is nothing to multiply then.
+    #[error(
+        "the batch has gates and is planned for a weight that an adapter's low-rank part is in; plan it with a low-rank sum (fused, segmented, bmm)"
+    )]
+    GatesInWeight,
     /// An epilogue that adds a residual, and none was passed.
     #[error("the layer adds a residual and none was passed; pass one of [tokens, k]")]
     NoResidual,
@@ -295,6 +301,39 @@ fn check_pools(
         let elements = u64::from(slots) * u64::from(width);
         if elements > i32::MAX as u64 {
             return Err(OperandError::PoolTooLarge { pool, elements });
+        }
+    }
+    Ok(())
+}
+
+impl RankGates<'_> {
+    /// Whether they change nothing of a run that is multiplied by a weight with its adapter's low-rank part in it.
+    fn are_ones(&self, run: &WeightRun, step: &Materialised) -> bool {
+        let rank = step.adapters.get(run.weight as usize).map_or(0, |adapter| adapter.rank as usize);
+        let rows = self.values.chunks_exact(self.width.max(1)).skip(run.first_row as usize).take(run.rows as usize);
+        rank == 0 || rank <= self.width && rows.flat_map(|row| &row[..rank]).all(|gate| *gate == 1.0)
+    }
+}
+
+/// Whether gates can be applied in a schedule, and are as many as it asks for.
+pub(crate) fn check_gates(schedule: &Schedule, gates: RankGates<'_>) -> Result<(), OperandError> {
+    let (expected, found) = ((schedule.tokens() as usize).saturating_mul(gates.width), gates.values.len());
+    if found != expected {
+        return Err(OperandError::WrongSize { what: "the gates", expected, found });
+    }
+    let rank = |step: &Step| match step {
+        Step::Gemm(gemm) => Ok(gemm.low_rank.iter().map(|run| run.rank).max().unwrap_or(0)),
+        Step::Segmented { items, .. } => Ok(items.iter().map(|item| item.rank).max().unwrap_or(0)),
+        Step::LowRankBmm(step) => Ok(step.shrink.block),
+        // Ones leave a weight as it is.
+        Step::Materialised(step) if step.runs.iter().all(|run| gates.are_ones(run, step)) => Ok(0),
+        Step::Materialised(_) | Step::Merged { .. } => Err(OperandError::GatesInWeight),
+        Step::Finish => Ok(0),
+    };
+    for step in schedule.steps() {
+        let expected = rank(step)? as usize;
+        if expected > gates.width {
+            return Err(OperandError::WrongSize { what: "a row of the gates", expected, found: gates.width });
         }
     }
     Ok(())

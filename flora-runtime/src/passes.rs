@@ -13,10 +13,11 @@ use flora_plan::batch::{BatchShape, Segment};
 use flora_plan::plan::Plan;
 use flora_plan::schedule::Schedule;
 
-use crate::backend::{ReplacedRows, SparseRows};
+use crate::backend::{RankGates, ReplacedRows, SparseRows};
 use crate::batch::BatchError;
 use crate::buffer::Buffer;
-use crate::device::{Device, DeviceError};
+use crate::device::{Device, DeviceError, RowInputs};
+use crate::gates::BatchGates;
 use crate::operands::{LayerOperands, OperandError};
 use crate::projection::{Projection, ProjectionError};
 use crate::step::StepBatch;
@@ -55,6 +56,7 @@ pub(crate) struct RowPasses {
 pub(crate) struct Work {
     operands: LayerOperands,
     rows: usize,
+    gates: Option<BatchGates>,
     launches: Vec<Launch>,
 }
 
@@ -77,12 +79,13 @@ impl Work {
     ) -> Result<Self, ProjectionError> {
         let operands = projection.operands().clone();
         let finishes = !operands.epilogue().is_identity();
+        let gates = BatchGates::of(projection, batch)?;
         let passes = projection.passes_of(batch.segments());
         let bare: Vec<_> = passes.iter().filter(|pass| pass.own.needs_bare_sums(&operands)).collect();
         if bare.is_empty() {
             let schedule = batch.schedule(projection, finishes, |shape| choose(shape, finishes))?;
             let launches = vec![Launch { schedule, of: None, passes, is_bare: false }];
-            return Ok(Self { operands, rows: batch.rows(), launches });
+            return Ok(Self { operands, rows: batch.rows(), gates, launches });
         }
         let mut first = 0;
         let mut parts: [Vec<(Range<usize>, Segment)>; 2] = Default::default();
@@ -105,7 +108,7 @@ impl Work {
                 is_bare,
             });
         }
-        Ok(Self { operands, rows: batch.rows(), launches })
+        Ok(Self { operands, rows: batch.rows(), gates, launches })
     }
 
     /// x `[rows, d]`, residual `[rows, k]` where the layer adds one; the result `[rows, k]`.
@@ -120,7 +123,8 @@ impl Work {
             return Err(BatchError::WrongInput { rows, d, expected: rows * d, found: x.len() }.into());
         }
         if let [Launch { of: None, .. }] = &self.launches[..] {
-            return self.launches[0].run(device, &self.operands, x, residual);
+            let gates = self.gates.as_ref().map(BatchGates::as_gates);
+            return self.launches[0].run(device, &self.operands, (x, gates), residual);
         }
         if self.operands.epilogue().residual && residual.is_none() {
             return Err(DeviceError::from(OperandError::NoResidual).into());
@@ -138,11 +142,13 @@ impl Work {
             let pieces = launch.of.as_deref().unwrap_or_default();
             let x = device.upload_as(&gathered(&all_x, pieces, d), activations)?;
             let residual = all_residual.as_ref().map(|residual| gathered(residual, pieces, k));
+            let gates = self.gates.as_ref().map(|gates| gates.of_rows(pieces));
+            let x = (&x, gates.as_ref().map(BatchGates::as_gates));
             let own = match launch.is_bare {
-                true => launch.finished(device, &self.operands, &x, residual.as_deref())?,
+                true => launch.finished(device, &self.operands, x, residual.as_deref())?,
                 false => {
                     let residual = residual.map(|residual| device.upload_as(&residual, activations)).transpose()?;
-                    device.read(&launch.run(device, &self.operands, &x, residual.as_ref())?)?
+                    device.read(&launch.run(device, &self.operands, x, residual.as_ref())?)?
                 }
             };
             let mut own = &own[..];
@@ -167,11 +173,12 @@ impl Launch {
         &self,
         device: &Device,
         operands: &LayerOperands,
-        x: &Buffer,
+        (x, gates): (&Buffer, Option<RankGates<'_>>),
         residual: Option<&Buffer>,
     ) -> Result<Buffer, ProjectionError> {
+        let inputs = RowInputs { x, replaced: None, gates };
         if self.passes.is_empty() {
-            return Ok(device.execute(operands, &self.schedule, x, residual)?);
+            return Ok(device.execute_inputs(operands, &self.schedule, inputs, residual)?);
         }
         let (d, k) = (operands.shape().d as usize, operands.shape().k as usize);
         let gathered = Gathered::of(&self.passes);
@@ -182,7 +189,8 @@ impl Launch {
         };
         let transformed = gathered.transformed_inputs(device, &read, d);
         let replaced = transformed.as_ref().map(|values| ReplacedRows { pieces: &gathered.pieces, values });
-        let mut y = device.execute_replaced(operands, &self.schedule, (x, replaced), residual)?;
+        let inputs = RowInputs { replaced, ..inputs };
+        let mut y = device.execute_inputs(operands, &self.schedule, inputs, residual)?;
         if self.passes.iter().any(|pass| pass.own.changes_sums()) {
             let mut sums = device.read_parts(&y, &gathered.numbers(k))?;
             gathered.change_sums(device, (&read, d), (&mut sums, k));
@@ -196,7 +204,7 @@ impl Launch {
         &self,
         device: &Device,
         operands: &LayerOperands,
-        x: &Buffer,
+        x: (&Buffer, Option<RankGates<'_>>),
         residual: Option<&[f32]>,
     ) -> Result<Vec<f32>, ProjectionError> {
         let epilogue = operands.epilogue();

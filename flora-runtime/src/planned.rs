@@ -135,6 +135,7 @@ impl PlannedProjection {
         if passes.iter().any(|pass| !pass.own.sparse.is_empty()) {
             return Err(ProjectionError::SparseSchedule);
         }
+        projection.refuse_gates(batch.segments())?;
         let schedule = batch.schedule(projection, finishes, |shape| planning.choose(shape, finishes))?;
         let offset = |pass: &RowPasses| Some((pass.rows.start, pass.rows.len(), pass.own.offset.clone()?.into()));
         let (operands, offsets) = (projection.operands().clone(), passes.iter().filter_map(offset).collect());

@@ -20,6 +20,7 @@ use flora_plan::weight::PackedWeight;
 use crate::batch::{Batch, BatchError};
 use crate::buffer::Buffer;
 use crate::device::{Device, DeviceError};
+use crate::gates::GatedRanks;
 use crate::operands::LayerOperands;
 use crate::passes::{Passes, RowPasses, Work};
 use crate::pool::Pool;
@@ -38,6 +39,8 @@ pub struct Projection {
     names: HashMap<String, u32>,
     /// By position, what an adapter does beside launches.
     passes: HashMap<u32, Arc<Passes>>,
+    /// By position, of adapters whose parts are weighed for each row.
+    gated: HashMap<u32, GatedRanks>,
     in_pool: Pool,
     out_pool: Pool,
 }
@@ -153,6 +156,7 @@ impl Projection {
             places: vec![None],
             names: HashMap::new(),
             passes: HashMap::new(),
+            gated: HashMap::new(),
             in_pool,
             out_pool,
         })
@@ -281,6 +285,38 @@ impl Projection {
         Ok(())
     }
 
+    /// Has the low-rank sums of the adapter at a position multiplied by gates, which a batch brings along
+    /// ([`StepBatch::with_gates`](crate::StepBatch::with_gates)): `parts` says of each of its ranks which part of the adapter it is of,
+    /// and `layer` which set of a row's gates is this projection's. [`PlannedProjection::forward`](crate::PlannedProjection::forward)
+    /// runs such batches.
+    ///
+    /// # Errors
+    /// No adapter there, or one of another rank; a device that multiplies by no gates.
+    pub fn set_gates(&mut self, position: u32, layer: usize, parts: &[u32]) -> Result<(), ProjectionError> {
+        if !self.device.has_gates() {
+            return Err(DeviceError::NoGates { device: self.device.info().id.clone() }.into());
+        }
+        let rank = self.slots_at(position).map_or(0, |slots| slots.low_rank.rank);
+        if rank == 0 || rank as usize != parts.len() {
+            return Err(ProjectionError::WrongGates { position, rank, found: parts.len() });
+        }
+        self.gated.insert(position, GatedRanks { layer, parts: parts.to_vec() });
+        Ok(())
+    }
+
+    /// How the adapter at a position is gated, where it is.
+    pub(crate) fn gated(&self, position: u32) -> Option<&GatedRanks> {
+        self.gated.get(&position)
+    }
+
+    /// Refuses batches of gated adapters where nothing would apply their gates.
+    pub(crate) fn refuse_gates(&self, segments: &[Segment]) -> Result<(), ProjectionError> {
+        match segments.iter().any(|segment| segment.rows > 0 && self.gated.contains_key(&segment.adapter)) {
+            true => Err(ProjectionError::GatedSchedule),
+            false => Ok(()),
+        }
+    }
+
     /// What the adapters of segments do to their rows beside launches, where they do something.
     pub(crate) fn passes_of(&self, segments: &[Segment]) -> Vec<RowPasses> {
         if self.passes.is_empty() {
@@ -311,6 +347,7 @@ impl Projection {
     /// adapter's any more. Nothing where it is free.
     pub fn remove(&mut self, position: u32) {
         self.passes.remove(&position);
+        self.gated.remove(&position);
         let Some(places) = self.places.get_mut(position as usize).and_then(Option::take) else { return };
         self.in_pool.give_back(places.in_slots);
         self.out_pool.give_back(places.out_slots);
@@ -480,6 +517,7 @@ impl Projection {
         if self.passes_of(&segments).iter().any(|pass| !pass.own.sparse.is_empty()) {
             return Err(ProjectionError::SparseSchedule);
         }
+        self.refuse_gates(&segments)?;
         let finishes = !self.operands.epilogue().is_identity();
         Ok(schedule(plan, self.operands.shape(), &segments, &self.adapters, finishes)?)
     }

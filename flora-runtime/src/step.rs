@@ -8,6 +8,7 @@ use flora_plan::gradient::GradientLowering;
 use flora_plan::plan::Plan;
 use flora_plan::schedule::{BackwardSchedule, Schedule, ScheduleError, backward_schedule_by, schedule};
 
+use crate::gates::RowGates;
 use crate::projection::Projection;
 
 /// The rows of one step, the same for all projections of a model: consecutive segments, each with the position of its adapter in
@@ -20,6 +21,8 @@ pub struct StepBatch {
     rows: usize,
     /// The positions that have rows, rising.
     positions: Vec<u32>,
+    /// Of the rows of adapters that have them.
+    gates: Vec<RowGates>,
     laid_out: Mutex<LaidOut>,
 }
 
@@ -58,7 +61,18 @@ impl StepBatch {
         let mut positions: Vec<_> = with_rows.map(|segment| segment.adapter).collect();
         positions.sort_unstable();
         positions.dedup();
-        Self { segments, rows, positions, laid_out: Mutex::default() }
+        Self { segments, rows, positions, gates: Vec::new(), laid_out: Mutex::default() }
+    }
+
+    /// The same with gates, for the rows of adapters whose parts are weighed for each row.
+    #[must_use]
+    pub fn with_gates(self, gates: Vec<RowGates>) -> Self {
+        Self { gates, ..self }
+    }
+
+    /// The gates of its rows.
+    pub fn gates(&self) -> &[RowGates] {
+        &self.gates
     }
 
     /// Rows of all segments.
@@ -151,14 +165,15 @@ impl StepBatch {
 
 impl Clone for StepBatch {
     fn clone(&self) -> Self {
-        let Self { segments, rows, positions, .. } = self;
-        Self { segments: segments.clone(), rows: *rows, positions: positions.clone(), laid_out: Mutex::default() }
+        let Self { segments, rows, positions, gates, .. } = self;
+        let (segments, positions, gates) = (segments.clone(), positions.clone(), gates.clone());
+        Self { segments, rows: *rows, positions, gates, laid_out: Mutex::default() }
     }
 }
 
 impl PartialEq for StepBatch {
     fn eq(&self, other: &Self) -> bool {
-        self.segments == other.segments
+        self.segments == other.segments && self.gates == other.gates
     }
 }
 

@@ -1,5 +1,5 @@
 //! A device that can do little: what is left of an adapter that it failed to write is nothing, and its room is free again; gradients
-//! that it doesn't compute are an error.
+//! that it doesn't compute are an error, and so are gates that it doesn't multiply by.
 
 use std::any::Any;
 use std::ops::Range;
@@ -116,6 +116,16 @@ fn a_failed_write_leaks_no_room() {
         good_writes.store(usize::MAX, Ordering::Relaxed);
         projection.place(1, &adapter).unwrap();
     }
+}
+
+#[test]
+fn a_device_without_gates_says_so() {
+    let device = Device::new(flora_host::describe(), Failing { good_writes: Arc::new(AtomicUsize::new(usize::MAX)) });
+    assert!(!device.has_gates() && flora_host::device().has_gates());
+    let weight = PackedWeight::from_f32(WeightFormat::default(), LayerShape { d: 3, k: 2 }, &[1.0; 6]).unwrap();
+    let mut projection = Projection::from_packed(&device, &weight, ProjectionOptions::default()).unwrap();
+    let error = projection.set_gates(1, 0, &[0]).unwrap_err();
+    assert!(matches!(error, ProjectionError::Device(DeviceError::NoGates { .. })), "{error:?}");
 }
 
 #[test]

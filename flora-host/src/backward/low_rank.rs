@@ -82,7 +82,7 @@ impl Side<'_> {
             return;
         }
         let hidden = hidden.floats(low_rank::tasks(runs, shrinks));
-        low_rank::shrink(inputs.simd, self.rows, self.pool, shrinks, hidden, inputs.scratches);
+        low_rank::shrink(inputs.simd, (self.rows, None), self.pool, shrinks, hidden, inputs.scratches);
         let turned = turned.floats(hidden.len());
         let mut first = 0;
         for run in runs.iter() {

@@ -88,7 +88,8 @@ impl WithSimd for Call<'_> {
         let x = Vectors::dense(x, layer.in_pool.width);
         let g = Vectors::dense(g, layer.out_pool.width);
         if let Some(dx) = gradients.input {
-            let sources = Sources { simd, layer: layer.adjoint(), x: g, finish: Finish::default(), scratches };
+            let (adjoint, finish) = (layer.adjoint(), Finish::default());
+            let sources = Sources { simd, layer: adjoint, x: g, gates: None, finish, scratches };
             sources.run(schedule.input(), RowsMut { values: dx, pitch: layer.in_pool.width }, memory);
         }
         if let Some(vectors) = gradients.vectors {

@@ -59,6 +59,31 @@ pub enum ProjectionError {
     /// Gradients of an adapter that multiplies rows by sparse matrices.
     #[error("an adapter of the batch multiplies rows by sparse matrices, through which no gradients are computed")]
     SparseBackward,
+    /// Gates for an adapter of another rank.
+    #[error("the adapter at position {position} has rank {rank}, and {found} ranks have gates; give each its part")]
+    WrongGates {
+        /// Where the adapter is in the table.
+        position: u32,
+        /// Its rank.
+        rank: u32,
+        /// Ranks that were given.
+        found: usize,
+    },
+    /// A row of an adapter whose parts are weighed for each row, without weights.
+    #[error(
+        "the batch has no gates for its row {row}, or too few, and the adapter at position {position} has them: `StepBatch::with_gates`"
+    )]
+    NoGates {
+        /// Where the adapter is in the table.
+        position: u32,
+        /// The row.
+        row: usize,
+    },
+    /// A schedule or gradients of an adapter whose parts are weighed for each row.
+    #[error(
+        "an adapter of the batch has gates, which no schedule or backward pass has: use `PlannedProjection::forward`"
+    )]
+    GatedSchedule,
     /// The batch doesn't fit the adapters or the input.
     #[error(transparent)]
     Batch(#[from] BatchError),

@@ -1,0 +1,92 @@
+//! Adapters whose parts are weighed for each token: what a row's low-rank sum h = x @ b is multiplied by before it is expanded. A model
+//! gives gates to a step's rows, one for each part of their adapter; a projection knows which part each rank is of.
+
+use std::ops::Range;
+
+use crate::backend::RankGates;
+use crate::projection::{Projection, ProjectionError};
+use crate::step::StepBatch;
+
+/// Gates of some rows of a step, all of one adapter.
+#[derive(Clone, Debug)]
+pub struct RowGates {
+    /// Which rows of the batch.
+    pub rows: Range<usize>,
+    /// Sets of gates that a row has: one for each projection that has its own, or a single one.
+    pub layers: usize,
+    /// Gates of a set: one for each part of the adapter.
+    pub parts: usize,
+    /// `[rows, layers, parts]`
+    pub values: Vec<f32>,
+}
+
+impl RowGates {
+    /// The gates of a row of the batch in a set; `None` where there are none.
+    fn of(&self, row: usize, layer: usize) -> Option<&[f32]> {
+        let row = row.checked_sub(self.rows.start).filter(|_| row < self.rows.end)?;
+        let set = row * self.layers + layer;
+        self.values.get(set * self.parts..(set + 1) * self.parts).filter(|_| layer < self.layers)
+    }
+}
+
+/// By bits: what is computed with equal ones is equal.
+impl PartialEq for RowGates {
+    fn eq(&self, other: &Self) -> bool {
+        let bits = |gates: &Self| gates.values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        (&self.rows, self.layers, self.parts) == (&other.rows, other.layers, other.parts) && bits(self) == bits(other)
+    }
+}
+
+impl Eq for RowGates {}
+
+/// How a projection's adapter is gated.
+#[derive(Clone, Debug)]
+pub(crate) struct GatedRanks {
+    /// Which set of a row's gates is this projection's.
+    pub(crate) layer: usize,
+    /// By rank, the part that it is of.
+    pub(crate) parts: Vec<u32>,
+}
+
+/// The gates of a batch, as one projection has them.
+pub(crate) struct BatchGates {
+    width: usize,
+    values: Vec<f32>,
+}
+
+impl BatchGates {
+    /// `None` where no adapter of the batch has gates.
+    pub(crate) fn of(projection: &Projection, batch: &StepBatch) -> Result<Option<Self>, ProjectionError> {
+        let segments = || batch.segments().iter().filter(|segment| segment.rows > 0);
+        if !segments().any(|segment| projection.gated(segment.adapter).is_some()) {
+            return Ok(None);
+        }
+        let ranks = segments().filter_map(|segment| projection.slots_at(segment.adapter));
+        let width = ranks.map(|slots| slots.low_rank.rank as usize).max().unwrap_or(0);
+        let mut values = vec![1.0; batch.rows() * width];
+        let mut first = 0;
+        for segment in segments() {
+            let rows = first..first + segment.rows as usize;
+            first = rows.end;
+            let Some(GatedRanks { layer, parts }) = projection.gated(segment.adapter) else { continue };
+            for row in rows {
+                let missing = || ProjectionError::NoGates { position: segment.adapter, row };
+                let gates = batch.gates().iter().find_map(|gates| gates.of(row, *layer)).ok_or_else(missing)?;
+                for (value, part) in values[row * width..].iter_mut().zip(parts) {
+                    *value = *gates.get(*part as usize).ok_or_else(missing)?;
+                }
+            }
+        }
+        Ok(Some(Self { width, values }))
+    }
+
+    pub(crate) fn as_gates(&self) -> RankGates<'_> {
+        RankGates { width: self.width, values: &self.values }
+    }
+
+    /// Those of some rows, in pieces.
+    pub(crate) fn of_rows(&self, pieces: &[Range<usize>]) -> Self {
+        let rows = pieces.iter().map(|piece| &self.values[piece.start * self.width..piece.end * self.width]);
+        Self { width: self.width, values: rows.collect::<Vec<_>>().concat() }
+    }
+}
