@@ -11,6 +11,7 @@ pub mod weights;
 pub mod zoo;
 
 pub use adapted::{AdaptedEmbedding, AdaptedHead, AdaptedModel};
+pub use compose::MixedAdapters;
 pub use derive::DeriveError;
 pub use layers::Layers;
 pub use register::RegisterError;

@@ -170,6 +170,16 @@ pub enum StoreError {
         /// What it replaces.
         what: &'static str,
     },
+    /// A part of a mixture that changes more than projections of blocks.
+    #[error(
+        "the adapter `{adapter}` changes {what}, and a part of X-LoRA changes the projections of the blocks alone; train it without"
+    )]
+    Mixed {
+        /// The adapter.
+        adapter: String,
+        /// What it changes.
+        what: &'static str,
+    },
     /// An adapter whose change of a module isn't weighted.
     #[error("the adapter `{adapter}` ({kind}) can't be a part of a sum at `{module}`: {source}")]
     Compose {

@@ -20,9 +20,9 @@ pub use model::{
     StoredWeight,
 };
 pub use peft::{
-    AdapterError, AdapterFiles, AdapterFolder, AdapterKind, AdapterKinds, AdapterModule, AdapterRequest,
-    AdapterSettings, DecoderEnds, FolderVersion, KindDescription, KindError, KindProblem, ModuleSettings, Operand,
-    Replaced, ReplacedRows, ReplacedWeight, Replacements,
+    AdapterError, AdapterFiles, AdapterFolder, AdapterKind, AdapterKinds, AdapterMixture, AdapterModule,
+    AdapterRequest, AdapterSettings, ClassifierLayer, DecoderEnds, FolderVersion, GateRule, KindDescription, KindError,
+    KindProblem, ModuleSettings, Operand, Replaced, ReplacedRows, ReplacedWeight, Replacements,
 };
 pub use safetensors_file::SafetensorsProblem;
 pub use tensor::{Encoding, SharedBytes, StoredTensor, TensorProblem};

@@ -17,6 +17,7 @@ mod error;
 mod files;
 mod kind_error;
 mod kinds;
+mod mixture;
 mod modules;
 mod options;
 mod replaced;
@@ -30,6 +31,7 @@ pub use error::AdapterError;
 pub use files::{AdapterFiles, FolderVersion};
 pub use kind_error::{KindError, KindProblem};
 pub use kinds::{AdapterKind, AdapterKinds};
+pub use mixture::{AdapterMixture, ClassifierLayer, GateRule, MOST_MIXED};
 pub use replaced::{ReplacedRows, ReplacedWeight, Replacements};
 pub use settings::{AdapterRequest, AdapterSettings, ModuleSettings};
 

@@ -29,6 +29,14 @@ impl DecoderConfig {
         }
     }
 
+    /// Numbers of a hidden state: the width of the residual stream.
+    pub fn width(&self) -> usize {
+        match self {
+            DecoderConfig::Llama(config) => config.d,
+            DecoderConfig::GptBigCode(config) => config.d,
+        }
+    }
+
     /// Rows of the token embedding.
     pub fn vocabulary(&self) -> usize {
         match self {

@@ -3,7 +3,7 @@
 use super::description::{Choice, Divisor, KindDescription, LayerDescription, RankDescription, ScalarDescription};
 use super::options;
 use super::targets::{Names, Pattern, PatternProblem, Targets};
-use super::{AdapterError, AdapterKind, AdapterKinds};
+use super::{AdapterError, AdapterKind, AdapterKinds, mixture};
 use crate::json::Json;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -213,9 +213,9 @@ fn token(item: &Json) -> Option<u32> {
 }
 
 /// Reads single options.
-struct Fields<'a> {
-    path: &'a Path,
-    json: &'a Json,
+pub(super) struct Fields<'a> {
+    pub(super) path: &'a Path,
+    pub(super) json: &'a Json,
 }
 
 impl Fields<'_> {
@@ -225,6 +225,13 @@ impl Fields<'_> {
             AdapterError::UnknownPeftType { path: self.path.to_owned(), found, known }
         };
         match self.json.get("peft_type") {
+            Some(value @ Json::String(name)) if name == mixture::PEFT_TYPE => Err(AdapterError::UnsupportedOption {
+                path: self.path.to_owned(),
+                key: "peft_type".to_owned(),
+                value: value.to_string(),
+                reason: "a network weighs its adapters for each token, which is served by itself and nothing else; name one of them"
+                    .to_owned(),
+            }),
             Some(Json::String(name)) => kinds.described(name).ok_or_else(|| unknown(format!("`{name}`"))),
             Some(other) => Err(unknown(other.to_string())),
             None => Err(unknown("is missing, which".to_string())),
@@ -261,7 +268,7 @@ impl Fields<'_> {
         Ok(RankSetting { description: rank.clone(), ranks: Setting { common, patterns } })
     }
 
-    fn invalid(&self, key: &str, expected: String) -> AdapterError {
+    pub(super) fn invalid(&self, key: &str, expected: String) -> AdapterError {
         let value = self.json.get(key).map_or_else(|| "missing".to_string(), Json::to_string);
         AdapterError::InvalidOption { path: self.path.to_owned(), key: key.to_string(), value, expected }
     }

@@ -73,6 +73,43 @@ pub enum AdapterError {
         /// What it must be.
         expected: String,
     },
+    /// An adapter of a mixture that isn't where it has to be.
+    #[error(
+        "{}: the adapter `{part}` isn't in {}, where the parts of X-LoRA are read from; put there the folder that PEFT's save_pretrained \
+         wrote for it (the config says {told})",
+        path.display(), folder.display()
+    )]
+    MissingPart {
+        /// The config of the mixture.
+        path: PathBuf,
+        /// What the part is called.
+        part: String,
+        /// Where it should be.
+        folder: PathBuf,
+        /// Where the config says that it is.
+        told: String,
+    },
+    /// An adapter that can't be a part of a mixture.
+    #[error("{} can't be a part of X-LoRA: {reason}", folder.display())]
+    UnfitPart {
+        /// The part's folder.
+        folder: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A tensor of a mixture's classifier that is not there.
+    #[error(
+        "{}: tensor `{tensor}` of the classifier is missing; PEFT 0.21's save_pretrained leaves out what has the name of an adapter in its \
+         own (`.0.`): write the tensors of `model.base_model.internal_xlora_classifier` into the file, each under its name behind \
+         `base_model.internal_xlora_classifier.`",
+        path.display()
+    )]
+    MissingClassifier {
+        /// The safetensors file.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+    },
     /// A tensor that a module needs is not there.
     #[error("{}: tensor `{tensor}` is missing, which {kind} needs for module `{module}`", path.display())]
     MissingTensor {

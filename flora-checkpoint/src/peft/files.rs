@@ -24,7 +24,7 @@ const TENSORS_LIMIT: u64 = 16 << 30;
 /// read from then on, has another time when it changes again.
 const SETTLED: Duration = Duration::from_millis(20);
 /// How often a folder is read that keeps changing; half a second at least.
-const ATTEMPTS: usize = 25;
+pub(super) const ATTEMPTS: usize = 25;
 
 /// What tells the two files of an adapter's folder from any others: of the file that each path leads to, the device, the inode,
 /// the time of its last change, and its length.
@@ -48,9 +48,20 @@ impl FolderVersion {
 
     /// One number for it.
     pub fn digest(&self) -> u64 {
+        self.digest_with(&[])
+    }
+
+    /// One number for it and the parts of a mixture.
+    pub fn digest_with(&self, parts: &[Self]) -> u64 {
         let mut hasher = DefaultHasher::new();
         self.hash(&mut hasher);
+        parts.iter().for_each(|part| part.hash(&mut hasher));
         hasher.finish()
+    }
+
+    /// Of the parts of a mixture that are in `folder` now: sub-folders that are called `0`, `1` and so on. Other adapters have none.
+    pub fn of_parts(folder: &Path) -> Vec<Self> {
+        (0..super::MOST_MIXED).map_while(|part| Self::of(&folder.join(part.to_string())).ok()).collect()
     }
 }
 
@@ -158,6 +169,16 @@ impl AdapterFiles {
         for (weight, content) in parts {
             digest.update(weight.to_le_bytes());
             digest.update(content.to_le_bytes());
+        }
+        first_half(digest)
+    }
+
+    /// A digest of a mixture: of its own [`content`](Self::content) and those of its parts. No file has the same.
+    pub(super) fn content_with(&self, parts: &[Self]) -> u128 {
+        let mut digest = Sha256::new();
+        digest.update(b"mixture");
+        for files in std::iter::once(self).chain(parts) {
+            digest.update(files.content().to_le_bytes());
         }
         first_half(digest)
     }

@@ -10,7 +10,7 @@ use std::path::Path;
 const READ: [&str; 5] = ["peft_type", "target_modules", "exclude_modules", "fan_in_fan_out", "modules_to_save"];
 
 /// The options that every config has and that don't change the result.
-const HARMLESS: [&str; 6] =
+pub(super) const HARMLESS: [&str; 6] =
     ["task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"];
 
 /// The options that every config has.
