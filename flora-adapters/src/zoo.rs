@@ -37,7 +37,10 @@ const NOT_READ: [(&str, &str); 23] = [
     ("SUPERTUNING", "changes single weights that their size chooses; not described yet"),
     ("TRAINABLE_TOKENS", "rows of the embedding: served with LoRA (`trainable_token_indices`), not by themselves"),
     ("WAVEFT", "its places follow from random numbers of PyTorch's, which the file doesn't have"),
-    ("XLORA", "a network weighs adapters for each token, so that it is no linear map of a row"),
+    (
+        "XLORA",
+        "a network weighs LoRA adapters for each token, so that it is no linear map of a row: served, and nothing else",
+    ),
 ];
 
 /// One row of the table.

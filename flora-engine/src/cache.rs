@@ -9,7 +9,7 @@ use crate::prefix::{Found, Placed, PrefixTree, Row};
 pub(crate) struct BlockPool {
     block_tokens: usize,
     total: usize,
-    /// Blocks that one sequence has by itself.
+    /// Blocks that single sequences have by themselves, each as many as it takes.
     own: usize,
     tree: PrefixTree,
     /// What the decoder has to forget, before anything else is run.
@@ -24,6 +24,8 @@ pub(crate) struct Blocks {
     shared: Vec<BlockId>,
     /// Those after them.
     own: usize,
+    /// Blocks of memory that each of them takes: two where a sequence holds the base model's keys and values too.
+    size: usize,
 }
 
 /// What the decoder is told of a block that a sequence has filled.
@@ -40,20 +42,20 @@ impl BlockPool {
         Self { block_tokens, total: cache_tokens / block_tokens, own: 0, tree, forgotten }
     }
 
-    /// Blocks for that many tokens, if there are so many: first what was found of the sequence in the tree, but for a begun block
-    /// where there isn't room for it and its copy. The decoder reads that before anything else is done here.
-    pub(crate) fn take(&mut self, found: Found, tokens: usize) -> Option<(Blocks, Found)> {
+    /// Blocks for that many tokens, if there are so many, each of `size` blocks of memory: first what was found of the sequence in the
+    /// tree, but for a begun block where there isn't room for it and its copy. The decoder reads that before anything else is done here.
+    pub(crate) fn take(&mut self, found: Found, tokens: usize, size: usize) -> Option<(Blocks, Found)> {
         if found.rest.is_some()
-            && let Some(blocks) = self.try_take(&found, tokens)
+            && let Some(blocks) = self.try_take(&found, tokens, size)
         {
             return Some((blocks, found));
         }
         let found = Found { rest: None, ..found };
-        Some((self.try_take(&found, tokens)?, found))
+        Some((self.try_take(&found, tokens, size)?, found))
     }
 
-    fn try_take(&mut self, found: &Found, tokens: usize) -> Option<Blocks> {
-        let mut blocks = Blocks { shared: found.blocks.clone(), own: 0 };
+    fn try_take(&mut self, found: &Found, tokens: usize, size: usize) -> Option<Blocks> {
+        let mut blocks = Blocks { shared: found.blocks.clone(), own: 0, size };
         blocks.shared.iter().for_each(|block| self.tree.hold(*block));
         // It makes no room for the sequence that begins with it.
         let rest = found.rest.map(|(block, _)| block);
@@ -70,20 +72,21 @@ impl BlockPool {
     /// Makes `blocks` enough for that many tokens. `false`, and nothing that a sequence has has changed, where there are too few.
     pub(crate) fn grow(&mut self, blocks: &mut Blocks, tokens: usize) -> bool {
         let more = tokens.div_ceil(self.block_tokens).saturating_sub(blocks.shared.len() + blocks.own);
-        if more > self.total - self.used() {
+        let taken = more * blocks.size;
+        if taken > self.total - self.used() {
             return false;
         }
-        while more > self.total - self.own - self.tree.blocks() {
+        while taken > self.total - self.own - self.tree.blocks() {
             let Some(block) = self.tree.evict() else { return false };
             self.forgotten.push(block);
         }
-        self.own += more;
+        self.own += taken;
         blocks.own += more;
         true
     }
 
     pub(crate) fn give_back(&mut self, blocks: Blocks) {
-        self.own -= blocks.own;
+        self.own -= blocks.own * blocks.size;
         // Those that follow go before those that they follow.
         blocks.shared.into_iter().rev().for_each(|block| self.tree.release(block));
     }
@@ -107,12 +110,13 @@ impl BlockPool {
             return None;
         }
         let rows = rows(end - self.block_tokens..end);
-        let placed = self.tree.insert(blocks.shared.last().copied(), &rows, |block| self.forgotten.push(block))?;
+        let before = blocks.shared.last().copied();
+        let placed = self.tree.insert(before, &rows, blocks.size, |block| self.forgotten.push(block))?;
         let (Placed::New(block) | Placed::Known(block)) = placed;
         self.tree.hold(block);
         blocks.shared.push(block);
         blocks.own -= 1;
-        self.own -= 1;
+        self.own -= blocks.size;
         Some(Filled { block, index })
     }
 
@@ -125,11 +129,12 @@ impl BlockPool {
         if blocks.own == 0 {
             return None;
         }
-        match self.tree.insert(blocks.shared.last().copied(), rest, |block| self.forgotten.push(block))? {
+        let before = blocks.shared.last().copied();
+        match self.tree.insert(before, rest, blocks.size, |block| self.forgotten.push(block))? {
             Placed::Known(_) => None,
             Placed::New(block) => {
                 blocks.own -= 1;
-                self.own -= 1;
+                self.own -= blocks.size;
                 Some(Filled { block, index })
             }
         }
@@ -165,7 +170,7 @@ mod tests {
     use super::*;
 
     fn take(pool: &mut BlockPool, tokens: usize) -> Option<Blocks> {
-        Some(pool.take(Found::default(), tokens)?.0)
+        Some(pool.take(Found::default(), tokens, 1)?.0)
     }
 
     fn rows(range: std::ops::Range<usize>) -> Vec<Row> {
@@ -198,7 +203,7 @@ mod tests {
         assert_eq!((pool.used(), pool.kept()), (3, 0));
         let found = pool.find(&rows(0..11));
         assert_eq!((found.blocks.len(), found.rest), (2, None));
-        let (second, _) = pool.take(found, 12).expect("one beside two that are there");
+        let (second, _) = pool.take(found, 12, 1).expect("one beside two that are there");
         assert_eq!(pool.used(), 4);
         let rest = pool.keep_rest(&mut first, &rows(0..9)).expect("one row of a block");
         pool.give_back(first);
@@ -214,6 +219,19 @@ mod tests {
     }
 
     #[test]
+    fn blocks_of_two_take_two() {
+        let mut pool = BlockPool::new(5 * 4, 4);
+        let (mut gated, _) = pool.take(Found::default(), 7, 2).expect("four of five");
+        assert!(pool.fill(&mut gated, 7, rows).is_some());
+        assert!(pool.keep_rest(&mut gated, &rows(0..7)).is_some());
+        assert_eq!((pool.used(), pool.kept()), (2, 2));
+        assert!(take(&mut pool, 9).is_some(), "what none has goes, both blocks of it");
+        assert_eq!((pool.used(), pool.kept(), pool.take_forgotten().len()), (5, 0, 1));
+        pool.give_back(gated);
+        assert_eq!((pool.used(), pool.kept()), (3, 2));
+    }
+
+    #[test]
     fn what_a_sequence_begins_with_does_not_make_room_for_it() {
         let mut pool = BlockPool::new(2 * 4, 4);
         let mut first = take(&mut pool, 7).expect("two");
@@ -222,7 +240,7 @@ mod tests {
         pool.give_back(first);
         let found = pool.find(&rows(0..7));
         assert_eq!((found.blocks.len(), found.rest.map(|(_, count)| count)), (1, Some(3)));
-        let (blocks, found) = pool.take(found, 8).expect("two of two");
+        let (blocks, found) = pool.take(found, 8, 1).expect("two of two");
         assert_eq!(
             (found.blocks.len(), found.rest),
             (1, None),

@@ -31,6 +31,9 @@ pub struct AdapterFacts {
     /// Tokens that invoke it, of an activated adapter (aLoRA): it acts from their last occurrence in a prompt on, and where they
     /// don't occur not at all. `None`: it acts everywhere.
     pub invocation: Option<Vec<u32>>,
+    /// Whether its parts are weighed for each token, by what the base model makes of the tokens up to it (X-LoRA). It has all tokens of
+    /// a request, and its sequences hold the base model's keys and values beside their own: two times as much.
+    pub gated: bool,
 }
 
 /// The tokens of one sequence in one step; they follow those that its earlier segments held.

@@ -27,6 +27,8 @@ struct Node {
     /// A whole block of them, or fewer, and nothing follows then.
     rows: Arc<[Row]>,
     following: Following,
+    /// Blocks of memory that it takes.
+    size: usize,
     /// Sequences that have it.
     users: usize,
     /// On a clock that counts uses.
@@ -41,7 +43,8 @@ pub(crate) struct PrefixTree {
     beginnings: Following,
     /// Blocks that may go: none has them, and nothing follows them.
     idle: BTreeSet<(u64, BlockId)>,
-    /// Blocks that some sequence has.
+    /// Memory of all, and of those that some sequence has, in blocks.
+    blocks: usize,
     held: usize,
     clock: u64,
     next_id: u64,
@@ -82,15 +85,16 @@ impl PrefixTree {
             nodes: HashMap::new(),
             beginnings: BTreeMap::new(),
             idle: BTreeSet::new(),
+            blocks: 0,
             held: 0,
             clock: 0,
             next_id: 0,
         }
     }
 
-    /// Blocks that there are.
+    /// Blocks of memory that it takes.
     pub(crate) fn blocks(&self) -> usize {
-        self.nodes.len()
+        self.blocks
     }
 
     /// Those of them that sequences have.
@@ -122,12 +126,13 @@ impl PrefixTree {
         found
     }
 
-    /// Puts in rows that follow `before`, a block of them or fewer; rows that begin a block that is there are there. What is forgotten
+    /// Puts in rows that follow `before`, a block of them or fewer, which take `size` blocks of memory; rows that begin a block that is there are there. What is forgotten
     /// for it, because it begins them, is given to `forgotten`. `None`: there is no such block before.
     pub(crate) fn insert(
         &mut self,
         before: Option<BlockId>,
         rows: &[Row],
+        size: usize,
         mut forgotten: impl FnMut(BlockId),
     ) -> Option<Placed> {
         let (last, next) = neighbours(self.following(before)?, rows);
@@ -143,8 +148,9 @@ impl PrefixTree {
         self.next_id += 1;
         self.clock += 1;
         let rows: Arc<[Row]> = rows.into();
-        let node =
-            Node { before, rows: Arc::clone(&rows), following: BTreeMap::new(), users: 0, last_used: self.clock };
+        let (following, last_used) = (BTreeMap::new(), self.clock);
+        let node = Node { before, rows: Arc::clone(&rows), following, size, users: 0, last_used };
+        self.blocks += size;
         self.idle.insert((node.last_used, id));
         self.nodes.insert(id, node);
         match before.and_then(|before| self.nodes.get_mut(&before).map(|node| (before, node))) {
@@ -167,7 +173,7 @@ impl PrefixTree {
     /// A sequence has a block.
     pub(crate) fn hold(&mut self, id: BlockId) {
         if let Some(node) = self.nodes.get_mut(&id) {
-            self.held += usize::from(node.users == 0);
+            self.held += if node.users == 0 { node.size } else { 0 };
             node.users += 1;
             self.idle.remove(&(node.last_used, id));
         }
@@ -178,7 +184,7 @@ impl PrefixTree {
         self.clock += 1;
         if let Some(node) = self.nodes.get_mut(&id) {
             node.users -= 1;
-            self.held -= usize::from(node.users == 0);
+            self.held -= if node.users == 0 { node.size } else { 0 };
             node.last_used = self.clock;
             if node.users == 0 && node.following.is_empty() {
                 self.idle.insert((node.last_used, id));
@@ -196,6 +202,7 @@ impl PrefixTree {
     /// Takes out a block that may go.
     fn remove(&mut self, id: BlockId) {
         let Some(node) = self.nodes.remove(&id) else { return };
+        self.blocks -= node.size;
         self.idle.remove(&(node.last_used, id));
         match node.before.and_then(|before| self.nodes.get_mut(&before).map(|node| (before, node))) {
             None => {
@@ -220,7 +227,7 @@ mod tests {
     }
 
     fn insert(tree: &mut PrefixTree, before: Option<BlockId>, tokens: &[u32]) -> Placed {
-        tree.insert(before, &rows(tokens), |_| {}).expect("a block that is there")
+        tree.insert(before, &rows(tokens), 1, |_| {}).expect("a block that is there")
     }
 
     fn new(placed: Placed) -> BlockId {
@@ -254,7 +261,7 @@ mod tests {
         let of = |content: u128| Row { token: 1, adapter: Some(AdapterContent(content)) };
         let mut tree = PrefixTree::new(2);
         let mixed = [Row { token: 1, adapter: None }, of(7)];
-        let id = new(tree.insert(None, &mixed, |_| {}).expect("no block before"));
+        let id = new(tree.insert(None, &mixed, 1, |_| {}).expect("no block before"));
         assert_eq!(tree.find(&mixed).blocks, [id]);
         assert_eq!(tree.find(&[of(7), of(7)]), Found::default());
         assert_eq!(tree.find(&[mixed[0], of(8)]).rest, Some((id, 1)), "what was before the adapter is the base's");
@@ -284,7 +291,7 @@ mod tests {
         let mut tree = PrefixTree::new(4);
         let short = new(insert(&mut tree, None, &[1, 2]));
         let mut forgotten = Vec::new();
-        let long = new(tree.insert(None, &rows(&[1, 2, 3, 4]), |id| forgotten.push(id)).expect("no block before"));
+        let long = new(tree.insert(None, &rows(&[1, 2, 3, 4]), 1, |id| forgotten.push(id)).expect("no block before"));
         assert_eq!((forgotten, tree.blocks()), (vec![short], 1));
         assert_eq!(tree.find(&rows(&[1, 2, 3])).rest, Some((long, 3)));
     }

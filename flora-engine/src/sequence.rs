@@ -85,6 +85,8 @@ pub(crate) struct Adapted {
     /// Each once.
     pub(crate) ids: Vec<AdapterId>,
     acting: Spans<Acting>,
+    /// Its one adapter is gated: keys and values of the base model are held beside those that it gives.
+    gated: bool,
 }
 
 /// An adapter and what it holds.
@@ -118,7 +120,14 @@ impl Adapted {
                 }
             }
         }
-        Self { ids: adapters.iter().map(|(id, _)| *id).collect(), acting: Spans::of_runs(runs) }
+        let ids = adapters.iter().map(|(id, _)| *id).collect();
+        let gated = adapters.iter().any(|(_, facts)| facts.gated);
+        Self { ids, acting: Spans::of_runs(runs), gated }
+    }
+
+    /// Blocks of memory that a block of the sequence takes.
+    pub(crate) fn block_size(&self) -> usize {
+        if self.gated { 2 } else { 1 }
     }
 
     /// Tokens with what they are computed with, those of a sequence from `first` on.
@@ -227,6 +236,11 @@ impl Sequence {
     /// The most tokens it can come to; the last isn't run.
     pub(crate) fn most(&self) -> usize {
         self.most
+    }
+
+    /// Has it end where it comes to so many tokens.
+    pub(crate) fn end_at(&mut self, most: usize) {
+        self.most = self.most.min(most);
     }
 
     /// Whether tokens of the prompt are still to be scored: their rows have to be computed then.

@@ -35,6 +35,8 @@ pub(crate) struct Parts<O: Operations> {
     pub(crate) adaptable: Adaptable,
     /// The projections that adapters may adapt, by module path; the output matrix among them.
     pub(crate) adapted: BTreeMap<String, PlannedProjection>,
+    /// The paths of the blocks' projections as transformers' model has its modules, one after the other.
+    pub(crate) order: Vec<String>,
 }
 
 /// The last parts of the paths of modules that may be adapted.
@@ -74,6 +76,7 @@ struct Builder<'a, O> {
     model: &'a Model,
     adaptable: Adaptable,
     projections: BTreeMap<String, PlannedProjection>,
+    order: Vec<String>,
 }
 
 pub(crate) fn build<O: Operations>(
@@ -85,7 +88,7 @@ pub(crate) fn build<O: Operations>(
     let adaptable = adaptable(model, &options.adapted)?;
     let operations = O::new(device, attention(&config, options), options.activations)?;
     let form = ProjectionForm::new(device, options);
-    let builder = Builder { form, operations, model, adaptable, projections: BTreeMap::new() };
+    let builder = Builder { form, operations, model, adaptable, projections: BTreeMap::new(), order: Vec::new() };
     match config {
         DecoderConfig::Llama(config) => builder.llama(&config),
         DecoderConfig::GptBigCode(config) => builder.gpt_big_code(&config),
@@ -177,6 +180,7 @@ impl<O: Operations> Builder<'_, O> {
             form: self.form,
             adaptable: self.adaptable,
             adapted: self.projections,
+            order: self.order,
             operations: self.operations,
         })
     }
@@ -215,6 +219,7 @@ impl<O: Operations> Builder<'_, O> {
             form: self.form,
             adaptable: self.adaptable,
             adapted: self.projections,
+            order: self.order,
             operations: self.operations,
         })
     }
@@ -223,6 +228,7 @@ impl<O: Operations> Builder<'_, O> {
     fn linear(&mut self, path: &str, finish: Finish) -> Result<O::Linear, ServeError> {
         let weight = self.form.base.pack(self.model, path, &self.form.device)?;
         let bias = self.model.bias(path)?;
+        self.order.push(path.to_owned());
         self.adaptable(path, &weight, bias.as_deref(), finish)
     }
 

@@ -7,7 +7,7 @@ use flora_engine::{
     AdapterFailure, AdapterId, BlockId, BlockSharing, Decoder, DecoderLimits, PlaceError, SequenceId, StepSegment,
 };
 use flora_plan::layer::Element;
-use flora_runtime::{Buffer, Device, DeviceError, ProjectionError, StepBatch};
+use flora_runtime::{Buffer, Device, DeviceError, ProjectionError, RowGates, StepBatch};
 use rustc_hash::FxHashMap;
 use tracing::trace_span;
 
@@ -16,6 +16,7 @@ use crate::build::{Parts, build};
 use crate::error::ServeError;
 use crate::head::OwnHead;
 use crate::memory::make_room;
+use crate::mixture::ResidentGates;
 use crate::operations::{SegmentRows, Serving};
 use crate::options::ServeOptions;
 use crate::shared::LayerBlocks;
@@ -23,7 +24,7 @@ use crate::source::PreparedAdapter;
 
 /// A model on a device.
 pub(crate) struct ServedModel<O: Serving> {
-    device: Device,
+    pub(crate) device: Device,
     pub(crate) parts: Parts<O>,
     activations: Element,
     pub(crate) sequences: FxHashMap<SequenceId, Sequence<O>>,
@@ -38,7 +39,7 @@ pub(crate) struct ServedModel<O: Serving> {
 pub(crate) struct Sequence<O: Serving> {
     /// Tokens whose keys and values are there.
     pub(crate) length: usize,
-    /// One a block.
+    /// One a block; behind them as many of the base model, where its adapter is gated.
     pub(crate) layers: Vec<O::Cache>,
 }
 
@@ -50,11 +51,13 @@ struct Residents {
 }
 
 /// What is kept of one adapter, beside what the pools of the projections hold.
-struct Resident {
+pub(crate) struct Resident {
     /// Where it is in the tables of the projections: at the same position in all.
     position: u32,
     embedding: Option<AdaptedEmbedding>,
     head: Option<OwnHead>,
+    /// What weighs its parts for each token.
+    pub(crate) gates: Option<ResidentGates>,
 }
 
 impl Residents {
@@ -74,10 +77,14 @@ impl Residents {
         Some(position)
     }
 
-    /// Bytes of output matrices of their own.
-    fn head_bytes(&self) -> u64 {
-        self.of.values().filter_map(|resident| resident.head.as_ref()).map(OwnHead::bytes).sum()
+    /// Bytes of output matrices and classifiers of their own.
+    fn own_bytes(&self) -> u64 {
+        self.of.values().map(|resident| own_bytes(resident.head.as_ref(), resident.gates.as_ref())).sum()
     }
+}
+
+fn own_bytes(head: Option<&OwnHead>, gates: Option<&ResidentGates>) -> u64 {
+    head.map_or(0, OwnHead::bytes) + gates.map_or(0, ResidentGates::bytes)
 }
 
 /// Why an adapter isn't placed.
@@ -119,14 +126,20 @@ impl<O: Serving> ServedModel<O> {
     /// The caches of the segments' sequences, taken out of the model: they come back when the step is done, and are gone where it
     /// failed.
     fn take_sequences(&mut self, segments: &[StepSegment<'_>]) -> Result<Vec<Sequence<O>>, ServeError> {
-        let (blocks, operations) = (self.parts.blocks.len(), &self.parts.operations);
         let take = |segment: &StepSegment<'_>| {
+            let (blocks, operations) = (self.parts.blocks.len(), &self.parts.operations);
             if segment.tokens.is_empty() {
                 return Err(ServeError::Step(format!("no token of the sequence {}", segment.sequence.0)));
             }
+            let caches = blocks * if self.gates(segment.adapter).is_some() { 2 } else { 1 };
             let held = self.sequences.remove(&segment.sequence);
-            let new = || Sequence { length: 0, layers: (0..blocks).map(|_| operations.cache()).collect() };
+            let new = || Sequence { length: 0, layers: (0..caches).map(|_| operations.cache()).collect() };
             let sequence = held.unwrap_or_else(new);
+            if sequence.layers.len() != caches {
+                return Err(ServeError::Step(
+                    "a gated adapter for some tokens of a sequence, and another for others".to_owned(),
+                ));
+            }
             if sequence.length != segment.first_position as usize {
                 let found = segment.first_position;
                 return Err(ServeError::Step(format!(
@@ -157,12 +170,26 @@ impl<O: Serving> ServedModel<O> {
     }
 
     fn run(&self, segments: &[StepSegment<'_>], sequences: &mut [Sequence<O>]) -> Result<Vec<f32>, ServeError> {
-        let batch = self.batch(segments)?;
+        if segments.iter().any(|segment| self.gates(segment.adapter).is_some()) {
+            return self.run_gated(segments, sequences);
+        }
+        let mut caches: Vec<_> = sequences.iter_mut().map(|sequence| &mut sequence.layers[..]).collect();
+        let x = self.forward(segments, &mut caches, Vec::new())?;
+        self.wanted_logits(segments, &x)
+    }
+
+    /// One pass through the blocks: what comes out of the last, `[rows, d]`. `caches` has one a block for each segment, `gates` those of
+    /// rows whose adapters are gated.
+    pub(crate) fn forward(
+        &self,
+        segments: &[StepSegment<'_>],
+        caches: &mut [&mut [O::Cache]],
+        gates: Vec<RowGates>,
+    ) -> Result<Buffer, ServeError> {
+        let batch = self.batch(segments)?.with_gates(gates);
         let mut positions = Vec::with_capacity(batch.rows());
         let mut rows = Vec::with_capacity(segments.len());
-        // Rows whose logits are wanted, and the segments that they are of.
-        let mut wanted = Vec::with_capacity(segments.len());
-        for (at, segment) in segments.iter().enumerate() {
+        for segment in segments {
             let first_row = positions.len();
             let own = SegmentRows {
                 rows: first_row..first_row + segment.tokens.len(),
@@ -171,22 +198,34 @@ impl<O: Serving> ServedModel<O> {
             };
             positions.extend(own.positions());
             rows.push(own);
-            let count = segment.logits.of(segment.tokens.len());
-            wanted.extend((positions.len() - count..positions.len()).map(|row| (row, at)));
         }
         let operations = &self.parts.operations;
         let step = Step { operations, batch: &batch, segments: &rows, positions: operations.positions(&rows)? };
         let embedded = trace_span!(EMBEDDING).in_scope(|| self.embed(segments, &positions))?;
         let mut x = self.device.upload_as(&embedded, self.activations)?;
         for (at, block) in self.parts.blocks.iter().enumerate() {
-            let mut caches: Vec<_> = sequences.iter_mut().filter_map(|sequence| sequence.layers.get_mut(at)).collect();
+            let mut caches: Vec<_> = caches.iter_mut().filter_map(|caches| caches.get_mut(at)).collect();
             x = block.forward(&x, &step, &mut caches)?;
+        }
+        Ok(x)
+    }
+
+    /// The logits that segments want, of what came out of the last block.
+    pub(crate) fn wanted_logits(&self, segments: &[StepSegment<'_>], x: &Buffer) -> Result<Vec<f32>, ServeError> {
+        let operations = &self.parts.operations;
+        // Rows whose logits are wanted, and the segments that they are of.
+        let mut wanted = Vec::with_capacity(segments.len());
+        let mut rows = 0;
+        for (at, segment) in segments.iter().enumerate() {
+            rows += segment.tokens.len();
+            let count = segment.logits.of(segment.tokens.len());
+            wanted.extend((rows - count..rows).map(|row| (row, at)));
         }
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
         let (wanted, of): (Vec<usize>, Vec<usize>) = wanted.into_iter().unzip();
-        let wanted = operations.select(&x, batch.rows(), &wanted)?;
+        let wanted = operations.select(x, rows, &wanted)?;
         let adapters: Vec<_> = of.into_iter().map(|segment| segments[segment].adapter).collect();
         let normed = trace_span!(NORMS).in_scope(|| operations.normalise(&self.parts.norm, &wanted))?;
         trace_span!(OUTPUT).in_scope(|| self.logits(&adapters, &normed))
@@ -196,6 +235,11 @@ impl<O: Serving> ServedModel<O> {
 impl<O: Serving> ServedModel<O> {
     fn resident(&self, adapter: Option<AdapterId>) -> Option<&Resident> {
         self.adapters.of.get(&adapter?)
+    }
+
+    /// What weighs the parts of an adapter for each token.
+    pub(crate) fn gates(&self, adapter: Option<AdapterId>) -> Option<&ResidentGates> {
+        self.resident(adapter)?.gates.as_ref()
     }
 
     /// The first numbers of the rows, `[rows, d]`.
@@ -254,8 +298,8 @@ impl<O: Serving> ServedModel<O> {
     }
 
     /// Puts an adapter at a position of all tables. Where that fails, some of it may be there.
-    fn try_place(&self, position: u32, adapted: &AdaptedModel) -> Result<Resident, PlaceFault> {
-        let AdaptedModel { modules, bias_offsets, embedding, head } = adapted;
+    fn try_place(&self, position: u32, prepared: &PreparedAdapter) -> Result<Resident, PlaceFault> {
+        let AdaptedModel { modules, bias_offsets, embedding, head } = &prepared.adapted;
         // What adapts an output matrix of the adapter's own isn't in the model's.
         let own_head = head.as_ref().filter(|head| head.weight.is_some()).map(|head| head.path.as_str());
         let shared: Vec<_> = modules.iter().filter(|(path, _)| Some(path.as_str()) != own_head).collect();
@@ -265,8 +309,10 @@ impl<O: Serving> ServedModel<O> {
             OwnHead::new(&self.parts.form, head, folded, offset).map_err(|error| PlaceFault::Other(error.to_string()))
         });
         let head = head.transpose()?;
-        let heads = self.adapters.head_bytes() + head.as_ref().map_or(0, OwnHead::bytes);
-        let limit = self.adapter_bytes.checked_sub(heads).ok_or(PlaceFault::Full)?;
+        let gates = prepared.gates.as_ref().map(|gates| ResidentGates::new(&self.parts.form, gates));
+        let gates = gates.transpose().map_err(|error| PlaceFault::Other(error.to_string()))?;
+        let own = self.adapters.own_bytes() + own_bytes(head.as_ref(), gates.as_ref());
+        let limit = self.adapter_bytes.checked_sub(own).ok_or(PlaceFault::Full)?;
         let projections = &self.parts.adapted;
         if !make_room(projections, &shared, limit, self.parts.form.adapters.bytes())? {
             return Err(PlaceFault::Full);
@@ -279,7 +325,10 @@ impl<O: Serving> ServedModel<O> {
                 .change(|projection| projection.set_offset(position, offset))
                 .map_err(|error| PlaceFault::Other(format!("`{path}`: {error}")))?;
         }
-        Ok(Resident { position, embedding: embedding.clone(), head })
+        for (path, set, ranks) in prepared.gates.iter().flat_map(|gates| gates.modules(&self.parts.order)) {
+            projections[path].change(|projection| projection.set_gates(position, set, ranks))?;
+        }
+        Ok(Resident { position, embedding: embedding.clone(), head, gates })
     }
 }
 
@@ -332,8 +381,14 @@ impl<O: Serving> Decoder for ServedModel<O> {
         if let Some(path) = unknown {
             return Err(unfit(format!("it adapts `{path}`, which is no part of the decoder")));
         }
+        if prepared.gates.is_some() && !self.device.has_gates() {
+            let device = &self.device.info().id;
+            return Err(unfit(format!(
+                "its parts are weighed for each token (X-LoRA), which the device `{device}` doesn't do; serve it on `host`"
+            )));
+        }
         let position = self.adapters.next();
-        let fault = match self.try_place(position, &prepared.adapted) {
+        let fault = match self.try_place(position, &prepared) {
             Ok(resident) => {
                 self.adapters.take(adapter, resident);
                 return Ok(());

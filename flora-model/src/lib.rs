@@ -16,6 +16,7 @@ mod head;
 mod host;
 pub mod load;
 mod memory;
+mod mixture;
 #[cfg(feature = "burn")]
 mod on_burn;
 mod operations;
@@ -29,6 +30,7 @@ pub use error::ServeError;
 #[cfg(feature = "burn")]
 pub use load::load_on_burn;
 pub use load::{DeviceModel, load};
+pub use mixture::PreparedGates;
 pub use options::{PlanningChoice, ServeOptions};
 pub use source::{AdapterDirectory, DirectoryError, PreparedAdapter, UpdateError};
 pub use training::{TargetScore, TrainError, TrainOptions, TrainedModel};

@@ -38,7 +38,9 @@ impl<O: Serving> BlockSharing for ServedModel<O> {
             let blocks: Vec<O::Block> = known.filter_map(|layers| layers.get(at)).flatten().cloned().collect();
             self.parts.operations.beginning(&blocks, length)
         };
-        let layers = (0..self.parts.blocks.len()).map(layer).collect();
+        // Those of the base model too, where they are kept beside an adapter's.
+        let caches = blocks.first().and_then(|block| self.shared.get(block)).map_or(self.parts.blocks.len(), Vec::len);
+        let layers = (0..caches).map(layer).collect();
         self.sequences.insert(sequence, Sequence { length, layers });
     }
 

@@ -10,11 +10,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use flora_adapters::adapted::numbers;
-use flora_adapters::{AdaptedModel, BaseForm, Layers, RegisterError, StoreError};
+use flora_adapters::{AdaptedModel, BaseForm, Layers, MixedAdapters, RegisterError, StoreError};
 use flora_checkpoint::peft::{AdapterFiles, FolderVersion};
-use flora_checkpoint::{AdapterFolder, Model};
+use flora_checkpoint::{AdapterFolder, AdapterMixture, Model};
 use flora_engine::{AdapterContent, AdapterFacts, AdapterFailure, AdapterSource, Composition, Read, Unread};
 use flora_plan::layer::Element;
+
+use crate::mixture::PreparedGates;
 
 const CONFIG: &str = "adapter_config.json";
 
@@ -45,6 +47,8 @@ pub struct PreparedAdapter {
     pub content: AdapterContent,
     /// The tokens that invoke it, of an activated adapter.
     pub invocation: Option<Vec<u32>>,
+    /// What weighs its parts for each token, of a mixture (X-LoRA).
+    pub gates: Option<PreparedGates>,
 }
 
 /// Why there can't be adapters where they are said to be.
@@ -223,8 +227,9 @@ impl AdapterSource for AdapterDirectory {
     }
 
     fn version(&self, name: &str) -> Result<u64, AdapterFailure> {
-        let version = FolderVersion::of(&self.path(name)?);
-        Ok(version.map_err(|error| unusable(name, &error))?.digest())
+        let path = self.path(name)?;
+        let own = FolderVersion::of(&path).map_err(|error| unusable(name, &error))?;
+        Ok(own.digest_with(&FolderVersion::of_parts(&path)))
     }
 
     fn prepare(&self, name: &str) -> Result<Read<PreparedAdapter>, Unread> {
@@ -252,7 +257,17 @@ impl AdapterDirectory {
     /// Reads, checks and folds the adapter in `path`.
     fn read(&self, name: &str, path: &Path) -> Result<Read<PreparedAdapter>, Unread> {
         let files = AdapterFiles::read(path).map_err(|error| unusable(name, &error))?;
-        let version = files.version().digest();
+        let parts = FolderVersion::of_parts(path);
+        let version = files.version().digest_with(&parts);
+        if AdapterMixture::is(&files) {
+            let own = files.version();
+            return self.mix(name, files).map_err(|error| {
+                // What can't be used needn't be read again, unless what was read isn't all of one moment.
+                let is_settled =
+                    FolderVersion::of(path).is_ok_and(|now| now == own) && FolderVersion::of_parts(path) == parts;
+                Unread { version: is_settled.then_some(version), failure: unusable(name, &*error) }
+            });
+        }
         // Files that were read and can't be used needn't be read again.
         let failed = |error: &dyn std::error::Error| Unread { version: Some(version), failure: unusable(name, error) };
         let parsed = AdapterFolder::parse_activated(&files, self.layers.kinds());
@@ -274,20 +289,40 @@ impl AdapterDirectory {
 }
 
 impl AdapterDirectory {
+    /// Reads, checks and folds the parts of a mixture into one adapter, with the network that weighs them.
+    fn mix(&self, name: &str, files: AdapterFiles) -> Result<Read<PreparedAdapter>, Box<dyn std::error::Error>> {
+        let mixture = AdapterMixture::read(files, self.layers.kinds())?;
+        let (version, content) = (mixture.version, AdapterContent(mixture.content));
+        let expected = self.model.decoder()?.width();
+        if let Some(found) = mixture.classifier.first().map(|layer| layer.inputs).filter(|found| *found != expected) {
+            return Err(HiddenSizeError { found, expected }.into());
+        }
+        let MixedAdapters { adapted, ranks } = self.layers.mix(&mixture, &self.model, self.base)?;
+        let gates = PreparedGates::new(mixture, ranks);
+        let prepared = PreparedAdapter::new(name.to_owned(), adapted, self.element);
+        let bytes = prepared.bytes + gates.bytes();
+        Ok(Read { version, prepared: PreparedAdapter { content, bytes, gates: Some(gates), ..prepared } })
+    }
+
     /// Reads, checks and folds the parts of a composition into one adapter.
     fn sum(&self, composition: &Composition) -> Result<Read<PreparedAdapter>, Unread> {
         let name = composition.to_string();
         let mut parts = Vec::with_capacity(composition.parts().len());
         for (own, weight) in composition.parts() {
             let failed = |error: &dyn std::error::Error| unusable(own, error);
-            let files = AdapterFiles::read(&self.path(own)?).map_err(|error| failed(&error))?;
+            let path = self.path(own)?;
+            let files = AdapterFiles::read(&path).map_err(|error| failed(&error))?;
+            if AdapterMixture::is(&files) {
+                return Err(failed(&MixedPartError).into());
+            }
             let parsed = AdapterFolder::parse_activated(&files, self.layers.kinds());
             let (mut folder, invocation) = parsed.map_err(|error| failed(&error))?;
             if invocation.is_some() {
                 return Err(failed(&ActivatedPartError).into());
             }
             own.clone_into(&mut folder.name);
-            parts.push(Part { weight, version: files.version().digest(), content: files.content(), folder });
+            let version = files.version().digest_with(&FolderVersion::of_parts(&path));
+            parts.push(Part { weight, version, content: files.content(), folder });
         }
         let mut versions = parts.iter().map(|part| part.version);
         let version = composition.version(|_| versions.next().ok_or_else(|| AdapterFailure::Unknown(name.clone())))?;
@@ -307,6 +342,23 @@ impl AdapterDirectory {
 #[derive(Debug, thiserror::Error)]
 #[error("it is activated by `alora_invocation_tokens`, and a part of a sum acts on every token; ask for it by itself")]
 struct ActivatedPartError;
+
+/// A part of a sum whose own parts have no weights of the request's.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "it is X-LoRA, whose parts a network weighs for each token, and a part of a sum has one weight; ask for it by itself"
+)]
+struct MixedPartError;
+
+/// A classifier of another model's hidden states.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "its classifier reads hidden states of {found} numbers (`hidden_size`), and the model's have {expected}; it is another model's"
+)]
+struct HiddenSizeError {
+    found: usize,
+    expected: usize,
+}
 
 /// What an activated adapter may not have: PEFT would have it act on all tokens.
 #[derive(Debug, thiserror::Error)]
@@ -333,12 +385,20 @@ impl PreparedAdapter {
             (weight + head.rows.as_ref().map_or(0, |rows| 4 * rows.values.len())) as u64
         });
         let content = AdapterContent(NEXT.fetch_add(1, Ordering::Relaxed).into());
-        Self { name, adapted, bytes: vectors + sparse + offsets + embedding + head, content, invocation: None }
+        Self {
+            name,
+            adapted,
+            bytes: vectors + sparse + offsets + embedding + head,
+            content,
+            invocation: None,
+            gates: None,
+        }
     }
 
     /// What the engine has to know of it.
     pub fn facts(&self) -> AdapterFacts {
-        AdapterFacts { bytes: self.bytes, content: self.content, invocation: self.invocation.clone() }
+        let gated = self.gates.is_some();
+        AdapterFacts { bytes: self.bytes, content: self.content, invocation: self.invocation.clone(), gated }
     }
 
     /// The paths of all modules that it adapts.

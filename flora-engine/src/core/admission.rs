@@ -64,7 +64,7 @@ impl<D: Decoder> Core<D> {
         for request in requests {
             let turn = self.turn(request, &mut pass);
             if let Turn::Enter { adapted, begins: Some(_) } = &turn
-                && let Some(fault) = self.unknown_token(request, adapted)
+                && let Some(fault) = self.unknown_token(request, adapted).or_else(|| self.too_long(request, adapted))
             {
                 self.fail(request, RequestError::Invalid(fault));
                 continue;
@@ -99,6 +99,13 @@ impl<D: Decoder> Core<D> {
         };
         let facts = ids.iter().map(|id| Some((*id, self.residency.facts(*id)?))).collect::<Option<Vec<_>>>();
         let Some(facts) = facts else { return Turn::Wait };
+        if let Some(position) = facts.iter().position(|(_, facts)| facts.gated)
+            && spans.runs().any(|(_, own)| own != Some(&position))
+        {
+            let reason = "a network weighs its parts by all tokens before, so that it has all tokens of a request; name no other beside it"
+                .to_owned();
+            return Turn::Fail(AdapterFailure::Unusable { name: own[position].adapter.to_string(), reason });
+        }
         let prompt = &waiting.sequence.tokens()[..waiting.sequence.prompt()];
         let adapted = Adapted::new(&facts, spans, prompt);
         let begins = own.iter().map(|wanted| if wanted.missed { Found::Loaded } else { Found::Resident });
@@ -216,6 +223,24 @@ impl<D: Decoder> Core<D> {
         token_fault(0, tokens, first)
     }
 
+    /// Has a request end where the cache does for adapters that take more of it than others, or says that its prompt is too long for that.
+    fn too_long(&mut self, request: RequestId, adapted: &Adapted) -> Option<String> {
+        let room = self.cache.block_tokens() * (self.cache.total() / adapted.block_size());
+        let sequence = &mut self.waiting.get_mut(&request)?.sequence;
+        let prompt = sequence.prompt();
+        if sequence.most() <= room {
+            return None;
+        }
+        if prompt < room {
+            sequence.end_at(room);
+            return None;
+        }
+        Some(format!(
+            "the prompt has {prompt} tokens, and the cache holds {room} of an adapter whose parts are weighed for each token, beside the base \
+             model's keys and values"
+        ))
+    }
+
     /// Moves a request among those that run, if there is room.
     fn enter(&mut self, request: RequestId, adapted: Adapted, begins: Option<Vec<Found>>) -> bool {
         let Some(waiting) = self.waiting.get(&request) else { return true };
@@ -232,7 +257,7 @@ impl<D: Decoder> Core<D> {
             }
             _ => Prefix::default(),
         };
-        let taken = self.cache.take(prefix, tokens);
+        let taken = self.cache.take(prefix, tokens, adapted.block_size());
         self.forget_blocks();
         let Some((blocks, prefix)) = taken else { return false };
         let Some(Waiting { sequence, run_before, .. }) = self.waiting.remove(&request) else { return true };

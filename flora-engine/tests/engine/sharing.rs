@@ -1,10 +1,12 @@
 //! Keys and values that sequences have in common: what they save, and that they change nothing.
 
-use flora_engine::{AdapterChoice, LogProbabilities, Options, Request, RequestId, Span, Spans};
+use flora_engine::{
+    AdapterChoice, FinishReason, LogProbabilities, Options, Request, RequestError, RequestId, Span, Spans,
+};
 
-use crate::support::decoder::INVOKED;
+use crate::support::decoder::{GATED, INVOKED};
 use crate::support::disk::{Disk, Files, INVOCATION};
-use crate::support::drive::{Drive, alone};
+use crate::support::drive::{Drive, End, alone};
 use crate::support::{options, request};
 
 fn sharing() -> Options {
@@ -129,6 +131,74 @@ fn spans_share_what_is_computed_alike() {
     let changes = with(None, vec![span(18, Some(22), Some("ann"))], 6);
     let (id, _) = run(&mut drive, changes.clone());
     assert_eq!(drive.heard[&id], alone(changes, 4, disk));
+    drive.check_nothing_is_held();
+}
+
+/// The base model's keys and values are held beside a gated adapter's: its blocks take two each, shared ones too.
+#[test]
+fn a_gated_adapters_blocks_take_two() {
+    let disk = Disk::with(&[GATED, "ann"]);
+    let mut drive = Drive::new(sharing(), disk.clone());
+    let prompt = [5; 10];
+    let of = |name, max_tokens| request(&prompt, name, max_tokens);
+    drive.submit(of(Some(GATED), 5));
+    while drive.core.metrics().running == 0 {
+        drive.step();
+        drive.load();
+    }
+    assert_eq!(drive.core.metrics().cache_blocks_used, 2 * 3);
+    drive.finish();
+    assert_eq!(drive.core.metrics().cache_blocks_kept, 2 * 4);
+    let (id, computed) = run(&mut drive, of(Some(GATED), 5));
+    assert_eq!(computed, 5, "its last token and what is said but the last");
+    assert_eq!(drive.heard[&id], alone(of(Some(GATED), 5), 4, disk.clone()));
+    assert_eq!(run(&mut drive, of(None, 1)).1, 10, "the base model's rows are others");
+    // Another that takes its place shares nothing with it.
+    disk.write(GATED, 1, Files::Good);
+    assert_eq!(run(&mut drive, of(Some(GATED), 1)).1, 10);
+    drive.check_nothing_is_held();
+}
+
+fn refusal(drive: &Drive, request: RequestId) -> RequestError {
+    match &drive.heard[&request].end {
+        Some(End::Failed(error)) => error.clone(),
+        other => panic!("{other:?} is no refusal"),
+    }
+}
+
+#[test]
+fn a_gated_adapter_has_all_tokens_of_a_request() {
+    let mut drive = Drive::new(sharing(), Disk::with(&[GATED, "ann"]));
+    let span = |name: Option<&str>| Span { start: 3, end: Some(5), adapter: name.map(AdapterChoice::from) };
+    let with = |own: Option<&str>, other: Option<&str>| {
+        let adapters = Spans::new(own.map(AdapterChoice::from), [span(other)]).expect("spans that don't overlap");
+        Request { adapters, ..request(&[1; 9], None, 2) }
+    };
+    for mixed in [with(Some(GATED), None), with(None, Some(GATED)), with(Some("ann"), Some(GATED))] {
+        let id = drive.submit(mixed);
+        drive.finish();
+        let error = refusal(&drive, id).to_string();
+        assert!(error.contains("`gated`") && error.contains("all tokens of a request"), "{error}");
+    }
+    let (id, _) = run(&mut drive, with(Some(GATED), Some(GATED)));
+    assert_eq!(drive.heard[&id].tokens.len(), 2);
+    drive.check_nothing_is_held();
+}
+
+/// It would wait for room that can't be.
+#[test]
+fn a_gated_request_ends_where_its_half_of_the_cache_does() {
+    let mut drive = Drive::new(Options { cache_tokens: 32, ..sharing() }, Disk::with(&[GATED]));
+    for (max_tokens, said) in [(5, 5), (6, 6), (7, 6), (20, 6)] {
+        let (id, _) = run(&mut drive, request(&[1; 10], Some(GATED), max_tokens));
+        assert_eq!(drive.heard[&id].tokens.len(), said);
+        let End::Finished(reason, _) = drive.end(id) else { panic!("{:?}", drive.end(id)) };
+        assert_eq!(*reason, FinishReason::Length);
+    }
+    let (id, computed) = run(&mut drive, request(&[1; 16], Some(GATED), 1));
+    let error = refusal(&drive, id);
+    assert!(matches!(&error, RequestError::Invalid(reason) if reason.contains("16 tokens, and the cache holds 16")));
+    assert_eq!(computed, 0);
     drive.check_nothing_is_held();
 }
 

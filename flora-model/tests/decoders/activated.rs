@@ -1,6 +1,7 @@
 //! An activated adapter (aLoRA) against PEFT, through the engine: it acts from its invocation on, and what comes before is the base
 //! model's, which other requests may have computed.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -19,7 +20,7 @@ use crate::{device, is_host};
 /// The model behind an engine, with its adapters.
 pub(crate) struct Served {
     pub(crate) core: Core<DeviceModel>,
-    source: AdapterDirectory,
+    pub(crate) source: AdapterDirectory,
 }
 
 /// What a request was told.
@@ -38,12 +39,16 @@ impl Heard {
 impl Served {
     /// With the adapters of a golden folder.
     pub(crate) fn new(folder: &str, options: Options) -> Self {
+        Self::of(&golden(folder).join("adapters"), options)
+    }
+
+    /// With the adapters of any folder.
+    pub(crate) fn of(folder: &Path, options: Options) -> Self {
         let model = Arc::new(Model::open(&golden("llama_tiny").join("model")).expect("a golden model"));
         let block_tokens = options.block_tokens as u32;
         let serve = ServeOptions { adapter_bytes: 4 << 20, block_tokens, ..ServeOptions::default() };
         let decoder = flora_model::load(&device(), &model, &serve).expect("a decoder of a known family");
-        let folder = golden(folder).join("adapters");
-        let source = AdapterDirectory::new(Some(&folder), &model, Element::F32).expect("built-in layers");
+        let source = AdapterDirectory::new(Some(folder), &model, Element::F32).expect("built-in layers");
         let core = Core::new(decoder, Arc::new(Vocabulary::new(Vec::new())), options).expect("options that fit");
         Self { core, source }
     }

@@ -7,6 +7,7 @@ mod activated;
 mod compositions;
 mod ends;
 mod families;
+mod gates;
 mod gguf;
 #[path = "../../../flora-checkpoint/tests/checkpoint/gguf_writer.rs"]
 #[expect(dead_code, reason = "written for the tests of files, which take more of it")]

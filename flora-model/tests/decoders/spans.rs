@@ -54,7 +54,8 @@ fn check(name: &str, adapters: &AdapterSpans) {
     }
 }
 
-fn compare(name: &str, served: &mut Served, adapters: &AdapterSpans, prompt: &Prompt) {
+/// How far the log-probabilities of a prompt's tokens are off.
+pub(crate) fn compare(name: &str, served: &mut Served, adapters: &AdapterSpans, prompt: &Prompt) -> f32 {
     let steps = prompt.continuation.len() as u32;
     let both = LogProbabilities { generated: Some(0), prompt: Some(0) };
     let heard = served.ask(&prompt.tokens, adapters.clone(), steps, both);
@@ -72,6 +73,7 @@ fn compare(name: &str, served: &mut Served, adapters: &AdapterSpans, prompt: &Pr
     let said_alone = LogProbabilities { generated: Some(0), prompt: None };
     let again = served.ask(&prompt.tokens, adapters.clone(), steps, said_alone);
     assert_eq!(again.said, heard.said, "{name} {}: the bits of what is said", prompt.name);
+    worst
 }
 
 #[test]
@@ -136,6 +138,7 @@ fn what_is_no_change_of_projections_is_refused_by_name() {
     let untied = ("llama_ends/untied", "llama_ends/untied");
     for (folders, name, reason) in [
         (("llama_alora", "llama_tiny"), "alora", "alora_invocation_tokens"),
+        (("llama_xlora", "llama_tiny"), "layerwise", "it is X-LoRA"),
         (("llama_zoo", "llama_tiny"), "oft", "`oft` (oft)"),
         (("llama_zoo", "llama_tiny"), "shira", "`shira` (shira)"),
         (untied, "saved_head", "`saved_head` can't be a part of a sum: it replaces the output matrix"),

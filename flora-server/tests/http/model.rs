@@ -194,6 +194,6 @@ impl AdapterSource for Names {
 
     fn facts(prepared: &String) -> AdapterFacts {
         let name = prepared.bytes().fold(0, |content, byte| content << 8 | u128::from(byte));
-        AdapterFacts { bytes: prepared.len() as u64, content: AdapterContent(name), invocation: None }
+        AdapterFacts { bytes: prepared.len() as u64, content: AdapterContent(name), invocation: None, gated: false }
     }
 }

@@ -22,6 +22,9 @@ pub(crate) const POISON: [u32; 2] = [11, 11];
 /// The adapter that acts from its invocation on.
 pub(crate) const INVOKED: &str = "invoked";
 
+/// The adapter whose sequences hold the base model's rows too.
+pub(crate) const GATED: &str = "gated";
+
 /// An adapter in host memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct FakeAdapter {
@@ -106,10 +109,21 @@ impl FakeDecoder {
     }
 }
 
+/// Blocks of memory that a block of such rows takes.
+fn block_size(rows: &[FakeRow]) -> usize {
+    let is_gated = |(_, with): &FakeRow| with.as_ref().is_some_and(|(name, _)| name == GATED);
+    if rows.iter().any(is_gated) { 2 } else { 1 }
+}
+
 impl State {
     fn blocks(&self, block_tokens: usize) -> usize {
-        let own = |held: &Held| held.rows.len().div_ceil(block_tokens) - held.shared;
-        self.shared.len() + self.sequences.values().map(own).sum::<usize>()
+        let own = |held: &Held| (held.rows.len().div_ceil(block_tokens) - held.shared) * block_size(&held.rows);
+        self.shared_blocks() + self.sequences.values().map(own).sum::<usize>()
+    }
+
+    /// Blocks of memory that those take which sequences may have in common.
+    pub(crate) fn shared_blocks(&self) -> usize {
+        self.shared.values().map(|rows| block_size(rows)).sum()
     }
 
     /// Checks one segment and keeps its tokens.

@@ -10,7 +10,7 @@ use flora_engine::{
     Unread,
 };
 
-use super::decoder::{FakeAdapter, INVOKED};
+use super::decoder::{FakeAdapter, GATED, INVOKED};
 
 /// What invokes the adapter that has to be.
 pub(crate) const INVOCATION: [u32; 2] = [7, 6];
@@ -125,6 +125,6 @@ impl AdapterSource for Disk {
         name.hash(&mut hasher);
         let content = AdapterContent(u128::from(hasher.finish()) << 64 | u128::from(*version));
         let invocation = (name == INVOKED).then(|| INVOCATION.to_vec());
-        AdapterFacts { bytes: *bytes, content, invocation }
+        AdapterFacts { bytes: *bytes, content, invocation, gated: name == GATED }
     }
 }

@@ -122,7 +122,7 @@ impl Drive {
         let (metrics, state) = (self.core.metrics(), self.decoder.state());
         assert!(state.sequences.is_empty(), "{:?}", state.sequences);
         assert_eq!((metrics.waiting, metrics.running, metrics.cache_blocks_used), (0, 0, 0));
-        assert_eq!(metrics.cache_blocks_kept, state.shared.len());
+        assert_eq!(metrics.cache_blocks_kept, state.shared_blocks());
         assert_eq!(metrics.adapters.resident, state.adapters.len());
         let bytes: u64 = state.adapters.values().map(|adapter| adapter.bytes).sum();
         assert_eq!(metrics.adapters.resident_bytes, bytes);
