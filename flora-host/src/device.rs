@@ -19,24 +19,12 @@ use half::slice::HalfFloatSliceExt;
 use crate::backward::GradientsMut;
 use crate::engine::HostEngine;
 use crate::error::HostError;
-use crate::memory::{HostMemory, OwnedValues, foreign};
+use crate::memory::{HostMemory, foreign};
 use crate::operands::Operands;
-use crate::spare::SpareMemory;
+use crate::owned::OwnedValues;
+use crate::spare::HostPlace;
 use crate::values::{NOT_REPLACED, Replaced, Rows, RowsMut, Values};
 use crate::weight::Weight;
-
-/// What the host calls itself, for whoever shares its memory: `device.place::<HostPlace>()` is there for the host alone.
-#[derive(Clone, Debug, Default)]
-pub struct HostPlace {
-    /// Of outputs.
-    spare: Arc<SpareMemory>,
-}
-
-impl HostPlace {
-    pub(crate) fn spare(&self) -> &Arc<SpareMemory> {
-        &self.spare
-    }
-}
 
 struct HostBackend {
     engine: HostEngine,
@@ -126,11 +114,11 @@ impl HostBackend {
         let replaced = places.as_ref().map(|(places, values)| Replaced { places, values });
         let activations = layer.format().activations;
         let (tokens, d, k) = (schedule.tokens() as usize, layer.shape().d as usize, layer.shape().k as usize);
-        let mut y = self.place.spare.take(tokens * k, activations);
+        let mut y = self.place.spare().take(tokens * k, activations);
         let x = Rows { values: values(x, activations)?.first(tokens * d), pitch: d };
         let residual = residual.map(|residual| values(residual, activations)).transpose()?;
         let residual = residual.map(|residual| residual.first(tokens * k));
-        let sums = RowsMut { values: y.get_mut().values_mut().first(tokens * k), pitch: k };
+        let sums = RowsMut { values: y.values_mut(), pitch: k };
         self.engine.execute_gated(&operands(layer)?, schedule, (x, replaced), gates, sums, residual)?;
         Ok(Storage::new(HostMemory::Spare(y)))
     }
@@ -185,11 +173,11 @@ impl Backend for HostBackend {
         if storage.get_mut::<HostMemory>().is_none() {
             *storage = Storage::new(HostMemory::Owned(self::values(storage, element)?.to_owned_values()));
         }
-        let held = storage.get_mut().and_then(HostMemory::owned_mut).ok_or_else(|| foreign(element))?;
+        let held: &mut HostMemory = storage.get_mut().ok_or_else(|| foreign(element))?;
         if held.overwrite(first, values) {
             return Ok(());
         }
-        let (expected, found) = (first + values.len(), held.values().len());
+        let (expected, found) = (first + values.len(), held.values(element).map_or(0, |held| held.len()));
         Err(OperandError::WrongSize { what: "a pool", expected, found }.into())
     }
 

@@ -245,6 +245,20 @@ impl WithSimd for Call<'_> {
     }
 }
 
+/// Rows that the steps which write write, each of which does so once.
+fn written(schedule: &Schedule) -> usize {
+    let of = |step: &Step| match step {
+        Step::Gemm(Gemm { rows, segments, .. }) => {
+            let stacked = rows.iter().filter(|row| row.last == 1).count();
+            stacked + segments.iter().map(|segment| segment.rows as usize).sum::<usize>()
+        }
+        Step::Materialised(step) => step.runs.iter().map(|run| run.rows as usize).sum(),
+        Step::Merged { .. } => schedule.tokens() as usize,
+        Step::Segmented { .. } | Step::LowRankBmm(_) | Step::Finish => 0,
+    };
+    schedule.steps().iter().map(of).sum()
+}
+
 /// Whether a step writes its rows whatever was there; the others add to them.
 fn writes(step: &Step) -> bool {
     match step {
@@ -261,7 +275,7 @@ impl<S: Simd> Sources<'_, S> {
             return;
         }
         let CallMemory { stage, lent } = memory;
-        if schedule.steps().iter().all(writes) && !schedule.steps().is_empty() {
+        if schedule.steps().iter().all(writes) && written(schedule) >= tokens {
             let RowsMut { mut values, pitch } = y;
             let sink = Sink::new(&mut values).rows(pitch);
             return schedule.steps().iter().for_each(|step| self.write(step, schedule.tokens(), sink, lent));
@@ -283,7 +297,7 @@ impl<S: Simd> Sources<'_, S> {
 
     fn write_and_add(&self, schedule: &Schedule, stage: &mut [f32], lent: &mut Lent) {
         let steps = schedule.steps();
-        if !steps.first().is_some_and(writes) {
+        if written(schedule) < schedule.tokens() as usize {
             stage.fill(0.0);
         }
         for step in steps {

@@ -20,9 +20,10 @@ use crate::kernel::{Columns, Form, NO_SCALES, OutScales};
 use crate::layout::{SLICE, STRIP, X_PITCH};
 use crate::low_rank::expand;
 use crate::pack::{Vectors, pack_rows};
-use crate::pairs::{Pairs, pack_pairs, round_pairs};
+use crate::pairs::{pack_pairs, round_pairs};
 use crate::partition::{blocks, even_part, even_tiles, panels};
 use crate::pool::Pool;
+use crate::products::Pairs;
 use crate::scratch::Scratch;
 use crate::terms::{PackedSegment, Terms};
 use crate::tiles::{StripPart, Tiles};
@@ -232,7 +233,7 @@ impl<S: Simd> Panel<'_, S> {
         places.clear();
         places.extend(rows.iter().map(|row| (row.row as usize - block.range.start) * pitch));
         let scales = self.out_scales(rows, scales, scale_places);
-        let tiles = Tiles { x, form: self.pass.form, depth: self.steps(depth.len()), places, scales };
+        let tiles = self.tiles(x, &depth, places, scales);
         let sums = sums.floats(block.range.len() * pitch);
         if rows.len() == 1 && self.one_row(&depth, tiles, decoded, sums) {
             return;
@@ -267,6 +268,17 @@ impl<S: Simd> Panel<'_, S> {
             Form::Pairs => pack_pairs(simd, *x, *in_pool, sources, depth, out.numbers_mut(rows * X_PITCH)),
         }
         out.numbers()
+    }
+
+    /// Rows that were packed so.
+    fn tiles<'b>(
+        &self,
+        x: &'b [f32],
+        depth: &Range<usize>,
+        places: &'b [usize],
+        scales: Option<OutScales<'b>>,
+    ) -> Tiles<'b> {
+        Tiles { x, form: self.pass.form, depth: self.steps(depth.len()), places, scales }
     }
 
     /// The steps that so many inputs are.
@@ -359,7 +371,7 @@ impl<S: Simd> Panel<'_, S> {
         let sources = group.iter().flat_map(|segment| block.rows_of(segment)).map(|row| (row as u32, 0));
         let x = self.packed(sources, places.len(), depth.clone(), x);
 
-        let tiles = Tiles { x, form: self.pass.form, depth: self.steps(depth.len()), places, scales: None };
+        let tiles = self.tiles(x, &depth, places, None);
         let sums = sums.floats(block.range.len() * pitch);
         let products = products.floats(places.len() * STRIP);
         self.strips(depth, PART, |mut piece| {

@@ -7,8 +7,8 @@ use pulp::{Simd, WithSimd};
 
 use crate::fetch::{Ahead, Pieces, fetch_near};
 use crate::layout::{STRIP, X_PITCH};
-use crate::pairs::Pairs;
 use crate::partition::even_tiles;
+use crate::products::{Floats, Pairs, Product};
 
 /// The most rows of a tile on any instruction set.
 pub(crate) const MOST_TILE_ROWS: usize = 14;
@@ -48,26 +48,6 @@ pub(crate) enum Form {
     Floats,
     /// [`Pairs`] of bf16, in slices of floats of the same bits; depths count pairs.
     Pairs,
-}
-
-/// How a sum goes on by a step.
-pub(crate) trait Product: Copy {
-    /// `sum + left · right`
-    ///
-    /// # Safety
-    /// The caller is compiled for the instructions that it takes.
-    unsafe fn add<S: Simd>(simd: S, left: f32, right: S::f32s, sum: S::f32s) -> S::f32s;
-}
-
-/// Fused multiply-adds.
-#[derive(Clone, Copy)]
-pub(crate) struct Floats;
-
-impl Product for Floats {
-    #[inline(always)]
-    unsafe fn add<S: Simd>(simd: S, left: f32, right: S::f32s, sum: S::f32s) -> S::f32s {
-        simd.mul_add_e_f32s(simd.splat_f32s(left), right, sum)
-    }
 }
 
 /// The place of a row's scales that has none.

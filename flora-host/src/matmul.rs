@@ -3,8 +3,9 @@
 
 use pulp::{Simd, WithSimd};
 
-use crate::kernel::{Floats, MOST_TILE_ROWS, Operand, accumulate, load, store, tile_columns, tile_rows, with_rows};
+use crate::kernel::{MOST_TILE_ROWS, Operand, accumulate, load, store, tile_columns, tile_rows, with_rows};
 use crate::partition::even_tiles;
+use crate::products::Floats;
 
 /// A matrix that is read number by number.
 #[derive(Clone, Copy)]

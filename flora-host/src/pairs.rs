@@ -9,56 +9,11 @@ use std::ops::Range;
 use half::bf16;
 use pulp::Simd;
 
-use crate::kernel::Product;
 use crate::layout::{SLICE, STRIP, X_PITCH};
 use crate::pack::Vectors;
+use crate::products::Pairs;
 use crate::vectorise::vectorised;
 use crate::widen::{round_all, round_bf16};
-
-/// `sum + first · first + second · second` of a pair in every lane.
-#[derive(Clone, Copy)]
-pub(crate) struct Pairs;
-
-impl Pairs {
-    /// Whether this processor multiplies pairs in vectors of this kind.
-    pub(crate) fn are_multiplied<S: Simd>() -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return S::F32_LANES == 16 && std::arch::is_x86_feature_detected!("avx512bf16");
-        #[cfg(not(target_arch = "x86_64"))]
-        false
-    }
-
-    /// How many pairs so many inputs are; an odd one is beside a 0.
-    pub(crate) fn of(inputs: usize) -> usize {
-        inputs.div_ceil(2)
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Product for Pairs {
-    #[inline(always)]
-    unsafe fn add<S: Simd>(_: S, left: f32, right: S::f32s, sum: S::f32s) -> S::f32s {
-        use std::arch::x86_64::{__m512bh, _mm512_dpbf16_ps, _mm512_set1_epi32};
-        const { assert!(size_of::<__m512bh>() == 64) };
-        assert!(size_of::<S::f32s>() == 64);
-        // SAFETY: the caller's function is compiled for these instructions, vectors of 16 floats are as large as those of 32 halves,
-        // and all of them are plain numbers.
-        unsafe {
-            let left: __m512bh = std::mem::transmute(_mm512_set1_epi32(left.to_bits() as i32));
-            let sum = _mm512_dpbf16_ps(std::mem::transmute_copy(&sum), left, std::mem::transmute_copy(&right));
-            std::mem::transmute_copy(&sum)
-        }
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-impl Product for Pairs {
-    #[inline(always)]
-    unsafe fn add<S: Simd>(_: S, _: f32, _: S::f32s, sum: S::f32s) -> S::f32s {
-        // Nobody gets here: no processor of this kind multiplies pairs.
-        sum
-    }
-}
 
 /// A pair.
 #[inline(always)]

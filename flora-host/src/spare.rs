@@ -5,7 +5,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use flora_plan::layer::Element;
 
-use crate::memory::OwnedValues;
+use crate::owned::OwnedValues;
+use crate::values::{Values, ValuesMut};
+
+/// What the host calls itself, for whoever shares its memory: `device.place::<HostPlace>()` is there for the host alone.
+#[derive(Clone, Debug, Default)]
+pub struct HostPlace {
+    /// Of outputs.
+    spare: Arc<SpareMemory>,
+}
+
+impl HostPlace {
+    pub(crate) fn spare(&self) -> &Arc<SpareMemory> {
+        &self.spare
+    }
+}
 
 /// The most vectors that are kept: more than a step has at once.
 const MOST: usize = 32;
@@ -21,7 +35,7 @@ const ROOM: usize = 4;
 pub(crate) struct SpareMemory(Mutex<Vec<OwnedValues>>);
 
 impl SpareMemory {
-    /// `count` numbers at least, whatever they are.
+    /// `count` numbers, whatever they are.
     pub(crate) fn take(self: &Arc<Self>, count: usize, element: Element) -> SpareValues {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |values: &OwnedValues| {
@@ -31,7 +45,7 @@ impl SpareMemory {
         let values = kept.iter().rposition(fits).map(|at| kept.remove(at));
         drop(kept);
         let values = values.unwrap_or_else(|| OwnedValues::zeros(count, element));
-        SpareValues { values, home: Arc::clone(self) }
+        SpareValues { values, count, home: Arc::clone(self) }
     }
 
     fn give_back(&self, values: OwnedValues) {
@@ -48,23 +62,32 @@ impl SpareMemory {
 /// Numbers whose memory is used again once they are dropped.
 #[derive(Clone, Debug)]
 pub struct SpareValues {
+    /// What there is room for.
     values: OwnedValues,
+    /// What was asked for.
+    count: usize,
     home: Arc<SpareMemory>,
 }
 
 impl SpareValues {
-    /// The numbers; there may be more than were asked for.
-    pub fn get(&self) -> &OwnedValues {
-        &self.values
+    /// The numbers.
+    pub fn values(&self) -> Values<'_> {
+        self.values.values().first(self.count)
     }
 
-    pub(crate) fn get_mut(&mut self) -> &mut OwnedValues {
-        &mut self.values
+    /// The same, to write.
+    pub fn values_mut(&mut self) -> ValuesMut<'_> {
+        self.values.values_mut().first(self.count)
     }
 
     /// The numbers, for good.
     pub(crate) fn into_owned(mut self) -> OwnedValues {
-        std::mem::replace(&mut self.values, OwnedValues::F32(Vec::new()))
+        std::mem::replace(&mut self.values, OwnedValues::F32(Vec::new())).resized(self.count)
+    }
+
+    /// Writes over those from `first` on, as [`OwnedValues::overwrite`].
+    pub(crate) fn overwrite(&mut self, first: usize, values: &[f32]) -> bool {
+        first.checked_add(values.len()).is_some_and(|end| end <= self.count) && self.values.overwrite(first, values)
     }
 }
 
@@ -82,7 +105,7 @@ mod tests {
     use super::*;
 
     fn address(values: &SpareValues) -> *const f32 {
-        let OwnedValues::F32(values) = values.get() else { panic!("f32 was asked for") };
+        let Values::F32(values) = values.values() else { panic!("f32 was asked for") };
         values.as_ptr()
     }
 
@@ -98,11 +121,11 @@ mod tests {
         assert_eq!(address(&memory.take(30, Element::F32)), place);
         for (count, element) in [(101, Element::F32), (24, Element::F32), (100, Element::Bf16)] {
             let other = memory.take(count, element);
-            assert!(other.get().values().len() == count && other.get().values().element() == element);
+            assert!(other.values().len() == count && other.values().element() == element);
         }
         let taken = memory.take(90, Element::F32);
         let (place, owned) = (address(&taken), taken.into_owned());
-        assert!(owned.values().len() >= 90);
+        assert_eq!(owned.values().len(), 90);
         assert_ne!(address(&memory.take(90, Element::F32)), place, "it is somebody's own now");
     }
 

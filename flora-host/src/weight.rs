@@ -14,7 +14,8 @@ use crate::buffer::Buffer;
 use crate::decode::Words;
 use crate::fetch::Pieces;
 use crate::layout::{STRIP, strips_len};
-use crate::pairs::{Pairs, pair, widen_pairs};
+use crate::pairs::{pair, widen_pairs};
+use crate::products::Pairs;
 use crate::transpose::transpose;
 use crate::widen::{widen, widen_f16};
 

@@ -17,8 +17,9 @@ use crate::decoder::heads::Heads;
 use crate::decoder::matrix::Matrix;
 use crate::decoder::rotary::RotaryRows;
 use crate::decoder::softmax::Softmax;
-use crate::kernel::{Floats, MOST_TILE_ROWS, Operand, accumulate, load, store, tile_columns, tile_rows, with_rows};
+use crate::kernel::{MOST_TILE_ROWS, Operand, accumulate, load, store, tile_columns, tile_rows, with_rows};
 use crate::partition::{PARALLEL_MACS, even_part, even_tiles};
+use crate::products::Floats;
 use crate::values::{Shared, Sink, ValuesMut};
 use crate::vectorise::vectorised;
 

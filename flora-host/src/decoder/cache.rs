@@ -11,7 +11,7 @@ use pulp::Simd;
 
 use crate::decoder::heads::Heads;
 use crate::layout::STRIP;
-use crate::memory::OwnedValues;
+use crate::owned::OwnedValues;
 use crate::values::Values;
 use crate::vectorise::vectorised;
 
