@@ -210,22 +210,21 @@ impl WithSimd for Step<'_, '_> {
 
 /// Appends the keys, rotated, and values of a segment's rows to its cache.
 fn append<S: Simd>(simd: S, attention: &Attention<'_>, segment: &mut AttentionSegment<'_>) {
-    let Heads { keys: heads, size, .. } = attention.heads;
-    let (mut keys, mut values) = (vec![0.0; heads * size], vec![0.0; heads * size]);
-    for row in segment.rows.clone() {
+    let (size, first) = (attention.heads.size, segment.rows.start);
+    segment.cache.extend(segment.rows.len(), |at, keys, values| {
+        let row = first + at;
         vectorised(
             simd,
             #[inline(always)]
             || {
-                attention.keys.widen(row, 0, &mut keys);
-                attention.values.widen(row, 0, &mut values);
+                attention.keys.widen(row, 0, keys);
+                attention.values.widen(row, 0, values);
                 if let Some(rotary) = attention.rotary {
                     keys.chunks_exact_mut(size).for_each(|head| rotary.rotate(row, head));
                 }
             },
         );
-        segment.cache.append(&keys, &values);
-    }
+    });
 }
 
 /// What a thread computes tasks with.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use flora_plan::layer::Element;
 use half::slice::HalfFloatSliceExt;
 use pulp::Simd;
+use rayon::prelude::*;
 
 use crate::decoder::heads::Heads;
 use crate::layout::STRIP;
@@ -150,16 +151,30 @@ impl KeyValueCache {
         self.element
     }
 
-    /// Appends the keys and values `[heads, size]` of one token, rounded to the cache's type.
-    pub(super) fn append(&mut self, keys: &[f32], values: &[f32]) {
-        let at = self.tokens % KEYS;
-        if at == 0 {
-            self.blocks.push(Arc::new(OwnedValues::zeros(self.layout.block(), self.element)));
-        }
-        self.tokens += 1;
-        if let Some(block) = self.blocks.last_mut() {
+    /// Appends tokens, rounded to the cache's type: `fill` writes the keys and values `[heads, size]` of each, counted from the first.
+    /// Blocks are filled on all threads.
+    pub(super) fn extend(&mut self, tokens: usize, fill: impl Fn(usize, &mut [f32], &mut [f32]) + Sync) {
+        let Self { layout, element, tokens: first, .. } = *self;
+        let end = first + tokens;
+        let before = first / KEYS;
+        let write = |(at, block): (usize, &mut Arc<OwnedValues>)| {
+            let positions = (before + at) * KEYS..end.min((before + at + 1) * KEYS);
+            let mut numbers = vec![0.0; 2 * layout.heads * layout.size];
+            let (keys, values) = numbers.split_at_mut(layout.heads * layout.size);
             // Its own already, but for the first token after a beginning that it shares.
-            self.layout.write_one(Arc::make_mut(block), at, keys, values);
+            let block = Arc::make_mut(block);
+            for position in first.max(positions.start)..positions.end {
+                fill(position - first, keys, values);
+                layout.write_one(block, position % KEYS, keys, values);
+            }
+        };
+        self.tokens = end;
+        self.blocks.resize_with(end.div_ceil(KEYS), || Arc::new(OwnedValues::zeros(layout.block(), element)));
+        let blocks = &mut self.blocks[before..];
+        if blocks.len() == 1 {
+            blocks.iter_mut().enumerate().for_each(write);
+        } else {
+            blocks.par_iter_mut().enumerate().for_each(write);
         }
     }
 
