@@ -58,15 +58,35 @@ impl<O: Operations> Block<O> {
         step: &Step<'_, O>,
         caches: &mut [&mut O::Cache],
     ) -> Result<O::Matrix, ServeError> {
+        let attended = self.attended(x, step, caches)?;
+        self.finish(step.operations, x, &attended, step.batch)
+    }
+
+    /// What its heads attend to, `[rows, query heads · size]`; the keys and values of x are in the caches then.
+    pub(crate) fn attended(
+        &self,
+        x: &O::Matrix,
+        step: &Step<'_, O>,
+        caches: &mut [&mut O::Cache],
+    ) -> Result<O::Matrix, ServeError> {
         let Step { operations, batch, segments, positions } = step;
-        let norm = |norm: &O::Norm, x: &O::Matrix| trace_span!(NORMS).in_scope(|| operations.normalise(norm, x));
-        let normed = norm(&self.attention_norm, x)?;
+        let normed = trace_span!(NORMS).in_scope(|| operations.normalise(&self.attention_norm, x))?;
         let inputs = trace_span!(PROJECTIONS).in_scope(|| self.inputs.forward(operations, &normed, batch))?;
         let attend = || operations.attend(inputs, self.window, segments, positions, caches);
-        let attended = trace_span!(ATTENTION).in_scope(attend)?;
-        let output = || operations.project(&self.attention_output, &attended, batch, Some(x));
+        trace_span!(ATTENTION).in_scope(attend)
+    }
+
+    /// The block's result for rows of x and what they attended to, which need not be all.
+    pub(crate) fn finish(
+        &self,
+        operations: &O,
+        x: &O::Matrix,
+        attended: &O::Matrix,
+        batch: &StepBatch,
+    ) -> Result<O::Matrix, ServeError> {
+        let output = || operations.project(&self.attention_output, attended, batch, Some(x));
         let x = trace_span!(PROJECTIONS).in_scope(output)?;
-        let normed = norm(&self.feed_forward_norm, &x)?;
+        let normed = trace_span!(NORMS).in_scope(|| operations.normalise(&self.feed_forward_norm, &x))?;
         self.feed_forward.forward(operations, &normed, &x, batch)
     }
 }

@@ -35,6 +35,26 @@ pub(crate) struct ServedModel<O: Serving> {
     adapter_bytes: u64,
 }
 
+/// A row whose logits are wanted.
+#[derive(Clone, Copy)]
+pub(crate) struct WantedRow {
+    /// Of the batch.
+    row: usize,
+    /// The segment that it is of.
+    segment: usize,
+}
+
+/// The rows whose logits segments want: the last ones of each.
+pub(crate) fn wanted(segments: &[StepSegment<'_>]) -> Vec<WantedRow> {
+    let mut wanted = Vec::with_capacity(segments.len());
+    let mut end = 0;
+    for (segment, StepSegment { tokens, logits, .. }) in segments.iter().enumerate() {
+        end += tokens.len();
+        wanted.extend((end - logits.of(tokens.len())..end).map(|row| WantedRow { row, segment }));
+    }
+    wanted
+}
+
 /// What is kept of one sequence.
 pub(crate) struct Sequence<O: Serving> {
     /// Tokens whose keys and values are there.
@@ -157,12 +177,16 @@ impl<O: Serving> ServedModel<O> {
         segments.iter().map(take).collect()
     }
 
-    /// The adapters of the segments by their positions.
-    fn batch(&self, segments: &[StepSegment<'_>]) -> Result<StepBatch, ServeError> {
+    /// The adapters of the segments by their positions, with so many rows each.
+    fn batch(
+        &self,
+        segments: &[StepSegment<'_>],
+        rows: impl Fn(&StepSegment<'_>) -> usize,
+    ) -> Result<StepBatch, ServeError> {
         let position = |segment: &StepSegment<'_>| match segment.adapter {
-            None => Ok((0, segment.tokens.len() as u32)),
+            None => Ok((0, rows(segment) as u32)),
             Some(adapter) => match self.adapters.of.get(&adapter) {
-                Some(resident) => Ok((resident.position, segment.tokens.len() as u32)),
+                Some(resident) => Ok((resident.position, rows(segment) as u32)),
                 None => Err(ServeError::Step(format!("the adapter {}, which isn't resident", adapter.0))),
             },
         };
@@ -174,19 +198,21 @@ impl<O: Serving> ServedModel<O> {
             return self.run_gated(segments, sequences);
         }
         let mut caches: Vec<_> = sequences.iter_mut().map(|sequence| &mut sequence.layers[..]).collect();
-        let x = self.forward(segments, &mut caches, Vec::new())?;
-        self.wanted_logits(segments, &x)
+        let wanted = wanted(segments);
+        let x = self.forward(segments, &mut caches, Vec::new(), Some(&wanted))?;
+        self.logits_of(segments, &wanted, &x)
     }
 
-    /// One pass through the blocks: what comes out of the last, `[rows, d]`. `caches` has one a block for each segment, `gates` those of
-    /// rows whose adapters are gated.
+    /// One pass through the blocks: what comes out of the last, of all rows or of those that are wanted, `[rows, d]`. `caches` has one a
+    /// block for each segment, `gates` those of rows whose adapters are gated.
     pub(crate) fn forward(
         &self,
         segments: &[StepSegment<'_>],
         caches: &mut [&mut [O::Cache]],
         gates: Vec<RowGates>,
+        wanted: Option<&[WantedRow]>,
     ) -> Result<Buffer, ServeError> {
-        let batch = self.batch(segments)?.with_gates(gates);
+        let batch = self.batch(segments, |segment| segment.tokens.len())?.with_gates(gates);
         let mut positions = Vec::with_capacity(batch.rows());
         let mut rows = Vec::with_capacity(segments.len());
         for segment in segments {
@@ -203,31 +229,43 @@ impl<O: Serving> ServedModel<O> {
         let step = Step { operations, batch: &batch, segments: &rows, positions: operations.positions(&rows)? };
         let embedded = trace_span!(EMBEDDING).in_scope(|| self.embed(segments, &positions))?;
         let mut x = self.device.upload_as(&embedded, self.activations)?;
+        let fewer = wanted.filter(|wanted| wanted.len() < batch.rows());
+        let last = self.parts.blocks.len().saturating_sub(1);
         for (at, block) in self.parts.blocks.iter().enumerate() {
             let mut caches: Vec<_> = caches.iter_mut().filter_map(|caches| caches.get_mut(at)).collect();
-            x = block.forward(&x, &step, &mut caches)?;
+            x = match fewer.filter(|_| at == last) {
+                None => block.forward(&x, &step, &mut caches)?,
+                // Of the others the last block's keys and values alone are needed.
+                Some(wanted) => {
+                    let attended = block.attended(&x, &step, &mut caches)?;
+                    let batch = self.batch(segments, |segment| segment.logits.of(segment.tokens.len()))?;
+                    let of = step.batch.rows();
+                    let (x, attended) = (self.rows_of(&x, of, wanted)?, self.rows_of(&attended, of, wanted)?);
+                    if wanted.is_empty() { x } else { block.finish(operations, &x, &attended, &batch)? }
+                }
+            };
         }
         Ok(x)
     }
 
-    /// The logits that segments want, of what came out of the last block.
-    pub(crate) fn wanted_logits(&self, segments: &[StepSegment<'_>], x: &Buffer) -> Result<Vec<f32>, ServeError> {
-        let operations = &self.parts.operations;
-        // Rows whose logits are wanted, and the segments that they are of.
-        let mut wanted = Vec::with_capacity(segments.len());
-        let mut rows = 0;
-        for (at, segment) in segments.iter().enumerate() {
-            rows += segment.tokens.len();
-            let count = segment.logits.of(segment.tokens.len());
-            wanted.extend((rows - count..rows).map(|row| (row, at)));
-        }
+    /// Some rows of a batch's.
+    pub(crate) fn rows_of(&self, x: &Buffer, of: usize, rows: &[WantedRow]) -> Result<Buffer, ServeError> {
+        let rows: Vec<usize> = rows.iter().map(|wanted| wanted.row).collect();
+        self.parts.operations.select(x, of, &rows)
+    }
+
+    /// The logits of what came out of the last block, of the rows that are wanted.
+    pub(crate) fn logits_of(
+        &self,
+        segments: &[StepSegment<'_>],
+        wanted: &[WantedRow],
+        x: &Buffer,
+    ) -> Result<Vec<f32>, ServeError> {
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
-        let (wanted, of): (Vec<usize>, Vec<usize>) = wanted.into_iter().unzip();
-        let wanted = operations.select(x, rows, &wanted)?;
-        let adapters: Vec<_> = of.into_iter().map(|segment| segments[segment].adapter).collect();
-        let normed = trace_span!(NORMS).in_scope(|| operations.normalise(&self.parts.norm, &wanted))?;
+        let adapters: Vec<_> = wanted.iter().map(|wanted| segments[wanted.segment].adapter).collect();
+        let normed = trace_span!(NORMS).in_scope(|| self.parts.operations.normalise(&self.parts.norm, x))?;
         trace_span!(OUTPUT).in_scope(|| self.logits(&adapters, &normed))
     }
 }

@@ -15,7 +15,7 @@ use flora_plan::layer::LayerShape;
 use flora_plan::weight::PackedWeight;
 use flora_runtime::{Buffer, Device, PlannedProjection, ProjectionError, RowGates, StepBatch};
 
-use crate::decoder::{Sequence, ServedModel};
+use crate::decoder::{Sequence, ServedModel, wanted};
 use crate::error::ServeError;
 use crate::form::{Finish, ProjectionForm};
 use crate::operations::Serving;
@@ -151,15 +151,20 @@ impl<O: Serving> ServedModel<O> {
         // The base model's part of what a gated sequence keeps is taken out, and put back behind the adapter's.
         let mut layers: Vec<Vec<O::Cache>> = sequences.iter_mut().zip(segments).map(of_base).collect();
         let mut caches: Vec<_> = layers.iter_mut().map(|layers| &mut layers[..]).collect();
-        let x = self.forward(&base, &mut caches, Vec::new())?;
-        let others = self.wanted_logits(&base, &x)?;
+        // Of gated rows all are needed: they are what gates are made of.
+        let x = self.forward(&base, &mut caches, Vec::new(), None)?;
+        let of_others = wanted(&base);
+        let rows = segments.iter().map(|segment| segment.tokens.len()).sum();
+        let others = self.logits_of(&base, &of_others, &self.rows_of(&x, rows, &of_others)?)?;
 
         let gated: Vec<StepSegment<'_>> = segments.iter().filter(|segment| is_gated(segment)).copied().collect();
         let gates = self.row_gates(segments, &x)?;
         let of_gated = sequences.iter_mut().zip(segments).filter(|(_, segment)| is_gated(segment));
         let mut caches: Vec<_> = of_gated.map(|(sequence, _)| &mut sequence.layers[..]).collect();
-        let x = self.forward(&gated, &mut caches, gates)?;
-        let own = self.wanted_logits(&gated, &x)?;
+        let x = self.forward(&gated, &mut caches, gates, None)?;
+        let of_gated = wanted(&gated);
+        let rows = gated.iter().map(|segment| segment.tokens.len()).sum();
+        let own = self.logits_of(&gated, &of_gated, &self.rows_of(&x, rows, &of_gated)?)?;
         sequences.iter_mut().zip(layers).for_each(|(sequence, layers)| sequence.layers.extend(layers));
 
         let (mut others, mut own) = (&others[..], &own[..]);
