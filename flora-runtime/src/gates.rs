@@ -3,7 +3,10 @@
 
 use std::ops::Range;
 
+use flora_plan::batch::Segment;
+
 use crate::backend::RankGates;
+use crate::device::DeviceError;
 use crate::projection::{Projection, ProjectionError};
 use crate::step::StepBatch;
 
@@ -26,6 +29,40 @@ impl RowGates {
         let row = row.checked_sub(self.rows.start).filter(|_| row < self.rows.end)?;
         let set = row * self.layers + layer;
         self.values.get(set * self.parts..(set + 1) * self.parts).filter(|_| layer < self.layers)
+    }
+}
+
+impl Projection {
+    /// Has the low-rank sums of the adapter at a position multiplied by gates, which a batch brings along
+    /// ([`StepBatch::with_gates`](crate::StepBatch::with_gates)): `parts` says of each of its ranks which part of the adapter it is of,
+    /// and `layer` which set of a row's gates is this projection's. [`PlannedProjection::forward`](crate::PlannedProjection::forward)
+    /// runs such batches.
+    ///
+    /// # Errors
+    /// No adapter there, or one of another rank; a device that multiplies by no gates.
+    pub fn set_gates(&mut self, position: u32, layer: usize, parts: &[u32]) -> Result<(), ProjectionError> {
+        if !self.device.has_gates() {
+            return Err(DeviceError::NoGates { device: self.device.info().id.clone() }.into());
+        }
+        let rank = self.slots_at(position).map_or(0, |slots| slots.low_rank.rank);
+        if rank == 0 || rank as usize != parts.len() {
+            return Err(ProjectionError::WrongGates { position, rank, found: parts.len() });
+        }
+        self.gated.insert(position, GatedRanks { layer, parts: parts.to_vec() });
+        Ok(())
+    }
+
+    /// How the adapter at a position is gated, where it is.
+    pub(crate) fn gated(&self, position: u32) -> Option<&GatedRanks> {
+        self.gated.get(&position)
+    }
+
+    /// Refuses batches of gated adapters where nothing would apply their gates.
+    pub(crate) fn refuse_gates(&self, segments: &[Segment]) -> Result<(), ProjectionError> {
+        match segments.iter().any(|segment| segment.rows > 0 && self.gated.contains_key(&segment.adapter)) {
+            true => Err(ProjectionError::GatedSchedule),
+            false => Ok(()),
+        }
     }
 }
 

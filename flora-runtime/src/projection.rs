@@ -30,7 +30,7 @@ pub use error::ProjectionError;
 /// A frozen weight with its adapters, on a device.
 #[derive(Debug)]
 pub struct Projection {
-    device: Device,
+    pub(crate) device: Device,
     operands: LayerOperands,
     /// The base at 0, and in the places that no adapter has.
     adapters: Vec<AdapterSlots>,
@@ -40,7 +40,7 @@ pub struct Projection {
     /// By position, what an adapter does beside launches.
     passes: HashMap<u32, Arc<Passes>>,
     /// By position, of adapters whose parts are weighed for each row.
-    gated: HashMap<u32, GatedRanks>,
+    pub(crate) gated: HashMap<u32, GatedRanks>,
     in_pool: Pool,
     out_pool: Pool,
 }
@@ -283,38 +283,6 @@ impl Projection {
         }
         self.passes_mut(position).offset = Some(offset.to_vec());
         Ok(())
-    }
-
-    /// Has the low-rank sums of the adapter at a position multiplied by gates, which a batch brings along
-    /// ([`StepBatch::with_gates`](crate::StepBatch::with_gates)): `parts` says of each of its ranks which part of the adapter it is of,
-    /// and `layer` which set of a row's gates is this projection's. [`PlannedProjection::forward`](crate::PlannedProjection::forward)
-    /// runs such batches.
-    ///
-    /// # Errors
-    /// No adapter there, or one of another rank; a device that multiplies by no gates.
-    pub fn set_gates(&mut self, position: u32, layer: usize, parts: &[u32]) -> Result<(), ProjectionError> {
-        if !self.device.has_gates() {
-            return Err(DeviceError::NoGates { device: self.device.info().id.clone() }.into());
-        }
-        let rank = self.slots_at(position).map_or(0, |slots| slots.low_rank.rank);
-        if rank == 0 || rank as usize != parts.len() {
-            return Err(ProjectionError::WrongGates { position, rank, found: parts.len() });
-        }
-        self.gated.insert(position, GatedRanks { layer, parts: parts.to_vec() });
-        Ok(())
-    }
-
-    /// How the adapter at a position is gated, where it is.
-    pub(crate) fn gated(&self, position: u32) -> Option<&GatedRanks> {
-        self.gated.get(&position)
-    }
-
-    /// Refuses batches of gated adapters where nothing would apply their gates.
-    pub(crate) fn refuse_gates(&self, segments: &[Segment]) -> Result<(), ProjectionError> {
-        match segments.iter().any(|segment| segment.rows > 0 && self.gated.contains_key(&segment.adapter)) {
-            true => Err(ProjectionError::GatedSchedule),
-            false => Ok(()),
-        }
     }
 
     /// What the adapters of segments do to their rows beside launches, where they do something.

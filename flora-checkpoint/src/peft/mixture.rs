@@ -186,12 +186,11 @@ impl Settings {
                 fields.invalid("adapters", format!("there must be from 1 to {MOST_MIXED}, and there are {parts}"))
             );
         }
-        if let Some((name, _)) =
-            adapters.iter().zip(0..).find_map(|((name, _), at)| (*name != at.to_string()).then_some((name, at)))
-        {
-            let expected = format!(
-                "its adapters are called 0, 1 and so on, in this order, and one is called `{name}`: PEFT runs no others"
-            );
+        // In any order: files have them by the alphabet.
+        let is_number = |name: &str| name.parse().is_ok_and(|at: usize| at < parts && at.to_string() == name);
+        if let Some((name, _)) = adapters.iter().find(|(name, _)| !is_number(name)) {
+            let expected =
+                format!("its adapters are called 0, 1 and so on, and one is called `{name}`: PEFT runs no others");
             return Err(fields.invalid("adapters", expected));
         }
         let size = |key: &str, default: usize| fields.whole(key, default, 1 << 20);

@@ -236,8 +236,8 @@ impl<D: Decoder> Core<D> {
             return None;
         }
         Some(format!(
-            "the prompt has {prompt} tokens, and the cache holds {room} of an adapter whose parts are weighed for each token, beside the base \
-             model's keys and values"
+            "the prompt has {prompt} tokens, and with one to come the cache holds {room} of an adapter whose parts are weighed for each token, \
+             beside the base model's keys and values"
         ))
     }
 

@@ -292,7 +292,8 @@ fn options_that_cannot_be_honoured_are_refused_by_name() {
         ("adapters", "{}", "from 1 to 64"),
         ("adapters", "[1]", "an object of adapters"),
         ("adapters", "{\"first\": \"a\", \"1\": \"b\"}", "one is called `first`"),
-        ("adapters", "{\"1\": \"a\", \"0\": \"b\"}", "one is called `1`"),
+        ("adapters", "{\"1\": \"a\", \"2\": \"b\"}", "one is called `2`"),
+        ("adapters", "{\"00\": \"a\", \"1\": \"b\"}", "one is called `00`"),
         ("adapters", "{\"0\": \"a\", \"1\": \"b\", \"2\": \"c\", \"3\": \"/home/d\"}", "`3` isn't in"),
         ("new_gate", "3", "unknown"),
     ] {
