@@ -90,7 +90,7 @@ pub fn openai_client_from_environment() -> Result<Option<PythonPackages>, FetchE
     from_environment("FLORA_OPENAI", openai_client, || OPENAI.installed(&Cache::open().ok()?))
 }
 
-/// Python with the `lm_eval` package, fetched into the cache folder (some 130 MB) on first use.
+/// Python with the `lm_eval` package, fetched into the cache folder (some 130 MB, 490 unpacked) on first use.
 ///
 /// # Errors
 /// As [`openai_client`].
