@@ -197,7 +197,9 @@ fn a_gated_request_ends_where_its_half_of_the_cache_does() {
     }
     let (id, computed) = run(&mut drive, request(&[1; 16], Some(GATED), 1));
     let error = refusal(&drive, id);
-    assert!(matches!(&error, RequestError::Invalid(reason) if reason.contains("16 tokens, and with one to come the cache holds 16")));
+    assert!(
+        matches!(&error, RequestError::Invalid(reason) if reason.contains("16 tokens, and with one to come the cache holds 16"))
+    );
     assert_eq!(computed, 0);
     drive.check_nothing_is_held();
 }
