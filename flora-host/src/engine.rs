@@ -17,6 +17,7 @@ use crate::gemm::{self, Pass};
 use crate::layout::strips_len;
 use crate::low_rank::{self, Shrink};
 use crate::materialise::{self, Recipe};
+use crate::matrix_unit::MatrixUnit;
 use crate::operands::{Layer, Operands};
 use crate::pack::Vectors;
 use crate::pool::Pool;
@@ -28,6 +29,7 @@ use crate::weight::{Strips, Weight};
 /// call needed is kept until the engine is dropped, and calls that need no more allocate nothing.
 pub struct HostEngine {
     arch: Arch,
+    unit: Option<MatrixUnit>,
     pub(crate) calls: Pool<CallMemory>,
     pub(crate) scratches: Pool<Scratch>,
 }
@@ -41,13 +43,16 @@ impl Default for HostEngine {
 impl HostEngine {
     /// An engine for the best instruction set that this processor has. It has no memory yet, and takes what it needs.
     pub fn new() -> Self {
-        Self::of(Arch::new())
+        Self { unit: MatrixUnit::get(), ..Self::of(Arch::new()) }
     }
 
     /// An engine for every instruction set that this processor has, the best first: to compare them. Their roundings differ.
     pub fn all() -> Vec<Self> {
         let best = Self::new();
         let mut engines = Vec::new();
+        if best.unit.is_some() {
+            engines.push(Self::of(best.arch));
+        }
         #[cfg(target_arch = "x86_64")]
         if let (Arch::V4(_), Some(avx2)) = (best.arch, pulp::x86::V3::try_new()) {
             engines.push(Self::of(Arch::V3(avx2)));
@@ -60,7 +65,7 @@ impl HostEngine {
     }
 
     fn of(arch: Arch) -> Self {
-        Self { arch, calls: Pool::default(), scratches: Pool::default() }
+        Self { arch, unit: None, calls: Pool::default(), scratches: Pool::default() }
     }
 
     /// What kernels are dispatched on.
@@ -68,13 +73,21 @@ impl HostEngine {
         self.arch
     }
 
+    /// What multiplies pairs, where there is one.
+    pub(crate) fn unit(&self) -> Option<MatrixUnit> {
+        self.unit
+    }
+
     /// [`HostEngine::vectors`] of the best instruction set that this processor has.
     pub fn instruction_set() -> &'static str {
         Self::new().vectors()
     }
 
-    /// The vectors that it computes with: "AVX-512", "AVX2 and FMA", "NEON", or "scalar".
+    /// What it computes with: "AVX-512 and AMX", "AVX-512", "AVX2 and FMA", "NEON", or "scalar".
     pub fn vectors(&self) -> &'static str {
+        if self.unit.is_some() {
+            return "AVX-512 and AMX";
+        }
         struct Name;
         impl WithSimd for Name {
             type Output = &'static str;
@@ -221,6 +234,8 @@ pub(crate) struct Sources<'a, S> {
     pub(crate) gates: Option<RankGates<'a>>,
     pub(crate) finish: Finish<'a>,
     pub(crate) scratches: &'a Pool<Scratch>,
+    /// What multiplies pairs, where there is one.
+    pub(crate) unit: Option<MatrixUnit>,
 }
 
 impl WithSimd for Call<'_> {
@@ -240,6 +255,7 @@ impl WithSimd for Call<'_> {
                 residual: residual.filter(|_| epilogue.residual),
             },
             scratches: &engine.scratches,
+            unit: engine.unit,
         };
         sources.run(schedule, y, memory);
     }
@@ -344,7 +360,7 @@ impl<S: Simd> Sources<'_, S> {
     fn pass(&self, weight: Strips<'_>, rows: gemm::Rows<'_>, hidden: &[f32], finishes: bool, sink: RowSink) {
         let (x, Layer { in_pool, out_pool, .. }) = (self.x, self.layer);
         let finish = finishes.then_some(self.finish);
-        let form = gemm::fastest::<S>(weight, x);
+        let form = gemm::fastest::<S>(weight, x, self.unit);
         let pass = Pass { form, weight, x, in_pool, out_pool, rows, hidden, finish, sink };
         gemm::run(self.simd, pass, self.scratches);
     }

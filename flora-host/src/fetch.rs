@@ -27,6 +27,15 @@ impl<'a> Pieces<'a> {
         Self { bytes, lines, pitch, first: 0, end: count * lines }
     }
 
+    /// Where the first line lies, and how many follow one another from it on.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
+    pub(crate) fn run(self) -> (*const u8, usize) {
+        let Self { bytes, lines, pitch, first, end } = self;
+        let Some(piece) = first.checked_div(lines) else { return (bytes.as_ptr(), 0) };
+        let line = first % lines;
+        (bytes.as_ptr().wrapping_add(piece * pitch + line * LINE), (lines - line).min(end - first))
+    }
+
     /// Part `range` of `parts`.
     pub(crate) fn part(self, range: &Range<usize>, parts: usize) -> Self {
         let len = self.end - self.first;

@@ -17,14 +17,16 @@ use crate::fetch::Pieces;
 use crate::finish::Finish;
 use crate::frame::Frame;
 use crate::kernel::{Columns, Form, NO_SCALES, OutScales};
-use crate::layout::{SLICE, STRIP, X_PITCH};
+use crate::layout::{PAIRED_SLICE, SLICE, STRIP, X_PITCH};
 use crate::low_rank::expand;
+use crate::matrix_unit::{MatrixUnit, UNIT_ROWS};
 use crate::pack::{Vectors, pack_rows};
 use crate::pairs::{pack_pairs, round_pairs};
 use crate::partition::{blocks, even_part, even_tiles, panels};
 use crate::pool::Pool;
 use crate::products::Pairs;
 use crate::scratch::Scratch;
+use crate::straight::Straight;
 use crate::terms::{PackedSegment, Terms};
 use crate::tiles::{StripPart, Tiles};
 use crate::values::{RowSink, Values};
@@ -77,9 +79,9 @@ pub(crate) struct Pass<'a> {
 }
 
 /// The form in which x is multiplied by a weight fastest. The bits of a row depend on it, so that it is the same for all rows of a layer.
-pub(crate) fn fastest<S: Simd>(weight: Strips<'_>, x: Vectors<'_>) -> Form {
+pub(crate) fn fastest<S: Simd>(weight: Strips<'_>, x: Vectors<'_>, unit: Option<MatrixUnit>) -> Form {
     let both = weight.are_pairs() && matches!(x.values, Values::Bf16(_));
-    if both && Pairs::are_multiplied::<S>() { Form::Pairs } else { Form::Floats }
+    if both && (unit.is_some() || Pairs::are_multiplied::<S>()) { Form::Pairs(unit) } else { Form::Floats }
 }
 
 /// Runs a pass.
@@ -149,7 +151,7 @@ impl<'a> Piece<'a> {
     fn part_in_pairs(&self, pairs: &'a [u32]) -> StripPart<'a> {
         let Range { start, end } = self.depth();
         let weight = Columns { values: bytemuck::cast_slice(pairs), pitch: STRIP };
-        StripPart { weight, depth: start / 2..Pairs::of(end), column: self.column, ahead: self.ahead }
+        StripPart { weight, depth: start / 2..Pairs::padded(end), column: self.column, ahead: self.ahead }
     }
 }
 
@@ -191,6 +193,11 @@ impl<'a> Block<'a> {
     }
 }
 
+/// The depth in parts of at most `most` inputs.
+fn slices(depth: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..depth).step_by(most).map(move |first| first..depth.min(first + most))
+}
+
 /// The part of a run of rows that lies in a block.
 fn clip(first: u32, rows: u32, range: &Range<usize>) -> Range<usize> {
     let (first, end) = (first as usize, first as usize + rows as usize);
@@ -202,24 +209,34 @@ impl<S: Simd> Panel<'_, S> {
         if block.rows.is_empty() && block.segments.is_empty() {
             return;
         }
+        if block.segments.is_empty()
+            && let Some(straight) = Straight::of(self.pass, block.rows)
+        {
+            return straight.run(self.frame.simd, self.frame.columns.clone());
+        }
         scratch.sums.floats(block.range.len() * self.frame.pitch()).fill(0.0);
-        for depth in (0..self.pass.x.width).step_by(SLICE) {
-            self.slice(block, depth..(depth + SLICE).min(self.pass.x.width), scratch);
+        for depth in slices(self.pass.x.width, self.most_inputs()) {
+            for chunk in even_tiles(block.rows.len(), PACKED) {
+                self.rows(block, &block.rows[chunk], depth.clone(), scratch);
+            }
+        }
+        for depth in slices(self.pass.x.width, SLICE) {
+            let mut rest = block.segments;
+            while !rest.is_empty() {
+                let (group, others) = rest.split_at(block.packed_together(rest));
+                self.segments(block, group, depth.clone(), scratch);
+                rest = others;
+            }
         }
         self.add_low_rank(block, scratch);
         self.write(block, scratch);
     }
 
-    /// Adds the products of one slice of the depth.
-    fn slice(&self, block: &Block<'_>, depth: Range<usize>, scratch: &mut Scratch) {
-        for chunk in even_tiles(block.rows.len(), PACKED) {
-            self.rows(block, &block.rows[chunk], depth.clone(), scratch);
-        }
-        let mut rest = block.segments;
-        while !rest.is_empty() {
-            let (group, others) = rest.split_at(block.packed_together(rest));
-            self.segments(block, group, depth.clone(), scratch);
-            rest = others;
+    /// The inputs of a slice of rows that are multiplied by the weight as it is.
+    fn most_inputs(&self) -> usize {
+        match self.pass.form {
+            Form::Floats => SLICE,
+            Form::Pairs(_) => PAIRED_SLICE,
         }
     }
 
@@ -247,7 +264,7 @@ impl<S: Simd> Panel<'_, S> {
                     tiles.multiply(simd, &piece.part(values), products, sums);
                 });
             }
-            Form::Pairs => self.strips(depth, SLICE, |piece| {
+            Form::Pairs(_) => self.strips(depth, PAIRED_SLICE, |piece| {
                 let pairs = weight.pairs(piece.strip, piece.inputs.clone());
                 tiles.multiply(simd, &piece.part_in_pairs(pairs), products, sums);
             }),
@@ -262,10 +279,12 @@ impl<S: Simd> Panel<'_, S> {
         depth: Range<usize>,
         out: &'b mut Buffer,
     ) -> &'b [f32] {
+        // Any of them may be followed by rows that the matrix unit reads for nothing.
+        out.floats((rows + UNIT_ROWS) * X_PITCH);
         let (simd, Pass { x, in_pool, .. }) = (self.frame.simd, self.pass);
         match self.pass.form {
             Form::Floats => pack_rows(simd, *x, *in_pool, sources, depth, out.floats(rows * X_PITCH)),
-            Form::Pairs => pack_pairs(simd, *x, *in_pool, sources, depth, out.numbers_mut(rows * X_PITCH)),
+            Form::Pairs(_) => pack_pairs(simd, *x, *in_pool, sources, depth, out.numbers_mut(rows * X_PITCH)),
         }
         out.numbers()
     }
@@ -285,7 +304,7 @@ impl<S: Simd> Panel<'_, S> {
     fn steps(&self, inputs: usize) -> usize {
         match self.pass.form {
             Form::Floats => inputs,
-            Form::Pairs => Pairs::of(inputs),
+            Form::Pairs(_) => Pairs::padded(inputs),
         }
     }
 
@@ -381,8 +400,8 @@ impl<S: Simd> Panel<'_, S> {
                 factors.compose(simd, terms, (piece.column / STRIP, piece.depth()), Some(weight), composed);
                 let part = match self.pass.form {
                     Form::Floats => piece.part(composed),
-                    Form::Pairs => {
-                        let pairs = pairs.numbers_mut(Pairs::of(piece.inputs.len()) * STRIP);
+                    Form::Pairs(_) => {
+                        let pairs = pairs.numbers_mut(Pairs::padded(piece.inputs.len()) * STRIP);
                         piece.part_in_pairs(round_pairs(simd, composed, pairs))
                     }
                 };

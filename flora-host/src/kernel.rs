@@ -7,6 +7,7 @@ use pulp::{Simd, WithSimd};
 
 use crate::fetch::{Ahead, Pieces, fetch_near};
 use crate::layout::{STRIP, X_PITCH};
+use crate::matrix_unit::MatrixUnit;
 use crate::partition::even_tiles;
 use crate::products::{Floats, Pairs, Product};
 
@@ -46,8 +47,9 @@ pub(crate) struct OutScales<'a> {
 pub(crate) enum Form {
     /// f32.
     Floats,
-    /// [`Pairs`] of bf16, in slices of floats of the same bits; depths count pairs.
-    Pairs,
+    /// [`Pairs`] of bf16, in slices of floats of the same bits; depths count pairs, with the zeros after them. What multiplies them is
+    /// the matrix unit, where there is one.
+    Pairs(Option<MatrixUnit>),
 }
 
 /// The place of a row's scales that has none.
@@ -135,7 +137,7 @@ impl Multiply<'_> {
         assert!(self.part.as_ref().is_none_or(|part| part.products.len() >= rows * columns));
         match self.form {
             Form::Floats => with_rows!(rows, multiply_floats, simd, self),
-            Form::Pairs => {
+            Form::Pairs(_) => {
                 assert!(Pairs::are_multiplied::<S>());
                 // SAFETY: the processor has the instructions.
                 unsafe { with_rows!(rows, multiply_pairs, simd, self) }

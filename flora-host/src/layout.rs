@@ -7,6 +7,9 @@ pub(crate) const STRIP: usize = 32;
 /// on it.
 pub(crate) const SLICE: usize = 1024;
 
+/// The same of inputs in pairs: as long in memory.
+pub(crate) const PAIRED_SLICE: usize = 2 * SLICE;
+
 /// Floats from one row of packed x to the next: not a multiple of the cache's period, so that rows don't evict one another.
 pub(crate) const X_PITCH: usize = SLICE + 16;
 

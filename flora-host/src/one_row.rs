@@ -4,11 +4,10 @@
 
 use std::ops::Range;
 
-use pulp::{Simd, WithSimd};
+use pulp::Simd;
 
 use crate::block_scales::BlockScales;
 use crate::decode::{Decoded, GROUP, Groups, Stored, Words, group_half, write_part};
-use crate::kernel::{NO_SCALES, add_products, tile_columns};
 use crate::layout::STRIP;
 use crate::tiles::Tiles;
 
@@ -26,16 +25,12 @@ impl Tiles<'_> {
         scales: &mut BlockScales,
         sums: &mut [f32],
     ) {
-        assert!(self.places[0] + column + STRIP <= sums.len());
-        assert!(self.scales.is_none_or(|scales| {
-            scales.places[0] == NO_SCALES || scales.places[0] + column + STRIP <= scales.values.len()
-        }));
         let mut products = [0.0; STRIP];
         for inputs in words.pieces(slice.clone()) {
             let x = &self.x[inputs.start - slice.start..inputs.end - slice.start];
             words.each(simd, inputs, scales, Multiplied { x, products: &mut products });
         }
-        simd.vectorize(Added { tiles: self, products: &products, column, sums });
+        self.add(simd, &[products], column, sums);
     }
 }
 
@@ -89,29 +84,6 @@ impl<S: Simd> Decoded<S> for Multiplied<'_> {
                 }
             }
             [products[at], products[at + 1]] = sums;
-        }
-    }
-}
-
-/// Products of a slice that are added to the sums.
-struct Added<'a> {
-    tiles: Tiles<'a>,
-    products: &'a [f32; STRIP],
-    column: usize,
-    sums: &'a mut [f32],
-}
-
-impl WithSimd for Added<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Self { tiles: Tiles { places, scales, .. }, products, column, sums } = self;
-        let products = S::as_simd_f32s(products).0;
-        for (at, first) in (0..STRIP).step_by(tile_columns::<S>()).enumerate() {
-            let own = [[products[2 * at], products[2 * at + 1]]];
-            // SAFETY: the place and the scales have been compared with what there is.
-            unsafe { add_products(simd, own, (places, scales), column + first, sums) };
         }
     }
 }

@@ -39,6 +39,14 @@ impl Pairs {
     pub(crate) fn of(inputs: usize) -> usize {
         inputs.div_ceil(2)
     }
+
+    /// The same with the zeros after them, up to whole steps of the matrix unit.
+    pub(crate) fn padded(inputs: usize) -> usize {
+        Self::of(inputs).next_multiple_of(Self::STEP)
+    }
+
+    /// Pairs that the matrix unit multiplies together.
+    pub(crate) const STEP: usize = 16;
 }
 
 #[cfg(target_arch = "x86_64")]

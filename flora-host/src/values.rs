@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use flora_plan::layer::Element;
 use pulp::Simd;
 
+use crate::layout::STRIP;
 use crate::vectorise::vectorised;
 use crate::widen::{round_all, widen_bf16};
 
@@ -265,5 +266,33 @@ impl RowSink {
     pub(crate) unsafe fn write<S: Simd>(&self, simd: S, row: usize, column: usize, values: &[f32]) {
         // SAFETY: by the caller's promise.
         unsafe { self.sink.write(simd, row * self.pitch + column, values) }
+    }
+
+    /// Rounds columns of a strip to those of the rows from `first` on, within a loop that is compiled for the instruction set.
+    ///
+    /// # Safety
+    /// As [`Shared::slice`].
+    #[inline(always)]
+    pub(crate) unsafe fn write_strip(&self, first: usize, columns: Range<usize>, values: &[[f32; STRIP]]) {
+        let rows = values.iter().zip((first..).map(|row| row * self.pitch + columns.start));
+        let width = columns.len();
+        // SAFETY: by the caller's promise.
+        unsafe {
+            match &self.sink {
+                Sink::F32(out) => {
+                    rows.for_each(|(values, first)| out.slice(first, width).copy_from_slice(&values[..width]));
+                }
+                Sink::F16(out) => {
+                    rows.for_each(|(values, first)| out.slice(first, width).convert_from_f32_slice(&values[..width]));
+                }
+                // The whole strips in a loop of their own, for which the compiler knows how long they are.
+                Sink::Bf16(out) if width == STRIP => {
+                    rows.for_each(|(values, first)| round_all(values, out.slice(first, STRIP)));
+                }
+                Sink::Bf16(out) => {
+                    rows.for_each(|(values, first)| round_all(&values[..width], out.slice(first, width)));
+                }
+            }
+        }
     }
 }

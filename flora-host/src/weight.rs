@@ -24,7 +24,7 @@ use crate::widen::{widen, widen_f16};
 pub struct Weight {
     shape: LayerShape,
     format: WeightFormat,
-    /// `[strips, d, STRIP]`; of bf16 pairs of inputs, `[strips, Pairs::of(d), STRIP]`; of a quantised weight its words,
+    /// `[strips, d, STRIP]`; of bf16 pairs of inputs, `[strips, Pairs::padded(d), STRIP]`; of a quantised weight its words,
     /// `[strips, rows, STRIP]`.
     values: Buffer,
     /// `[strips, rows, STRIP]` with the rows of [`PackedWeight::scales`].
@@ -134,14 +134,16 @@ fn cut<T: Pod>(values: &[T], k: usize) -> Buffer {
     buffer
 }
 
-/// A matrix `[d, k]` as rows of pairs.
+/// A matrix `[d, k]` as rows of pairs, and rows of zeros after them.
 fn in_pairs(values: &[bf16], k: usize) -> Vec<u32> {
-    let mut pairs = Vec::with_capacity(values.len().div_ceil(2));
+    let padded = Pairs::padded(values.len().checked_div(k).unwrap_or(0)) * k;
+    let mut pairs = Vec::with_capacity(padded);
     for rows in values.chunks((2 * k).max(1)) {
         let (first, second) = rows.split_at(k);
         let second = second.iter().copied().chain(std::iter::repeat(bf16::ZERO));
         pairs.extend(first.iter().zip(second).map(|(first, second)| pair(*first, second)));
     }
+    pairs.resize(padded, 0);
     pairs
 }
 
@@ -209,11 +211,12 @@ impl<'a> Strips<'a> {
         matches!((self.walk, self.numbers), (Walk::Along, Numbers::Bf16(_)))
     }
 
-    /// The pairs of inputs `depth` of strip `at`, where they are: `[Pairs::of(depth), STRIP]`. The first input is an even one.
+    /// The pairs of inputs `depth` of strip `at`, where they are: `[Pairs::padded(depth), STRIP]`. The first input is the first of a
+    /// step, and the last one the last of a step or of all.
     pub(crate) fn pairs(&self, at: usize, depth: Range<usize>) -> &'a [u32] {
         match self.numbers {
             Numbers::Bf16(values) if self.are_pairs() => {
-                &self.strip(values, at)[depth.start / 2 * STRIP..Pairs::of(depth.end) * STRIP]
+                &self.strip(values, at)[depth.start / 2 * STRIP..Pairs::padded(depth.end) * STRIP]
             }
             _ => &[],
         }

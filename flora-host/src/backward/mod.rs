@@ -89,7 +89,7 @@ impl WithSimd for Call<'_> {
         let g = Vectors::dense(g, layer.out_pool.width);
         if let Some(dx) = gradients.input {
             let (adjoint, finish) = (layer.adjoint(), Finish::default());
-            let sources = Sources { simd, layer: adjoint, x: g, gates: None, finish, scratches };
+            let sources = Sources { simd, layer: adjoint, x: g, gates: None, finish, scratches, unit: None };
             sources.run(schedule.input(), RowsMut { values: dx, pitch: layer.in_pool.width }, memory);
         }
         if let Some(vectors) = gradients.vectors {

@@ -1,20 +1,22 @@
 //! Keys and values of one sequence in one layer, as attention reads them. They are kept in blocks of [`KEYS`] tokens that never
-//! move, so that a sequence grows without a copy: for every head its keys `[size, KEYS]`, whose products with a query are
-//! vectors of neighbouring keys, and its values `[KEYS, size]`. Several sequences that begin alike may have the same blocks.
+//! move, so that a sequence grows without a copy: for every head its keys, whose products with a query are vectors of neighbouring
+//! keys, and its values, strip by strip. Several sequences that begin alike may have the same blocks.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use flora_plan::layer::Element;
+use half::f16;
 use half::slice::HalfFloatSliceExt;
 use pulp::Simd;
 use rayon::prelude::*;
 
 use crate::decoder::heads::Heads;
 use crate::layout::STRIP;
-use crate::owned::OwnedValues;
-use crate::values::Values;
+use crate::pairs::{put, widen_pairs};
+use crate::products::Pairs;
 use crate::vectorise::vectorised;
+use crate::widen::round_bf16;
 
 /// Tokens of a block. Fixed, because a row's bits depend on it.
 pub(super) const KEYS: usize = 32;
@@ -23,87 +25,127 @@ pub(super) const KEYS: usize = 32;
 #[derive(Clone, Debug)]
 pub struct KeyValueCache {
     layout: Layout,
-    element: Element,
     tokens: usize,
-    blocks: Vec<Arc<OwnedValues>>,
+    blocks: Vec<Arc<Block>>,
 }
 
 /// Keys and values of a block of tokens in one layer, which several caches may have. They never change.
 #[derive(Clone, Debug)]
-pub struct KeyValueBlock(Arc<OwnedValues>);
+pub struct KeyValueBlock(Arc<Block>);
+
+/// The numbers of a block, head by head: its keys `[size, KEYS]`, and its values `[strips, KEYS, STRIP]`.
+#[derive(Clone, Debug)]
+enum Block {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    /// In [`Pairs`] of a key's neighbouring numbers `[Pairs::padded(size), KEYS]`, and of two tokens' values
+    /// `[strips, KEYS / 2, STRIP]`.
+    Bf16(Vec<u32>),
+}
 
 /// Where numbers lie in a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     pub(super) heads: usize,
     pub(super) size: usize,
+    pub(super) element: Element,
 }
 
 impl Layout {
-    /// Numbers from one value to the next: whole strips, because the kernel multiplies those. What is beyond a value is 0.
+    /// The size of a value in whole strips, because the kernel multiplies those. What is beyond a value is 0.
     pub(super) fn pitch(self) -> usize {
         self.size.next_multiple_of(STRIP)
     }
 
-    /// Numbers of one head's keys.
+    /// Numbers, or pairs, of one head's keys.
     pub(super) fn keys(self) -> usize {
-        self.size * KEYS
-    }
-
-    /// Numbers of one head's keys and values.
-    pub(super) fn head(self) -> usize {
-        self.keys() + self.pitch() * KEYS
-    }
-
-    fn block(self) -> usize {
-        self.heads * self.head()
-    }
-
-    /// Writes the keys and values `[heads, size]` of the block's token `at`, rounded to the block's type.
-    fn write_one(self, block: &mut OwnedValues, at: usize, keys: &[f32], values: &[f32]) {
-        match block {
-            OwnedValues::F32(block) => self.write(block, at, keys, values),
-            OwnedValues::F16(block) => self.write_rounded(block, at, keys, values),
-            OwnedValues::Bf16(block) => self.write_rounded(block, at, keys, values),
+        match self.element {
+            Element::F32 | Element::F16 => self.size * KEYS,
+            Element::Bf16 => Pairs::padded(self.size) * KEYS,
         }
     }
 
-    /// Writes the keys and values `[heads, size]` of the block's token `at`.
-    fn write<E: Copy>(self, block: &mut [E], at: usize, keys: &[E], values: &[E]) {
+    /// Numbers, or pairs, of one head's keys and values.
+    fn head(self) -> usize {
+        let values = match self.element {
+            Element::F32 | Element::F16 => self.pitch() * KEYS,
+            Element::Bf16 => self.pitch() * KEYS / 2,
+        };
+        self.keys() + values
+    }
+
+    /// Numbers of one head's keys and values as floats.
+    pub(super) fn floats(self) -> usize {
+        (self.size + self.pitch()) * KEYS
+    }
+
+    fn zeros(self) -> Block {
+        let count = self.heads * self.head();
+        match self.element {
+            Element::F32 => Block::F32(vec![0.0; count]),
+            Element::F16 => Block::F16(vec![f16::ZERO; count]),
+            Element::Bf16 => Block::Bf16(vec![0; count]),
+        }
+    }
+
+    /// Writes the keys and values `[heads, size]` of the block's token `at`, rounded to the block's type.
+    fn write(self, block: &mut Block, at: usize, keys: &[f32], values: &[f32]) {
+        match block {
+            Block::F32(block) => self.write_floats(block, at, keys, values),
+            Block::F16(block) => {
+                let mut rounded = vec![f16::ZERO; keys.len() + values.len()];
+                let (own_keys, own_values) = rounded.split_at_mut(keys.len());
+                own_keys.convert_from_f32_slice(keys);
+                own_values.convert_from_f32_slice(values);
+                self.write_floats(block, at, own_keys, own_values);
+            }
+            Block::Bf16(block) => self.write_pairs(block, at, keys, values),
+        }
+    }
+
+    fn write_floats<E: Copy>(self, block: &mut [E], at: usize, keys: &[E], values: &[E]) {
         let heads = block.chunks_exact_mut(self.head()).zip(keys.chunks_exact(self.size));
         for ((head, keys), values) in heads.zip(values.chunks_exact(self.size)) {
             let (held_keys, held_values) = head.split_at_mut(self.keys());
             for (held, key) in held_keys.iter_mut().skip(at).step_by(KEYS).zip(keys) {
                 *held = *key;
             }
-            held_values[at * self.pitch()..][..self.size].copy_from_slice(values);
+            for (held, values) in held_values.chunks_exact_mut(KEYS * STRIP).zip(values.chunks(STRIP)) {
+                held[at * STRIP..][..values.len()].copy_from_slice(values);
+            }
         }
     }
 
-    /// The same of a half type.
-    fn write_rounded<E: Copy + Default>(self, block: &mut [E], at: usize, keys: &[f32], values: &[f32])
-    where
-        [E]: HalfFloatSliceExt,
-    {
-        let mut rounded = vec![E::default(); keys.len() + values.len()];
-        let (own_keys, own_values) = rounded.split_at_mut(keys.len());
-        own_keys.convert_from_f32_slice(keys);
-        own_values.convert_from_f32_slice(values);
-        self.write(block, at, own_keys, own_values);
+    fn write_pairs(self, block: &mut [u32], at: usize, keys: &[f32], values: &[f32]) {
+        let heads = block.chunks_exact_mut(self.head()).zip(keys.chunks_exact(self.size));
+        for ((head, keys), values) in heads.zip(values.chunks_exact(self.size)) {
+            let (held_keys, held_values) = head.split_at_mut(self.keys());
+            for (held, keys) in held_keys.iter_mut().skip(at).step_by(KEYS).zip(keys.chunks(2)) {
+                keys.iter().enumerate().for_each(|(place, key)| put(held, place, round_bf16(*key)));
+            }
+            for (held, values) in held_values.chunks_exact_mut(KEYS / 2 * STRIP).zip(values.chunks(STRIP)) {
+                let held = &mut held[at / 2 * STRIP..][..values.len()];
+                held.iter_mut().zip(values).for_each(|(held, value)| put(held, at % 2, round_bf16(*value)));
+            }
+        }
     }
 }
 
 impl KeyValueCache {
     /// A cache without tokens for key-value heads of this kind; `element` is the type in which they are kept.
     pub fn new(heads: Heads, element: Element) -> Self {
-        let layout = Layout { heads: heads.keys, size: heads.size };
-        Self { layout, element, tokens: 0, blocks: Vec::new() }
+        let layout = Layout { heads: heads.keys, size: heads.size, element };
+        Self { layout, tokens: 0, blocks: Vec::new() }
     }
 
     /// Bytes that a token takes where blocks are full.
     pub fn bytes_per_token(heads: Heads, element: Element) -> u64 {
-        let layout = Layout { heads: heads.keys, size: heads.size };
-        (layout.block() / KEYS) as u64 * element.bytes()
+        let layout = Layout { heads: heads.keys, size: heads.size, element };
+        let bytes = match element {
+            Element::F32 | Element::F16 => element.bytes(),
+            Element::Bf16 => 2 * element.bytes(),
+        };
+        (layout.heads * layout.head() / KEYS) as u64 * bytes
     }
 
     /// Tokens of a block.
@@ -119,7 +161,7 @@ impl KeyValueCache {
             // As if the others had never been there.
             let (layout, zeros) = (cache.layout, vec![0.0; cache.layout.heads * cache.layout.size]);
             for at in rest..KEYS {
-                layout.write_one(Arc::make_mut(last), at, &zeros, &zeros);
+                layout.write(Arc::make_mut(last), at, &zeros, &zeros);
             }
         }
         cache
@@ -148,16 +190,16 @@ impl KeyValueCache {
     }
 
     pub(super) fn element(&self) -> Element {
-        self.element
+        self.layout.element
     }
 
     /// Appends tokens, rounded to the cache's type: `fill` writes the keys and values `[heads, size]` of each, counted from the first.
     /// Blocks are filled on all threads.
     pub(super) fn extend(&mut self, tokens: usize, fill: impl Fn(usize, &mut [f32], &mut [f32]) + Sync) {
-        let Self { layout, element, tokens: first, .. } = *self;
+        let Self { layout, tokens: first, .. } = *self;
         let end = first + tokens;
         let before = first / KEYS;
-        let write = |(at, block): (usize, &mut Arc<OwnedValues>)| {
+        let write = |(at, block): (usize, &mut Arc<Block>)| {
             let positions = (before + at) * KEYS..end.min((before + at + 1) * KEYS);
             let mut numbers = vec![0.0; 2 * layout.heads * layout.size];
             let (keys, values) = numbers.split_at_mut(layout.heads * layout.size);
@@ -165,11 +207,11 @@ impl KeyValueCache {
             let block = Arc::make_mut(block);
             for position in first.max(positions.start)..positions.end {
                 fill(position - first, keys, values);
-                layout.write_one(block, position % KEYS, keys, values);
+                layout.write(block, position % KEYS, keys, values);
             }
         };
         self.tokens = end;
-        self.blocks.resize_with(end.div_ceil(KEYS), || Arc::new(OwnedValues::zeros(layout.block(), element)));
+        self.blocks.resize_with(end.div_ceil(KEYS), || Arc::new(layout.zeros()));
         let blocks = &mut self.blocks[before..];
         if blocks.len() == 1 {
             blocks.iter_mut().enumerate().for_each(write);
@@ -178,21 +220,39 @@ impl KeyValueCache {
         }
     }
 
-    /// A head's keys `[size, KEYS]` and, after them, its values `[KEYS, pitch]` of a block: where they lie if they are f32, else
-    /// widened into `wide`.
+    /// A head's keys `[size, KEYS]` of a block and, after them, its values `[strips, KEYS, STRIP]`: where they lie if they are f32,
+    /// else widened into `wide`.
     pub(super) fn head<'a, S: Simd>(&'a self, simd: S, block: usize, head: usize, wide: &'a mut Vec<f32>) -> &'a [f32] {
         let own = head * self.layout.head()..(head + 1) * self.layout.head();
-        match self.blocks[block].values() {
-            Values::F32(values) => &values[own],
-            values => {
+        match &*self.blocks[block] {
+            Block::F32(values) => return &values[own],
+            Block::F16(values) => {
                 wide.resize(own.len(), 0.0);
                 vectorised(
                     simd,
                     #[inline(always)]
-                    || values.widen(own.start, wide),
+                    || values[own].convert_to_f32_slice(wide),
                 );
-                wide
             }
+            Block::Bf16(pairs) => {
+                wide.resize(self.layout.floats(), 0.0);
+                let (keys, values) = wide.split_at_mut(self.layout.size * KEYS);
+                let (key_pairs, value_pairs) = pairs[own].split_at(self.layout.keys());
+                widen_pairs(simd, key_pairs, keys);
+                widen_pairs(simd, value_pairs, values);
+            }
+        }
+        wide
+    }
+
+    /// The same in pairs, where it is kept in those: keys `[Pairs::padded(size), KEYS]`, values `[strips, KEYS / 2, STRIP]`, as
+    /// floats of the same bits.
+    pub(super) fn head_in_pairs(&self, block: usize, head: usize) -> &[f32] {
+        match &*self.blocks[block] {
+            Block::Bf16(pairs) => {
+                bytemuck::cast_slice(&pairs[head * self.layout.head()..(head + 1) * self.layout.head()])
+            }
+            Block::F32(_) | Block::F16(_) => &[],
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use pulp::Simd;
+
 use crate::decoder::cache::KEYS;
 use crate::finish::exp;
 
@@ -33,7 +35,7 @@ impl Softmax {
     /// exp(score − largest), 0 for the others. The result is what sums over the keys before have to be multiplied by. NaN among the
     /// scores stays NaN.
     #[inline(always)]
-    pub(super) fn add(&mut self, scores: &mut [[f32; KEYS]], seen: Range<usize>) -> f32 {
+    pub(super) fn add<S: Simd>(&mut self, scores: &mut [[f32; KEYS]], seen: Range<usize>) -> f32 {
         let Range { start, end } = seen;
         hide(scores, start..end, f32::NEG_INFINITY);
         let larger = |one: f32, other: f32| if other > one { other } else { one };
@@ -45,10 +47,10 @@ impl Softmax {
         }
         let largest = fold(lanes, larger);
         for scores in &mut *scores {
-            scores.iter_mut().for_each(|score| *score = exp(*score - largest));
+            scores.iter_mut().for_each(|score| *score = exp::<S>(*score - largest));
         }
         hide(scores, start..end, 0.0);
-        let scale = exp(self.largest - largest);
+        let scale = exp::<S>(self.largest - largest);
         let mut sums = self.sums;
         sums.iter_mut().for_each(|sum| *sum *= scale);
         for scores in &*scores {

@@ -146,12 +146,13 @@ impl Sequences {
 
     /// Asserts that outputs are what defines them but for rounding. A score errs by four standard deviations of its products'
     /// roundings, and of the rotated keys' where they are kept in a half type; a weight by as much relatively, and by twice that
-    /// where the sum of the weights does too; the sum over values by its own roundings.
+    /// where the sum of the weights does too; the sum over values by its own roundings. In bf16 queries and weights are rounded, too.
     fn assert_right(&self, outputs: &[Vec<f32>], what: &str) {
         let Heads { queries, keys, size } = self.heads;
         let unit = f64::from(f32::EPSILON) / 2.0;
         let half = if self.element == Element::F32 { 0.0 } else { self.element.rounding() };
-        let kept = if self.rotated { half } else { 0.0 };
+        let paired = if self.element == Element::Bf16 { half } else { 0.0 };
+        let kept = (if self.rotated { half } else { 0.0f64 }).hypot(paired);
         let root = (size as f64).sqrt();
         for (sequence, outputs) in outputs.iter().enumerate() {
             for (token, head) in
@@ -180,7 +181,7 @@ impl Sequences {
                         weights.iter().zip(values).map(|(weight, value)| weight / sum * value).collect();
                     let (right, magnitude) =
                         (terms.iter().sum::<f64>(), terms.iter().map(|term| term.abs()).sum::<f64>());
-                    let rounding = 2.0 * error + 4.0 * unit * (token as f64 + 8.0).sqrt();
+                    let rounding = 2.0 * error + paired + 4.0 * unit * (token as f64 + 8.0).sqrt();
                     let allowed =
                         rounding * magnitude + 1.001 * half * right.abs() + if half > 0.0 { 3e-8 } else { 0.0 };
                     let found = f64::from(outputs[(token * queries + head) * size + column]);

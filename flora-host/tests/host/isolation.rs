@@ -1,6 +1,7 @@
 //! A row's bits depend on its own x and adapter alone, and an adapter's gradients on its own rows.
 
 use flora_host::HostEngine;
+use flora_ir::Activation;
 use flora_plan::batch::{AdapterSlots, Segment};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::plan::Plan;
@@ -208,17 +209,39 @@ fn several_panels_and_slices_change_no_bit() {
             check(&Problem::new(LayerShape { d, k }, format, Epilogue::default(), 5));
         }
     }
+    // Slices of pairs are longer.
+    for (d, k) in [(330, 600), (2112, 70)] {
+        check(&Problem::new(LayerShape { d, k }, PAIRS, Epilogue::default(), 5));
+    }
 }
+
+/// x and weight in pairs.
+const PAIRS: LayerFormat = LayerFormat {
+    activations: Element::Bf16,
+    adapters: Element::F32,
+    weight: WeightFormat::Float(Element::Bf16),
+    fragments: true,
+};
 
 #[test]
 fn blocks_of_rows_change_no_bit() {
-    let shape = LayerShape { d: 150, k: 33 };
-    let mut problem = Problem::new(shape, LayerFormat::default(), Epilogue::default(), 9);
-    // Blocks end within segments, far from their ends and near them.
-    let rows = [3, 250, 20, 130, 170, 40, 300, 1];
-    problem.segments = rows.into_iter().enumerate().map(|(at, rows)| Segment { rows, adapter: at as u32 }).collect();
-    let mut random = fastrand::Rng::with_seed(9);
-    problem.x = random_values(problem.tokens() * shape.d as usize, &mut random);
-    problem.residual = vec![0.0; problem.tokens() * shape.k as usize];
-    check(&problem);
+    let finished = Epilogue { bias: true, activation: Activation::Silu, residual: true };
+    // A depth of whole steps of the matrix unit, too: base rows are then read where they lie, in some of these batches.
+    for (d, format, epilogue) in [
+        (150, LayerFormat::default(), Epilogue::default()),
+        (150, PAIRS, Epilogue::default()),
+        (160, PAIRS, Epilogue::default()),
+        (160, PAIRS, finished),
+    ] {
+        let shape = LayerShape { d, k: 33 };
+        let mut problem = Problem::new(shape, format, epilogue, 9);
+        // Blocks end within segments, far from their ends and near them.
+        let rows = [3, 250, 20, 130, 170, 40, 300, 1, 47];
+        let segment = |(at, rows)| Segment { rows, adapter: at as u32 % 8 };
+        problem.segments = rows.into_iter().enumerate().map(segment).collect();
+        let mut random = fastrand::Rng::with_seed(9);
+        problem.x = random_values(problem.tokens() * shape.d as usize, &mut random);
+        problem.residual = random_values(problem.tokens() * shape.k as usize, &mut random);
+        check(&problem);
+    }
 }

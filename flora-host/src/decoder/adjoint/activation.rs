@@ -4,6 +4,7 @@
 use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
 
 use flora_ir::Activation;
+use pulp::Scalar;
 
 use crate::HostEngine;
 use crate::decoder::error::OperationError;
@@ -22,7 +23,7 @@ impl HostEngine {
             #[inline(always)]
             |out, x| {
                 out.copy_from_slice(x);
-                activate(out, activation);
+                activate::<Scalar>(out, activation);
             },
         );
         Ok(())
@@ -70,7 +71,7 @@ fn differentiate(activation: Activation, x: &[f32], g: &mut [f32]) {
         // x·Φ(x): Φ + x·exp(−½x²)/√(2π)
         Activation::GeluErf => multiply(g, x, |x| {
             let x = clamp(x);
-            let density = 0.5 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2 * exp(-0.5 * x * x);
+            let density = 0.5 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2 * exp::<Scalar>(-0.5 * x * x);
             0.5 * (1.0 + libm::erff(x * FRAC_1_SQRT_2)) + x * density
         }),
     }
@@ -92,7 +93,7 @@ fn clamp(x: f32) -> f32 {
 /// σ(z) and 1 − σ(z), the latter without cancellation, for |z| ≤ 80.
 #[inline(always)]
 fn sigmoids(z: f32) -> (f32, f32) {
-    let power = exp(-z);
+    let power = exp::<Scalar>(-z);
     let sigmoid = 1.0 / (1.0 + power);
     (sigmoid, power * sigmoid)
 }

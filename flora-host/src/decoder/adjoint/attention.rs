@@ -379,7 +379,7 @@ impl Block {
                 let rows = weights.as_chunks_mut::<KEYS>().0.iter_mut().zip(gradients.as_chunks_mut::<KEYS>().0);
                 for (((weights, gradients), seen), (mean, log_sum)) in rows.zip(seen).zip(known) {
                     for (weight, gradient) in weights.iter_mut().zip(&mut *gradients) {
-                        *weight = exp(*weight - log_sum);
+                        *weight = exp::<S>(*weight - log_sum);
                         *gradient = *weight * (*gradient - mean);
                     }
                     for unseen in [0..seen.start, seen.end.max(seen.start)..KEYS] {

@@ -51,7 +51,7 @@ impl WithSimd for Rows<'_> {
             *loss = vectorised(
                 simd,
                 #[inline(always)]
-                || row(logits, *target as usize),
+                || row::<S>(logits, *target as usize),
             );
         };
         if logits.len() < PARALLEL_NUMBERS {
@@ -64,10 +64,10 @@ impl WithSimd for Rows<'_> {
 
 /// One row's loss; its logits become their gradient.
 #[inline(always)]
-fn row(logits: &mut [f32], target: usize) -> f64 {
+fn row<S: Simd>(logits: &mut [f32], target: usize) -> f64 {
     let largest = largest(logits);
     let below = f64::from(largest) - f64::from(logits[target]);
-    logits.iter_mut().for_each(|logit| *logit = exp(*logit - largest));
+    logits.iter_mut().for_each(|logit| *logit = exp::<S>(*logit - largest));
     let total = sum(logits, |power| power);
     let scale = 1.0 / total;
     logits.iter_mut().for_each(|power| *power *= scale);

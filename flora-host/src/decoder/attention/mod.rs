@@ -4,11 +4,18 @@
 //!
 //! A row goes through its keys in spans of [`SPAN`] from position 0 on, those apart of which it sees none, and sums over a span in
 //! rising order. So its bits are the same whatever other rows it is computed with: those of its prompt, however that is cut, or none.
+//!
+//! In bf16 queries, keys, weights and values are multiplied in pairs where the processor can, with sums in f32.
+
+mod floats;
+mod paired;
 
 use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
+
+use flora_plan::layer::Element;
 
 use crate::HostEngine;
 use crate::decoder::cache::{KEYS, KeyValueCache, Layout};
@@ -17,9 +24,10 @@ use crate::decoder::heads::Heads;
 use crate::decoder::matrix::Matrix;
 use crate::decoder::rotary::RotaryRows;
 use crate::decoder::softmax::Softmax;
-use crate::kernel::{MOST_TILE_ROWS, Operand, accumulate, load, store, tile_columns, tile_rows, with_rows};
+use crate::kernel::Form;
+use crate::matrix_unit::{MatrixUnit, UNIT_ROWS};
 use crate::partition::{PARALLEL_MACS, even_part, even_tiles};
-use crate::products::Floats;
+use crate::products::Pairs;
 use crate::values::{Shared, Sink, ValuesMut};
 use crate::vectorise::vectorised;
 
@@ -60,6 +68,16 @@ const BLOCKS: usize = SPAN / KEYS;
 /// whole tiles.
 const TASK_ROWS: usize = 42;
 
+/// The same where the matrix unit multiplies: its tiles, and what they need takes half the room.
+const UNIT_TASK_ROWS: usize = 3 * UNIT_ROWS;
+
+/// The form in which a cache's keys and values are multiplied.
+fn form<S: Simd>(layout: Layout, unit: Option<MatrixUnit>) -> Form {
+    let multiplied = unit.is_some() || Pairs::are_multiplied::<S>();
+    let pairs = layout.element == Element::Bf16 && multiplied && paired::serves(layout.size);
+    if pairs { Form::Pairs(unit) } else { Form::Floats }
+}
+
 impl HostEngine {
     /// Appends keys and values to the segments' caches and writes what every row attends to, `[rows, query heads · size]`: the sum
     /// of the values that it sees, weighed by the softmax of query · key / √size.
@@ -74,7 +92,7 @@ impl HostEngine {
     ) -> Result<(), OperationError> {
         check(attention, segments, out.len())?;
         let out = Outputs { attended: Sink::new(&mut out), log_sums: None };
-        self.arch().dispatch(Step { attention, segments, out });
+        self.arch().dispatch(Step { attention, segments, unit: self.unit(), out });
         Ok(())
     }
 
@@ -93,7 +111,7 @@ impl HostEngine {
         check(attention, segments, out.len())?;
         OperationError::length("attention's sums", log_sums.len(), attention.queries.rows() * attention.heads.queries)?;
         let out = Outputs { attended: Sink::new(&mut out), log_sums: Some(Shared::new(log_sums)) };
-        self.arch().dispatch(Step { attention, segments, out });
+        self.arch().dispatch(Step { attention, segments, unit: self.unit(), out });
         Ok(())
     }
 }
@@ -111,7 +129,7 @@ impl Attention<'_> {
         let Attention { heads, queries, keys, values, rotary, window } = self;
         let Heads { queries: query_heads, keys: key_heads, size } = *heads;
         if size == 0 || query_heads == 0 || query_heads.checked_rem(key_heads) != Some(0) {
-            return Err(self.wrong_heads(Layout { heads: key_heads, size }));
+            return Err(self.wrong_heads(Layout { heads: key_heads, size, element: self.keys.element() }));
         }
         let rows = queries.rows();
         OperationError::length("a row of queries", queries.columns(), query_heads * size)?;
@@ -146,7 +164,7 @@ fn check(attention: &Attention<'_>, segments: &[AttentionSegment<'_>], out: usiz
         }
         next = rows.end;
         let layout = cache.layout();
-        if layout != (Layout { heads: *key_heads, size: *size }) {
+        if (layout.heads, layout.size) != (*key_heads, *size) {
             return Err(attention.wrong_heads(layout));
         }
         for found in [keys.element(), values.element()] {
@@ -162,6 +180,7 @@ fn check(attention: &Attention<'_>, segments: &[AttentionSegment<'_>], out: usiz
 struct Step<'a, 's> {
     attention: &'a Attention<'a>,
     segments: &'a mut [AttentionSegment<'s>],
+    unit: Option<MatrixUnit>,
     out: Outputs,
 }
 
@@ -169,7 +188,7 @@ impl WithSimd for Step<'_, '_> {
     type Output = ();
 
     fn with_simd<S: Simd>(self, simd: S) {
-        let Step { attention, segments, out } = self;
+        let Step { attention, segments, unit, out } = self;
         let first_positions: Vec<_> = segments.iter().map(|segment| segment.cache.tokens()).collect();
         let append = |segment: &mut AttentionSegment<'_>| append(simd, attention, segment);
         let sums = |(segment, first): (&AttentionSegment<'_>, &usize)| {
@@ -187,7 +206,8 @@ impl WithSimd for Step<'_, '_> {
         // A row's bits don't depend on how tasks are cut: there are enough of them for all threads.
         let group = queries / keys;
         let all_rows: usize = segments.iter().map(|segment| segment.rows.len() * queries).sum();
-        let most = TASK_ROWS.min(all_rows.div_ceil(rayon::current_num_threads()));
+        let most = if unit.is_some() { UNIT_TASK_ROWS } else { TASK_ROWS };
+        let most = most.min(all_rows.div_ceil(rayon::current_num_threads()));
         let mut tasks = Vec::new();
         for (segment, first_position) in segments.iter().zip(first_positions) {
             let rows = segment.rows.len() * group;
@@ -195,7 +215,8 @@ impl WithSimd for Step<'_, '_> {
             for (head, part) in (0..keys).flat_map(|head| (0..parts).map(move |part| (head, part))) {
                 let rows = even_part(rows, parts, part);
                 let (cache, first_row) = (&*segment.cache, segment.rows.start);
-                tasks.push(Task { attention, cache, first_row, first_position, head, group, rows });
+                let form = form::<S>(cache.layout(), unit);
+                tasks.push(Task { attention, cache, form, first_row, first_position, head, group, rows });
             }
         }
         let run = |memory: &mut Memory, task: &Task<'_>| task.run(simd, memory, out);
@@ -230,15 +251,11 @@ fn append<S: Simd>(simd: S, attention: &Attention<'_>, segment: &mut AttentionSe
 /// What a thread computes tasks with.
 #[derive(Default)]
 struct Memory {
-    /// Rotated queries by 1 / √size, `[rows, size]`.
-    queries: Vec<f32>,
-    /// Scores of a span of keys, then their weights, `[rows, SPAN]`.
-    scores: Vec<f32>,
     /// Weighed values, `[rows, pitch]`.
     sums: Vec<f32>,
     softmaxes: Vec<Softmax>,
-    /// A span's keys and values, where they aren't f32.
-    wide: [Vec<f32>; BLOCKS],
+    floats: floats::Memory,
+    paired: paired::Memory,
 }
 
 /// Some rows of one segment and one key-value head. Row r is query head r mod `group` of the head's, at position r / `group` of
@@ -246,6 +263,7 @@ struct Memory {
 struct Task<'a> {
     attention: &'a Attention<'a>,
     cache: &'a KeyValueCache,
+    form: Form,
     first_row: usize,
     first_position: usize,
     head: usize,
@@ -257,56 +275,12 @@ impl Task<'_> {
     fn run<S: Simd>(&self, simd: S, memory: &mut Memory, out: Outputs) {
         let layout = self.cache.layout();
         let (size, pitch, rows) = (layout.size, layout.pitch(), self.rows.len());
-        let Memory { queries, scores, sums, softmaxes, wide } = memory;
-        queries.resize(rows * size, 0.0);
-        scores.resize(rows * SPAN, 0.0);
-        sums.clear();
+        let Memory { sums, softmaxes, floats, paired } = memory;
         sums.resize(rows * pitch, 0.0);
-        softmaxes.clear();
         softmaxes.resize(rows, Softmax::NONE);
-        self.pack(simd, queries);
-
-        let last = self.position(rows - 1);
-        for span in self.first_key(0) / SPAN..=last / SPAN {
-            let start = span * SPAN;
-            let blocks = start / KEYS..(last.min(start + SPAN - 1) / KEYS) + 1;
-            let mut held: [&[f32]; BLOCKS] = [&[]; BLOCKS];
-            for ((held, block), wide) in held.iter_mut().zip(blocks.clone()).zip(&mut *wide) {
-                *held = self.cache.head(simd, block, self.head, wide);
-            }
-            let held = &held[..blocks.len()];
-            // Rows before the first one end in a span before, and the windows of those after the last one begin in a span after.
-            let before = start.saturating_sub(self.first_position) * self.group;
-            let first = before.saturating_sub(self.rows.start).min(rows);
-            let end = match self.attention.window {
-                None => rows,
-                Some(window) => {
-                    let end = (start + SPAN - 1).saturating_add(window);
-                    let positions = end.saturating_sub(self.first_position);
-                    positions.saturating_mul(self.group).saturating_sub(self.rows.start).min(rows)
-                }
-            };
-            for tile in even_tiles(end.saturating_sub(first), tile_rows::<S>()) {
-                let tile = first + tile.start..first + tile.end;
-                let seen = |row: usize| {
-                    let first = self.first_key(row).saturating_sub(start);
-                    [first, (self.position(row) + 1 - start).min(SPAN)]
-                };
-                let mut bounds = [[0; 2]; MOST_TILE_ROWS];
-                let bounds = &mut bounds[..tile.len()];
-                bounds.iter_mut().zip(tile.clone()).for_each(|(bounds, row)| *bounds = seen(row));
-                let work = Tile {
-                    seen: bounds,
-                    queries: &queries[tile.start * size..tile.end * size],
-                    scores: &mut scores[tile.start * SPAN..tile.end * SPAN],
-                    sums: &mut sums[tile.start * pitch..tile.end * pitch],
-                    softmaxes: &mut softmaxes[tile],
-                    held,
-                    size,
-                    pitch,
-                };
-                work.run(simd);
-            }
+        match self.form {
+            Form::Floats => floats.run(simd, self, sums, softmaxes),
+            Form::Pairs(unit) => paired.run(simd, self, unit, sums, softmaxes),
         }
         let width = self.attention.heads.queries * size;
         vectorised(
@@ -331,6 +305,38 @@ impl Task<'_> {
         }
     }
 
+    /// The spans of keys that the rows see, with their first keys and blocks.
+    fn spans(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let last = self.position(self.rows.len() - 1);
+        (self.first_key(0) / SPAN..=last / SPAN).map(move |span| {
+            let start = span * SPAN;
+            (start, start / KEYS..(last.min(start + SPAN - 1) / KEYS) + 1)
+        })
+    }
+
+    /// The rows that see keys of the span from `start` on, in tiles of at most `most`.
+    fn tiles(&self, start: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+        let rows = self.rows.len();
+        // Rows before the first one end in a span before, and the windows of those after the last one begin in a span after.
+        let before = start.saturating_sub(self.first_position) * self.group;
+        let first = before.saturating_sub(self.rows.start).min(rows);
+        let end = match self.attention.window {
+            None => rows,
+            Some(window) => {
+                let end = (start + SPAN - 1).saturating_add(window);
+                let positions = end.saturating_sub(self.first_position);
+                positions.saturating_mul(self.group).saturating_sub(self.rows.start).min(rows)
+            }
+        };
+        even_tiles(end.saturating_sub(first), most).map(move |tile| first + tile.start..first + tile.end)
+    }
+
+    /// The first of the keys of the span from `start` on that a row sees, and the end of those.
+    fn seen(&self, row: usize, start: usize) -> [usize; 2] {
+        let first = self.first_key(row).saturating_sub(start);
+        [first, (self.position(row) + 1 - start).min(SPAN)]
+    }
+
     /// The position in its sequence of the task's row `at`.
     fn position(&self, at: usize) -> usize {
         self.first_position + (self.rows.start + at) / self.group
@@ -348,167 +354,16 @@ impl Task<'_> {
         (self.first_row + row / self.group, self.head * self.group + row % self.group)
     }
 
-    fn pack<S: Simd>(&self, simd: S, queries: &mut [f32]) {
+    /// The rotated query of row `at` by 1 / √size.
+    #[inline(always)]
+    fn query(&self, at: usize, query: &mut [f32]) {
         let size = self.attention.heads.size;
         let scale = 1.0 / (size as f32).sqrt();
-        vectorised(
-            simd,
-            #[inline(always)]
-            || {
-                for (at, query) in queries.chunks_exact_mut(size).enumerate() {
-                    let (row, head) = self.place(at);
-                    self.attention.queries.widen(row, head * size, query);
-                    if let Some(rotary) = self.attention.rotary {
-                        rotary.rotate(row, query);
-                    }
-                    query.iter_mut().for_each(|number| *number *= scale);
-                }
-            },
-        );
-    }
-}
-
-/// A span of keys and values for a tile of rows.
-struct Tile<'a> {
-    /// The first of the span's keys that each row sees, and the end of those that it does, both rising; it sees at least one.
-    seen: &'a [[usize; 2]],
-    /// `[rows, size]`
-    queries: &'a [f32],
-    /// `[rows, SPAN]`
-    scores: &'a mut [f32],
-    /// `[rows, pitch]`
-    sums: &'a mut [f32],
-    /// `[rows]`
-    softmaxes: &'a mut [Softmax],
-    /// Block by block, keys `[size, KEYS]` and values `[KEYS, pitch]`.
-    held: &'a [&'a [f32]],
-    size: usize,
-    pitch: usize,
-}
-
-impl Tile<'_> {
-    /// Runs it.
-    ///
-    /// # Panics
-    /// Where a slice is shorter than its extents say, or the tile has too many rows.
-    fn run<S: Simd>(self, simd: S) {
-        let rows = self.seen.len();
-        assert!(rows <= tile_rows::<S>() && self.softmaxes.len() == rows);
-        assert!(self.queries.len() == rows * self.size && self.pitch.is_multiple_of(tile_columns::<S>()));
-        assert!(self.scores.len() == rows * SPAN && self.sums.len() == rows * self.pitch);
-        assert!(self.held.iter().all(|held| held.len() == (self.size + self.pitch) * KEYS));
-        assert!(self.seen.iter().all(|[first, end]| first < end && *end <= self.held.len() * KEYS));
-        assert!(self.seen.is_sorted_by(|one, next| one[0] <= next[0] && one[1] <= next[1]));
-        with_rows!(rows, attend, simd, self)
-    }
-}
-
-#[inline(always)]
-fn attend<S: Simd, const ROWS: usize>(simd: S, tile: Tile<'_>) {
-    struct Work<'a, const ROWS: usize>(Tile<'a>);
-    impl<const ROWS: usize> WithSimd for Work<'_, ROWS> {
-        type Output = ();
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) {
-            let Tile { seen, queries, scores, sums, softmaxes, held, size, pitch } = self.0;
-            // Keys from the first that any row sees to the last: whole blocks of them.
-            let blocks = seen[0][0] / KEYS..seen[ROWS - 1][1].div_ceil(KEYS);
-            for block in blocks.clone() {
-                for column in (0..KEYS).step_by(tile_columns::<S>()) {
-                    // SAFETY: `Tile::run` has compared every extent with its slice.
-                    unsafe {
-                        let zero = [[simd.splat_f32s(0.0); 2]; ROWS];
-                        let right = Operand { values: held.get_unchecked(block).as_ptr().add(column), pitch: KEYS };
-                        let own =
-                            accumulate::<S, Floats, ROWS, false>(simd, zero, queries.as_ptr(), size, 1, right, size);
-                        for (row, own) in own.into_iter().enumerate() {
-                            let at = scores.as_mut_ptr().add(row * SPAN + block * KEYS + column);
-                            store::<S>(at, own[0]);
-                            store::<S>(at.add(S::F32_LANES), own[1]);
-                        }
-                    }
-                }
-            }
-            let (scores, _) = scores.as_chunks_mut::<KEYS>();
-            let rows = scores.chunks_exact_mut(BLOCKS).zip(&mut *softmaxes).zip(seen).zip(sums.chunks_exact_mut(pitch));
-            for (((scores, softmax), [first, end]), sums) in rows {
-                let before = blocks.start * KEYS;
-                let scale = softmax.add(&mut scores[blocks.clone()], *first - before..*end - before);
-                if scale != 1.0 {
-                    sums.iter_mut().for_each(|sum| *sum *= scale);
-                }
-            }
-            // Keys up to the first row's last, then those that a row sees alone: a row adds in rising order either way. Those before a
-            // row's first have a weight of 0, so that they add nothing.
-            let shared = seen[0][1];
-            let values = Values { held, first: size * KEYS, pitch };
-            for column in (0..pitch).step_by(tile_columns::<S>()) {
-                // SAFETY: as above, and no count is beyond the span.
-                unsafe {
-                    let weights = scores.as_flattened().as_ptr();
-                    let sums = sums.as_mut_ptr().add(column);
-                    values.add::<S, ROWS>(simd, sums, weights, column, blocks.start * KEYS..shared);
-                    for (row, [_, end]) in seen.iter().enumerate() {
-                        let (sums, weights) = (sums.add(row * pitch), weights.add(row * SPAN));
-                        values.add::<S, 1>(simd, sums, weights, column, shared..*end);
-                    }
-                }
-            }
+        let (row, head) = self.place(at);
+        self.attention.queries.widen(row, head * size, query);
+        if let Some(rotary) = self.attention.rotary {
+            rotary.rotate(row, query);
         }
-    }
-    simd.vectorize(Work::<ROWS>(tile));
-}
-
-/// Values of a span.
-#[derive(Clone, Copy)]
-struct Values<'a> {
-    /// Block by block.
-    held: &'a [&'a [f32]],
-    /// Where a block's values `[KEYS, pitch]` begin.
-    first: usize,
-    pitch: usize,
-}
-
-impl Values<'_> {
-    /// `sums[row] += Σ_key weights[row][key] · values[key]` over `keys`, for two vectors of every row from `column` on.
-    ///
-    /// # Safety
-    /// `sums` holds ROWS rows of the values' pitch with two vectors in each, `weights` ROWS rows of [`SPAN`]; the keys are in `held`,
-    /// with two vectors from `column` on.
-    #[inline(always)]
-    unsafe fn add<S: Simd, const ROWS: usize>(
-        self,
-        simd: S,
-        sums: *mut f32,
-        weights: *const f32,
-        column: usize,
-        keys: Range<usize>,
-    ) {
-        let Self { held, first, pitch } = self;
-        if keys.is_empty() {
-            return;
-        }
-        // SAFETY: by the caller's promise.
-        unsafe {
-            let mut own = [[simd.splat_f32s(0.0); 2]; ROWS];
-            for (row, own) in own.iter_mut().enumerate() {
-                let at = sums.add(row * pitch);
-                *own = [load::<S>(at), load::<S>(at.add(S::F32_LANES))];
-            }
-            let mut key = keys.start;
-            while key < keys.end {
-                let (block, at) = (key / KEYS, key % KEYS);
-                let count = (KEYS - at).min(keys.end - key);
-                let values = held.get_unchecked(block).as_ptr().add(first + at * pitch + column);
-                let right = Operand { values, pitch };
-                own = accumulate::<S, Floats, ROWS, false>(simd, own, weights.add(key), SPAN, 1, right, count);
-                key += count;
-            }
-            for (row, own) in own.into_iter().enumerate() {
-                let at = sums.add(row * pitch);
-                store::<S>(at, own[0]);
-                store::<S>(at.add(S::F32_LANES), own[1]);
-            }
-        }
+        query.iter_mut().for_each(|number| *number *= scale);
     }
 }
