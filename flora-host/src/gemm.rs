@@ -22,7 +22,7 @@ use crate::low_rank::expand;
 use crate::matrix_unit::{MatrixUnit, UNIT_ROWS};
 use crate::pack::{Vectors, pack_rows};
 use crate::pairs::{pack_pairs, round_pairs};
-use crate::partition::{blocks, even_part, even_tiles, panels};
+use crate::partition::{PANEL_COLUMNS, UNIT_PANEL_COLUMNS, blocks, even_part, even_tiles, panels};
 use crate::pool::Pool;
 use crate::products::Pairs;
 use crate::scratch::Scratch;
@@ -92,7 +92,11 @@ pub(crate) fn run<S: Simd>(simd: S, pass: Pass<'_>, scratches: &Pool<Scratch>) {
     let last_row = rows.last().map_or(0, |row| row.row as usize + 1);
     let end = last_row.max(segments.last().map_or(0, end_row));
     let count = blocks(end);
-    panels(k, count, products * d as u64 * k as u64, |columns, at| {
+    let most = match pass.form {
+        Form::Pairs(Some(_)) => UNIT_PANEL_COLUMNS,
+        Form::Pairs(None) | Form::Floats => PANEL_COLUMNS,
+    };
+    panels((k, most), count, products * d as u64 * k as u64, |columns, at| {
         let Range { start: first, end } = even_part(end, count, at);
         let block = Block::of(pass.rows, whole_segments(segments, first)..whole_segments(segments, end));
         let frame = Frame { simd, in_pool: pass.in_pool, out_pool: pass.out_pool, columns };

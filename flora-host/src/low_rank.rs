@@ -14,7 +14,7 @@ use crate::frame::Frame;
 use crate::kernel::{Columns, Form, tile_rows};
 use crate::layout::{SLICE, STRIP, X_PITCH};
 use crate::pack::Vectors;
-use crate::partition::{PARALLEL_MACS, even_tiles, panels};
+use crate::partition::{PANEL_COLUMNS, PARALLEL_MACS, even_tiles, panels};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::tiles::{StripPart, Tiles};
@@ -152,7 +152,7 @@ pub(crate) fn expand_all<S: Simd>(
 ) {
     let k = out_pool.width;
     let outputs = Shared::new(outputs);
-    panels(k, 1, hidden.len() as u64 * k as u64, |columns, _| {
+    panels((k, PANEL_COLUMNS), 1, hidden.len() as u64 * k as u64, |columns, _| {
         let frame = Frame { simd, in_pool, out_pool, columns: columns.clone() };
         scratches.lend(|scratch| {
             let mut buffer = std::mem::take(&mut scratch.sums);

@@ -9,7 +9,7 @@ use crate::factors::Factors;
 use crate::frame::Frame;
 use crate::layout::{SLICE, STRIP};
 use crate::pack::Vectors;
-use crate::partition::panels;
+use crate::partition::{PANEL_COLUMNS, panels};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::terms::Terms;
@@ -52,7 +52,7 @@ pub(crate) fn make<S: Simd>(simd: S, recipe: Recipe<'_>, out: &mut [f32], scratc
     let (d, k) = (recipe.in_pool.width, recipe.out_pool.width);
     let terms = recipe.scales.len() as u64 + u64::from(recipe.rank) + 1;
     let out = Shared::new(out);
-    panels(k, 1, terms * d as u64 * k as u64, |columns, _| {
+    panels((k, PANEL_COLUMNS), 1, terms * d as u64 * k as u64, |columns, _| {
         let frame = Frame { simd, in_pool: recipe.in_pool, out_pool: recipe.out_pool, columns };
         scratches.lend(|scratch| {
             for first in (0..d).step_by(SLICE) {

@@ -9,15 +9,19 @@ use crate::layout::STRIP;
 /// The most columns of a panel. Rows of x are packed once for every panel, so that fewer would be slower; more would leave two
 /// threads without a panel to take over where one of them is held up (a tenth to a sixth of the time at 256 rows beside another
 /// program, and a hundredth gained without).
-const PANEL_COLUMNS: usize = 512;
+pub(crate) const PANEL_COLUMNS: usize = 512;
+
+/// The same for the matrix unit, whose rows are mostly not packed, and which one processor may have to itself while another waits.
+pub(crate) const UNIT_PANEL_COLUMNS: usize = 192;
 
 /// Fewer multiply-adds than this are done before other threads would have woken up.
 pub(crate) const PARALLEL_MACS: u64 = 1 << 18;
 
-/// Does `work` for every panel of `k` columns and each of so many blocks of rows, on all threads where there is enough to do.
-pub(crate) fn panels(k: usize, blocks: usize, macs: u64, work: impl Fn(Range<usize>, usize) + Sync) {
+/// Does `work` for every panel of `k` columns, at most `most` of them, and each of so many blocks of rows, on all threads where
+/// there is enough to do.
+pub(crate) fn panels((k, most): (usize, usize), blocks: usize, macs: u64, work: impl Fn(Range<usize>, usize) + Sync) {
     // Whole strips, and as many panels for every thread as for the others, whatever the blocks cost.
-    let count = k.div_ceil(PANEL_COLUMNS).next_multiple_of(rayon::current_num_threads());
+    let count = k.div_ceil(most).next_multiple_of(rayon::current_num_threads());
     let panel = k.div_ceil(count).max(1).next_multiple_of(STRIP);
     let task = |at: usize| {
         let (panel_at, block) = (at / blocks, at % blocks);
@@ -27,7 +31,7 @@ pub(crate) fn panels(k: usize, blocks: usize, macs: u64, work: impl Fn(Range<usi
     if macs < PARALLEL_MACS {
         (0..tasks).for_each(task);
     } else {
-        (0..tasks).into_par_iter().for_each(task);
+        (0..tasks).into_par_iter().with_max_len(1).for_each(task);
     }
 }
 

@@ -149,10 +149,7 @@ impl WithSimd for Added<'_> {
         for (row, products) in products.iter().enumerate() {
             let Tiles { places, scales, .. } = tiles;
             let places = &places[row..];
-            let scales = match scales {
-                Some(OutScales { values, places }) => Some(OutScales { values, places: &places[row..] }),
-                None => None,
-            };
+            let scales = scales.map(|OutScales { values, places }| OutScales { values, places: &places[row..] });
             let products = S::as_simd_f32s(products).0;
             for (at, first) in (0..STRIP).step_by(tile_columns::<S>()).enumerate() {
                 let own = [[products[2 * at], products[2 * at + 1]]];

@@ -204,6 +204,26 @@ impl<T> Shared<T> {
         // SAFETY: within the slice by the assertion, unshared by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.first.add(first), len) }
     }
+
+    /// `count` runs of `width` places, from one to the next `pitch`.
+    ///
+    /// # Safety
+    /// As [`Shared::slice`], of all runs.
+    ///
+    /// # Panics
+    /// Beyond the end.
+    #[inline(always)]
+    unsafe fn runs(&self, first: usize, pitch: usize, count: usize, width: usize) -> impl Iterator<Item = &mut [T]> {
+        let len = span(count, width, pitch);
+        assert!(first <= self.len && len <= self.len - first, "places {first} + {len} of {}", self.len);
+        (0..count).map(
+            #[inline(always)]
+            move |at| {
+                // SAFETY: within the slice by the assertion, unshared by the caller's promise.
+                unsafe { std::slice::from_raw_parts_mut(self.first.add(first + at * pitch), width) }
+            },
+        )
+    }
 }
 
 /// Where outputs are written.
@@ -274,23 +294,29 @@ impl RowSink {
     /// As [`Shared::slice`].
     #[inline(always)]
     pub(crate) unsafe fn write_strip(&self, first: usize, columns: Range<usize>, values: &[[f32; STRIP]]) {
-        let rows = values.iter().zip((first..).map(|row| row * self.pitch + columns.start));
-        let width = columns.len();
+        let Self { sink, pitch } = self;
+        let (start, rows, width) = (first * pitch + columns.start, values.len(), columns.len());
         // SAFETY: by the caller's promise.
         unsafe {
-            match &self.sink {
+            match sink {
                 Sink::F32(out) => {
-                    rows.for_each(|(values, first)| out.slice(first, width).copy_from_slice(&values[..width]));
+                    let rows = out.runs(start, *pitch, rows, width).zip(values);
+                    rows.for_each(|(out, values)| out.copy_from_slice(&values[..width]));
                 }
                 Sink::F16(out) => {
-                    rows.for_each(|(values, first)| out.slice(first, width).convert_from_f32_slice(&values[..width]));
+                    let rows = out.runs(start, *pitch, rows, width).zip(values);
+                    rows.for_each(|(out, values)| out.convert_from_f32_slice(&values[..width]));
                 }
-                // The whole strips in a loop of their own, for which the compiler knows how long they are.
+                // Whole strips in a loop of their own, for which the compiler knows how long they are.
                 Sink::Bf16(out) if width == STRIP => {
-                    rows.for_each(|(values, first)| round_all(values, out.slice(first, STRIP)));
+                    for (out, values) in out.runs(start, *pitch, rows, STRIP).zip(values) {
+                        round_all(values, out);
+                    }
                 }
                 Sink::Bf16(out) => {
-                    rows.for_each(|(values, first)| round_all(&values[..width], out.slice(first, width)));
+                    for (out, values) in out.runs(start, *pitch, rows, width).zip(values) {
+                        round_all(&values[..width], out);
+                    }
                 }
             }
         }

@@ -16,7 +16,7 @@ use crate::gemm::{self, Pass, Rows};
 use crate::kernel::Form;
 use crate::operands::Layer;
 use crate::pack::Vectors;
-use crate::partition::panels;
+use crate::partition::{PANEL_COLUMNS, panels};
 use crate::values::{Shared, Sink};
 use crate::vectorise::vectorised;
 
@@ -124,7 +124,7 @@ impl Side<'_> {
     ) {
         let width = self.others.width;
         let gradients = Shared::new(gradients);
-        panels(width, 1, products.len() as u64, |columns, _| {
+        panels((width, PANEL_COLUMNS), 1, products.len() as u64, |columns, _| {
             inputs.scratches.lend(|scratch| {
                 let other = scratch.row.floats(columns.len());
                 let mut products = products.chunks_exact(width);
