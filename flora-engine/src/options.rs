@@ -28,8 +28,8 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             sequences: 32,
-            tokens_per_step: 512,
-            chunk_tokens: 256,
+            tokens_per_step: 1024,
+            chunk_tokens: 512,
             cache_tokens: 16_384,
             block_tokens: 32,
             share_prefixes: true,

@@ -4,7 +4,8 @@
 //! blocks of rows, a task for each pair, and slices of the depth. A slice of the rows is packed into the second-level cache and
 //! multiplied by one strip after the other: base rows and `stacked` virtual rows by the strip as it is, `on_chip` segments by what
 //! they make of it, and the low-rank sum and the epilogue are applied to the outputs at the end. Kernels are written once over the
-//! vectors of `pulp` and chosen at run time: AVX-512, AVX2 with FMA, NEON, or plain floats.
+//! vectors of `pulp` and chosen at run time: AVX-512, AVX2 with FMA, NEON, or plain floats. Pairs of bf16 are multiplied by AMX where the
+//! processor has it.
 //!
 //! The order of every sum depends on the layer alone, so that a row has the same bits whatever else is in its batch.
 

@@ -25,8 +25,9 @@ pub(crate) const UNIT_ROWS: usize = 32;
 
 /// Rows of packed x times a strip of pairs.
 pub(crate) struct UnitProducts<'a> {
-    /// As many rows as there are products.
+    /// As many rows as there are products, and further ones of no matter up to a multiple of [`UNIT_ROWS`].
     pub(crate) x: &'a [bf16],
+    pub(crate) rows: usize,
     /// Numbers from one row to the next.
     pub(crate) x_pitch: usize,
     /// Pairs `[depth, STRIP]`.
@@ -76,7 +77,7 @@ mod amx {
             GRANTED.get_or_init(|| is_there() && is_granted()).then_some(Self(()))
         }
 
-        /// The products `[rows, STRIP]`, sums over the depth; a multiple of [`UNIT_ROWS`].
+        /// The products `[rows, STRIP]`, sums over the depth; `out` has room for a multiple of [`UNIT_ROWS`].
         ///
         /// # Panics
         /// Where a slice is shorter than its extents say.
@@ -85,13 +86,14 @@ mod amx {
             work: UnitProducts<'_>,
             out: &'o mut [MaybeUninit<[f32; STRIP]>],
         ) -> &'o mut [[f32; STRIP]] {
-            let UnitProducts { x, x_pitch, weight, depth, ahead } = work;
-            let rows = out.len();
+            let UnitProducts { x, rows, x_pitch, weight, depth, ahead } = work;
+            let room = rows.next_multiple_of(UNIT_ROWS);
+            let out = &mut out[..room];
             assert!(rows > 0 && depth > 0);
-            assert!(rows.is_multiple_of(UNIT_ROWS) && depth.is_multiple_of(Pairs::STEP));
-            assert!(x.len() >= (rows - 1) * x_pitch + 2 * depth && weight.len() >= depth * STRIP);
+            assert!(depth.is_multiple_of(Pairs::STEP));
+            assert!(x.len() >= (room - 1) * x_pitch + 2 * depth && weight.len() >= depth * STRIP);
             let steps = depth / Pairs::STEP;
-            let blocks = rows / UNIT_ROWS;
+            let blocks = room / UNIT_ROWS;
             let (fetched, lines) = ahead.run();
             const {
                 assert!(STRIP * size_of::<f32>() == 2 * ROW_BYTES);
@@ -125,11 +127,14 @@ mod amx {
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tdpbf16ps tmm1, tmm4, tmm7",
                     "tilezero tmm4",
+                    "test {both}, {both}",
+                    "jz 6f",
                     "tileloaddt1 tmm5, [{lower} + {x_pitch}]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tilezero tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
                     "tilezero tmm5",
+                    "6:",
+                    "tilezero tmm6",
                     "tilezero tmm7",
                     "add {x}, {half}",
                     "add {lower}, {half}",
@@ -166,6 +171,7 @@ mod amx {
                     blocks = inout(reg) blocks => _,
                     step = out(reg) _,
                     line = inout(reg) &raw const TILES => _,
+                    both = in(reg) usize::from(rows > ROWS),
                     x_pitch = in(reg) x_pitch * size_of::<bf16>(),
                     pitch = in(reg) STRIP * size_of::<f32>(),
                     half = const ROW_BYTES,
@@ -177,28 +183,35 @@ mod amx {
                     out_bytes = const UNIT_ROWS * STRIP * size_of::<f32>(),
                     options(nostack),
                 );
-                // SAFETY: all of them have been written.
-                &mut *(&raw mut *out as *mut [[f32; STRIP]])
+                // SAFETY: so many have been written, one or two tiles of every block.
+                &mut *(&raw mut out[..rows] as *mut [[f32; STRIP]])
             }
         }
     }
 
     impl MatrixUnit {
-        /// Writes the products of [`UNIT_ROWS`] packed rows with strips of pieces `[Pairs::STEP, STRIP]`, `steps` of them a strip, to
+        /// Writes the products of `rows` packed rows, at most [`UNIT_ROWS`], with strips of pieces `[Pairs::STEP, STRIP]`, `steps` of them a strip, to
         /// the columns of `out`. Rows lie so many floats apart as is said beside them.
         ///
         /// # Panics
         /// Where a slice is shorter than its extents say, or pieces are more than [`MOST_PIECES`].
         pub(crate) fn multiply_pieces(
             self,
-            (x, x_pitch): (&[f32], usize),
+            (x, rows, x_pitch): (&[f32], usize, usize),
             pieces: &[&[f32]],
             steps: usize,
             out: &mut [f32],
             out_pitch: usize,
         ) {
             let strips = pieces.len() / steps;
-            assert!(strips > 0 && steps > 0 && pieces.len() == strips * steps && pieces.len() <= MOST_PIECES);
+            assert!(
+                rows > 0
+                    && rows <= UNIT_ROWS
+                    && strips > 0
+                    && steps > 0
+                    && pieces.len() == strips * steps
+                    && pieces.len() <= MOST_PIECES
+            );
             assert!(x.len() >= (UNIT_ROWS - 1) * x_pitch + steps * Pairs::STEP);
             assert!(out.len() >= (UNIT_ROWS - 1) * out_pitch + strips * STRIP);
             let mut table = [std::ptr::null(); MOST_PIECES];
@@ -226,11 +239,14 @@ mod amx {
                     "tdpbf16ps tmm0, tmm4, tmm6",
                     "tdpbf16ps tmm1, tmm4, tmm7",
                     "tilezero tmm4",
+                    "test {both}, {both}",
+                    "jz 6f",
                     "tileloadd tmm5, [{lower} + {x_pitch}]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tilezero tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7",
                     "tilezero tmm5",
+                    "6:",
+                    "tilezero tmm6",
                     "tilezero tmm7",
                     "add {x}, {half}",
                     "add {lower}, {half}",
@@ -242,11 +258,14 @@ mod amx {
                     "sub {lower}, {step}",
                     "tilestored [{out} + {out_pitch}], tmm0",
                     "tilestored [{out} + {out_pitch} + {half}], tmm1",
+                    "test {both}, {both}",
+                    "jz 7f",
                     "mov {weight}, {out_pitch}",
                     "shl {weight}, {rows_bits}",
                     "add {weight}, {out}",
                     "tilestored [{weight} + {out_pitch}], tmm2",
                     "tilestored [{weight} + {out_pitch} + {half}], tmm3",
+                    "7:",
                     "add {out}, {strip}",
                     "dec {strips}",
                     "jnz 2b",
@@ -259,6 +278,7 @@ mod amx {
                     strips = inout(reg) strips => _,
                     steps = in(reg) steps,
                     step = out(reg) _,
+                    both = in(reg) usize::from(rows > ROWS),
                     x_pitch = in(reg) x_pitch * size_of::<f32>(),
                     out_pitch = in(reg) out_pitch * size_of::<f32>(),
                     pitch = in(reg) STRIP * size_of::<f32>(),
@@ -303,5 +323,5 @@ impl MatrixUnit {
     }
 
     /// Likewise.
-    pub(crate) fn multiply_pieces(self, _: (&[f32], usize), _: &[&[f32]], _: usize, _: &mut [f32], _: usize) {}
+    pub(crate) fn multiply_pieces(self, _: (&[f32], usize, usize), _: &[&[f32]], _: usize, _: &mut [f32], _: usize) {}
 }

@@ -125,7 +125,7 @@ pub(crate) struct PairedProducts<'a> {
     pub(crate) strips: usize,
     /// Pieces of a strip, at most [`MOST_PIECES`].
     pub(crate) steps: usize,
-    /// `[rows, strips · STRIP]`, `out_pitch` apart; the matrix unit writes [`UNIT_ROWS`](crate::matrix_unit::UNIT_ROWS) rows.
+    /// `[rows, strips · STRIP]`, `out_pitch` apart; the matrix unit writes up to [`UNIT_ROWS`](crate::matrix_unit::UNIT_ROWS) rows.
     pub(crate) out: &'a mut [f32],
     pub(crate) out_pitch: usize,
 }
@@ -160,7 +160,7 @@ impl PairedProducts<'_> {
             assert!(pieces.iter().all(|piece| piece.len() >= Pairs::STEP * STRIP));
             let out = &mut out[first * STRIP..];
             match unit {
-                Some(unit) => unit.multiply_pieces((x, x_pitch), pieces, steps, out, out_pitch),
+                Some(unit) => unit.multiply_pieces((x, rows, x_pitch), pieces, steps, out, out_pitch),
                 None => {
                     assert!(Pairs::are_multiplied::<S>() && rows <= tile_rows::<S>());
                     let work = Pieced { x, x_pitch, pieces, steps, out, out_pitch };

@@ -65,12 +65,13 @@ impl<'a> Straight<'a> {
             for rows in turns(self.rows.clone()) {
                 let work = UnitProducts {
                     x: &self.x[rows.start * self.pass.x.pitch..],
+                    rows: rows.len(),
                     x_pitch: self.pass.x.pitch,
                     weight: bytemuck::cast_slice(pairs),
                     depth: width / 2,
                     ahead: ahead.part(&(rows.start - self.rows.start..rows.end - self.rows.start), self.rows.len()),
                 };
-                let made = self.unit.multiply(work, &mut made[..rows.len()]);
+                let made = self.unit.multiply(work, &mut made);
                 self.write(simd, rows, columns.clone(), made);
             }
         }

@@ -88,13 +88,13 @@ impl Tiles<'_> {
             let tile = first..rows.min(first + made.len());
             let work = UnitProducts {
                 x: bytemuck::cast_slice(&self.x[first * X_PITCH + start..]),
+                rows: tile.len(),
                 x_pitch: 2 * X_PITCH,
                 weight: strip.weight.values,
                 depth: end - start,
                 ahead: strip.ahead.part(&tile, rows),
             };
-            let made = unit.multiply(work, &mut made[..tile.len().next_multiple_of(UNIT_ROWS)]);
-            let made = &made[..tile.len()];
+            let made = &*unit.multiply(work, &mut made);
             if is_first && is_last {
                 self.rows(tile).add(simd, made, strip.column, sums);
                 continue;

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use clap::builder::RangedU64ValueParser;
 use clap::{ArgGroup, Args, ValueEnum};
 use flora::prelude::*;
+use flora_engine::Options;
 
 use super::kinds::KindArguments;
 use super::types;
@@ -66,10 +67,10 @@ pub(crate) struct ModelArguments {
     #[arg(long, default_value = "32", value_parser = RangedU64ValueParser::<usize>::new().range(1..=4096))]
     pub(crate) sequences: usize,
     /// Tokens of a prompt that are run at a time; more of them make prompts faster, and other requests wait longer for a token
-    #[arg(long, default_value = "128", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 16))]
+    #[arg(long, default_value_t = Options::default().chunk_tokens, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 16))]
     pub(crate) chunk_tokens: usize,
     /// Tokens of one step, prompts and generated ones together; at least a chunk and a token of every other request
-    #[arg(long, default_value = "512", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
+    #[arg(long, default_value_t = Options::default().tokens_per_step, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
     pub(crate) tokens_per_step: usize,
     /// Requests that wait at most
     #[arg(long, default_value = "1024", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 24))]
