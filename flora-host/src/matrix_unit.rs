@@ -59,8 +59,9 @@ mod amx {
     /// Rows of a tile.
     const ROWS: usize = UNIT_ROWS / 2;
 
-    /// Bytes of a tile's row.
+    /// Bytes of a tile's row: half a strip.
     const ROW_BYTES: usize = Pairs::STEP * size_of::<f32>();
+    const _: () = assert!(STRIP * size_of::<f32>() == 2 * ROW_BYTES);
 
     static TILES: Tiles = Tiles {
         palette: 1,
@@ -89,18 +90,13 @@ mod amx {
             let UnitProducts { x, rows, x_pitch, weight, depth, ahead } = work;
             let room = rows.next_multiple_of(UNIT_ROWS);
             let out = &mut out[..room];
-            assert!(rows > 0 && depth > 0);
-            assert!(depth.is_multiple_of(Pairs::STEP));
+            assert!(rows > 0 && depth > 0 && depth.is_multiple_of(Pairs::STEP));
             assert!(x.len() >= (room - 1) * x_pitch + 2 * depth && weight.len() >= depth * STRIP);
             let steps = depth / Pairs::STEP;
             let blocks = room / UNIT_ROWS;
             let (fetched, lines) = ahead.run();
-            const {
-                assert!(STRIP * size_of::<f32>() == 2 * ROW_BYTES);
-            }
-            // SAFETY: the process may use the unit; x is read up to `depth` of so many rows, the weight as many pairs, and `out` is
-            // written whole: extents that have been compared with their slices. A fetch is no access. The compiler doesn't use
-            // tiles, and they are released at the end.
+            // SAFETY: the process may use the unit; what is read and written has been compared with the slices, and a fetch is no
+            // access. The compiler doesn't use tiles, and they are released at the end.
             unsafe {
                 asm!(
                     "ldtilecfg [{line}]",
@@ -183,15 +179,14 @@ mod amx {
                     out_bytes = const UNIT_ROWS * STRIP * size_of::<f32>(),
                     options(nostack),
                 );
-                // SAFETY: so many have been written, one or two tiles of every block.
+                // So many have been written: one or two tiles of every block.
                 &mut *(&raw mut out[..rows] as *mut [[f32; STRIP]])
             }
         }
-    }
 
-    impl MatrixUnit {
-        /// Writes the products of `rows` packed rows, at most [`UNIT_ROWS`], with strips of pieces `[Pairs::STEP, STRIP]`, `steps` of them a strip, to
-        /// the columns of `out`. Rows lie so many floats apart as is said beside them.
+        /// Writes the products of `rows` packed rows, at most [`UNIT_ROWS`], with strips of pieces `[Pairs::STEP, STRIP]`, `steps`
+        /// of them a strip, to the columns of `out`, one strip beside the other. Rows lie a pitch of floats apart; up to
+        /// [`UNIT_ROWS`] of them are read and written.
         ///
         /// # Panics
         /// Where a slice is shorter than its extents say, or pieces are more than [`MOST_PIECES`].
@@ -204,14 +199,8 @@ mod amx {
             out_pitch: usize,
         ) {
             let strips = pieces.len() / steps;
-            assert!(
-                rows > 0
-                    && rows <= UNIT_ROWS
-                    && strips > 0
-                    && steps > 0
-                    && pieces.len() == strips * steps
-                    && pieces.len() <= MOST_PIECES
-            );
+            assert!(rows > 0 && rows <= UNIT_ROWS && strips > 0);
+            assert!(pieces.len() == strips * steps && pieces.len() <= MOST_PIECES);
             assert!(x.len() >= (UNIT_ROWS - 1) * x_pitch + steps * Pairs::STEP);
             assert!(out.len() >= (UNIT_ROWS - 1) * out_pitch + strips * STRIP);
             let mut table = [std::ptr::null(); MOST_PIECES];
