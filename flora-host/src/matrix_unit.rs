@@ -71,6 +71,33 @@ mod amx {
         rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
     };
 
+    /// A step of two tiles of rows, the second where there is `both`, times two tiles of the weight. `load` loads the rows'.
+    macro_rules! step {
+        ($load:literal) => {
+            concat!(
+                $load,
+                " tmm4, [{x} + {x_pitch}]\n",
+                "tileloadd tmm6, [{weight} + {pitch}]\n",
+                "tileloadd tmm7, [{weight} + {pitch} + {half}]\n",
+                "tdpbf16ps tmm0, tmm4, tmm6\n",
+                "tdpbf16ps tmm1, tmm4, tmm7\n",
+                "tilezero tmm4\n",
+                "test {both}, {both}\n",
+                "jz 6f\n",
+                $load,
+                " tmm5, [{lower} + {x_pitch}]\n",
+                "tdpbf16ps tmm2, tmm5, tmm6\n",
+                "tdpbf16ps tmm3, tmm5, tmm7\n",
+                "tilezero tmm5\n",
+                "6:\n",
+                "tilezero tmm6\n",
+                "tilezero tmm7\n",
+                "add {x}, {half}\n",
+                "add {lower}, {half}",
+            )
+        };
+    }
+
     impl MatrixUnit {
         /// The unit, where the processor has one and the system lets this process use it.
         pub(crate) fn get() -> Option<Self> {
@@ -117,23 +144,7 @@ mod amx {
                     "dec {line}",
                     "jnz 4b",
                     "5:",
-                    "tileloaddt1 tmm4, [{x} + {x_pitch}]",
-                    "tileloadd tmm6, [{weight} + {pitch}]",
-                    "tileloadd tmm7, [{weight} + {pitch} + {half}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tilezero tmm4",
-                    "test {both}, {both}",
-                    "jz 6f",
-                    "tileloaddt1 tmm5, [{lower} + {x_pitch}]",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    "tilezero tmm5",
-                    "6:",
-                    "tilezero tmm6",
-                    "tilezero tmm7",
-                    "add {x}, {half}",
-                    "add {lower}, {half}",
+                    step!("tileloaddt1"),
                     "add {weight}, {block}",
                     "dec {step}",
                     "jnz 3b",
@@ -222,23 +233,7 @@ mod amx {
                     "3:",
                     "mov {weight}, [{table}]",
                     "add {table}, 8",
-                    "tileloadd tmm4, [{x} + {x_pitch}]",
-                    "tileloadd tmm6, [{weight} + {pitch}]",
-                    "tileloadd tmm7, [{weight} + {pitch} + {half}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tilezero tmm4",
-                    "test {both}, {both}",
-                    "jz 6f",
-                    "tileloadd tmm5, [{lower} + {x_pitch}]",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    "tilezero tmm5",
-                    "6:",
-                    "tilezero tmm6",
-                    "tilezero tmm7",
-                    "add {x}, {half}",
-                    "add {lower}, {half}",
+                    step!("tileloadd"),
                     "dec {step}",
                     "jnz 3b",
                     "mov {step}, {steps}",

@@ -1,6 +1,6 @@
 //! Attention of one step: every row over the keys and values of its own sequence, up to its own token, in some models only over the
-//! last so many. The rows of a key-value
-//! head are queries of the same keys, whichever query head they are of, so that no key or value is ever repeated.
+//! last so many. The rows of a key-value head are queries of the same keys, whichever query head they are of, so that no key or value
+//! is ever repeated.
 //!
 //! A row goes through its keys in spans of [`SPAN`] from position 0 on, those apart of which it sees none, and sums over a span in
 //! rising order. So its bits are the same whatever other rows it is computed with: those of its prompt, however that is cut, or none.
@@ -12,10 +12,9 @@ mod paired;
 
 use std::ops::Range;
 
+use flora_plan::layer::Element;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
-
-use flora_plan::layer::Element;
 
 use crate::HostEngine;
 use crate::decoder::cache::{KEYS, KeyValueCache, Layout};
