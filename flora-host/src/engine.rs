@@ -13,13 +13,14 @@ use crate::call_memory::{CallMemory, Lent};
 use crate::check::{check, check_recipe};
 use crate::error::HostError;
 use crate::finish::Finish;
-use crate::gemm::{self, Pass};
+use crate::gemm;
 use crate::layout::strips_len;
 use crate::low_rank::{self, Shrink};
 use crate::materialise::{self, Recipe};
 use crate::matrix_unit::MatrixUnit;
 use crate::operands::{Layer, Operands};
 use crate::pack::Vectors;
+use crate::pass::{self, Pass};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::values::{Replaced, RowSink, Rows, RowsMut, Shared, Sink, Values, ValuesMut};
@@ -339,7 +340,7 @@ impl<S: Simd> Sources<'_, S> {
                 let Gemm { rows, segments, scales, low_rank, .. } = gemm;
                 self.pass(
                     weight,
-                    gemm::Rows { rows, segments, scales, low_rank, sources: &[] },
+                    pass::Rows { rows, segments, scales, low_rank, sources: &[] },
                     hidden,
                     gemm.finishes,
                     sink,
@@ -349,7 +350,7 @@ impl<S: Simd> Sources<'_, S> {
                 if let Some(merged) = self.layer.merged {
                     lent.rows.clear();
                     plain_rows(0..tokens, &mut lent.rows);
-                    self.pass(merged, gemm::Rows::plain(&lent.rows), &[], true, sink);
+                    self.pass(merged, pass::Rows::plain(&lent.rows), &[], true, sink);
                 }
             }
             Step::Materialised(step) => self.materialised(weight, step, sink, lent),
@@ -357,7 +358,7 @@ impl<S: Simd> Sources<'_, S> {
         }
     }
 
-    fn pass(&self, weight: Strips<'_>, rows: gemm::Rows<'_>, hidden: &[f32], finishes: bool, sink: RowSink) {
+    fn pass(&self, weight: Strips<'_>, rows: pass::Rows<'_>, hidden: &[f32], finishes: bool, sink: RowSink) {
         let (x, Layer { in_pool, out_pool, .. }) = (self.x, self.layer);
         let finish = finishes.then_some(self.finish);
         let form = gemm::fastest::<S>(weight, x, self.unit);
@@ -378,7 +379,7 @@ impl<S: Simd> Sources<'_, S> {
             let made = lent.weight.floats(size);
             materialise::make(self.simd, recipe, made, self.scratches);
             let made = Strips::floats(out_pool.width, made);
-            self.pass(made, gemm::Rows::plain(&lent.rows), &[], step.finishes, sink);
+            self.pass(made, pass::Rows::plain(&lent.rows), &[], step.finishes, sink);
         }
     }
 

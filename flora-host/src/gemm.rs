@@ -7,14 +7,13 @@
 
 use std::ops::Range;
 
-use flora_plan::schedule::{LowRankRows, OnChipSegment, Scale, ScheduledRow};
+use flora_plan::schedule::{OnChipSegment, ScheduledRow};
 use pulp::Simd;
 
 use crate::block_scales::BlockScales;
 use crate::buffer::Buffer;
 use crate::factors::Factors;
 use crate::fetch::Pieces;
-use crate::finish::Finish;
 use crate::frame::Frame;
 use crate::kernel::{Columns, Form, NO_SCALES, OutScales};
 use crate::layout::{PAIRED_SLICE, SLICE, STRIP, X_PITCH};
@@ -23,32 +22,15 @@ use crate::matrix_unit::{MatrixUnit, UNIT_ROWS};
 use crate::pack::{Vectors, pack_rows};
 use crate::pairs::{pack_pairs, round_pairs};
 use crate::partition::{PANEL_COLUMNS, UNIT_PANEL_COLUMNS, blocks, even_part, even_tiles, panels};
+use crate::pass::{Pass, Rows};
 use crate::pool::Pool;
 use crate::products::Pairs;
 use crate::scratch::Scratch;
 use crate::straight::Straight;
 use crate::terms::{PackedSegment, Terms};
 use crate::tiles::{StripPart, Tiles};
-use crate::values::{RowSink, Values};
+use crate::values::Values;
 use crate::weight::Strips;
-
-/// The rows of a pass; the fields are those of [`Gemm`](flora_plan::schedule::Gemm).
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Rows<'a> {
-    pub(crate) rows: &'a [ScheduledRow],
-    pub(crate) segments: &'a [OnChipSegment],
-    pub(crate) scales: &'a [Scale],
-    pub(crate) low_rank: &'a [LowRankRows],
-    /// The row of x that each of `rows` reads, by its own row; none: they read their own.
-    pub(crate) sources: &'a [u32],
-}
-
-impl<'a> Rows<'a> {
-    /// Virtual rows alone.
-    pub(crate) fn plain(rows: &'a [ScheduledRow]) -> Self {
-        Self { rows, ..Self::default() }
-    }
-}
 
 /// Inputs of a strip that are decoded or composed at a time: as large as two thirds of the first-level cache.
 const PART: usize = 256;
@@ -56,27 +38,6 @@ const PART: usize = 256;
 /// Rows and in-vectors that are packed at a time. A slice of them stays in the second-level cache beside a strip, and every strip
 /// serves all of them.
 const PACKED: usize = 192;
-
-/// What a pass reads and writes.
-#[derive(Clone, Copy)]
-pub(crate) struct Pass<'a> {
-    /// What is multiplied: pairs where the weight has some and the processor multiplies them.
-    pub(crate) form: Form,
-    pub(crate) weight: Strips<'a>,
-    /// `[tokens, d]`
-    pub(crate) x: Vectors<'a>,
-    /// `[slots, d]`
-    pub(crate) in_pool: Vectors<'a>,
-    /// `[slots, k]`
-    pub(crate) out_pool: Vectors<'a>,
-    pub(crate) rows: Rows<'a>,
-    /// x @ b of every row of `rows.low_rank`, one run after the other.
-    pub(crate) hidden: &'a [f32],
-    /// `None`: the sums are written as they are.
-    pub(crate) finish: Option<Finish<'a>>,
-    /// `[tokens, k]`
-    pub(crate) sink: RowSink,
-}
 
 /// The form in which x is multiplied by a weight fastest. The bits of a row depend on it, so that it is the same for all rows of a layer.
 pub(crate) fn fastest<S: Simd>(weight: Strips<'_>, x: Vectors<'_>, unit: Option<MatrixUnit>) -> Form {

@@ -13,6 +13,9 @@ pub(crate) const PAIRED_SLICE: usize = 2 * SLICE;
 /// Floats from one row of packed x to the next: not a multiple of the cache's period, so that rows don't evict one another.
 pub(crate) const X_PITCH: usize = SLICE + 16;
 
+/// The most pieces that follow one another in a product.
+pub(crate) const MOST_PIECES: usize = 64;
+
 /// Numbers of a matrix `[rows, k]` in strips.
 pub(crate) fn strips_len(rows: usize, k: usize) -> usize {
     rows * k.next_multiple_of(STRIP)

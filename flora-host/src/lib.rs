@@ -39,6 +39,8 @@ mod owned;
 mod pack;
 mod pairs;
 mod partition;
+mod pass;
+mod pieces;
 mod pool;
 mod products;
 mod scratch;

@@ -12,8 +12,7 @@
 use half::bf16;
 
 use crate::fetch::Pieces;
-use crate::layout::STRIP;
-use crate::pairs::MOST_PIECES;
+use crate::layout::{MOST_PIECES, STRIP};
 use crate::products::Pairs;
 
 /// Proof that this process may use the unit.

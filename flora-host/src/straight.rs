@@ -11,10 +11,10 @@ use half::bf16;
 use pulp::Simd;
 
 use crate::fetch::Pieces;
-use crate::gemm::Pass;
 use crate::kernel::Form;
 use crate::layout::{PAIRED_SLICE, STRIP};
 use crate::matrix_unit::{MatrixUnit, UNIT_ROWS, UnitProducts};
+use crate::pass::Pass;
 use crate::products::Pairs;
 use crate::values::Values;
 use crate::vectorise::vectorised;

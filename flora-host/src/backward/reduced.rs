@@ -12,11 +12,12 @@ use pulp::Simd;
 
 use super::Inputs;
 use crate::call_memory::{GradientMemory, Lent};
-use crate::gemm::{self, Pass, Rows};
+use crate::gemm;
 use crate::kernel::Form;
 use crate::operands::Layer;
 use crate::pack::Vectors;
 use crate::partition::{PANEL_COLUMNS, panels};
+use crate::pass::{Pass, Rows};
 use crate::values::{Shared, Sink};
 use crate::vectorise::vectorised;
 
