@@ -28,7 +28,7 @@ impl<'a> Pieces<'a> {
     }
 
     /// Where the first line lies, and how many follow one another from it on.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
+    #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), expect(dead_code))]
     pub(crate) fn run(self) -> (*const u8, usize) {
         let Self { bytes, lines, pitch, first, end } = self;
         let Some(piece) = first.checked_div(lines) else { return (bytes.as_ptr(), 0) };

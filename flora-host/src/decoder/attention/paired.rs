@@ -146,7 +146,7 @@ impl Memory {
                     },
                 );
 
-                let own_values: usize = pitch * KEYS / 2;
+                let own_values = pitch * KEYS / 2;
                 if one_by_one {
                     masked.clear();
                     for held in seen {
