@@ -3,7 +3,7 @@
 use flora_plan::schedule::{LowRankRows, ScheduledRow};
 
 use crate::buffer::Buffer;
-use crate::low_rank::Shrink;
+use crate::shrink::Shrink;
 
 /// What one call needs beside its threads' scratch.
 #[derive(Default)]

@@ -12,10 +12,10 @@ use crate::buffer::Buffer;
 use crate::call_memory::{CallMemory, Lent};
 use crate::check::{check, check_recipe};
 use crate::error::HostError;
+use crate::expand;
 use crate::finish::Finish;
 use crate::gemm;
 use crate::layout::strips_len;
-use crate::low_rank::{self, Shrink};
 use crate::materialise::{self, Recipe};
 use crate::matrix_unit::MatrixUnit;
 use crate::operands::{Layer, Operands};
@@ -23,6 +23,7 @@ use crate::pack::Vectors;
 use crate::pass::{self, Pass};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
+use crate::shrink::{self, Shrink};
 use crate::values::{Replaced, RowSink, Rows, RowsMut, Shared, Sink, Values, ValuesMut};
 use crate::weight::{Strips, Weight};
 
@@ -410,15 +411,15 @@ impl<S: Simd> Sources<'_, S> {
 
     /// The h of runs of rows, one run after the other.
     fn shrink<'h>(&self, runs: &[LowRankRows], tasks: &mut Vec<Shrink>, hidden: &'h mut Buffer) -> &'h [f32] {
-        let hidden = hidden.floats(low_rank::tasks(runs, tasks));
-        low_rank::shrink(self.simd, (self.x, self.gates), self.layer.in_pool, tasks, hidden, self.scratches);
+        let hidden = hidden.floats(shrink::tasks(runs, tasks));
+        shrink::shrink(self.simd, (self.x, self.gates), self.layer.in_pool, tasks, hidden, self.scratches);
         hidden
     }
 
     fn add_low_rank(&self, outputs: &mut [f32], lent: &mut Lent) {
         let hidden = self.shrink(&lent.runs, &mut lent.shrinks, &mut lent.hidden);
         let pools = (self.layer.in_pool, self.layer.out_pool);
-        low_rank::expand_all(self.simd, pools, &lent.runs, hidden, outputs, self.scratches);
+        expand::expand_all(self.simd, pools, &lent.runs, hidden, outputs, self.scratches);
     }
 }
 

@@ -12,12 +12,12 @@ use pulp::Simd;
 
 use crate::block_scales::BlockScales;
 use crate::buffer::Buffer;
+use crate::expand::expand_rows;
 use crate::factors::Factors;
 use crate::fetch::Pieces;
 use crate::frame::Frame;
 use crate::kernel::{Columns, Form, NO_SCALES, OutScales};
 use crate::layout::{PAIRED_SLICE, SLICE, STRIP, X_PITCH};
-use crate::low_rank::expand;
 use crate::matrix_unit::{MatrixUnit, UNIT_ROWS};
 use crate::pack::{Vectors, pack_rows};
 use crate::pairs::{pack_pairs, round_pairs};
@@ -177,7 +177,7 @@ impl<S: Simd> Panel<'_, S> {
         if block.segments.is_empty()
             && let Some(straight) = Straight::of(self.pass, block.rows)
         {
-            return straight.run(self.frame.simd, self.frame.columns.clone());
+            return straight.run(&self.frame, scratch);
         }
         scratch.sums.floats(block.range.len() * self.frame.pitch()).fill(0.0);
         for depth in slices(self.pass.x.width, self.most_inputs()) {
@@ -380,18 +380,9 @@ impl<S: Simd> Panel<'_, S> {
     /// Adds the low-rank sums of the block's rows.
     fn add_low_rank(&self, block: &Block<'_>, scratch: &mut Scratch) {
         let mut buffer = std::mem::take(&mut scratch.sums);
-        let sums = buffer.floats(block.range.len() * self.frame.pitch());
-        let mut hidden = self.pass.hidden;
-        for run in self.pass.rows.low_rank {
-            let (run_hidden, rest) = hidden.split_at(run.rows as usize * run.rank as usize);
-            hidden = rest;
-            let rows = clip(run.first_row, run.rows, &block.range);
-            if !rows.is_empty() {
-                let rows_hidden = &run_hidden[(rows.start - run.first_row as usize) * run.rank as usize..];
-                let first_sum = (rows.start - block.range.start) * self.frame.pitch();
-                expand(&self.frame, run, rows.len(), rows_hidden, &mut sums[first_sum..], scratch);
-            }
-        }
+        let pitch = self.frame.pitch();
+        let sums = buffer.floats(block.range.len() * pitch);
+        expand_rows(&self.frame, (self.pass.rows.low_rank, self.pass.hidden), &block.range, (sums, pitch), scratch);
         scratch.sums = buffer;
     }
 

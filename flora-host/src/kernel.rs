@@ -56,7 +56,7 @@ pub(crate) enum Form {
 pub(crate) const NO_SCALES: usize = usize::MAX;
 
 /// Depths between two of a tile's fetches.
-const TURN: usize = 4;
+pub(crate) const TURN: usize = 4;
 
 /// Products of a part of a slice, which go on from the part before it.
 pub(crate) struct Part<'a> {
@@ -338,7 +338,7 @@ pub(crate) struct Operand {
 }
 
 /// Steps between a vector's fetch and its use.
-const NEAR: usize = 8;
+pub(crate) const NEAR: usize = 8;
 
 /// `sums[i] += Σ_step left[i · row_pitch + step · step_pitch] · right[step]`, in rising order of the steps.
 ///

@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
+use bytemuck::Pod;
 use half::bf16;
 use pulp::Simd;
 
+use crate::fetch::Pieces;
 use crate::layout::X_PITCH;
 use crate::values::{NOT_REPLACED, Replaced, Values};
 use crate::vectorise::vectorised;
@@ -47,11 +49,31 @@ impl<'a> Vectors<'a> {
     }
 
     /// The numbers `range` of vector `slot` where they lie, if they are f32.
-    fn f32s(&self, slot: usize, range: Range<usize>) -> Option<&'a [f32]> {
+    pub(crate) fn f32s(&self, slot: usize, range: Range<usize>) -> Option<&'a [f32]> {
         match self.of(slot) {
             (Values::F32(values), start) => Some(&values[start + range.start..start + range.end]),
             _ => None,
         }
+    }
+
+    /// The memory of some columns of vectors that follow one another.
+    pub(crate) fn pieces(&self, slots: Range<usize>, columns: Range<usize>) -> Pieces<'a> {
+        match self.values {
+            Values::F32(values) => self.pieces_of(values, slots, columns),
+            Values::F16(values) => self.pieces_of(values, slots, columns),
+            Values::Bf16(values) => self.pieces_of(values, slots, columns),
+        }
+    }
+
+    fn pieces_of<T: Pod>(&self, values: &'a [T], slots: Range<usize>, columns: Range<usize>) -> Pieces<'a> {
+        let Some(last) = slots.end.checked_sub(1) else { return Pieces::default() };
+        let (first, end) = (slots.start * self.pitch + columns.start, last * self.pitch + columns.end);
+        let size = size_of::<T>();
+        let all = values.get(first..end).unwrap_or_default();
+        if columns.is_empty() || all.is_empty() {
+            return Pieces::default();
+        }
+        Pieces::new(bytemuck::cast_slice(all), slots.len(), size * columns.len(), size * self.pitch)
     }
 
     /// The numbers of vector `slot` from `first` on.

@@ -1,5 +1,6 @@
-//! Rows that nothing is done to, by the matrix unit: they are read where they lie, and a strip's outputs are finished and written as
-//! they are made. Nothing is packed or summed in memory, which costs more than products that are this quick.
+//! Rows that nothing is done to before they are multiplied, as floats or by the matrix unit: they are read where they lie, and a
+//! strip's outputs are finished and written as they are made. Nothing is packed or summed in memory, which takes a tenth of the
+//! time of floats, and more than products that are as quick as the unit's.
 //!
 //! A row's bits are those that [`crate::gemm`] gives it.
 
@@ -10,78 +11,125 @@ use flora_plan::schedule::ScheduledRow;
 use half::bf16;
 use pulp::Simd;
 
+use crate::expand::expand_strip;
 use crate::fetch::Pieces;
-use crate::kernel::Form;
+use crate::frame::Frame;
+use crate::kernel::{Form, MOST_TILE_ROWS, tile_rows};
 use crate::layout::{PAIRED_SLICE, STRIP};
 use crate::matrix_unit::{MatrixUnit, UNIT_ROWS, UnitProducts};
+use crate::pack::Vectors;
+use crate::partition::even_tiles;
 use crate::pass::Pass;
 use crate::products::Pairs;
+use crate::scratch::Scratch;
+use crate::unpacked::UnpackedTile;
 use crate::values::Values;
 use crate::vectorise::vectorised;
-
-/// Rows whose products are in being at a time.
-const TOGETHER: usize = 4 * UNIT_ROWS;
 
 /// Such rows of a pass.
 pub(crate) struct Straight<'a> {
     pass: &'a Pass<'a>,
-    unit: MatrixUnit,
-    /// All rows of x.
-    x: &'a [bf16],
     rows: Range<usize>,
+    operands: Operands<'a>,
+}
+
+/// All rows of x, and what multiplies them.
+#[derive(Clone, Copy)]
+enum Operands<'a> {
+    Floats(&'a [f32]),
+    Pairs(&'a [bf16], MatrixUnit),
 }
 
 impl<'a> Straight<'a> {
-    /// Rows of a pass, if they are such: whole steps of whole numbers, at least as many as the unit takes at a time.
+    /// Rows of a pass, if they are such and one after the other. The matrix unit reads whole steps of as many rows as it takes at a
+    /// time.
     pub(crate) fn of(pass: &'a Pass<'a>, rows: &[ScheduledRow]) -> Option<Self> {
-        let (Form::Pairs(Some(unit)), Values::Bf16(x), None) = (pass.form, pass.x.values, pass.x.replaced) else {
-            return None;
-        };
         let width = pass.x.width;
-        let is_whole = width.is_multiple_of(2 * Pairs::STEP) && width <= PAIRED_SLICE;
+        let operands = match (pass.form, pass.x.values) {
+            (Form::Floats, Values::F32(x)) if !pass.weight.are_encoded() => Operands::Floats(x),
+            (Form::Pairs(Some(unit)), Values::Bf16(x))
+                if rows.len() >= UNIT_ROWS && width.is_multiple_of(2 * Pairs::STEP) && width <= PAIRED_SLICE =>
+            {
+                Operands::Pairs(x, unit)
+            }
+            _ => return None,
+        };
         let first = rows.first()?.row as usize;
         let is_plain = |(at, row): (usize, &ScheduledRow)| {
             let ScheduledRow { row, in_slot, out_slot, last } = *row;
             (row as usize, in_slot, out_slot, last) == (first + at, 0, 0, 1)
         };
-        let are_plain = pass.rows.low_rank.is_empty() && pass.rows.sources.is_empty();
-        if rows.len() < UNIT_ROWS || !is_whole || !are_plain || !rows.iter().enumerate().all(is_plain) {
-            return None;
-        }
-        Some(Self { pass, unit, x, rows: first..first + rows.len() })
+        let are_as_they_lie = pass.rows.sources.is_empty() && pass.x.replaced.is_none();
+        let are_plain = are_as_they_lie && rows.iter().enumerate().all(is_plain);
+        are_plain.then(|| Self { pass, operands, rows: first..first + rows.len() })
     }
 
     /// Writes their outputs of a panel of columns.
-    pub(crate) fn run<S: Simd>(&self, simd: S, panel: Range<usize>) {
-        let weight = self.pass.weight;
-        let width = self.pass.x.width;
-        let strips = panel.start / STRIP..panel.end.div_ceil(STRIP);
-        let mut made = [const { MaybeUninit::uninit() }; TOGETHER];
+    pub(crate) fn run<S: Simd>(&self, panel: &Frame<'_, S>, scratch: &mut Scratch) {
+        let Pass { weight, x: Vectors { width, pitch, .. }, .. } = *self.pass;
+        let end = panel.columns.end;
+        let strips = panel.columns.start / STRIP..end.div_ceil(STRIP);
         for strip in strips.clone() {
-            let columns = strip * STRIP..panel.end.min((strip + 1) * STRIP);
-            let pairs = weight.pairs(strip, 0..width);
+            let columns = strip * STRIP..end.min((strip + 1) * STRIP);
             let next = strip + 1;
             let ahead = if next < strips.end { weight.stored(next, 0..width) } else { Pieces::default() };
-            for rows in turns(self.rows.clone()) {
-                let work = UnitProducts {
-                    x: &self.x[rows.start * self.pass.x.pitch..],
-                    rows: rows.len(),
-                    x_pitch: self.pass.x.pitch,
-                    weight: bytemuck::cast_slice(pairs),
-                    depth: width / 2,
-                    ahead: ahead.part(&(rows.start - self.rows.start..rows.end - self.rows.start), self.rows.len()),
-                };
-                let made = self.unit.multiply(work, &mut made);
-                self.write(simd, rows, columns.clone(), made);
+            let frame = Frame { columns, ..*panel };
+            for rows in self.turns::<S>() {
+                let turn = rows.start - self.rows.start..rows.end - self.rows.start;
+                let ahead = ahead.part(&turn, self.rows.len());
+                match self.operands {
+                    Operands::Floats(x) => {
+                        let mut made = [[0.0; STRIP]; MOST_TILE_ROWS];
+                        let made = &mut made[..rows.len()];
+                        let (x, x_pitch) = (&x[rows.start * pitch..], pitch);
+                        UnpackedTile { x, x_pitch, weight: weight.unencoded(strip), ahead, out: &mut *made }
+                            .run(frame.simd);
+                        self.write(&frame, (rows, end), made, scratch);
+                    }
+                    Operands::Pairs(x, unit) => {
+                        let mut made = [const { MaybeUninit::uninit() }; PAIRS_TOGETHER];
+                        let work = UnitProducts {
+                            x: &x[rows.start * pitch..],
+                            rows: rows.len(),
+                            x_pitch: pitch,
+                            weight: bytemuck::cast_slice(weight.pairs(strip, 0..width)),
+                            depth: width / 2,
+                            ahead,
+                        };
+                        let made = unit.multiply(work, &mut made);
+                        self.write(&frame, (rows, end), made, scratch);
+                    }
+                }
             }
         }
     }
 
-    /// Finishes and writes outputs.
-    fn write<S: Simd>(&self, simd: S, rows: Range<usize>, columns: Range<usize>, made: &mut [[f32; STRIP]]) {
+    /// The rows whose products are in being at a time: a tile of floats, or some blocks of the unit.
+    fn turns<S: Simd>(&self) -> impl Iterator<Item = Range<usize>> {
+        let (tiles, blocks) = match self.operands {
+            Operands::Floats(_) => (Some(even_tiles(self.rows.len(), tile_rows::<S>())), None),
+            Operands::Pairs(..) => (None, Some(turns(self.rows.clone()))),
+        };
+        let first = self.rows.start;
+        let tiles = tiles.into_iter().flatten().map(move |tile| first + tile.start..first + tile.end);
+        tiles.chain(blocks.into_iter().flatten())
+    }
+
+    /// Adds low-rank sums to a strip's products, finishes and writes them. The panel has columns up to `end`.
+    fn write<S: Simd>(
+        &self,
+        frame: &Frame<'_, S>,
+        (rows, end): (Range<usize>, usize),
+        made: &mut [[f32; STRIP]],
+        scratch: &mut Scratch,
+    ) {
         let Pass { finish, sink, out_pool, .. } = *self.pass;
+        let (runs, hidden) = (self.pass.rows.low_rank, self.pass.hidden);
+        let next = frame.columns.end..end.min(frame.columns.end + STRIP);
+        expand_strip(frame, (runs, hidden), &rows, next, made, &mut scratch.outer);
+        let columns = frame.columns.clone();
         vectorised(
-            simd,
+            frame.simd,
             #[inline(always)]
             || {
                 if let Some(finish) = finish {
@@ -94,12 +142,15 @@ impl<'a> Straight<'a> {
     }
 }
 
+/// Rows whose products the matrix unit has in being at a time.
+const PAIRS_TOGETHER: usize = 4 * UNIT_ROWS;
+
 /// The rows in turns of whole blocks of the unit. The last one begins with rows of the one before it where others are too few.
 fn turns(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let whole = rows.len() / UNIT_ROWS * UNIT_ROWS;
     let end = rows.start + whole;
     let last = (rows.len() > whole).then(|| rows.end - UNIT_ROWS..rows.end);
-    (rows.start..end).step_by(TOGETHER).map(move |first| first..end.min(first + TOGETHER)).chain(last)
+    (rows.start..end).step_by(PAIRS_TOGETHER).map(move |first| first..end.min(first + PAIRS_TOGETHER)).chain(last)
 }
 
 #[cfg(test)]
@@ -113,7 +164,7 @@ mod tests {
             let mut next = rows.start;
             for turn in turns(rows.clone()) {
                 assert!(turn.start <= next && turn.end > next && turn.len().is_multiple_of(UNIT_ROWS), "{turn:?}");
-                assert!(turn.start >= rows.start && turn.len() <= TOGETHER);
+                assert!(turn.start >= rows.start && turn.len() <= PAIRS_TOGETHER);
                 next = turn.end;
             }
             assert_eq!(next, rows.end);

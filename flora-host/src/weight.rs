@@ -206,6 +206,14 @@ impl<'a> Strips<'a> {
         }
     }
 
+    /// Strip `at` of floats that can be multiplied as they lie, `[inputs, STRIP]`; nothing of others.
+    pub(crate) fn unencoded(&self, at: usize) -> &'a [f32] {
+        match self.numbers {
+            Numbers::F32(values) if !self.are_encoded() => self.strip(values, at),
+            _ => &[],
+        }
+    }
+
     /// Whether they are pairs that can be multiplied as they lie.
     pub(crate) fn are_pairs(&self) -> bool {
         matches!((self.walk, self.numbers), (Walk::Along, Numbers::Bf16(_)))

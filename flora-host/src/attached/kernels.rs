@@ -8,7 +8,7 @@ use pulp::{Simd, WithSimd};
 use super::batch::TILE_ROWS;
 use super::placed::Floats;
 use super::rows::FloatRows;
-use crate::low_rank::horizontal_sum;
+use crate::shrink::horizontal_sum;
 use crate::vectorise::vectorised;
 
 /// Vectors that a row is multiplied by together.

@@ -6,8 +6,8 @@ use pulp::Simd;
 
 use super::Inputs;
 use crate::call_memory::{GradientMemory, Lent};
-use crate::low_rank;
 use crate::pack::Vectors;
+use crate::{expand, shrink};
 
 /// The pairs of one side of a layer.
 #[derive(Clone, Copy)]
@@ -81,8 +81,8 @@ impl Side<'_> {
         if runs.is_empty() {
             return;
         }
-        let hidden = hidden.floats(low_rank::tasks(runs, shrinks));
-        low_rank::shrink(inputs.simd, (self.rows, None), self.pool, shrinks, hidden, inputs.scratches);
+        let hidden = hidden.floats(shrink::tasks(runs, shrinks));
+        shrink::shrink(inputs.simd, (self.rows, None), self.pool, shrinks, hidden, inputs.scratches);
         let turned = turned.floats(hidden.len());
         let mut first = 0;
         for run in runs.iter() {
@@ -94,6 +94,6 @@ impl Side<'_> {
             first += rows * rank;
         }
         let pools = (self.pool, self.others);
-        low_rank::expand_all(inputs.simd, pools, products, turned, gradients, inputs.scratches);
+        expand::expand_all(inputs.simd, pools, products, turned, gradients, inputs.scratches);
     }
 }
