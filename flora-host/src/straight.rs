@@ -69,6 +69,8 @@ impl<'a> Straight<'a> {
         let Pass { weight, x: Vectors { width, pitch, .. }, .. } = *self.pass;
         let end = panel.columns.end;
         let strips = panel.columns.start / STRIP..end.div_ceil(STRIP);
+        let (mut tile, mut blocks) =
+            ([[0.0; STRIP]; MOST_TILE_ROWS], [const { MaybeUninit::uninit() }; PAIRS_TOGETHER]);
         for strip in strips.clone() {
             let columns = strip * STRIP..end.min((strip + 1) * STRIP);
             let next = strip + 1;
@@ -79,15 +81,13 @@ impl<'a> Straight<'a> {
                 let ahead = ahead.part(&turn, self.rows.len());
                 match self.operands {
                     Operands::Floats(x) => {
-                        let mut made = [[0.0; STRIP]; MOST_TILE_ROWS];
-                        let made = &mut made[..rows.len()];
+                        let made = &mut tile[..rows.len()];
                         let (x, x_pitch) = (&x[rows.start * pitch..], pitch);
                         UnpackedTile { x, x_pitch, weight: weight.unencoded(strip), ahead, out: &mut *made }
                             .run(frame.simd);
                         self.write(&frame, (rows, end), made, scratch);
                     }
                     Operands::Pairs(x, unit) => {
-                        let mut made = [const { MaybeUninit::uninit() }; PAIRS_TOGETHER];
                         let work = UnitProducts {
                             x: &x[rows.start * pitch..],
                             rows: rows.len(),
@@ -96,7 +96,7 @@ impl<'a> Straight<'a> {
                             depth: width / 2,
                             ahead,
                         };
-                        let made = unit.multiply(work, &mut made);
+                        let made = unit.multiply(work, &mut blocks);
                         self.write(&frame, (rows, end), made, scratch);
                     }
                 }

@@ -9,7 +9,7 @@ use crate::fetch::{Ahead, Pieces, fetch_near};
 use crate::kernel::{MOST_TILE_ROWS, NEAR, TURN, load, store, tile_columns, tile_rows, with_rows};
 use crate::layout::{SLICE, STRIP};
 
-/// `out += x @ weight`, slice after slice of the depth.
+/// `out = x @ weight`, the sum of the slices of the depth one after the other.
 pub(crate) struct UnpackedTile<'a> {
     /// From the first row's first number on.
     pub(crate) x: &'a [f32],
@@ -19,7 +19,7 @@ pub(crate) struct UnpackedTile<'a> {
     pub(crate) weight: &'a [f32],
     /// What will be needed next.
     pub(crate) ahead: Pieces<'a>,
-    /// As many rows as the tile has, at most [`tile_rows`].
+    /// As many rows as the tile has, at most [`tile_rows`]; what they held doesn't matter.
     pub(crate) out: &'a mut [[f32; STRIP]],
 }
 
@@ -32,7 +32,7 @@ impl UnpackedTile<'_> {
     pub(crate) fn run<S: Simd>(self, simd: S) {
         let (rows, depth) = (self.out.len(), self.weight.len() / STRIP);
         if rows == 0 || depth == 0 {
-            return;
+            return self.out.as_flattened_mut().fill(0.0);
         }
         assert!(rows <= tile_rows::<S>() && self.x.len() >= (rows - 1) * self.x_pitch + depth);
         with_rows!(rows, multiply, simd, self);
@@ -78,7 +78,8 @@ impl<const ROWS: usize> WithSimd for Work<'_, ROWS> {
                     for (out, sums) in out.iter_mut().zip(sums) {
                         for (half, sum) in sums.into_iter().enumerate() {
                             let place = out.as_mut_ptr().add(column + half * S::F32_LANES);
-                            store::<S>(place, simd.add_f32s(load::<S>(place), sum));
+                            let before = if first == 0 { simd.splat_f32s(0.0) } else { load::<S>(place) };
+                            store::<S>(place, simd.add_f32s(before, sum));
                         }
                     }
                 }

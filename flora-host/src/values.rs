@@ -299,6 +299,14 @@ impl RowSink {
         // SAFETY: by the caller's promise.
         unsafe {
             match sink {
+                // Whole strips in a loop of their own, for which the compiler knows how long they are.
+                Sink::F32(out) if width == STRIP => {
+                    for (out, values) in out.runs(start, *pitch, rows, STRIP).zip(values) {
+                        if let Some(out) = out.first_chunk_mut() {
+                            *out = *values;
+                        }
+                    }
+                }
                 Sink::F32(out) => {
                     let rows = out.runs(start, *pitch, rows, width).zip(values);
                     rows.for_each(|(out, values)| out.copy_from_slice(&values[..width]));
@@ -307,7 +315,6 @@ impl RowSink {
                     let rows = out.runs(start, *pitch, rows, width).zip(values);
                     rows.for_each(|(out, values)| out.convert_from_f32_slice(&values[..width]));
                 }
-                // Whole strips in a loop of their own, for which the compiler knows how long they are.
                 Sink::Bf16(out) if width == STRIP => {
                     for (out, values) in out.runs(start, *pitch, rows, STRIP).zip(values) {
                         round_all(values, out);
