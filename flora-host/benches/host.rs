@@ -1,5 +1,5 @@
-//! Every lowering against the base GEMM of as many rows, and that against the `gemm` crate. The runs of all cases take turns, so
-//! that whatever else the machine does falls on all of them; medians are printed.
+//! Every lowering against the base GEMM of as many rows, and that against the `gemm` crate; `int8` is the base GEMM of x in 8 bits. The
+//! runs of all cases take turns, so that whatever else the machine does falls on all of them; medians are printed.
 //!
 //! `cargo bench -p flora-host --bench host -- [rounds] [filter]`, where a filter is parts of names, with `|` between them.
 
@@ -27,13 +27,19 @@ struct Case {
     name: String,
     rows: usize,
     format: WeightFormat,
+    /// Whether x is rounded to 8 bits.
+    rounds: bool,
     schedule: Schedule,
 }
 
 impl Case {
     fn base(rows: usize, format: WeightFormat) -> Self {
         let schedule = Schedule::base_gemm(SHAPE, rows as u32).expect("it fits");
-        Self { name: format!("base {format} {rows}"), rows, format, schedule }
+        Self { name: format!("base {format} {rows}"), rows, format, rounds: false, schedule }
+    }
+
+    fn rounded(rows: usize, format: WeightFormat) -> Self {
+        Self { name: format!("int8 {format} {rows}"), rounds: true, ..Self::base(rows, format) }
     }
 
     /// `base_rows` of no adapter follow the segments.
@@ -71,7 +77,7 @@ impl Case {
         };
         let name = format!("{kind} r{rank} {segments}x{rows}+{base_rows}");
         let rows = (segments * rows + base_rows) as usize;
-        Self { name, rows, format: WeightFormat::default(), schedule }
+        Self { name, rows, format: WeightFormat::default(), rounds: false, schedule }
     }
 }
 
@@ -140,6 +146,12 @@ fn main() {
                 .skip(1)
                 .flat_map(|(_, format)| [1, 32, 256].map(|rows| Case::base(rows, format))),
         )
+        .chain(
+            WeightFormat::ALL
+                .into_iter()
+                .filter(|(_, format)| format.quantisation().is_some())
+                .flat_map(|(_, format)| [1, 32, 256].map(|rows| Case::rounded(rows, format))),
+        )
         .filter(|case| filter.split('|').any(|part| case.name.contains(part)))
         .collect();
 
@@ -150,7 +162,7 @@ fn main() {
     let packed = |(_, format)| PackedWeight::from_f32(format, SHAPE, &values).expect("whole blocks");
     let weights: Vec<_> = WeightFormat::ALL.map(|format| Weight::new(&packed(format))).into();
     let mut y = vec![0.0; most * k];
-    let engine = HostEngine::new();
+    let (engine, rounding) = (HostEngine::new(), HostEngine::new().rounding_activations());
     let mut run = |case: &Case| {
         let weight = weights.iter().find(|weight| weight.format() == case.format).expect("all formats are packed");
         let operands = Operands {
@@ -162,6 +174,7 @@ fn main() {
             merged: None,
         };
         let (x, y) = (Values::F32(&x[..case.rows * d]), &mut y[..case.rows * k]);
+        let engine = if case.rounds { &rounding } else { &engine };
         let start = Instant::now();
         engine.execute(&operands, &case.schedule, x, ValuesMut::F32(y), None).expect("operands fit");
         start.elapsed().as_secs_f64()

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
-use flora_plan::layer::{Levels, Nested, Quantisation, ScaleKind, Scales};
+use flora_plan::layer::{Nested, Quantisation, ScaleKind, Scales};
 use half::f16;
 
 use crate::layout::STRIP;
@@ -16,7 +16,7 @@ pub(crate) const PIECE: usize = 128;
 /// The shortest block.
 const SHORTEST: usize = 16;
 
-/// What inputs are multiplied by, and what is added to their products with numbers that are [`base`] too large.
+/// What inputs are multiplied by, and what is added to their products with numbers that are too large by the same.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct BlockScales {
@@ -35,14 +35,11 @@ impl BlockScales {
         (&self.scales[at], &self.offsets[at])
     }
 
-    /// Those of at most [`PIECE`] inputs, from a multiple of 32 on; `rows` are the weight's, `[scale_rows, STRIP]`.
+    /// Those of at most [`PIECE`] inputs, from a multiple of 32 on; `rows` are the weight's, `[scale_rows, STRIP]`. What is multiplied
+    /// is `below` too large.
     #[inline(always)]
-    pub(crate) fn find(&mut self, quantisation: Quantisation, rows: &[u32], inputs: Range<usize>) {
+    pub(crate) fn find(&mut self, quantisation: Quantisation, rows: &[u32], inputs: Range<usize>, below: f32) {
         let rows = Rows(rows);
-        let below = match quantisation.levels {
-            Levels::Linear { zero } => base(quantisation.bits) + zero as f32,
-            Levels::Codebook(_) => 0.0,
-        };
         // Exact, as scales and minima have few bits, but for minima of quite another magnitude.
         let offset_of = |scale: f32, minimum: f32| minimum - scale * below;
         let (first, end) = (inputs.start as u32, inputs.end as u32);

@@ -28,6 +28,15 @@ pub(crate) const GROUP: usize = 32;
 const OUTPUT_BITS: u32 = 8;
 const CODEBOOK_BITS: u32 = 4;
 
+/// What decoding makes of stored numbers, less what they stand for.
+#[inline(always)]
+fn below(quantisation: Quantisation) -> f32 {
+    match quantisation.levels {
+        Levels::Linear { zero } => base(quantisation.bits) + zero as f32,
+        Levels::Codebook(_) => 0.0,
+    }
+}
+
 /// What becomes of numbers as they are decoded.
 pub(crate) trait Decoded<S: Simd> {
     /// Takes those of some groups of inputs. Inlined, so that what `number` does is done in its loop.
@@ -99,7 +108,7 @@ impl Words<'_> {
         vectorised(
             simd,
             #[inline(always)]
-            || scales.find(self.quantisation, self.scales, inputs),
+            || scales.find(self.quantisation, self.scales, inputs, below(self.quantisation)),
         );
         let scales = &*scales;
         // With bits that the compiler knows, shifts are an instruction each, where others are three.
@@ -289,15 +298,15 @@ const MOST_RUNS: usize = 8;
 /// Where words and bits are that are decoded as one word: a word of the lower plane, or with an upper plane every other input of one
 /// and their upper bits.
 #[derive(Clone, Copy)]
-struct Run {
+pub(crate) struct Run {
     /// A row of the group's words, and the first input's first bit in it.
-    lower: (usize, u32),
+    pub(crate) lower: (usize, u32),
     /// Likewise; unused without an upper plane.
-    upper: (usize, u32),
+    pub(crate) upper: (usize, u32),
 }
 
 /// How numbers of so many bits lie in a group's words.
-struct Group<const BITS: u32>;
+pub(crate) struct Group<const BITS: u32>;
 
 impl<const BITS: u32> Group<BITS> {
     /// Of which only the bits matter.
@@ -311,7 +320,7 @@ impl<const BITS: u32> Group<BITS> {
     const STEP: u32 = if Self::PLANES.1 > 0 { 2 } else { 1 };
 
     /// The runs; what is beyond the last is the last again.
-    const RUNS: [Run; MOST_RUNS] = {
+    pub(crate) const RUNS: [Run; MOST_RUNS] = {
         let quantisation = Self::QUANTISATION;
         let mut runs = [Run { lower: (0, 0), upper: (0, 0) }; MOST_RUNS];
         let (mut at, most) = (0, (GROUP as u32 / quantisation.per_word() * Self::STEP) as usize - 1);
@@ -328,7 +337,7 @@ impl<const BITS: u32> Group<BITS> {
     };
 
     /// Of every input its run, and its first bit there.
-    const PLACES: [(usize, u32); GROUP] = {
+    pub(crate) const PLACES: [(usize, u32); GROUP] = {
         let mut places = [(0, 0); GROUP];
         let mut at = 0;
         while at < GROUP {
@@ -353,7 +362,7 @@ impl<const BITS: u32> Group<BITS> {
 
 /// The word of a run: of its lower and its upper words. Where a run has no bits, anything is left.
 #[inline(always)]
-fn joined<S: Simd, const BITS: u32>(simd: S, run: Run, lower: S::u32s, upper: S::u32s) -> S::u32s {
+pub(crate) fn joined<S: Simd, const BITS: u32>(simd: S, run: Run, lower: S::u32s, upper: S::u32s) -> S::u32s {
     let (lower_bits, upper_bits) = Group::<BITS>::PLANES;
     if upper_bits == 0 {
         return lower;
@@ -390,7 +399,7 @@ impl<S: Simd, const BITS: u32> Stored<S, BITS> {
 
 /// Words whose bit `from` becomes bit `to`.
 #[inline(always)]
-fn moved<S: Simd>(simd: S, words: S::u32s, from: u32, to: u32) -> S::u32s {
+pub(crate) fn moved<S: Simd>(simd: S, words: S::u32s, from: u32, to: u32) -> S::u32s {
     match from <= to {
         true => simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(to - from)),
         false => simd.wrapping_dyn_shr_u32s(words, simd.splat_u32s(from - to)),

@@ -32,6 +32,8 @@ use crate::weight::{Strips, Weight};
 pub struct HostEngine {
     arch: Arch,
     unit: Option<MatrixUnit>,
+    /// Whether rows are rounded to 8 bits for quantised weights.
+    rounds: bool,
     pub(crate) calls: Pool<CallMemory>,
     pub(crate) scratches: Pool<Scratch>,
 }
@@ -66,8 +68,16 @@ impl HostEngine {
         engines
     }
 
+    /// The same engine, rounding rows of x to 8 bits where they are multiplied by a quantised base weight: to whole multiples of a
+    /// 127th of the largest of each block of inputs, 16 of Q2_K, Q3_K and Q6_K and 32 of all others. Low-rank sums, weights that adapters
+    /// make and backward passes stay in floats. Rows whose numbers aren't all finite are NaN where they meet such a weight.
+    #[must_use]
+    pub fn rounding_activations(self) -> Self {
+        Self { rounds: true, ..self }
+    }
+
     fn of(arch: Arch) -> Self {
-        Self { arch, unit: None, calls: Pool::default(), scratches: Pool::default() }
+        Self { arch, unit: None, rounds: false, calls: Pool::default(), scratches: Pool::default() }
     }
 
     /// What kernels are dispatched on.
@@ -238,6 +248,8 @@ pub(crate) struct Sources<'a, S> {
     pub(crate) scratches: &'a Pool<Scratch>,
     /// What multiplies pairs, where there is one.
     pub(crate) unit: Option<MatrixUnit>,
+    /// Whether rows are rounded to 8 bits for quantised weights.
+    pub(crate) rounds: bool,
 }
 
 impl WithSimd for Call<'_> {
@@ -258,6 +270,7 @@ impl WithSimd for Call<'_> {
             },
             scratches: &engine.scratches,
             unit: engine.unit,
+            rounds: engine.rounds,
         };
         sources.run(schedule, y, memory);
     }
@@ -362,7 +375,7 @@ impl<S: Simd> Sources<'_, S> {
     fn pass(&self, weight: Strips<'_>, rows: pass::Rows<'_>, hidden: &[f32], finishes: bool, sink: RowSink) {
         let (x, Layer { in_pool, out_pool, .. }) = (self.x, self.layer);
         let finish = finishes.then_some(self.finish);
-        let form = gemm::fastest::<S>(weight, x, self.unit);
+        let form = gemm::fastest::<S>(weight, x, self.unit, self.rounds);
         let pass = Pass { form, weight, x, in_pool, out_pool, rows, hidden, finish, sink };
         gemm::run(self.simd, pass, self.scratches);
     }

@@ -12,6 +12,7 @@ use pulp::Simd;
 
 use crate::block_scales::BlockScales;
 use crate::buffer::Buffer;
+use crate::byte_tiles::BytePart;
 use crate::expand::expand_rows;
 use crate::factors::Factors;
 use crate::fetch::Pieces;
@@ -21,10 +22,11 @@ use crate::layout::{PAIRED_SLICE, SLICE, STRIP, X_PITCH};
 use crate::matrix_unit::{MatrixUnit, UNIT_ROWS};
 use crate::pack::{Vectors, pack_rows};
 use crate::pairs::{pack_pairs, round_pairs};
-use crate::partition::{PANEL_COLUMNS, UNIT_PANEL_COLUMNS, blocks, even_part, even_tiles, panels};
+use crate::partition::{BYTE_PANEL_COLUMNS, PANEL_COLUMNS, UNIT_PANEL_COLUMNS, blocks, even_part, even_tiles, panels};
 use crate::pass::{Pass, Rows};
 use crate::pool::Pool;
 use crate::products::Pairs;
+use crate::rounded::{BYTE_SLICE, Rounding};
 use crate::scratch::Scratch;
 use crate::straight::Straight;
 use crate::terms::{PackedSegment, Terms};
@@ -39,8 +41,12 @@ const PART: usize = 256;
 /// serves all of them.
 const PACKED: usize = 192;
 
-/// The form in which x is multiplied by a weight fastest. The bits of a row depend on it, so that it is the same for all rows of a layer.
-pub(crate) fn fastest<S: Simd>(weight: Strips<'_>, x: Vectors<'_>, unit: Option<MatrixUnit>) -> Form {
+/// The form in which x is multiplied by a weight fastest, rounded to 8 bits where that is allowed. The bits of a row depend on it, so
+/// that it is the same for all rows of a layer.
+pub(crate) fn fastest<S: Simd>(weight: Strips<'_>, x: Vectors<'_>, unit: Option<MatrixUnit>, rounds: bool) -> Form {
+    if let Some(quantisation) = weight.quantisation().filter(|_| rounds) {
+        return Form::Bytes(Rounding::of(quantisation));
+    }
     let both = weight.are_pairs() && matches!(x.values, Values::Bf16(_));
     if both && (unit.is_some() || Pairs::are_multiplied::<S>()) { Form::Pairs(unit) } else { Form::Floats }
 }
@@ -56,6 +62,7 @@ pub(crate) fn run<S: Simd>(simd: S, pass: Pass<'_>, scratches: &Pool<Scratch>) {
     let most = match pass.form {
         Form::Pairs(Some(_)) => UNIT_PANEL_COLUMNS,
         Form::Pairs(None) | Form::Floats => PANEL_COLUMNS,
+        Form::Bytes(_) => BYTE_PANEL_COLUMNS,
     };
     panels((k, most), count, products * d as u64 * k as u64, |columns, at| {
         let Range { start: first, end } = even_part(end, count, at);
@@ -163,6 +170,29 @@ fn slices(depth: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     (0..depth).step_by(most).map(move |first| first..depth.min(first + most))
 }
 
+/// The form of weights that segments make in a pass of this form: bytes have none of their own.
+fn form_of_segments(form: Form) -> Form {
+    match form {
+        Form::Bytes(_) => Form::Floats,
+        Form::Floats | Form::Pairs(_) => form,
+    }
+}
+
+/// Rows that were packed in a form, of so many inputs.
+fn tiles<'a>(
+    form: Form,
+    x: &'a [f32],
+    depth: &Range<usize>,
+    places: &'a [usize],
+    scales: Option<OutScales<'a>>,
+) -> Tiles<'a> {
+    let depth = match form {
+        Form::Floats | Form::Bytes(_) => depth.len(),
+        Form::Pairs(_) => Pairs::padded(depth.len()),
+    };
+    Tiles { x, form, depth, places, scales }
+}
+
 /// The part of a run of rows that lies in a block.
 fn clip(first: u32, rows: u32, range: &Range<usize>) -> Range<usize> {
     let (first, end) = (first as usize, first as usize + rows as usize);
@@ -202,6 +232,7 @@ impl<S: Simd> Panel<'_, S> {
         match self.pass.form {
             Form::Floats => SLICE,
             Form::Pairs(_) => PAIRED_SLICE,
+            Form::Bytes(_) => BYTE_SLICE,
         }
     }
 
@@ -211,17 +242,18 @@ impl<S: Simd> Panel<'_, S> {
         let (simd, pitch) = (self.frame.simd, self.frame.pitch());
         let source = |row: u32| self.pass.rows.sources.get(row as usize).copied().unwrap_or(row);
         let sources = rows.iter().map(|row| (source(row.row), row.in_slot));
-        let x = self.packed(sources, rows.len(), depth.clone(), x);
+        let form = self.pass.form;
+        let x = self.packed(form, sources, rows.len(), depth.clone(), x);
         places.clear();
         places.extend(rows.iter().map(|row| (row.row as usize - block.range.start) * pitch));
         let scales = self.out_scales(rows, scales, scale_places);
-        let tiles = self.tiles(x, &depth, places, scales);
+        let tiles = tiles(form, x, &depth, places, scales);
         let sums = sums.floats(block.range.len() * pitch);
         if rows.len() == 1 && self.one_row(&depth, tiles, decoded, sums) {
             return;
         }
         let (weight, products) = (self.pass.weight, products.floats(rows.len() * STRIP));
-        match self.pass.form {
+        match form {
             Form::Floats => {
                 let most = if weight.are_encoded() { PART } else { SLICE };
                 self.strips(depth, most, |piece| {
@@ -233,12 +265,20 @@ impl<S: Simd> Panel<'_, S> {
                 let pairs = weight.pairs(piece.strip, piece.inputs.clone());
                 tiles.multiply(simd, &piece.part_in_pairs(pairs), products, sums);
             }),
+            Form::Bytes(rounding) => self.strips(depth, PART, |piece| {
+                if let Some(weight) = weight.bytes(simd, piece.strip, piece.inputs.clone(), decoded) {
+                    let Piece { column, ahead, .. } = piece;
+                    let part = BytePart { weight, depth: piece.depth(), column, ahead };
+                    tiles.multiply_bytes(simd, rounding, &part, products, sums);
+                }
+            }),
         }
     }
 
-    /// So many rows of a slice of x, in the pass's form.
+    /// So many rows of a slice of x.
     fn packed<'b>(
         &self,
+        form: Form,
         sources: impl Iterator<Item = (u32, u32)>,
         rows: usize,
         depth: Range<usize>,
@@ -247,30 +287,14 @@ impl<S: Simd> Panel<'_, S> {
         // Any of them may be followed by rows that the matrix unit reads for nothing.
         out.floats((rows + UNIT_ROWS) * X_PITCH);
         let (simd, Pass { x, in_pool, .. }) = (self.frame.simd, self.pass);
-        match self.pass.form {
+        match form {
             Form::Floats => pack_rows(simd, *x, *in_pool, sources, depth, out.floats(rows * X_PITCH)),
             Form::Pairs(_) => pack_pairs(simd, *x, *in_pool, sources, depth, out.numbers_mut(rows * X_PITCH)),
+            Form::Bytes(rounding) => {
+                rounding.pack(simd, *x, *in_pool, sources, depth, out.numbers_mut(rows * X_PITCH));
+            }
         }
         out.numbers()
-    }
-
-    /// Rows that were packed so.
-    fn tiles<'b>(
-        &self,
-        x: &'b [f32],
-        depth: &Range<usize>,
-        places: &'b [usize],
-        scales: Option<OutScales<'b>>,
-    ) -> Tiles<'b> {
-        Tiles { x, form: self.pass.form, depth: self.steps(depth.len()), places, scales }
-    }
-
-    /// The steps that so many inputs are.
-    fn steps(&self, inputs: usize) -> usize {
-        match self.pass.form {
-            Form::Floats => inputs,
-            Form::Pairs(_) => Pairs::padded(inputs),
-        }
     }
 
     /// The products of a single row with a quantised weight. Whether it is one.
@@ -278,7 +302,9 @@ impl<S: Simd> Panel<'_, S> {
         let strips = self.frame.columns.start / STRIP..self.frame.columns.end.div_ceil(STRIP);
         let scales: &mut [BlockScales] = bytemuck::cast_slice_mut(decoded.floats(BlockScales::FLOATS));
         for (at, strip) in strips.enumerate() {
-            let Some(words) = self.pass.weight.words(strip) else { return false };
+            let Some(words) = self.pass.weight.words(strip).filter(|_| tiles.form == Form::Floats) else {
+                return false;
+            };
             tiles.multiply_one(self.frame.simd, words, (slice.clone(), at * STRIP), &mut scales[0], sums);
         }
         true
@@ -353,9 +379,10 @@ impl<S: Simd> Panel<'_, S> {
         let scales = group.iter().flat_map(scales_of);
         let factors = Factors::gather(&self.frame, scales, count, depth.clone(), (inner, outer, row));
         let sources = group.iter().flat_map(|segment| block.rows_of(segment)).map(|row| (row as u32, 0));
-        let x = self.packed(sources, places.len(), depth.clone(), x);
+        let form = form_of_segments(self.pass.form);
+        let x = self.packed(form, sources, places.len(), depth.clone(), x);
 
-        let tiles = self.tiles(x, &depth, places, None);
+        let tiles = tiles(form, x, &depth, places, None);
         let sums = sums.floats(block.range.len() * pitch);
         let products = products.floats(places.len() * STRIP);
         self.strips(depth, PART, |mut piece| {
@@ -363,8 +390,8 @@ impl<S: Simd> Panel<'_, S> {
             let composed = composed.floats(weight.len());
             for PackedSegment { rows, terms } in segments.iter() {
                 factors.compose(simd, terms, (piece.column / STRIP, piece.depth()), Some(weight), composed);
-                let part = match self.pass.form {
-                    Form::Floats => piece.part(composed),
+                let part = match form {
+                    Form::Floats | Form::Bytes(_) => piece.part(composed),
                     Form::Pairs(_) => {
                         let pairs = pairs.numbers_mut(Pairs::padded(piece.inputs.len()) * STRIP);
                         piece.part_in_pairs(round_pairs(simd, composed, pairs))

@@ -10,6 +10,7 @@ use crate::layout::{STRIP, X_PITCH};
 use crate::matrix_unit::MatrixUnit;
 use crate::partition::even_tiles;
 use crate::products::{Floats, Pairs, Product};
+use crate::rounded::Rounding;
 
 /// The most rows of a tile on any instruction set.
 pub(crate) const MOST_TILE_ROWS: usize = 14;
@@ -50,6 +51,9 @@ pub(crate) enum Form {
     /// [`Pairs`] of bf16, in slices of floats of the same bits; depths count pairs, with the zeros after them. What multiplies them is
     /// the matrix unit, where there is one.
     Pairs(Option<MatrixUnit>),
+    /// Stored numbers of the weight by x in 8 bits, in slices of floats of the same bits; depths count inputs. Tiles of them are
+    /// [`crate::byte_tiles`]'.
+    Bytes(Rounding),
 }
 
 /// The place of a row's scales that has none.
@@ -136,7 +140,8 @@ impl Multiply<'_> {
         }));
         assert!(self.part.as_ref().is_none_or(|part| part.products.len() >= rows * columns));
         match self.form {
-            Form::Floats => with_rows!(rows, multiply_floats, simd, self),
+            // Nobody gets here with bytes.
+            Form::Floats | Form::Bytes(_) => with_rows!(rows, multiply_floats, simd, self),
             Form::Pairs(_) => {
                 assert!(Pairs::are_multiplied::<S>());
                 // SAFETY: the processor has the instructions.

@@ -14,6 +14,9 @@ pub(crate) const PANEL_COLUMNS: usize = 512;
 /// The same for the matrix unit, whose rows are mostly not packed, and which one processor may have to itself while another waits.
 pub(crate) const UNIT_PANEL_COLUMNS: usize = 192;
 
+/// The same for rows in 8 bits: it takes longer to round them than to pack them, and less to multiply them.
+pub(crate) const BYTE_PANEL_COLUMNS: usize = 1024;
+
 /// Fewer multiply-adds than this are done before other threads would have woken up.
 pub(crate) const PARALLEL_MACS: u64 = 1 << 18;
 

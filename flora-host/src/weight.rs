@@ -9,13 +9,14 @@ use flora_plan::weight::{PackedWeight, WeightError, WeightValues};
 use half::{bf16, f16};
 use pulp::{Arch, Simd, WithSimd};
 
-use crate::block_scales::BlockScales;
+use crate::block_scales::{BlockScales, PIECE};
 use crate::buffer::Buffer;
-use crate::decode::Words;
+use crate::decode::{GROUP, Words};
 use crate::fetch::Pieces;
 use crate::layout::{STRIP, strips_len};
 use crate::pairs::{pair, widen_pairs};
 use crate::products::Pairs;
+use crate::stored_bytes::{ByteColumns, GROUP_QUADS};
 use crate::transpose::transpose;
 use crate::widen::{widen, widen_f16};
 
@@ -238,6 +239,32 @@ impl<'a> Strips<'a> {
             }
             _ => None,
         }
+    }
+
+    /// How numbers are stored, where it is as quantised ones that can be multiplied as they lie.
+    pub(crate) fn quantisation(&self) -> Option<Quantisation> {
+        match (self.walk, self.numbers) {
+            (Walk::Along, Numbers::Words { quantisation, .. }) => Some(quantisation),
+            _ => None,
+        }
+    }
+
+    /// Inputs `depth` of strip `at` of such a weight, from a multiple of 32 on, as bytes.
+    pub(crate) fn bytes<'b, S: Simd>(
+        &self,
+        simd: S,
+        at: usize,
+        depth: Range<usize>,
+        decoded: &'b mut Buffer,
+    ) -> Option<ByteColumns<'b>>
+    where
+        'a: 'b,
+    {
+        let words = self.words(at)?;
+        let quads = depth.len().div_ceil(GROUP) * GROUP_QUADS * STRIP;
+        let scales = depth.len().div_ceil(PIECE) * BlockScales::FLOATS;
+        let (quads, scales) = decoded.floats(quads + scales).split_at_mut(quads);
+        Some(words.bytes(simd, depth, bytemuck::cast_slice_mut(quads), bytemuck::cast_slice_mut(scales)))
     }
 
     /// Inputs `depth` of strip `at`, `[depth, STRIP]`: where they lie, or decoded into `decoded`. Of an encoded weight the first

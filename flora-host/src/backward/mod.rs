@@ -89,7 +89,8 @@ impl WithSimd for Call<'_> {
         let g = Vectors::dense(g, layer.out_pool.width);
         if let Some(dx) = gradients.input {
             let (adjoint, finish) = (layer.adjoint(), Finish::default());
-            let sources = Sources { simd, layer: adjoint, x: g, gates: None, finish, scratches, unit: None };
+            let sources =
+                Sources { simd, layer: adjoint, x: g, gates: None, finish, scratches, unit: None, rounds: false };
             sources.run(schedule.input(), RowsMut { values: dx, pitch: layer.in_pool.width }, memory);
         }
         if let Some(vectors) = gradients.vectors {

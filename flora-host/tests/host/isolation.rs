@@ -51,6 +51,9 @@ fn check(problem: &Problem) {
     for engine in HostEngine::all() {
         check_on(problem, &engine);
     }
+    if problem.format.weight.quantisation().is_some() {
+        check_on(problem, &HostEngine::new().rounding_activations());
+    }
 }
 
 fn check_on(problem: &Problem, engine: &HostEngine) {
@@ -209,7 +212,11 @@ fn several_panels_and_slices_change_no_bit() {
             check(&Problem::new(LayerShape { d, k }, format, Epilogue::default(), 5));
         }
     }
-    // Slices of pairs are longer.
+    // Slices of bytes are longer, and so are those of pairs.
+    for weight in [WeightFormat::Int8, WeightFormat::Q4_1, WeightFormat::Q6_K] {
+        let format = LayerFormat { weight, ..LayerFormat::default() };
+        check(&Problem::new(LayerShape { d: weight.whole(2100), k: 70 }, format, Epilogue::default(), 5));
+    }
     for (d, k) in [(330, 600), (2112, 70)] {
         check(&Problem::new(LayerShape { d, k }, PAIRS, Epilogue::default(), 5));
     }

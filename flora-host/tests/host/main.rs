@@ -8,5 +8,6 @@ mod isolation;
 mod problem;
 mod projections;
 mod refusals;
+mod rounded;
 mod rows;
 mod steps;

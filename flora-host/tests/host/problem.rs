@@ -190,6 +190,14 @@ impl Problem {
 
     /// Every output in f64, and its products' magnitudes.
     pub(crate) fn oracle(&self) -> Vec<(f64, Magnitudes)> {
+        self.oracle_of(|_, _| None)
+    }
+
+    /// The same with other inputs of the base weight in place of those of an adapter's virtual row, in f32, if there are.
+    pub(crate) fn oracle_of(
+        &self,
+        replaced: impl Fn(&AdapterSlots, &[f32]) -> Option<Vec<f32>>,
+    ) -> Vec<(f64, Magnitudes)> {
         let (d, k) = (self.shape.d as usize, self.shape.k as usize);
         let widen = |values: &[f32], element| -> Vec<f64> {
             Numbers::new(element, values).widened().into_iter().map(f64::from).collect()
@@ -206,12 +214,19 @@ impl Problem {
         for (row, owner) in owners.enumerate() {
             let (adapter, x) = (&self.adapters[owner], &x[row * d..(row + 1) * d]);
             let low_rank = adapter.low_rank;
+            let inputs = |scales: &VirtualRowSlots| -> Vec<f64> {
+                let scaled = x.iter().enumerate().map(|(depth, x)| at(&in_pool, scales.in_scale, depth, d) * x);
+                let exact: Vec<f64> = scaled.collect();
+                let rounded: Vec<f32> = exact.iter().map(|value| *value as f32).collect();
+                replaced(adapter, &rounded).map_or(exact, |own| own.into_iter().map(f64::from).collect())
+            };
+            let virtual_inputs: Vec<_> = adapter.virtual_rows.iter().map(inputs).collect();
             for column in 0..k {
                 let (mut sum, mut magnitudes) = (0.0, Magnitudes::default());
-                for scales in &adapter.virtual_rows {
+                for (scales, inputs) in adapter.virtual_rows.iter().zip(&virtual_inputs) {
                     let out = at(&out_pool, scales.out_scale, column, k);
-                    for (depth, x) in x.iter().enumerate() {
-                        let value = out * at(&in_pool, scales.in_scale, depth, d) * x * weight[depth * k + column];
+                    for (depth, input) in inputs.iter().enumerate() {
+                        let value = out * input * weight[depth * k + column];
                         sum += value;
                         magnitudes.add(value);
                     }
@@ -245,9 +260,13 @@ impl Problem {
     /// standard deviation, of which four are allowed, and by half a unit in the last place of the type that it is stored in. Where both x
     /// and the weight are bf16, what scales make of one of them may be rounded to bf16 before it is multiplied.
     pub(crate) fn assert_right(&self, y: &Numbers, what: &str) {
+        self.assert_as(y, &self.oracle(), |_| 0.0, what);
+    }
+
+    /// The same of an oracle of the caller's, from which so much more than rounding may separate output `[row, column]`.
+    pub(crate) fn assert_as(&self, y: &Numbers, oracle: &[(f64, Magnitudes)], more: impl Fn(usize) -> f64, what: &str) {
         let k = self.shape.k as usize;
         let owners = self.segments.iter().flat_map(|segment| (0..segment.rows).map(|_| segment.adapter as usize));
-        let oracle = self.oracle();
         let (y, element) = (y.widened(), self.format.activations);
         let stored = if element == Element::F32 { 0.0 } else { element.rounding() };
         let in_pairs = element == Element::Bf16 && self.format.weight == WeightFormat::Float(Element::Bf16);
@@ -263,7 +282,8 @@ impl Problem {
                 // f16 has a least number too.
                 let allowed = 4.0 * (unit * magnitudes.sum + scaled * magnitudes.squares.sqrt())
                     + 1.001 * stored * right.abs()
-                    + if stored > 0.0 { 3e-8 } else { 0.0 };
+                    + if stored > 0.0 { 3e-8 } else { 0.0 }
+                    + more(row * k + column);
                 assert!(
                     error <= allowed,
                     "{what}: row {row} of adapter {owner}, column {column}: {found} not {right}, {error} > {allowed}"

@@ -278,7 +278,8 @@ impl Task<'_> {
         sums.resize(rows * pitch, 0.0);
         softmaxes.resize(rows, Softmax::NONE);
         match self.form {
-            Form::Floats => floats.run(simd, self, sums, softmaxes),
+            // Keys and values are never bytes.
+            Form::Floats | Form::Bytes(_) => floats.run(simd, self, sums, softmaxes),
             Form::Pairs(unit) => paired.run(simd, self, unit, sums, softmaxes),
         }
         let width = self.attention.heads.queries * size;
