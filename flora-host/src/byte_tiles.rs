@@ -205,7 +205,7 @@ unsafe fn multiply<S: Simd, P: ByteProduct, const ROWS: usize, const QUADS: usiz
             }
         }
         let mut ahead = Ahead::new(ahead, inputs.len() / block);
-        let x = x.as_ptr();
+        let rows = x.as_ptr();
         let mut quads = weight.quads.as_ptr().add(first_column).cast::<f32>();
         for (first, scales) in inputs.clone().step_by(PIECE).zip(weight.scales) {
             let end = inputs.end.min(first + PIECE);
@@ -213,9 +213,9 @@ unsafe fn multiply<S: Simd, P: ByteProduct, const ROWS: usize, const QUADS: usiz
                 ahead.fetch();
                 let (scales, offsets) = scales.block(if weight.are_blocks { at } else { 0 });
                 let (scales, offsets) = (scales.as_ptr().add(first_column), offsets.as_ptr().add(first_column));
-                let x = x.add(first / QUAD + at * QUADS);
-                let beginnings = x.sub(first / QUAD + at * QUADS).add(BEGINNINGS + first / block + at);
-                let own_scales = beginnings.sub(BEGINNINGS - SCALES).cast::<f32>();
+                let numbers = rows.add(first / QUAD + at * QUADS);
+                let beginnings = rows.add(BEGINNINGS + first / block + at);
+                let own_scales = rows.add(SCALES + first / block + at).cast::<f32>();
                 let mut integers = [[P::start(simd, 0); 2]; ROWS];
                 if !MINIMUM {
                     for (row, integers) in integers.iter_mut().enumerate() {
@@ -225,9 +225,9 @@ unsafe fn multiply<S: Simd, P: ByteProduct, const ROWS: usize, const QUADS: usiz
                 for quad in 0..QUADS {
                     let (first, second) = (load::<S>(quads), load::<S>(quads.add(S::F32_LANES)));
                     for (row, integers) in integers.iter_mut().enumerate() {
-                        let x = *x.add(row * X_PITCH + quad);
-                        integers[0] = P::add(simd, x, first, integers[0]);
-                        integers[1] = P::add(simd, x, second, integers[1]);
+                        let number = *numbers.add(row * X_PITCH + quad);
+                        integers[0] = P::add(simd, number, first, integers[0]);
+                        integers[1] = P::add(simd, number, second, integers[1]);
                     }
                     quads = quads.add(STRIP);
                 }

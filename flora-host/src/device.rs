@@ -4,6 +4,7 @@
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use flora_plan::blueprints::{Blueprints, Tile};
 use flora_plan::layer::{Element, LayerFormat, WeightFormat};
@@ -29,11 +30,26 @@ use crate::weight::Weight;
 struct HostBackend {
     engine: HostEngine,
     place: HostPlace,
+    /// Where activations are rounded.
+    rounding: Option<RoundingProducts>,
+}
+
+/// What multiplies in place of the engine where activations are rounded.
+struct RoundingProducts {
+    engine: HostEngine,
+    /// Whether it doesn't, for now.
+    is_paused: AtomicBool,
+}
+
+impl RoundingProducts {
+    fn new() -> Self {
+        Self { engine: HostEngine::new().rounding_activations(), is_paused: AtomicBool::new(false) }
+    }
 }
 
 /// This machine's processor as a device.
 pub fn device() -> Device {
-    Device::new(describe(), HostBackend { engine: HostEngine::new(), place: HostPlace::default() })
+    Device::new(describe(), HostBackend { engine: HostEngine::new(), place: HostPlace::default(), rounding: None })
 }
 
 /// What [`device`] is.
@@ -96,6 +112,12 @@ pub fn operands(layer: &LayerOperands) -> Result<Operands<'_>, DeviceError> {
 }
 
 impl HostBackend {
+    /// What multiplies.
+    fn products(&self) -> &HostEngine {
+        let rounding = self.rounding.as_ref().filter(|rounding| !rounding.is_paused.load(Ordering::Relaxed));
+        rounding.map_or(&self.engine, |rounding| &rounding.engine)
+    }
+
     fn run(
         &self,
         layer: &LayerOperands,
@@ -119,7 +141,7 @@ impl HostBackend {
         let residual = residual.map(|residual| values(residual, activations)).transpose()?;
         let residual = residual.map(|residual| residual.first(tokens * k));
         let sums = RowsMut { values: y.values_mut(), pitch: k };
-        self.engine.execute_gated(&operands(layer)?, schedule, (x, replaced), gates, sums, residual)?;
+        self.products().execute_gated(&operands(layer)?, schedule, (x, replaced), gates, sums, residual)?;
         Ok(Storage::new(HostMemory::Spare(y)))
     }
 
@@ -263,7 +285,25 @@ impl Backend for HostBackend {
     }
 
     fn tuned(&self, _blueprints: &Blueprints) -> Arc<dyn Backend> {
-        Arc::new(Self { engine: HostEngine::new(), place: self.place.clone() })
+        let rounding = self.rounding.as_ref().map(|_| RoundingProducts::new());
+        Arc::new(Self { engine: HostEngine::new(), place: self.place.clone(), rounding })
+    }
+
+    fn rounding_activations(&self) -> Option<Arc<dyn Backend>> {
+        let rounding = Some(RoundingProducts::new());
+        Some(Arc::new(Self { engine: HostEngine::new(), place: self.place.clone(), rounding }))
+    }
+
+    fn unrounded(&self, work: &mut Queueing<'_>) -> Result<(), DeviceError> {
+        let pause = |is_paused| {
+            if let Some(rounding) = &self.rounding {
+                rounding.is_paused.store(is_paused, Ordering::Relaxed);
+            }
+        };
+        pause(true);
+        let done = work();
+        pause(false);
+        done
     }
 
     fn tiles(&self, _format: LayerFormat) -> Vec<Tile> {

@@ -44,8 +44,8 @@ const PACKED: usize = 192;
 /// The form in which x is multiplied by a weight fastest, rounded to 8 bits where that is allowed. The bits of a row depend on it, so
 /// that it is the same for all rows of a layer.
 pub(crate) fn fastest<S: Simd>(weight: Strips<'_>, x: Vectors<'_>, unit: Option<MatrixUnit>, rounds: bool) -> Form {
-    if let Some(quantisation) = weight.quantisation().filter(|_| rounds) {
-        return Form::Bytes(Rounding::of(quantisation));
+    if let Some(rounding) = weight.quantisation().filter(|_| rounds).and_then(Rounding::of) {
+        return Form::Bytes(rounding);
     }
     let both = weight.are_pairs() && matches!(x.values, Values::Bf16(_));
     if both && (unit.is_some() || Pairs::are_multiplied::<S>()) { Form::Pairs(unit) } else { Form::Floats }

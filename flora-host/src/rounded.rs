@@ -31,7 +31,7 @@ const LEAST: f32 = 1e-30;
 /// The place of a row's scales, one a block, behind its quads.
 pub(crate) const SCALES: usize = BYTE_SLICE / QUAD;
 
-/// The place of what its sums begin with: see [`Rounding::begin`].
+/// The place of what its sums begin with: see [`Begin`].
 pub(crate) const BEGINNINGS: usize = SCALES + BYTE_SLICE / SHORTEST;
 
 const _: () = assert!(BEGINNINGS + BYTE_SLICE / SHORTEST <= X_PITCH);
@@ -57,13 +57,11 @@ enum Begin {
 }
 
 impl Rounding {
-    /// For weights that are stored so.
-    pub(crate) fn of(quantisation: Quantisation) -> Self {
-        Self {
-            block: quantisation.block().map_or(GROUP, |block| block as usize),
-            stride: stride(quantisation.bits),
-            begin: if quantisation.minimum() { Begin::Minimum } else { Begin::Zero(zero(quantisation)) },
-        }
+    /// For weights that are stored so; `None` where their blocks are of other extents than those of x.
+    pub(crate) fn of(quantisation: Quantisation) -> Option<Self> {
+        let block = quantisation.block().map_or(GROUP, |block| block as usize);
+        let begin = if quantisation.minimum() { Begin::Minimum } else { Begin::Zero(zero(quantisation)) };
+        [SHORTEST, GROUP].contains(&block).then_some(Self { block, stride: stride(quantisation.bits), begin })
     }
 
     /// Quads of a block.

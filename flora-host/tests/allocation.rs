@@ -65,24 +65,26 @@ fn a_warm_engine_allocates_nothing() {
     let backward = backward_schedule(&Plan::default().with_on_chip_from(4), shape, &segments, &adapters).unwrap();
     let (mut dx, mut ins) = (vec![f16::ZERO; tokens * d], vec![0.0; backward.in_vectors() as usize * d]);
     let mut outs = vec![0.0; backward.out_vectors() as usize * k];
-    let engine = HostEngine::new();
-    let mut run = |times: usize| {
-        for schedule in schedules.iter().cycle().take(times * schedules.len()) {
-            let y = ValuesMut::F16(&mut y);
-            engine.execute(&operands, schedule, Values::F16(&x), y, Some(Values::F16(&residual))).unwrap();
-            let gradients = GradientsMut { input: Some(ValuesMut::F16(&mut dx)), vectors: Some([&mut ins, &mut outs]) };
-            let g = Values::F16(&residual);
-            engine.backward(&operands, &backward, Values::F16(&x), g, gradients).unwrap();
-        }
-    };
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
-    // It is warm when every thread has had every buffer, and which thread gets what is chance.
-    let is_warm = pool.install(|| {
-        (0..20).any(|_| {
-            let before = ALLOCATIONS.load(Ordering::Relaxed);
-            run(20);
-            ALLOCATIONS.load(Ordering::Relaxed) == before
-        })
-    });
-    assert!(is_warm, "20 calls of each schedule allocate every time");
+    for engine in [HostEngine::new(), HostEngine::new().rounding_activations()] {
+        let mut run = |times: usize| {
+            for schedule in schedules.iter().cycle().take(times * schedules.len()) {
+                let y = ValuesMut::F16(&mut y);
+                engine.execute(&operands, schedule, Values::F16(&x), y, Some(Values::F16(&residual))).unwrap();
+                let gradients =
+                    GradientsMut { input: Some(ValuesMut::F16(&mut dx)), vectors: Some([&mut ins, &mut outs]) };
+                let g = Values::F16(&residual);
+                engine.backward(&operands, &backward, Values::F16(&x), g, gradients).unwrap();
+            }
+        };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        // It is warm when every thread has had every buffer, and which thread gets what is chance.
+        let is_warm = pool.install(|| {
+            (0..20).any(|_| {
+                let before = ALLOCATIONS.load(Ordering::Relaxed);
+                run(20);
+                ALLOCATIONS.load(Ordering::Relaxed) == before
+            })
+        });
+        assert!(is_warm, "20 calls of each schedule allocate every time");
+    }
 }

@@ -26,6 +26,11 @@ pub enum ServeError {
         "this build of flora has no decoders for the device `{0}`; build flora-model with the device's feature, or use the host"
     )]
     NoDecoder(String),
+    /// Activations in 8 bits for a model that has no weight to multiply by them.
+    #[error(
+        "no base weight of the model is quantised, so that `--activations int8` rounds nothing; give a quantised model or `--base int8`, or leave it out"
+    )]
+    NothingRounded,
     /// A projection can't be made or run, or has no room for adapters.
     #[error(transparent)]
     Projection(#[from] ProjectionError),

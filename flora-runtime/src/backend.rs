@@ -254,6 +254,19 @@ pub trait Backend: Send + Sync {
     /// The same backend with what tuning chose.
     fn tuned(&self, blueprints: &Blueprints) -> Arc<dyn Backend>;
 
+    /// The same backend, rounding activations to 8 bits where they meet quantised base weights; `None` where it has no such products.
+    fn rounding_activations(&self) -> Option<Arc<dyn Backend>> {
+        None
+    }
+
+    /// Does `work` without the rounding of [`Self::rounding_activations`], whichever thread runs it.
+    ///
+    /// # Errors
+    /// What `work` says.
+    fn unrounded(&self, work: &mut Queueing<'_>) -> Result<(), DeviceError> {
+        work()
+    }
+
     /// Tiles to choose from; none where there is no choice.
     fn tiles(&self, format: LayerFormat) -> Vec<Tile>;
 

@@ -82,6 +82,14 @@ pub enum DeviceError {
         /// Which device.
         device: String,
     },
+    /// Activations in 8 bits on a device that multiplies floats alone.
+    #[error(
+        "the device `{device}` multiplies activations in floats alone; leave `--activations int8` out, or take `--device host`"
+    )]
+    NoRounding {
+        /// Which device.
+        device: String,
+    },
     /// More numbers than the device takes in one buffer.
     #[error(
         "{bytes} bytes were to go into one buffer, and the device `{device}` takes {limit}; load fewer adapters or split the layer"
@@ -386,6 +394,27 @@ impl Device {
     #[must_use]
     pub fn tuned(&self, blueprints: &Blueprints) -> Self {
         Self { info: self.info.clone(), backend: self.backend.tuned(blueprints) }
+    }
+
+    /// The same device, sharing every buffer, with activations rounded to 8 bits where they are multiplied by quantised base weights:
+    /// faster, and less exact by what [`Self::unrounded`] shows. Weights that adapters make, low-rank sums and gradients stay in floats.
+    ///
+    /// # Errors
+    /// A device without such products: all but the host.
+    pub fn rounding_activations(&self) -> Result<Self, DeviceError> {
+        match self.backend.rounding_activations() {
+            Some(backend) => Ok(Self { info: self.info.clone(), backend }),
+            None => Err(DeviceError::NoRounding { device: self.info.id.clone() }),
+        }
+    }
+
+    /// Does `work`, and everything that runs on this device meanwhile, with activations as they are, where
+    /// [`Self::rounding_activations`] rounds them: to see what that costs.
+    ///
+    /// # Errors
+    /// What `work` says.
+    pub fn unrounded(&self, work: &mut Queueing<'_>) -> Result<(), DeviceError> {
+        self.backend.unrounded(work)
     }
 
     /// The tiles that layers of `format` can be cut into; none where there is no choice.

@@ -1,5 +1,5 @@
 //! A device that can do little: what is left of an adapter that it failed to write is nothing, and its room is free again; gradients
-//! that it doesn't compute are an error, and so are gates that it doesn't multiply by.
+//! that it doesn't compute are an error, and so are gates that it doesn't multiply by and activations that it doesn't round.
 
 use std::any::Any;
 use std::ops::Range;
@@ -126,6 +126,23 @@ fn a_device_without_gates_says_so() {
     let mut projection = Projection::from_packed(&device, &weight, ProjectionOptions::default()).unwrap();
     let error = projection.set_gates(1, 0, &[0]).unwrap_err();
     assert!(matches!(error, ProjectionError::Device(DeviceError::NoGates { .. })), "{error:?}");
+}
+
+#[test]
+fn a_device_that_rounds_no_activations_says_so() {
+    let device = Device::new(flora_host::describe(), Failing { good_writes: Arc::new(AtomicUsize::new(usize::MAX)) });
+    let error = device.rounding_activations().unwrap_err();
+    assert!(matches!(error, DeviceError::NoRounding { .. }), "{error:?}");
+    assert!(error.to_string().contains("--activations int8"), "{error}");
+    // What isn't rounded runs as ever.
+    let mut ran = false;
+    device
+        .unrounded(&mut || {
+            ran = true;
+            Ok(())
+        })
+        .unwrap();
+    assert!(ran);
 }
 
 #[test]

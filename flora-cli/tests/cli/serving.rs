@@ -64,6 +64,16 @@ fn a_prompt_is_continued_with_an_adapter_and_without() {
 }
 
 #[test]
+fn what_rounded_activations_cost_is_told() {
+    let tiny = Tiny::new();
+    let arguments = ["generate", "--model", &tiny.model, "--prompt", "abc", "--device", "host", "--base", "int8"];
+    let rounded = stderr(&flora([&arguments[..], &["--activations", "int8"]].concat()));
+    assert!(rounded.contains("activations: int8; logits are "), "{rounded}");
+    let exact = stderr(&flora([&arguments[..], &["--activations", "float"]].concat()));
+    assert!(!exact.contains("activations"), "{exact}");
+}
+
+#[test]
 fn what_cannot_be_generated_is_told() {
     let tiny = Tiny::new();
     let adapters = adapters();
@@ -91,6 +101,7 @@ fn what_cannot_be_generated_is_told() {
     refused(&["--adapted", "nothing"], "no projection of the model is called `nothing`");
     refused(&["--temperature=-1"], "temperature");
     refused(&["--device", "cuda:99"], "no device `cuda:99`");
+    refused(&["--device", "host", "--activations", "int8"], "no base weight of the model is quantised");
     let long = "a".repeat(200);
     let output = flora(["generate", "--model", &tiny.model, "--prompt", &long]);
     assert!(stderr(&output).contains("96"), "the model's context: {}", stderr(&output));

@@ -3,7 +3,7 @@
 use flora_engine::{AdapterId, Decoder, LogitRows, SequenceId, StepSegment};
 
 use crate::served::{Served, load};
-use crate::{families, is_host};
+use crate::{families, is_host, rounded};
 
 /// Steps of one sequence alone: its prompt in chunks of `chunk`, then its tokens one by one; the logits of every step.
 fn alone(
@@ -116,6 +116,16 @@ fn the_rest_of_the_batch_changes_no_bit_of_a_gpt_big_code() {
 #[test]
 fn the_rest_of_the_batch_changes_no_bit_of_other_families() {
     ["mistral", "qwen3"].iter().for_each(|case| crowd_changes_no_bit(&mut families::load(case)));
+}
+
+/// Activations in 8 bits by int8 weights, prompts in several tiles and rows alone.
+#[test]
+fn the_rest_of_the_batch_changes_no_bit_where_activations_are_rounded() {
+    if !is_host() {
+        println!("NOT RUN: the host alone rounds activations");
+        return;
+    }
+    ["llama_tiny", "gpt_bigcode"].iter().for_each(|name| crowd_changes_no_bit(&mut rounded::load(name)));
 }
 
 /// The host meets keys in the same blocks and order however many rows a step has.

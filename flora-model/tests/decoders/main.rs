@@ -19,6 +19,7 @@ mod memory;
 mod on_burn;
 mod reference;
 mod replaced;
+mod rounded;
 mod served;
 mod spans;
 mod trained;

@@ -15,7 +15,7 @@ use flora_engine::Options;
 use super::kinds::KindArguments;
 use super::types;
 use lora_modules::LoraModule;
-pub(crate) use start::{Serving, engine, model_path, saved, start};
+pub(crate) use start::{Serving, decoder, device, engine, model_path, saved, start};
 
 /// Which model, with which adapters, on which device.
 #[derive(Args, Clone)]
@@ -48,6 +48,9 @@ pub(crate) struct ModelArguments {
     /// The form of base weights
     #[arg(long, value_enum, default_value = "stored")]
     pub(crate) base: types::Base,
+    /// What quantised base weights are multiplied by, on the host; what int8 costs in exactness is measured and told
+    #[arg(long, value_enum, default_value = "float")]
+    pub(crate) activations: Activations,
     /// How lowerings are chosen
     #[arg(long, value_enum, default_value = "tuned")]
     pub(crate) plan: PlanChoice,
@@ -75,6 +78,15 @@ pub(crate) struct ModelArguments {
     /// Requests that wait at most
     #[arg(long, default_value = "1024", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 24))]
     pub(crate) waiting: usize,
+}
+
+/// What quantised base weights are multiplied by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Activations {
+    /// Activations as they are
+    Float,
+    /// Activations rounded to 8 bits, with a scale for each 16 or 32 of a row: faster and less exact
+    Int8,
 }
 
 /// How lowerings are chosen.

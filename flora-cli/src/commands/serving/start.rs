@@ -6,11 +6,11 @@ use std::sync::Arc;
 use flora::prelude::*;
 use flora_checkpoint::Model;
 use flora_engine::{AdapterOptions, AdapterSource, Engine, Options, Vocabulary};
-use flora_model::{AdapterDirectory, PlanningChoice, PreparedAdapter, ServeOptions};
+use flora_model::{AdapterDirectory, DeviceModel, PlanningChoice, PreparedAdapter, RoundingCost, ServeOptions};
 use flora_tokenizer::Tokenizer;
 use flora_tune::Planner;
 
-use super::{ModelArguments, PlanChoice};
+use super::{Activations, ModelArguments, PlanChoice};
 use crate::commands::error::CommandError;
 use crate::commands::{output, planner};
 
@@ -37,7 +37,7 @@ pub(crate) fn start(arguments: &ModelArguments) -> Result<Serving, CommandError>
     }
     let tokenizer = Arc::new(tokenizer);
     let vocabulary = vocabulary(&tokenizer);
-    let device = devices::open(&arguments.device)?;
+    let device = device(arguments)?;
     let saved = saved(arguments.plan, &device)?;
     let device = saved.as_ref().map_or_else(|| device.clone(), |planner| planner.tuned(&device));
     let planning = match &saved {
@@ -49,7 +49,11 @@ pub(crate) fn start(arguments: &ModelArguments) -> Result<Serving, CommandError>
     let directory = AdapterDirectory::with_layers(arguments.adapters.as_deref(), &model, arguments.dtype, layers);
     let directory = directory.over(arguments.base.into()).with_named(named)?;
     directory.check()?;
-    let engine = engine(arguments, &device, &model, planning, vocabulary, directory.clone())?;
+    let (decoder, cost) = decoder(arguments, &device, &model, planning)?;
+    if let Some(cost) = cost {
+        output::note(&format!("activations: int8; {cost}"));
+    }
+    let engine = engine(arguments, decoder, vocabulary, directory.clone())?;
     let info = device.info();
     Ok(Serving {
         engine,
@@ -108,27 +112,47 @@ pub(crate) fn saved(plan: PlanChoice, device: &Device) -> Result<Option<Planner>
     }
 }
 
-/// A model behind an engine.
-pub(crate) fn engine(
+/// The device that is asked for, with the activations that are.
+pub(crate) fn device(arguments: &ModelArguments) -> Result<Device, CommandError> {
+    let device = devices::open(&arguments.device)?;
+    match arguments.activations {
+        Activations::Float => Ok(device),
+        Activations::Int8 => Ok(device.rounding_activations()?),
+    }
+}
+
+/// A model on its device, and what rounded activations cost it, where they are.
+pub(crate) fn decoder(
     arguments: &ModelArguments,
     device: &Device,
     model: &Arc<Model>,
     planning: PlanningChoice<'_>,
-    vocabulary: Vocabulary,
-    source: impl AdapterSource<Prepared = PreparedAdapter>,
-) -> Result<Engine, CommandError> {
-    let options = options(arguments);
+) -> Result<(DeviceModel, Option<RoundingCost>), CommandError> {
     let serve = ServeOptions {
         adapted: arguments.adapted.clone(),
         base: arguments.base.into(),
         activations: arguments.dtype,
         adapters: arguments.dtype,
         adapter_bytes: arguments.adapter_memory << 20,
-        block_tokens: options.block_tokens as u32,
+        block_tokens: options(arguments).block_tokens as u32,
         planning,
     };
-    let decoder = flora_model::load(device, model, &serve)?;
-    Ok(Engine::start(decoder, source, vocabulary, options)?)
+    let mut decoder = flora_model::load(device, model, &serve)?;
+    let cost = match arguments.activations {
+        Activations::Float => None,
+        Activations::Int8 => Some(flora_model::rounding_cost(device, &mut decoder)?),
+    };
+    Ok((decoder, cost))
+}
+
+/// A model behind an engine.
+pub(crate) fn engine(
+    arguments: &ModelArguments,
+    decoder: DeviceModel,
+    vocabulary: Vocabulary,
+    source: impl AdapterSource<Prepared = PreparedAdapter>,
+) -> Result<Engine, CommandError> {
+    Ok(Engine::start(decoder, source, vocabulary, options(arguments))?)
 }
 
 fn options(arguments: &ModelArguments) -> Options {

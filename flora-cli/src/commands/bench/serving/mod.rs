@@ -24,7 +24,7 @@ use super::case::BASE;
 use super::report::Times;
 use super::serving_answer::{Answer, DecodeStep, Latency, Percentiles, Throughput, Variant};
 use crate::commands::error::CommandError;
-use crate::commands::serving::{ModelArguments, engine, saved};
+use crate::commands::serving::{Activations, ModelArguments, decoder, engine, saved};
 use crate::commands::{output, serving};
 use breakdown::Spans;
 use drive::{Outcome, Planned, drive};
@@ -101,7 +101,7 @@ struct Setting<'a> {
 }
 
 pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
-    let device = devices::open(&arguments.model.device)?;
+    let device = serving::device(&arguments.model)?;
     let (model, weights, _folder) = open(arguments)?;
     let planner = saved(arguments.model.plan, &device)?;
     let device = planner.as_ref().map_or_else(|| device.clone(), |planner| planner.tuned(&device));
@@ -137,7 +137,7 @@ pub(super) fn serving(arguments: &Arguments) -> Result<(), CommandError> {
         device: format!("{} ({})", device.info().name, device.info().id),
         model: model.name().to_owned(),
         weights: weights.to_owned(),
-        dtype: arguments.model.dtype.name().to_owned(),
+        dtype: types_of(&arguments.model),
         adapted: adapted.clone(),
         sequences: arguments.model.sequences,
         throughput: Vec::new(),
@@ -270,7 +270,16 @@ impl Setting<'_> {
         // Requests wait for nothing but their turn.
         let most = self.arguments.requests.max(self.arguments.latency_requests).max(arguments.sequences);
         let arguments = ModelArguments { waiting: most.max(arguments.waiting), ..arguments.clone() };
-        engine(&arguments, self.device, self.model, planning, Vocabulary::new(Vec::new()), source)
+        let (decoder, _) = decoder(&arguments, self.device, self.model, planning)?;
+        engine(&arguments, decoder, Vocabulary::new(Vec::new()), source)
+    }
+}
+
+/// The types that a model computes in.
+fn types_of(arguments: &ModelArguments) -> String {
+    match arguments.activations {
+        Activations::Float => arguments.dtype.name().to_owned(),
+        Activations::Int8 => format!("{} with int8 activations", arguments.dtype.name()),
     }
 }
 
