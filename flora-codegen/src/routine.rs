@@ -7,7 +7,7 @@ mod rows;
 mod tiles;
 
 use flora_plan::layer::{Epilogue, LayerFormat, LayerShape, Quantisation};
-use flora_plan::schedule::{Gemm, Materialised, SPLIT_DEPTH, Scale};
+use flora_plan::schedule::{Gemm, SPLIT_DEPTH, Scale, WeightRun};
 
 use crate::kernels::blueprint::RANK_CHUNK;
 use crate::kernels::decode::inputs_of_scales;
@@ -103,12 +103,8 @@ pub(crate) fn gemm(hardware: &Hardware, wanted: Wanted, gemm: &Gemm) -> Result<T
     lay_out(hardware, wanted, Rows::of_gemm(gemm))
 }
 
-pub(crate) fn materialised(
-    hardware: &Hardware,
-    wanted: Wanted,
-    step: &Materialised,
-) -> Result<TileLaunch, RoutineError> {
-    lay_out(hardware, wanted, Rows::of_materialised(step))
+pub(crate) fn runs(hardware: &Hardware, wanted: Wanted, runs: &[WeightRun]) -> Result<TileLaunch, RoutineError> {
+    lay_out(hardware, wanted, Rows::of_runs(runs))
 }
 
 pub(crate) fn matrices(hardware: &Hardware, wanted: Wanted, count: u32, rows: u32) -> Result<TileLaunch, RoutineError> {

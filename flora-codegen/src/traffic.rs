@@ -124,7 +124,7 @@ mod tests {
                 virtual_rows: slots
                     .map(|slot| VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) })
                     .collect(),
-                low_rank: LowRankSlots::default(),
+                ..AdapterSlots::base()
             },
             Part::Additive => {
                 AdapterSlots { low_rank: LowRankSlots { shrink: first, expand: first, rank }, ..AdapterSlots::base() }

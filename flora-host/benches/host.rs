@@ -62,7 +62,7 @@ impl Case {
                     virtual_rows: (first..first + rank)
                         .map(|slot| VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) })
                         .collect(),
-                    low_rank: LowRankSlots::default(),
+                    ..AdapterSlots::base()
                 },
             };
             adapters.push(adapter);

@@ -218,7 +218,8 @@ impl Limits {
             match step {
                 Step::Gemm(gemm) => self.check_gemm(gemm)?,
                 Step::Materialised(step) => self.check_materialised(step)?,
-                Step::Merged { .. } => {
+                Step::Merged(step) => {
+                    self.runs("merged rows", step.runs.iter().map(|run| (run.first_row, run.rows)))?;
                     let merged = operands.merged.ok_or(HostError::Missing { what: "a merged weight" })?;
                     check_shape("the merged weight", merged, operands.weight.shape())?;
                 }

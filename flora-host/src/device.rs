@@ -268,12 +268,18 @@ impl Backend for HostBackend {
     }
 
     fn merge(&self, layer: &LayerOperands, step: &Materialised) -> Result<Storage, DeviceError> {
-        Ok(Storage::new(self.engine.materialise(&operands(layer)?, step, 0)?))
+        let made = self.engine.materialise(&operands(layer)?, step, 0)?;
+        let format = self.merged_format(layer.format());
+        if made.format() == format {
+            return Ok(Storage::new(made));
+        }
+        let rounded = PackedWeight::from_f32(format, made.shape(), &made.to_f32()).map_err(HostError::NotAWeight)?;
+        Ok(Storage::new(Weight::new(&rounded)))
     }
 
-    fn merged_format(&self, _format: LayerFormat) -> WeightFormat {
-        // Made in f32, and kept so.
-        WeightFormat::Float(Element::F32)
+    fn merged_format(&self, format: LayerFormat) -> WeightFormat {
+        // As large as the rows' numbers, and multiplied as quickly as a base weight of their type.
+        WeightFormat::Float(format.activations)
     }
 
     fn synchronize(&self) -> Result<(), DeviceError> {

@@ -2,7 +2,8 @@
 
 use flora_plan::layer::LayerShape;
 use flora_plan::schedule::{
-    Gemm, LowRankBmm, LowRankRows, Materialised, NO_ROW, Packing, Schedule, ScheduledRow, SegmentItem, Step,
+    Gemm, LowRankBmm, LowRankRows, Materialised, Merged, NO_ROW, Packing, Schedule, ScheduledRow, SegmentItem, Step,
+    WeightRun,
 };
 use flora_runtime::RankGates;
 use pulp::{Arch, Simd, WithSimd};
@@ -283,8 +284,9 @@ fn written(schedule: &Schedule) -> usize {
             let stacked = rows.iter().filter(|row| row.last == 1).count();
             stacked + segments.iter().map(|segment| segment.rows as usize).sum::<usize>()
         }
-        Step::Materialised(step) => step.runs.iter().map(|run| run.rows as usize).sum(),
-        Step::Merged { .. } => schedule.tokens() as usize,
+        Step::Materialised(Materialised { runs, .. }) | Step::Merged(Merged { runs, .. }) => {
+            runs.iter().map(|run| run.rows as usize).sum()
+        }
         Step::Segmented { .. } | Step::LowRankBmm(_) | Step::Finish => 0,
     };
     schedule.steps().iter().map(of).sum()
@@ -293,7 +295,7 @@ fn written(schedule: &Schedule) -> usize {
 /// Whether a step writes its rows whatever was there; the others add to them.
 fn writes(step: &Step) -> bool {
     match step {
-        Step::Gemm(_) | Step::Materialised(_) | Step::Merged { .. } => true,
+        Step::Gemm(_) | Step::Materialised(_) | Step::Merged(_) => true,
         Step::Segmented { .. } | Step::LowRankBmm(_) | Step::Finish => false,
     }
 }
@@ -309,7 +311,7 @@ impl<S: Simd> Sources<'_, S> {
         if schedule.steps().iter().all(writes) && written(schedule) >= tokens {
             let RowsMut { mut values, pitch } = y;
             let sink = Sink::new(&mut values).rows(pitch);
-            return schedule.steps().iter().for_each(|step| self.write(step, schedule.tokens(), sink, lent));
+            return schedule.steps().iter().for_each(|step| self.write(step, sink, lent));
         }
         // Later steps add to y, so that it has to hold f32 until the last of them.
         match y {
@@ -333,12 +335,7 @@ impl<S: Simd> Sources<'_, S> {
         }
         for step in steps {
             if writes(step) {
-                self.write(
-                    step,
-                    schedule.tokens(),
-                    Sink::F32(Shared::new(stage)).rows(self.layer.out_pool.width),
-                    lent,
-                );
+                self.write(step, Sink::F32(Shared::new(stage)).rows(self.layer.out_pool.width), lent);
             } else {
                 self.add(step, stage, lent);
             }
@@ -346,7 +343,7 @@ impl<S: Simd> Sources<'_, S> {
     }
 
     /// Runs a step of those that write.
-    fn write(&self, step: &Step, tokens: u32, sink: RowSink, lent: &mut Lent) {
+    fn write(&self, step: &Step, sink: RowSink, lent: &mut Lent) {
         let weight = self.layer.weight;
         match step {
             Step::Gemm(gemm) => {
@@ -360,11 +357,9 @@ impl<S: Simd> Sources<'_, S> {
                     sink,
                 );
             }
-            Step::Merged { .. } => {
+            Step::Merged(step) => {
                 if let Some(merged) = self.layer.merged {
-                    lent.rows.clear();
-                    plain_rows(0..tokens, &mut lent.rows);
-                    self.pass(merged, pass::Rows::plain(&lent.rows), &[], true, sink);
+                    self.by_weight(merged, step.runs.iter(), step.finishes, sink, &mut lent.rows);
                 }
             }
             Step::Materialised(step) => self.materialised(weight, step, sink, lent),
@@ -385,16 +380,26 @@ impl<S: Simd> Sources<'_, S> {
         let Layer { in_pool, out_pool, .. } = self.layer;
         let size = strips_len(in_pool.width, out_pool.width);
         for at in 0..step.adapters.len() {
-            lent.rows.clear();
-            for run in step.runs.iter().filter(|run| run.weight as usize == at) {
-                plain_rows(run.first_row..run.first_row + run.rows, &mut lent.rows);
-            }
             let recipe = Recipe::of(step, at, weight, (in_pool, out_pool));
             let made = lent.weight.floats(size);
             materialise::make(self.simd, recipe, made, self.scratches);
-            let made = Strips::floats(out_pool.width, made);
-            self.pass(made, pass::Rows::plain(&lent.rows), &[], step.finishes, sink);
+            let own = step.runs.iter().filter(|run| run.weight as usize == at);
+            self.by_weight(Strips::floats(out_pool.width, made), own, step.finishes, sink, &mut lent.rows);
         }
+    }
+
+    /// Multiplies runs of rows by a weight of their adapter's own.
+    fn by_weight<'r>(
+        &self,
+        weight: Strips<'_>,
+        runs: impl Iterator<Item = &'r WeightRun>,
+        finishes: bool,
+        sink: RowSink,
+        rows: &mut Vec<ScheduledRow>,
+    ) {
+        rows.clear();
+        runs.for_each(|run| plain_rows(run.first_row..run.first_row + run.rows, rows));
+        self.pass(weight, pass::Rows::plain(rows), &[], finishes, sink);
     }
 
     /// Runs a step of those that add to outputs `[tokens, k]`.
@@ -418,7 +423,7 @@ impl<S: Simd> Sources<'_, S> {
                     });
                 });
             }
-            Step::Gemm(_) | Step::Materialised(_) | Step::Merged { .. } => {}
+            Step::Gemm(_) | Step::Materialised(_) | Step::Merged(_) => {}
         }
     }
 

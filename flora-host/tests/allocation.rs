@@ -43,6 +43,7 @@ fn a_warm_engine_allocates_nothing() {
             .map(|slot| VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) })
             .collect(),
         low_rank: LowRankSlots { shrink: first, expand: first, rank: 3 },
+        is_merged: false,
     };
     let lora = AdapterSlots { low_rank: LowRankSlots { shrink: 2, expand: 3, rank: 5 }, ..AdapterSlots::base() };
     let adapters = [AdapterSlots::base(), flora(0), flora(4), lora];

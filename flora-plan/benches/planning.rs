@@ -32,7 +32,7 @@ fn adapters() -> Vec<AdapterSlots> {
     let of_kind = |position: u32| match position % 4 {
         0 => AdapterSlots::base(),
         1 => AdapterSlots { low_rank: LowRankSlots { shrink: 0, expand: 0, rank: 8 }, ..AdapterSlots::base() },
-        _ => AdapterSlots { virtual_rows: vec![scales; 8], low_rank: LowRankSlots::default() },
+        _ => AdapterSlots { virtual_rows: vec![scales; 8], ..AdapterSlots::base() },
     };
     (0..64).map(of_kind).collect()
 }

@@ -56,12 +56,21 @@ pub struct AdapterSlots {
     pub virtual_rows: Vec<VirtualRowSlots>,
     /// The additive part.
     pub low_rank: LowRankSlots,
+    /// Whether its W_i is resident beside the pools, for plans that [merge](crate::plan::Plan::merges). At most one adapter's of a
+    /// layer is.
+    pub is_merged: bool,
 }
 
 impl AdapterSlots {
     /// The base weight alone.
     pub fn base() -> Self {
-        Self { virtual_rows: vec![VirtualRowSlots::default()], low_rank: LowRankSlots::default() }
+        Self { virtual_rows: vec![VirtualRowSlots::default()], low_rank: LowRankSlots::default(), is_merged: false }
+    }
+
+    /// The same adapter with its W_i resident.
+    #[must_use]
+    pub fn merged(self) -> Self {
+        Self { is_merged: true, ..self }
     }
 
     /// Slots for an adapter of this layout, counted from `first` in both pools. Of an adapter without virtual rows the product
@@ -83,7 +92,7 @@ impl AdapterSlots {
         };
         let rank = u32::try_from(layout.low_rank).unwrap_or(u32::MAX);
         let slot = take(rank);
-        Self { virtual_rows, low_rank: LowRankSlots { shrink: slot, expand: slot, rank } }
+        Self { virtual_rows, low_rank: LowRankSlots { shrink: slot, expand: slot, rank }, is_merged: false }
     }
 
     /// Where the adjoint's vectors lie, over w0ᵀ and with the two pools exchanged: what reads the same numbers for the gradient of
@@ -95,6 +104,7 @@ impl AdapterSlots {
         Self {
             virtual_rows: self.virtual_rows.iter().map(exchanged).collect(),
             low_rank: LowRankSlots { shrink: expand, expand: shrink, rank },
+            is_merged: self.is_merged,
         }
     }
 
@@ -116,10 +126,11 @@ impl AdapterSlots {
     }
 }
 
-/// What pricing needs to know of a batch: a few sums, taken in one pass.
+/// What pricing needs to know of a batch: a few sums, taken in one pass. Rows of an adapter whose W_i is resident are counted apart,
+/// so that whoever doesn't multiply them by it [joins](BatchShape::joined) them to the others first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct BatchShape {
-    /// All rows.
+    /// All rows, but those of `merged`, as everywhere below.
     pub tokens: u64,
     /// Distinct adapters with rows, the base among them.
     pub adapters: u64,
@@ -134,6 +145,32 @@ pub struct BatchShape {
     pub additive: GroupShape,
     /// Rows with an additive part beside a scaled one (DoRA); counted above too.
     pub scaled_additive: GroupShape,
+    /// The rows of the adapter whose W_i is resident, where it has any.
+    pub merged: Option<AdapterRows>,
+}
+
+/// The rows of one adapter in a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AdapterRows {
+    /// By the class of their segment's rows.
+    rows_by_class: [u64; ROW_CLASSES],
+    /// Virtual rows of each.
+    width: u64,
+    /// Whether these are the base weight's alone.
+    is_plain: bool,
+    rank: u64,
+}
+
+impl AdapterRows {
+    fn new(adapter: &AdapterSlots, rows_by_class: [u64; ROW_CLASSES]) -> Self {
+        let (width, rank) = (adapter.virtual_rows.len() as u64, u64::from(adapter.low_rank.rank));
+        Self { rows_by_class, width, is_plain: adapter.is_plain(), rank }
+    }
+
+    /// How many.
+    pub fn rows(&self) -> u64 {
+        self.rows_by_class.iter().sum()
+    }
 }
 
 /// One kind of rows in a batch. "Width" is the number of virtual rows, or the rank of the additive part.
@@ -219,32 +256,54 @@ impl BatchSummary {
         for position in &self.present {
             let adapter = &adapters[*position as usize];
             let by_class = std::mem::take(&mut self.rows_of[*position as usize]);
-            shape.add(adapter, &by_class);
+            let rows = AdapterRows::new(adapter, by_class);
+            match shape.merged {
+                None if adapter.is_merged => shape.merged = Some(rows),
+                _ => shape.add(&rows),
+            }
         }
         shape
     }
 }
 
 impl BatchShape {
-    fn add(&mut self, adapter: &AdapterSlots, rows_by_class: &[u64; ROW_CLASSES]) {
-        let rows = rows_by_class.iter().sum();
+    fn add(&mut self, own: &AdapterRows) {
+        let AdapterRows { rows_by_class, width, is_plain, rank } = *own;
+        let rows = own.rows();
         self.tokens += rows;
         self.adapters += 1;
-        let width = adapter.virtual_rows.len() as u64;
-        if adapter.is_plain() {
+        if is_plain {
             self.plain_rows += rows;
         } else {
             self.multiplicative.add(rows, width);
         }
         if width > 1 {
-            self.wide.iter_mut().zip(rows_by_class).for_each(|(group, rows)| group.add(*rows, width));
+            self.wide.iter_mut().zip(rows_by_class).for_each(|(group, rows)| group.add(rows, width));
         }
-        let rank = u64::from(adapter.low_rank.rank);
-        match (rank > 0, adapter.is_plain()) {
+        match (rank > 0, is_plain) {
             (false, _) => {}
             (true, true) => self.additive.add(rows, rank),
             (true, false) => self.scaled_additive.add(rows, rank),
         }
+    }
+
+    /// The same batch with no weight resident: all rows are counted alike.
+    #[must_use]
+    pub fn joined(mut self) -> Self {
+        if let Some(own) = self.merged.take() {
+            self.add(&own);
+        }
+        self
+    }
+
+    /// Rows that are multiplied by the resident W_i, where the plan merges.
+    pub fn merged_rows(&self) -> u64 {
+        self.merged.map_or(0, |own| own.rows())
+    }
+
+    /// All rows of the batch.
+    pub fn all_rows(&self) -> u64 {
+        self.tokens.saturating_add(self.merged_rows())
     }
 
     /// The rows whose low-rank sum is computed by itself: a W_i that is made in memory holds the one of its adapter.

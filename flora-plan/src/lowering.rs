@@ -20,7 +20,7 @@ pub enum Lowering {
     Fused,
     /// Shrink and expand grouped by segment, ranks not padded.
     Segmented,
-    /// One adapter owns the batch and its W_i is resident.
+    /// The matmul of the rows of the one adapter whose W_i is resident.
     Merged,
 }
 

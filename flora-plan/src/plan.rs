@@ -10,17 +10,9 @@ use crate::schedule::can_hold;
 /// How a batch's adapters are computed. Base rows need no choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Plan {
-    lowerings: Lowerings,
+    parts: SeparateParts,
+    merges: bool,
     splits: bool,
-}
-
-/// What computes the parts of a batch's adapters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Lowerings {
-    /// Both parts at once, by the resident W_i of the batch's one adapter.
-    Merged,
-    /// Each part by itself.
-    Separate(SeparateParts),
 }
 
 /// A lowering for either part.
@@ -53,51 +45,54 @@ impl Plan {
     /// A lowering for either part.
     pub const fn new(multiplicative: MultiplicativeLowering, additive: AdditiveLowering) -> Self {
         let parts = SeparateParts { multiplicative, additive, on_chip_from: Self::ON_CHIP_FROM[0] };
-        Self { lowerings: Lowerings::Separate(parts), splits: false }
+        Self { parts, merges: false, splits: false }
     }
 
-    /// The same, with a part computed by this lowering. Where a merged plan gets one for one part, the other one's is
-    /// [`Plan::default`]'s.
+    /// The same, with a part computed by this lowering.
     #[must_use]
     pub fn with_part(self, part: PartLowering) -> Self {
-        let parts = match self.lowerings {
-            Lowerings::Merged => DEFAULT_PARTS,
-            Lowerings::Separate(parts) => parts,
-        };
-        let lowerings = match part {
+        let parts = self.parts;
+        match part {
             PartLowering::Multiplicative(multiplicative) => {
-                Lowerings::Separate(SeparateParts { multiplicative, ..parts })
+                Self { parts: SeparateParts { multiplicative, ..parts }, ..self }
             }
-            PartLowering::Additive(additive) => Lowerings::Separate(SeparateParts { additive, ..parts }),
-            PartLowering::Merged(_) => Lowerings::Merged,
-        };
-        Self { lowerings, ..self }
+            PartLowering::Additive(additive) => Self { parts: SeparateParts { additive, ..parts }, ..self },
+            PartLowering::Merged(_) => self.with_merged(),
+        }
+    }
+
+    /// The same, with the rows of the adapter whose W_i is resident multiplied by it, which holds both of its parts. Those of other
+    /// adapters are computed as before, and so are all where no weight is resident.
+    #[must_use]
+    pub const fn with_merged(self) -> Self {
+        Self { merges: true, ..self }
     }
 
     /// What a batch is computed by where nobody chooses: the fused launch, each segment's lowering by its own rows, so that what else is
     /// in the batch changes nothing. Fewer rows than these cost less as virtual rows (`stacked`) on every device that was measured.
+    /// Rows of the adapter whose W_i is resident are always multiplied by it, for the same reason.
     pub fn fixed() -> Self {
-        Self::new(MultiplicativeLowering::OnChip, AdditiveLowering::Fused).with_on_chip_from(8)
+        Self::new(MultiplicativeLowering::OnChip, AdditiveLowering::Fused).with_on_chip_from(8).with_merged()
     }
 
     /// The same for the gradient of the input: r virtual rows of t tokens cost r · t products, and t + r + 1 on chip, which is less
-    /// from t = 4 on for every r but 1.
+    /// from t = 4 on for every r but 1. Resident weights are none of training's.
     pub fn fixed_adjoint() -> Self {
-        Self::fixed().with_on_chip_from(4)
+        Self::new(MultiplicativeLowering::OnChip, AdditiveLowering::Fused).with_on_chip_from(4)
     }
 
-    /// The plan of the one adapter whose W_i is resident.
-    pub const MERGED: Self = Self { lowerings: Lowerings::Merged, splits: false };
+    /// The plan of a batch that the adapter whose W_i is resident has to itself: [`Plan::default`] for whatever else is in it.
+    pub const MERGED: Self = Self { parts: DEFAULT_PARTS, merges: true, splits: false };
 
     /// The choices of [`Plan::with_on_chip_from`].
     pub const ON_CHIP_FROM: [u32; ROW_CLASSES] = [1, 2, 4, 8, 16];
 
-    /// Every plan that there is.
+    /// Every pair of lowerings, without a resident weight and with one.
     pub fn all() -> impl Iterator<Item = Self> {
-        Self::unmerged().chain([Self::MERGED])
+        Self::unmerged().flat_map(|plan| [plan, plan.with_merged()])
     }
 
-    /// Every plan that needs no weight made beforehand.
+    /// Every pair of lowerings; these need no weight made beforehand.
     pub fn unmerged() -> impl Iterator<Item = Self> {
         MultiplicativeLowering::ALL
             .into_iter()
@@ -112,17 +107,12 @@ impl Plan {
     }
 
     /// The same, with `on_chip` for segments of at least `rows` rows, the largest of [`Plan::ON_CHIP_FROM`] that isn't more; the
-    /// rows of shorter ones are stacked. A segment's own length decides, not what stands beside it in the batch. A merged plan
-    /// stays as it is.
+    /// rows of shorter ones are stacked. A segment's own length decides, not what stands beside it in the batch.
     #[must_use]
     pub fn with_on_chip_from(self, rows: u32) -> Self {
         let [first, others @ ..] = Self::ON_CHIP_FROM;
         let on_chip_from = others.into_iter().filter(|from| *from <= rows).fold(first, u32::max);
-        let lowerings = match self.lowerings {
-            Lowerings::Merged => Lowerings::Merged,
-            Lowerings::Separate(parts) => Lowerings::Separate(SeparateParts { on_chip_from, ..parts }),
-        };
-        Self { lowerings, ..self }
+        Self { parts: SeparateParts { on_chip_from, ..self.parts }, ..self }
     }
 
     /// Whether cubes may share the depth.
@@ -130,26 +120,27 @@ impl Plan {
         self.splits
     }
 
-    /// What computes the parts.
-    pub fn lowerings(&self) -> Lowerings {
-        self.lowerings
+    /// Whether rows of the adapter whose W_i is resident are multiplied by it.
+    pub fn merges(&self) -> bool {
+        self.merges
     }
 
-    /// Whether it needs the resident W_i of one adapter.
-    pub fn is_merged(&self) -> bool {
-        match self.lowerings {
-            Lowerings::Merged => true,
-            Lowerings::Separate(_) => false,
-        }
+    /// What computes the parts of the rows that aren't multiplied by a resident W_i.
+    pub fn parts(&self) -> SeparateParts {
+        self.parts
     }
 
-    /// The lowering of a part.
+    /// The lowering of a part of these rows.
     pub fn of(&self, part: Part) -> Lowering {
-        match (self.lowerings, part) {
-            (Lowerings::Merged, _) => Lowering::Merged,
-            (Lowerings::Separate(parts), Part::Multiplicative) => parts.multiplicative.lowering(),
-            (Lowerings::Separate(parts), Part::Additive) => parts.additive.lowering(),
+        match part {
+            Part::Multiplicative => self.parts.multiplicative.lowering(),
+            Part::Additive => self.parts.additive.lowering(),
         }
+    }
+
+    /// A batch as the plan sees it: with the rows of a resident W_i apart, or all alike.
+    pub(crate) fn seen(&self, batch: &BatchShape) -> BatchShape {
+        if self.merges { *batch } else { batch.joined() }
     }
 }
 
@@ -163,29 +154,35 @@ const DEFAULT_PARTS: SeparateParts = SeparateParts {
 impl Default for Plan {
     /// What needs no memory beyond the batch's own, and so always runs.
     fn default() -> Self {
-        Self { lowerings: Lowerings::Separate(DEFAULT_PARTS), splits: false }
+        Self { parts: DEFAULT_PARTS, merges: false, splits: false }
     }
 }
 
 impl std::fmt::Display for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.lowerings {
-            Lowerings::Merged => Lowering::Merged.fmt(f),
-            Lowerings::Separate(parts) => write!(f, "{}+{}", parts.multiplicative, parts.additive),
+        if self.merges {
+            write!(f, "{}+", Lowering::Merged)?;
         }
+        write!(f, "{}+{}", self.parts.multiplicative, self.parts.additive)
     }
 }
 
-/// The candidates for one part of a batch, cheapest first.
+/// The candidates for one part of a batch, cheapest first. `merged` is among them where a weight of the batch's adapters is resident:
+/// its time is that of the whole batch, too, with the other rows by whatever is cheapest.
 pub fn candidates(part: Part, prices: &LayerPrices, batch: &BatchShape) -> Vec<Candidate> {
     let price = |plan: Plan| prices.price(&work(&plan, prices.layer(), batch, false, prices.pads_blocks()));
+    let plans = |computes: PartLowering| {
+        Plan::unmerged().filter_map(move |plan| match computes {
+            PartLowering::Merged(_) => Some(plan.with_merged()),
+            _ => (plan.of(part) == computes.lowering()).then_some(plan),
+        })
+    };
     let mut candidates: Vec<_> = lowerings_of(part)
-        .filter(|row| row.lowering() != Lowering::Merged || batch.adapters == 1)
+        .filter(|row| row.lowering() != Lowering::Merged || batch.merged.is_some())
         .map(|row| Candidate {
             lowering: row.lowering(),
-            predicted_seconds: Plan::all()
-                .filter(|plan| plan.of(part) == row.lowering())
-                .flat_map(|plan| starts_of(plan, batch).map(move |rows| plan.with_on_chip_from(rows)))
+            predicted_seconds: plans(row.computes)
+                .flat_map(|plan| starts_of(plan, &plan.seen(batch)).map(move |rows| plan.with_on_chip_from(rows)))
                 .map(price)
                 .fold(f64::INFINITY, f64::min),
         })
@@ -194,15 +191,12 @@ pub fn candidates(part: Part, prices: &LayerPrices, batch: &BatchShape) -> Vec<C
     candidates
 }
 
-/// The choices of [`Plan::with_on_chip_from`] that make a difference to a batch.
-fn starts_of(plan: Plan, batch: &BatchShape) -> impl Iterator<Item = u32> {
+/// The choices of [`Plan::with_on_chip_from`] that make a difference to the separate rows of a batch.
+fn starts_of(plan: Plan, batch: &BatchShape) -> impl Iterator<Item = u32> + use<> {
     let classes = batch.wide;
-    let chooses = match plan.lowerings {
-        Lowerings::Merged => false,
-        Lowerings::Separate(parts) => match parts.multiplicative {
-            MultiplicativeLowering::OnChip => true,
-            MultiplicativeLowering::Stacked | MultiplicativeLowering::Bmm => false,
-        },
+    let chooses = match plan.parts.multiplicative {
+        MultiplicativeLowering::OnChip => true,
+        MultiplicativeLowering::Stacked | MultiplicativeLowering::Bmm => false,
     };
     let differs = move |(class, _): &(usize, u32)| {
         let rows = |class: usize| classes[class].tokens > 0;
@@ -212,42 +206,60 @@ fn starts_of(plan: Plan, batch: &BatchShape) -> impl Iterator<Item = u32> {
 }
 
 /// Picks the cheapest plan for this batch whose buffers the device can hold and kernels can index; `finishes` where the layer has
-/// an epilogue. Whether a weight is worth merging is no question of one batch, so that `merged` is never picked. Allocates nothing.
+/// an epilogue. Whether a weight is worth keeping is no question of one batch: where one is resident, the batch runs by it as far as
+/// that is cheaper. Allocates nothing.
 pub fn plan(prices: &LayerPrices, batch: &BatchShape, finishes: bool) -> Plan {
+    let separate = cheapest(prices, &batch.joined(), finishes, false);
+    let chosen = match batch.merged {
+        Some(_) => {
+            let merged = cheapest(prices, batch, finishes, true);
+            if merged.0 < separate.0 { merged.1 } else { separate.1 }
+        }
+        None => separate.1,
+    };
+    let split = chosen.with_split();
+    let may_split = may_split(&chosen, &chosen.seen(batch), prices.split_rows());
+    if may_split && can_hold(&split, prices.layer().shape, batch, prices.largest_buffer_bytes()) {
+        split
+    } else {
+        chosen
+    }
+}
+
+/// The cheapest plan, with its price, of those that merge or don't, for a batch as they see it.
+fn cheapest(prices: &LayerPrices, batch: &BatchShape, finishes: bool, merges: bool) -> (f64, Plan) {
     let parts = Parts { layer: prices.layer(), batch, finishes, pads: prices.pads_blocks() };
     let holds = |plan: &Plan| can_hold(plan, prices.layer().shape, batch, prices.largest_buffer_bytes());
+    let merged = if merges { prices.price(&parts.merged()) } else { 0.0 };
     let mut best = (f64::INFINITY, Plan::default());
     // The low-rank sums are other ones only where materialised weights hold some of them.
     let mut of_additive = [None; 2];
     for multiplicative in MultiplicativeLowering::ALL {
         for rows in starts_of(Plan::default().with_part(PartLowering::Multiplicative(multiplicative)), batch) {
-            let own = prices.price(&parts.multiplicative(multiplicative, rows));
+            let own = merged + prices.price(&parts.multiplicative(multiplicative, rows));
             let materialises = usize::from(multiplicative.materialises());
             let price = |additive| prices.price(&parts.additive(additive, multiplicative));
             let additives = *of_additive[materialises].get_or_insert_with(|| AdditiveLowering::ALL.map(price));
             for (additive, added) in AdditiveLowering::ALL.into_iter().zip(additives) {
                 let plan = Plan::new(multiplicative, additive).with_on_chip_from(rows);
+                let plan = if merges { plan.with_merged() } else { plan };
                 if own + added < best.0 && holds(&plan) {
                     best = (own + added, plan);
                 }
             }
         }
     }
-    let chosen = best.1;
-    let split = chosen.with_split();
-    if may_split(&chosen, batch, prices.split_rows()) && holds(&split) { split } else { chosen }
+    best
 }
 
-/// Whether a batch is one of so few stacked rows that tuning found it faster split.
+/// Whether a batch is one of so few stacked rows, and no more of a resident W_i, that tuning found it faster split.
 fn may_split(plan: &Plan, batch: &BatchShape, split_rows: u64) -> bool {
-    match plan.lowerings {
-        Lowerings::Merged => false,
-        Lowerings::Separate(parts) => match parts.multiplicative {
-            MultiplicativeLowering::Stacked => {
-                (1..=split_rows).contains(&batch.plain_rows.saturating_add(batch.multiplicative.tokens_times_width))
-            }
-            MultiplicativeLowering::OnChip | MultiplicativeLowering::Bmm => false,
-        },
+    match plan.parts.multiplicative {
+        MultiplicativeLowering::Stacked => {
+            let rows = batch.plain_rows.saturating_add(batch.multiplicative.tokens_times_width);
+            (1..=split_rows).contains(&rows) && batch.merged_rows() <= split_rows
+        }
+        MultiplicativeLowering::OnChip | MultiplicativeLowering::Bmm => false,
     }
 }
 
@@ -258,10 +270,7 @@ mod tests {
 
     #[test]
     fn on_chip_starts_at_a_class_of_rows() {
-        let from = |rows: u32| match Plan::default().with_on_chip_from(rows).lowerings() {
-            Lowerings::Separate(parts) => parts.on_chip_from(),
-            Lowerings::Merged => 0,
-        };
+        let from = |rows: u32| Plan::default().with_on_chip_from(rows).parts().on_chip_from();
         assert_eq!([0, 1, 2, 3, 4, 7, 8, 16, 1000].map(from), [1, 1, 2, 2, 4, 4, 8, 16, 16]);
     }
 
@@ -269,8 +278,15 @@ mod tests {
     fn a_part_s_plan_computes_it_by_its_lowering() {
         for row in &TABLE {
             let plan = Plan::default().with_part(row.computes);
-            assert_eq!(plan.of(row.part()), row.lowering());
-            assert_eq!(plan.is_merged(), row.lowering() == Lowering::Merged);
+            assert_eq!(plan.merges(), row.lowering() == Lowering::Merged);
+            assert!(plan.merges() || plan.of(row.part()) == row.lowering());
         }
+    }
+
+    /// Whose rows a fixed plan multiplies by a resident weight doesn't depend on their number, and gradients know of none.
+    #[test]
+    fn the_fixed_plan_merges_and_its_adjoint_does_not() {
+        assert!(Plan::fixed().merges() && !Plan::fixed_adjoint().merges());
+        assert_eq!(Plan::default().with_merged(), Plan::MERGED);
     }
 }

@@ -44,6 +44,7 @@ fn planning_allocates_nothing() {
         .map(|position| AdapterSlots {
             virtual_rows: vec![scales; 1 + position as usize % 5],
             low_rank: LowRankSlots { shrink: 0, expand: 0, rank: position % 3 },
+            is_merged: position == 7,
         })
         .collect();
     let batch = |seed: u32| -> Vec<Segment> {

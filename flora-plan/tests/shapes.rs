@@ -12,7 +12,7 @@ const LARGE: LayerShape = LayerShape { d: 40_000, k: 40_000 };
 
 fn flora(first: u32) -> AdapterSlots {
     let row = |slot| VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) };
-    AdapterSlots { virtual_rows: vec![row(first), row(first + 1)], low_rank: LowRankSlots::default() }
+    AdapterSlots { virtual_rows: vec![row(first), row(first + 1)], ..AdapterSlots::base() }
 }
 
 fn batch() -> (Vec<Segment>, Vec<AdapterSlots>) {

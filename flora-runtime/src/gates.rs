@@ -39,10 +39,13 @@ impl Projection {
     /// runs such batches.
     ///
     /// # Errors
-    /// No adapter there, or one of another rank; a device that multiplies by no gates.
+    /// No adapter there, or one of another rank or whose W_i is resident; a device that multiplies by no gates.
     pub fn set_gates(&mut self, position: u32, layer: usize, parts: &[u32]) -> Result<(), ProjectionError> {
         if !self.device.has_gates() {
             return Err(DeviceError::NoGates { device: self.device.info().id.clone() }.into());
+        }
+        if self.slots_at(position).is_some_and(|slots| slots.is_merged) {
+            return Err(ProjectionError::MergedGates(position));
         }
         let rank = self.slots_at(position).map_or(0, |slots| slots.low_rank.rank);
         if rank == 0 || rank as usize != parts.len() {

@@ -11,6 +11,7 @@ pub mod device;
 pub mod found;
 mod gates;
 pub mod info;
+mod merged;
 pub mod operands;
 mod passes;
 pub mod planned;

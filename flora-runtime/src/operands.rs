@@ -90,7 +90,7 @@ pub enum OperandError {
         /// Its size.
         elements: u64,
     },
-    /// A plan that keeps to a weight that wasn't made, or is another adapter's.
+    /// A schedule of a weight that isn't resident any more, or of another adapter's.
     #[error("the batch is planned for the merged weight of adapter {wanted}, and {}; merge the adapter first", held(*.found))]
     NotMerged {
         /// What the batch wants: a position in the layer's table, 0 for the base.
@@ -185,9 +185,9 @@ impl LayerOperands {
         self.merged = Some(Merged { adapter, weight });
     }
 
-    /// Gives up the W_i of the adapter at this position, if it is the resident one.
-    pub(crate) fn forget_merged(&mut self, adapter: u32) {
-        self.merged.take_if(|merged| merged.adapter == adapter);
+    /// Gives up the resident W_i, and says whose it was.
+    pub(crate) fn forget_merged(&mut self) -> Option<u32> {
+        self.merged.take().map(|merged| merged.adapter)
     }
 
     /// Whether the parts are one device's and as large as the shape says. Pools grow and weights are merged after the layer was made,
@@ -307,12 +307,16 @@ fn check_pools(
 }
 
 impl RankGates<'_> {
-    /// Whether they change nothing of a run that is multiplied by a weight with its adapter's low-rank part in it.
-    fn are_ones(&self, run: &WeightRun, step: &Materialised) -> bool {
-        let rank = step.adapters.get(run.weight as usize).map_or(0, |adapter| adapter.rank as usize);
+    /// Whether they change nothing of a run that is multiplied by a weight with a low-rank part of this rank in it.
+    fn are_ones(&self, run: &WeightRun, rank: usize) -> bool {
         let rows = self.values.chunks_exact(self.width.max(1)).skip(run.first_row as usize).take(run.rows as usize);
         rank == 0 || rank <= self.width && rows.flat_map(|row| &row[..rank]).all(|gate| *gate == 1.0)
     }
+}
+
+/// The rank of the low-rank part of the weight that a run is multiplied by.
+fn rank_of(step: &Materialised, run: &WeightRun) -> usize {
+    step.adapters.get(run.weight as usize).map_or(0, |adapter| adapter.rank as usize)
 }
 
 /// Whether gates can be applied in a schedule, and are as many as it asks for.
@@ -326,8 +330,10 @@ pub(crate) fn check_gates(schedule: &Schedule, gates: RankGates<'_>) -> Result<(
         Step::Segmented { items, .. } => Ok(items.iter().map(|item| item.rank).max().unwrap_or(0)),
         Step::LowRankBmm(step) => Ok(step.shrink.block),
         // Ones leave a weight as it is.
-        Step::Materialised(step) if step.runs.iter().all(|run| gates.are_ones(run, step)) => Ok(0),
-        Step::Materialised(_) | Step::Merged { .. } => Err(OperandError::GatesInWeight),
+        Step::Materialised(step) if step.runs.iter().all(|run| gates.are_ones(run, rank_of(step, run))) => Ok(0),
+        // Of an adapter that nothing is made of here all gates have to be ones.
+        Step::Merged(step) if step.runs.iter().all(|run| gates.are_ones(run, gates.width)) => Ok(0),
+        Step::Materialised(_) | Step::Merged(_) => Err(OperandError::GatesInWeight),
         Step::Finish => Ok(0),
     };
     for step in schedule.steps() {

@@ -14,7 +14,7 @@ use flora_plan::cost::{LayerPrices, PricedLayer};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::pipeline::CompiledLayer;
 use flora_plan::plan::{Plan, plan};
-use flora_plan::schedule::{Materialised, Schedule, schedule};
+use flora_plan::schedule::{Schedule, schedule};
 use flora_plan::weight::PackedWeight;
 
 use crate::batch::{Batch, BatchError};
@@ -31,12 +31,12 @@ pub use error::ProjectionError;
 #[derive(Debug)]
 pub struct Projection {
     pub(crate) device: Device,
-    operands: LayerOperands,
+    pub(crate) operands: LayerOperands,
     /// The base at 0, and in the places that no adapter has.
-    adapters: Vec<AdapterSlots>,
+    pub(crate) adapters: Vec<AdapterSlots>,
     /// What the adapters hold of the pools.
     places: Vec<Option<Places>>,
-    names: HashMap<String, u32>,
+    pub(crate) names: HashMap<String, u32>,
     /// By position, what an adapter does beside launches.
     passes: HashMap<u32, Arc<Passes>>,
     /// By position, of adapters whose parts are weighed for each row.
@@ -160,19 +160,6 @@ impl Projection {
             in_pool,
             out_pool,
         })
-    }
-
-    /// Makes W_i of an adapter and keeps it on the device in place of the one before, for batches that this adapter has to
-    /// itself and that are planned as [`Plan::MERGED`].
-    ///
-    /// # Errors
-    /// A name that isn't loaded, a weight that the device can't hold.
-    pub fn merge(&mut self, name: &str) -> Result<(), ProjectionError> {
-        let adapter = *self.names.get(name).ok_or_else(|| self.unknown(0, name))?;
-        let step = Materialised::weight_of(&self.adapters[adapter as usize]);
-        let weight = self.device.merge(&self.operands, &step)?;
-        self.operands.set_merged(adapter, weight);
-        Ok(())
     }
 
     /// Loads adapters under names, folded for this weight, and makes the pools larger for them. An adapter that leaves this
@@ -317,11 +304,11 @@ impl Projection {
         self.passes.remove(&position);
         self.gated.remove(&position);
         let Some(places) = self.places.get_mut(position as usize).and_then(Option::take) else { return };
+        self.unmerge_at(position);
         self.in_pool.give_back(places.in_slots);
         self.out_pool.give_back(places.out_slots);
         self.adapters[position as usize] = AdapterSlots::base();
         self.names.retain(|_, named| *named != position);
-        self.operands.forget_merged(position);
     }
 
     fn put(&mut self, position: u32, adapter: &AdapterVectors) -> Result<(), ProjectionError> {
@@ -437,7 +424,7 @@ impl Projection {
     /// The same without a virtual row that stands for none.
     pub(crate) fn own_slots_at(&self, position: u32) -> Option<(&[VirtualRowSlots], LowRankSlots)> {
         let places = self.places.get(position as usize)?.as_ref()?;
-        let AdapterSlots { virtual_rows, low_rank } = self.adapters.get(position as usize)?;
+        let AdapterSlots { virtual_rows, low_rank, .. } = self.adapters.get(position as usize)?;
         Some((if places.is_additive_alone { &[] } else { virtual_rows }, *low_rank))
     }
 
@@ -458,7 +445,7 @@ impl Projection {
             .collect()
     }
 
-    fn unknown(&self, segment: usize, name: &str) -> BatchError {
+    pub(crate) fn unknown(&self, segment: usize, name: &str) -> BatchError {
         const SHOWN: usize = 8;
         let mut names: Vec<_> = self.names.keys().map(String::as_str).collect();
         names.sort_unstable();
@@ -603,6 +590,7 @@ impl AdapterVectors {
         AdapterSlots {
             virtual_rows: self.virtual_rows.iter().map(moved).collect(),
             low_rank: LowRankSlots { shrink: shrink + in_slot, expand: expand + out_slot, rank },
+            is_merged: false,
         }
     }
 }

@@ -7,8 +7,8 @@ use flora_plan::layer::{LayerShape, WeightFormat};
 use flora_plan::plan::Plan;
 use flora_plan::weight::PackedWeight;
 use flora_runtime::{
-    Batch, Device, DeviceError, OperandError, PlannedProjection, Planning, Projection, ProjectionError,
-    ProjectionOptions, RowGates, StepBatch, Wanted,
+    Batch, Device, PlannedProjection, Planning, Projection, ProjectionError, ProjectionOptions, RowGates, StepBatch,
+    Wanted,
 };
 
 const D: usize = 37;
@@ -189,7 +189,7 @@ fn what_has_no_gates_is_refused() {
     });
 }
 
-/// A weight that the low-rank part is in has nothing between the factors.
+/// A weight that the low-rank part is in has nothing between the factors: neither is a gated adapter merged nor a merged one gated.
 #[test]
 fn a_merged_weight_has_no_gates() {
     let mut random = fastrand::Rng::with_seed(1);
@@ -202,11 +202,24 @@ fn a_merged_weight_has_no_gates() {
     let named = Batch::new([(Some("gated"), 2)]);
     let refused = projection.forward(&named, &Plan::fixed(), &[0.5; 2 * D]);
     assert!(matches!(refused, Err(ProjectionError::GatedSchedule)));
-    projection.merge("gated").unwrap();
-    let projection = PlannedProjection::of(projection, Planning::Fixed(Plan::MERGED));
-    let gates = RowGates { rows: 0..2, layers: 1, parts: 2, values: vec![0.5; 4] };
-    let batch = StepBatch::new([(1, 2)]).with_gates(vec![gates]);
-    let refused = projection.forward(&device.upload(&[0.5; 2 * D]).unwrap(), &batch, None);
-    let error = refused.unwrap_err();
-    assert!(matches!(error, ProjectionError::Device(DeviceError::Operands(OperandError::GatesInWeight))), "{error:?}");
+    assert!(matches!(projection.merge("gated"), Err(ProjectionError::GatedMerge(1))));
+    projection.load([("merged", Some(&low_rank(2, &mut random)))]).unwrap();
+    projection.merge("merged").unwrap();
+    assert!(matches!(projection.set_gates(2, 0, &[0, 1]), Err(ProjectionError::MergedGates(2))));
+    // In one batch each has its own.
+    let x = values(5 * D, &mut random);
+    let gates = RowGates { rows: 1..3, layers: 1, parts: 2, values: vec![0.5, 2.0, 1.0, 0.25] };
+    let batch = StepBatch::new([(2, 1), (1, 2), (0, 1), (2, 1)]).with_gates(vec![gates]);
+    let planned = PlannedProjection::of(projection, Planning::Fixed(Plan::fixed()));
+    let run = || device.read(&planned.forward(&device.upload(&x).unwrap(), &batch, None).unwrap()).unwrap();
+    let merged = run();
+    planned.change(Projection::unmerge);
+    let separate = run();
+    let rows = |y: &[f32], rows: std::ops::Range<usize>| y[rows.start * K..rows.end * K].to_vec();
+    assert_eq!(rows(&merged, 1..4), rows(&separate, 1..4));
+    for row in [0, 4] {
+        let (merged, separate) = (rows(&merged, row..row + 1), rows(&separate, row..row + 1));
+        assert_ne!(merged, separate, "the sums are other ones");
+        assert!(merged.iter().zip(&separate).all(|(one, other)| (one - other).abs() < 1e-4), "row {row}");
+    }
 }

@@ -5,10 +5,10 @@ use flora_ir::algebra::{FoldedAdapter, VirtualRow};
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::pipeline::compile;
 use flora_plan::plan::Plan;
-use flora_plan::schedule::ScheduleError;
 use flora_plan::weight::PackedWeight;
 use flora_runtime::{
-    Batch, BatchError, DeviceError, LayerOperands, OperandError, PoolBuffer, Projection, ProjectionError,
+    Batch, BatchError, DeviceError, LayerOperands, OperandError, PlannedProjection, Planning, PoolBuffer, Projection,
+    ProjectionError, StepBatch,
 };
 
 /// Outputs scaled by a number.
@@ -32,25 +32,84 @@ fn forward(projection: &Projection, segments: &[(Option<&str>, u32)]) -> Result<
 }
 
 #[test]
-fn a_merged_weight_serves_its_own_adapter_alone() {
+fn a_merged_weight_serves_its_own_adapter_s_rows() {
+    let mut projection = projection();
+    let mixed = [(Some("alice"), 2), (None, 1), (Some("bob"), 1), (Some("idle"), 1), (Some("alice"), 1)];
+    let right = [30.0, 30.0, 30.0, 30.0, 3.0, 3.0, 300.0, 300.0, 3.0, 3.0, 30.0, 30.0];
+    assert_eq!(forward(&projection, &mixed).unwrap(), right, "nothing is merged");
+    for (own, alone) in [("alice", 30.0), ("bob", 300.0), ("alice", 30.0)] {
+        projection.merge(own).unwrap();
+        assert_eq!(forward(&projection, &mixed).unwrap(), right, "{own} is merged");
+        assert_eq!(forward(&projection, &[(Some(own), 2)]).unwrap(), [alone; 4], "{own} alone");
+    }
+    projection.unmerge();
+    assert_eq!(projection.operands().merged_adapter(), None);
+    assert_eq!(forward(&projection, &mixed).unwrap(), right, "nothing is merged any more");
+}
+
+/// What is laid out for a resident weight runs on no other.
+#[test]
+fn a_schedule_of_another_s_weight_is_refused() {
     let mut projection = projection();
     projection.merge("alice").unwrap();
-    assert_eq!(forward(&projection, &[(Some("alice"), 2)]).unwrap(), [30.0; 4]);
-    for other in [Some("bob"), Some("idle"), None] {
-        let refused = forward(&projection, &[(other, 2)]);
-        let Err(ProjectionError::Device(DeviceError::Operands(error))) = refused else {
-            panic!("{other:?}: {refused:?}");
-        };
-        assert!(error.to_string().contains("merge the adapter first"), "{error}");
-        for mixed in [[(Some("alice"), 1), (other, 1)], [(other, 1), (Some("alice"), 1)]] {
-            let refused = forward(&projection, &mixed);
-            let expected = ProjectionError::Schedule(ScheduleError::NotOneAdapter { adapters: 2 });
-            assert_eq!(refused.unwrap_err().to_string(), expected.to_string(), "{mixed:?}");
-        }
-    }
+    let x = projection.device().upload(&[1.0; 6]).unwrap();
+    let schedule = projection.schedule(&Batch::new([(Some("alice"), 1), (None, 1)]), &Plan::MERGED).unwrap();
+    assert_eq!(schedule.merged_adapter(), Some(1));
+    assert_eq!(
+        projection.device().read(&projection.execute(&schedule, &x, None).unwrap()).unwrap(),
+        [30.0, 30.0, 3.0, 3.0]
+    );
     projection.merge("bob").unwrap();
-    assert_eq!(forward(&projection, &[(Some("bob"), 1)]).unwrap(), [300.0; 2]);
-    assert!(forward(&projection, &[(Some("alice"), 1)]).is_err());
+    let refused = |projection: &Projection| match projection.execute(&schedule, &x, None) {
+        Err(ProjectionError::Device(DeviceError::Operands(OperandError::NotMerged { wanted: 1, found }))) => found,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refused(&projection), Some(2));
+    projection.unmerge();
+    assert_eq!(refused(&projection), None);
+}
+
+/// The weight of an adapter that is replaced goes with it, whatever is placed where it was.
+#[test]
+fn a_replaced_adapter_s_weight_is_gone() {
+    let mut projection = projection();
+    projection.merge("alice").unwrap();
+    let batch = StepBatch::new([(1, 1), (2, 1), (0, 1)]);
+    let planned = PlannedProjection::of(projection, Planning::Fixed(Plan::fixed()));
+    let run = || {
+        let y = planned.forward(&planned.device().upload(&[1.0; 9]).unwrap(), &batch, None).unwrap();
+        planned.device().read(&y).unwrap()
+    };
+    assert_eq!(run(), [30.0, 30.0, 300.0, 300.0, 3.0, 3.0]);
+    planned.change(|projection| {
+        projection.remove(1);
+        assert_eq!(projection.operands().merged_adapter(), None);
+        assert!(matches!(projection.merge_at(1), Err(ProjectionError::NothingToMerge(1))));
+        projection.place(1, &scaled(20.0)).unwrap();
+    });
+    assert_eq!(run(), [60.0, 60.0, 300.0, 300.0, 3.0, 3.0]);
+    // The same batch, before and after: its schedules are those of what is resident.
+    let merged = || planned.scheduled(&batch).unwrap().schedule.merged_adapter();
+    assert_eq!(merged(), None);
+    planned.change(|projection| projection.merge_at(1)).unwrap();
+    assert_eq!((merged(), run()), (Some(1), vec![60.0, 60.0, 300.0, 300.0, 3.0, 3.0]));
+    // Another one's weight in place of it.
+    planned.change(|projection| projection.merge_at(2)).unwrap();
+    assert_eq!((merged(), run()), (Some(2), vec![60.0, 60.0, 300.0, 300.0, 3.0, 3.0]));
+    planned.change(|projection| projection.remove(1));
+    assert_eq!((merged(), run()), (Some(2), vec![3.0, 3.0, 300.0, 300.0, 3.0, 3.0]), "another one's stays");
+}
+
+#[test]
+fn what_has_no_weight_of_its_own_is_not_merged() {
+    let mut projection = projection();
+    projection.merge("bob").unwrap();
+    assert!(matches!(projection.merge("idle"), Err(ProjectionError::NothingToMerge(0))));
+    assert!(matches!(projection.merge_at(0), Err(ProjectionError::NothingToMerge(0))));
+    assert!(matches!(projection.merge_at(7), Err(ProjectionError::NothingToMerge(7))));
+    assert!(matches!(projection.merge("carol"), Err(ProjectionError::Batch(BatchError::UnknownAdapter { .. }))));
+    // What was refused leaves the other resident.
+    assert_eq!(projection.operands().merged_adapter(), Some(2));
 }
 
 #[test]

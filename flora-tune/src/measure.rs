@@ -304,7 +304,7 @@ impl EqualSegments {
                     virtual_rows: (first..first + rank)
                         .map(|slot| VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) })
                         .collect(),
-                    low_rank: LowRankSlots::default(),
+                    ..AdapterSlots::base()
                 },
                 Part::Additive => AdapterSlots {
                     low_rank: LowRankSlots { shrink: first, expand: first, rank },

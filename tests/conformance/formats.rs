@@ -183,7 +183,7 @@ fn a_split_depth_equals_the_oracle() {
     }
 }
 
-/// The plan of a batch that one adapter owns.
+/// A batch that one adapter owns.
 #[test]
 fn a_merged_adapter_equals_the_oracle() {
     for activations in Element::ALL {
@@ -196,13 +196,68 @@ fn a_merged_adapter_equals_the_oracle() {
             let adapters = vec![Adapter { name: "own".to_owned(), kind, rank: 5 }];
             let case = Case { adapters, segments: vec![(0, 3), (0, 20)], ..case(format, 64, 40) };
             let loaded = case.load(device());
-            let (batch, residual) = (loaded.case.batch(), loaded.residual.as_deref());
-            let refused = (loaded.projection)
-                .with(|projection| projection.forward_with_residual(&batch, &Plan::MERGED, &loaded.x, residual));
-            assert!(refused.is_err(), "{kind}: nothing is merged yet");
+            let batch = loaded.case.batch();
+            let merged_adapter = |projection: &mut Projection| {
+                projection.schedule(&batch, &Plan::MERGED).expect("a batch of its adapters").merged_adapter()
+            };
+            assert_eq!(loaded.projection.with(merged_adapter), None, "{kind}: nothing is merged yet");
             loaded.projection.with(|projection| projection.merge("own")).expect("it is loaded");
+            assert_eq!(loaded.projection.with(merged_adapter), Some(1));
             let deviation = loaded.deviation(&loaded.run(&Plan::MERGED));
             assert!(deviation.is_rounding(), "{format} {kind}: {deviation:?}");
         }
+    }
+}
+
+/// Rows by a resident weight beside those of every other kind, by every pair of lowerings: the sums that define them, and the bits that
+/// the merged rows have alone and the others without them.
+#[test]
+fn a_merged_adapter_shares_its_batches() {
+    let format = LayerFormat { weight: WeightFormat::Q8_0, ..LayerFormat::default() };
+    let others = kinds().into_iter().enumerate();
+    let others = others.map(|(at, kind)| Adapter { name: format!("other{at}"), kind, rank: 3 + at });
+    for kind in kinds() {
+        let own = Adapter { name: "own".to_owned(), kind, rank: 5 };
+        let adapters: Vec<_> = [own].into_iter().chain(others.clone()).collect();
+        let beside = (0..=adapters.len()).map(|at| (at, 1 + 7 * (at as u32 % 3)));
+        let segments: Vec<_> = [(0, 3)].into_iter().chain(beside).chain([(0, 20), (0, 1)]).collect();
+        let loaded = Case { adapters, segments, residual: true, ..case(format, 64, 40) }.load(device());
+        let (d, k) = (loaded.case.d, loaded.case.k);
+        let rows_of = |owns: bool, values: &[f32], width: usize| {
+            let mut first = 0;
+            let mut own = Vec::new();
+            for (adapter, rows) in &loaded.case.segments {
+                let range = first * width..(first + *rows as usize) * width;
+                first += *rows as usize;
+                own.extend((owns == (*adapter == 0)).then(|| values[range].to_vec()).into_iter().flatten());
+            }
+            own
+        };
+        let run = |owns: bool, plan: &Plan| {
+            let segments = loaded.case.segments.iter().filter(|(adapter, _)| owns == (*adapter == 0));
+            let part = Case { segments: segments.copied().collect(), ..loaded.case.clone() };
+            let residual = loaded.residual.as_deref().map(|residual| rows_of(owns, residual, k));
+            loaded.projection.forward(&part.batch(), plan, &rows_of(owns, &loaded.x, d), residual.as_deref())
+        };
+        let bits = |y: Vec<f32>| y.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        for plan in merging_plans() {
+            loaded.projection.with(Projection::unmerge);
+            let without = bits(run(false, &plan));
+            loaded.projection.with(|projection| projection.merge("own")).expect("it is loaded");
+            let y = loaded.run(&plan);
+            let deviation = loaded.deviation(&y);
+            assert!(deviation.is_rounding(), "{kind} {plan:?}: {deviation:?}");
+            assert_eq!(bits(rows_of(false, &y, k)), without, "{kind} {plan:?}: the others");
+            assert_eq!(bits(rows_of(true, &y, k)), bits(run(true, &plan)), "{kind} {plan:?}: alone");
+        }
+    }
+}
+
+/// Every pair of lowerings; few of them where the processor plays a card, and takes seconds to compile a kernel.
+fn merging_plans() -> Vec<Plan> {
+    let few = [Plan::fixed(), Plan::new(MultiplicativeLowering::Bmm, AdditiveLowering::Segmented).with_merged()];
+    match device().info().software {
+        true => few.to_vec(),
+        false => Plan::unmerged().map(Plan::with_merged).chain([Plan::fixed(), Plan::MERGED.with_split()]).collect(),
     }
 }

@@ -104,7 +104,12 @@ pub(crate) fn inspect(arguments: &Arguments) -> Result<(), CommandError> {
     }
     let lowerings = match &compiled.parts[..] {
         [] => "base GEMM".to_owned(),
-        parts => parts.iter().map(|part| plan.of(*part).name()).collect::<Vec<_>>().join(" + "),
+        _ if plan.merges() && segments == 1 => Lowering::Merged.name().to_owned(),
+        parts => {
+            let merged = plan.merges().then_some(Lowering::Merged);
+            let lowerings = merged.into_iter().chain(parts.iter().map(|part| plan.of(*part)));
+            lowerings.map(Lowering::name).collect::<Vec<_>>().join(" + ")
+        }
     };
     let split = if arguments.selection.split { ", split" } else { "" };
     let pass = if arguments.gradient { "gradients of " } else { "" };

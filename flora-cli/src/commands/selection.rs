@@ -30,7 +30,8 @@ pub(super) struct Selection {
     /// Rank of every adapter
     #[arg(long, default_value = "8", value_parser = RangedU64ValueParser::<u32>::new().range(1..=1024))]
     rank: u32,
-    /// Segments of the batch, each with an adapter of its own; 4 unless given, 1 for `merged`
+    /// Segments of the batch, each with an adapter of its own; 4 unless given, 1 for `merged`, where the first one's weight is
+    /// resident
     #[arg(long, value_parser = RangedU64ValueParser::<u32>::new().range(1..=256))]
     segments: Option<u32>,
     /// Rows of a segment
@@ -71,7 +72,7 @@ impl Selection {
         };
         let plan = if self.split { plan.with_split() } else { plan };
         let &Self { d, k, rank, rows, .. } = self;
-        let segments = self.segments.unwrap_or(if plan.is_merged() { 1 } else { 4 });
+        let segments = self.segments.unwrap_or(if plan.merges() { 1 } else { 4 });
         let format = self.dtype.map_or_else(|| compiled.format(), LayerFormat::uniform);
         let format = LayerFormat {
             adapters: self.adapter_dtype.unwrap_or(format.adapters),

@@ -140,7 +140,6 @@ fn layers_and_lowerings() {
     refused(["inspect", "linear", "--lowering", "bmm"], &["leave --lowering out"]);
     refused(["inspect", "flora", "--target", "metal"], &["`metal`", "cuda:sm_90"]);
     refused(["inspect", "flora", "--target", "wgsl", "--check"], &["--check"]);
-    refused(["inspect", "flora", "--lowering", "merged", "--segments", "2"], &["`merged` serves one adapter"]);
     refused(["inspect", "flora", "--weight", "q8_0", "--d", "33"], &["blocks of 32", "--weight int8"]);
     // No compilers can be in a cache folder that can't be made.
     refused(["inspect", "flora", "--check"], &["--fetch"]);

@@ -18,11 +18,11 @@ fn adapter(random: &mut fastrand::Rng, first: u32) -> AdapterSlots {
     match random.u32(0..5) {
         0 => AdapterSlots::base(),
         1 => AdapterSlots { low_rank, ..AdapterSlots::base() },
-        2 => AdapterSlots { virtual_rows: scaled(1), low_rank: LowRankSlots::default() },
-        3 => AdapterSlots { virtual_rows: scaled(rank), low_rank: LowRankSlots::default() },
+        2 => AdapterSlots { virtual_rows: scaled(1), ..AdapterSlots::base() },
+        3 => AdapterSlots { virtual_rows: scaled(rank), ..AdapterSlots::base() },
         _ => AdapterSlots {
             virtual_rows: [vec![VirtualRowSlots::default()], scaled(rank)].concat(),
-            low_rank: LowRankSlots::default(),
+            ..AdapterSlots::base()
         },
     }
 }

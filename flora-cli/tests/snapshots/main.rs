@@ -76,7 +76,7 @@ fn lowered() -> Vec<Lowered> {
         for part in &layer.parts {
             for row in lowerings_of(*part) {
                 let plan = default.with_part(row.computes);
-                if !plan.is_merged() {
+                if !plan.merges() {
                     all.push(Lowered { name, layer: layer.clone(), lowering: row.lowering().name(), pass, plan });
                 }
             }

@@ -82,9 +82,13 @@ impl Case {
         };
         let adapters = vec![
             AdapterSlots::base(),
-            AdapterSlots { virtual_rows: scaled(0, 3), low_rank: LowRankSlots::default() },
+            AdapterSlots { virtual_rows: scaled(0, 3), ..AdapterSlots::base() },
             AdapterSlots { low_rank: LowRankSlots { shrink: 3, expand: 3, rank: 5 }, ..AdapterSlots::base() },
-            AdapterSlots { virtual_rows: scaled(8, 1), low_rank: LowRankSlots { shrink: 9, expand: 9, rank: 3 } },
+            AdapterSlots {
+                virtual_rows: scaled(8, 1),
+                low_rank: LowRankSlots { shrink: 9, expand: 9, rank: 3 },
+                is_merged: false,
+            },
         ];
         let segments = [(0, 3), (1, 19), (2, 17), (3, 2), (1, 1)].map(|(adapter, rows)| Segment { rows, adapter });
         let tokens: usize = segments.iter().map(|segment| segment.rows as usize).sum();

@@ -3,7 +3,7 @@
 //! prepared here. [`can_hold`](flora_plan::schedule::can_hold) tells of a plan beforehand that all of this will fit.
 
 use flora_plan::layer::{Element, Epilogue, LayerFormat, LayerShape, WeightFormat};
-use flora_plan::schedule::{LowRankBmm, Materialised, Packing, Schedule, SegmentItem, Step};
+use flora_plan::schedule::{LowRankBmm, Materialised, Packing, Schedule, SegmentItem, Step, WeightRun};
 
 use super::{LaunchError, LayerBuffers};
 use crate::kernels::SegmentedBlueprint;
@@ -166,19 +166,23 @@ impl<'a> Site<'a> {
                 Prepared::Gemm(self.tiles(wanted, routine::gemm(self.hardware, wanted, gemm)?)?)
             }
             Step::Materialised(step) => {
-                let wanted = Wanted { format: self.made_format(), ..self.wanted(step.finishes, false) };
-                let tiles = self.tiles(wanted, routine::materialised(self.hardware, wanted, step)?)?;
+                let tiles = self.by_weights(&step.runs, self.wanted(step.finishes, false))?;
                 Prepared::Materialised(self.made(step)?, tiles)
             }
-            Step::Merged { adapter } => {
-                let wanted = Wanted { format: self.made_format(), ..self.wanted(true, schedule.splits()) };
-                let launch = routine::matrices(self.hardware, wanted, 1, schedule.tokens())?;
-                Prepared::Merged { adapter: *adapter, tiles: self.tiles(wanted, launch)? }
+            Step::Merged(step) => {
+                let tiles = self.by_weights(&step.runs, self.wanted(step.finishes, schedule.splits()))?;
+                Prepared::Merged { adapter: step.adapter, tiles }
             }
             Step::Segmented { items, h_len } => Prepared::Segmented(self.segmented(items, *h_len)?),
             Step::LowRankBmm(step) => Prepared::LowRankBmm(Box::new(self.low_rank_bmm(step)?)),
             Step::Finish => Prepared::Finish,
         })
+    }
+
+    /// Rows by weights that were made on the device.
+    fn by_weights(&self, runs: &[WeightRun], wanted: Wanted) -> Result<Tiles, LaunchError> {
+        let wanted = Wanted { format: self.made_format(), ..wanted };
+        self.tiles(wanted, routine::runs(self.hardware, wanted, runs)?)
     }
 
     fn wanted(&self, finishes: bool, splits: bool) -> Wanted {

@@ -1,7 +1,7 @@
 //! What a tile launch multiplies, before tiles are known: a step's rows as records of the kernel's table, and which of them may
 //! share a tile.
 
-use flora_plan::schedule::{Gemm, LowRankRows, Materialised, Scale, ScheduledRow, SegmentItem};
+use flora_plan::schedule::{Gemm, LowRankRows, Scale, ScheduledRow, SegmentItem, WeightRun};
 
 use crate::kernels::tables::{ShrinkTask, TASK_SIDE, TileRow};
 
@@ -68,9 +68,10 @@ impl Rows {
         own
     }
 
-    pub(super) fn of_materialised(step: &Materialised) -> Self {
+    /// Rows that are multiplied by weights of their adapters' own.
+    pub(super) fn of_runs(runs: &[WeightRun]) -> Self {
         let mut own = Self::default();
-        for run in &step.runs {
+        for run in runs {
             let first = own.rows.len();
             for row in run.first_row..run.first_row + run.rows {
                 own.push(ScheduledRow { row, in_slot: 0, out_slot: 0, last: 1 });

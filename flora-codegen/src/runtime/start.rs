@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use cubecl::Runtime;
 use cubecl::prelude::ComputeClient;
-use flora_plan::batch::{AdapterSlots, LowRankSlots, Segment, VirtualRowSlots};
+use flora_plan::batch::{AdapterSlots, Segment, VirtualRowSlots};
 use flora_plan::layer::{Epilogue, LayerFormat, LayerShape, WeightFormat};
 use flora_plan::plan::Plan;
 use flora_plan::schedule::schedule;
@@ -31,7 +31,7 @@ pub(crate) fn start<R: Runtime>(info: DeviceInfo, device: &R::Device) -> Result<
 fn try_out(device: &Device) -> Result<(), String> {
     let adapters = [AdapterSlots {
         virtual_rows: vec![VirtualRowSlots { in_scale: None, out_scale: Some(0) }],
-        low_rank: LowRankSlots::default(),
+        ..AdapterSlots::base()
     }];
     let shape = LayerShape { d: 2, k: 1 };
     let schedule = schedule(&Plan::default(), shape, &[Segment { rows: 1, adapter: 0 }], &adapters, false);

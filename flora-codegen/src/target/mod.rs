@@ -351,7 +351,11 @@ fn emit_pass(
     (shape, format): (LayerShape, LayerFormat),
     batch: EqualBatch,
 ) -> Result<Vec<EmittedKernel>, EmitError> {
-    let (segments, adapters) = batch.of(layer);
+    let (segments, mut adapters) = batch.of(layer);
+    // Whose weight is resident, where the plan merges.
+    if let Some(first) = adapters.first_mut().filter(|_| plan.merges()) {
+        first.is_merged = true;
+    }
     let epilogue = layer.epilogue();
     emit(target, &Emission { pass, shape, format, epilogue, plan, segments: &segments, adapters: &adapters })
 }
@@ -372,20 +376,26 @@ mod tests {
         let many = vec![scales; width as usize];
         match kind {
             0 => AdapterSlots::base(),
-            1 => AdapterSlots { virtual_rows: many, low_rank: LowRankSlots::default() },
+            1 => AdapterSlots { virtual_rows: many, ..AdapterSlots::base() },
             2 => AdapterSlots { low_rank, ..AdapterSlots::base() },
-            3 => AdapterSlots { virtual_rows: vec![scales], low_rank },
-            _ => AdapterSlots { virtual_rows: many, low_rank },
+            3 => AdapterSlots { virtual_rows: vec![scales], low_rank, is_merged: false },
+            _ => AdapterSlots { virtual_rows: many, low_rank, is_merged: false },
         }
     }
 
     fn batches() -> impl Strategy<Value = (Vec<Segment>, Vec<AdapterSlots>)> {
         let adapters = proptest::collection::vec((0u32..5, 1u32..20), 1..5);
-        (adapters, proptest::collection::vec((0u32..40, 0usize..100), 1..8)).prop_map(|(adapters, segments)| {
+        let segments = proptest::collection::vec((0u32..40, 0usize..100), 1..8);
+        // One past the last adapter: no weight is resident.
+        (adapters, segments, 0usize..6).prop_map(|(adapters, segments, merged)| {
             let count = adapters.len();
             let segments =
                 segments.into_iter().map(|(rows, adapter)| Segment { rows, adapter: (adapter % count) as u32 });
-            (segments.collect(), adapters.into_iter().map(|(kind, width)| adapter(kind, width)).collect())
+            let adapters = adapters.into_iter().enumerate().map(|(position, (kind, width))| AdapterSlots {
+                is_merged: position == merged,
+                ..adapter(kind, width)
+            });
+            (segments.collect(), adapters.collect())
         })
     }
 
@@ -420,7 +430,6 @@ mod tests {
             half: bool,
         ) {
             let (shape, batch) = (LayerShape { d, k }, BatchShape::of(&segments, &adapters));
-            prop_assume!(!plan.is_merged() || batch.adapters <= 1);
             let format = LayerFormat::uniform(if half { Element::F16 } else { Element::F32 });
             let (segments, adapters) = (&segments[..], &adapters[..]);
             let emission = Emission { pass: Pass::Forward, shape, format, epilogue: Epilogue::default(), plan, segments, adapters };

@@ -36,7 +36,7 @@ pub(crate) fn numbers(count: usize, seed: usize) -> Vec<f32> {
 /// Virtual rows with scales in these slots.
 pub(crate) fn scaled(first: u32, rows: u32) -> AdapterSlots {
     let row = |slot: u32| VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) };
-    AdapterSlots { virtual_rows: (first..first + rows).map(row).collect(), low_rank: LowRankSlots::default() }
+    AdapterSlots { virtual_rows: (first..first + rows).map(row).collect(), ..AdapterSlots::base() }
 }
 
 /// A base row and a low-rank sum of vectors in these slots.

@@ -56,8 +56,39 @@ fn check(problem: &Problem) {
     }
 }
 
+/// The weight of one adapter resident.
+fn check_merged(problem: &Problem) {
+    for engine in HostEngine::all() {
+        for own in problem.present().take(3) {
+            check_plans(&problem.merged(own), &engine, [Plan::fixed(), Plan::MERGED]);
+            check_others(problem, own, &engine);
+        }
+    }
+}
+
+/// The bits of rows of all other adapters are those that they have where nothing is merged.
+fn check_others(problem: &Problem, own: usize, engine: &HostEngine) {
+    let k = problem.shape.k as usize;
+    for plan in Plan::unmerged() {
+        let without = problem.run(engine, &plan).bits();
+        let merged = problem.merged(own).run(engine, &plan.with_merged()).bits();
+        let mut first = 0;
+        for segment in &problem.segments {
+            let rows = first..first + segment.rows as usize * k;
+            first = rows.end;
+            if segment.adapter as usize != own {
+                assert_eq!(merged[rows.clone()], without[rows], "{plan}, {own} merged");
+            }
+        }
+    }
+}
+
 fn check_on(problem: &Problem, engine: &HostEngine) {
-    for plan in Plan::unmerged().flat_map(|plan| [plan, plan.with_on_chip_from(4)]) {
+    check_plans(problem, engine, Plan::unmerged().flat_map(|plan| [plan, plan.with_on_chip_from(4)]));
+}
+
+fn check_plans(problem: &Problem, engine: &HostEngine, plans: impl IntoIterator<Item = Plan>) {
+    for plan in plans {
         let whole = problem.run(engine, &plan).bits();
         let mut first = 0;
         for (position, segment) in problem.segments.iter().enumerate() {
@@ -65,8 +96,11 @@ fn check_on(problem: &Problem, engine: &HostEngine) {
             let rows = segment.rows as usize * problem.shape.k as usize;
             let expected = &whole[first..first + rows];
             assert_eq!(alone(problem, position).run(engine, &plan).bits(), expected, "{plan}, alone");
-            let poisoned = poisoned(problem, adapter).run(engine, &plan).bits();
-            assert_eq!(&poisoned[first..first + rows], expected, "{plan}, beside NaN");
+            // No weight is made of NaN, so that another adapter's resident one has none.
+            if problem.resident(&plan).is_none_or(|own| own == segment.adapter as usize) {
+                let poisoned = poisoned(problem, adapter).run(engine, &plan).bits();
+                assert_eq!(&poisoned[first..first + rows], expected, "{plan}, beside NaN");
+            }
             first += rows;
         }
     }
@@ -184,6 +218,23 @@ fn gradients_of_long_batches_are_their_own() {
         problem.x = random_values(problem.tokens() * shape.d as usize, &mut random);
         problem.residual = random_values(problem.tokens() * shape.k as usize, &mut random);
         check_gradients(&problem, &HostEngine::new());
+    }
+}
+
+proptest! {
+    #![proptest_config(config(12))]
+
+    #[test]
+    fn a_resident_weight_changes_no_bit_of_other_rows(
+        d in 1u32..600,
+        k in 1u32..70,
+        activations in elements(),
+        epilogue in epilogues(),
+        (_, weight) in prop::sample::select(WeightFormat::ALL.to_vec()),
+        seed in any::<u64>(),
+    ) {
+        let format = LayerFormat { activations, weight, ..LayerFormat::default() };
+        check_merged(&Problem::new(LayerShape { d: weight.whole(d), k }, format, epilogue, seed));
     }
 }
 

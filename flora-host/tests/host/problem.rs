@@ -123,6 +123,24 @@ impl Problem {
         self.segments.iter().map(|segment| segment.rows as usize).sum()
     }
 
+    /// The same with the weight of one of its adapters resident.
+    pub(crate) fn merged(&self, own: usize) -> Self {
+        let adapters = self.adapters.iter().enumerate();
+        let adapters = adapters.map(|(at, adapter)| AdapterSlots { is_merged: at == own, ..adapter.clone() });
+        Self { adapters: adapters.collect(), ..self.clone() }
+    }
+
+    /// Whose weight a plan has resident.
+    pub(crate) fn resident(&self, plan: &Plan) -> Option<usize> {
+        self.adapters.iter().position(|adapter| adapter.is_merged).filter(|_| plan.merges())
+    }
+
+    /// The adapters that have rows.
+    pub(crate) fn present(&self) -> impl Iterator<Item = usize> {
+        (0..self.adapters.len())
+            .filter(|own| self.segments.iter().any(|segment| segment.rows > 0 && segment.adapter as usize == *own))
+    }
+
     /// One of the adapters alone.
     pub(crate) fn recipe(&self, adapter: usize) -> Materialised {
         Materialised::weight_of(&self.adapters[adapter])
@@ -171,9 +189,7 @@ impl Problem {
             epilogue: self.epilogue,
             merged: None,
         };
-        let adapter =
-            self.segments.iter().find(|segment| segment.rows > 0).map_or(0, |segment| segment.adapter as usize);
-        let merged = plan.is_merged().then(|| engine.materialise(&operands, &self.recipe(adapter), 0).unwrap());
+        let merged = self.resident(plan).map(|own| engine.materialise(&operands, &self.recipe(own), 0).unwrap());
         let operands = Operands { merged: merged.as_ref(), ..operands };
         // What was there before must not matter.
         let row = [vec![f32::NAN; k], vec![KEPT; gaps[1]]].concat();
@@ -335,7 +351,7 @@ fn adapter(kind: usize, rank: u32, in_slots: &mut u32, out_slots: &mut u32) -> A
         5..=7 => LowRankSlots { shrink: take(in_slots, rank), expand: take(out_slots, rank), rank },
         _ => LowRankSlots::default(),
     };
-    AdapterSlots { virtual_rows, low_rank }
+    AdapterSlots { virtual_rows, low_rank, is_merged: false }
 }
 
 pub(crate) fn epilogues() -> impl Strategy<Value = Epilogue> {

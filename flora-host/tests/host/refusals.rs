@@ -22,6 +22,7 @@ fn run(plan: Plan, operands: Operands<'_>, x: usize, y: usize) -> Result<(), Hos
     let adapter = AdapterSlots {
         virtual_rows: vec![VirtualRowSlots { in_scale: Some(2), out_scale: Some(2) }; 2],
         low_rank: LowRankSlots { shrink: 2, expand: 2, rank: 1 },
+        is_merged: true,
     };
     let schedule = schedule(&plan, SHAPE, &[Segment { rows: 2, adapter: 0 }], &[adapter], true).unwrap();
     let (x, mut y) = (vec![1.0; x], vec![7.0; y]);
@@ -80,6 +81,7 @@ fn run_backward(operands: Operands<'_>, [x, g, dx, ins, outs]: [usize; 5]) -> Re
     let adapter = AdapterSlots {
         virtual_rows: vec![VirtualRowSlots { in_scale: Some(2), out_scale: Some(2) }; 2],
         low_rank: LowRankSlots { shrink: 2, expand: 2, rank: 1 },
+        is_merged: false,
     };
     let plan = Plan::new(MultiplicativeLowering::OnChip, AdditiveLowering::Fused);
     let schedule = backward_schedule(&plan, SHAPE, &[Segment { rows: 2, adapter: 0 }], &[adapter]).unwrap();

@@ -11,15 +11,20 @@ use proptest::prelude::*;
 use crate::problem::{Problem, config, elements, epilogues};
 
 fn check(problem: &Problem, engine: &HostEngine) {
-    for plan in Plan::all() {
+    for plan in Plan::unmerged() {
         let name = format!("{plan}, {}, {:?}", problem.format, problem.epilogue);
-        if plan.is_merged() {
-            for segment in problem.segments.iter().filter(|segment| segment.rows > 0).take(2) {
-                let alone = problem.only(segment.adapter);
-                alone.assert_right(&alone.run(engine, &plan), &name);
+        problem.assert_right(&problem.run(engine, &plan), &name);
+    }
+    // The adapter of the first rows has the batch to itself, and shares it.
+    if let Some(own) = problem.segments.iter().find(|segment| segment.rows > 0).map(|segment| segment.adapter) {
+        let merged = problem.merged(own as usize);
+        for (batch, plans) in
+            [(merged.only(own), vec![Plan::MERGED]), (merged, Plan::unmerged().map(Plan::with_merged).collect())]
+        {
+            for plan in plans {
+                let name = format!("{plan} of {own}, {}, {:?}", problem.format, problem.epilogue);
+                batch.assert_right(&batch.run(engine, &plan), &name);
             }
-        } else {
-            problem.assert_right(&problem.run(engine, &plan), &name);
         }
     }
 }
@@ -96,7 +101,9 @@ fn rows_apart_and_rows_beside_x_have_the_bits_of_rows_together() {
     for (seed, activations) in Element::ALL.into_iter().enumerate() {
         let format = LayerFormat { activations, ..LayerFormat::default() };
         let problem = Problem::new(LayerShape { d: 301, k: 71 }, format, Epilogue::default(), seed as u64);
-        for plan in Plan::unmerged() {
+        let own = problem.segments[0].adapter as usize;
+        let problem = problem.merged(own);
+        for plan in Plan::all() {
             let together = problem.run(&engine, &plan).bits();
             for gaps in [[0, 5], [3, 0], [40, 130]] {
                 assert_eq!(

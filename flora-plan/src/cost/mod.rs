@@ -40,6 +40,8 @@ pub enum Kernel {
     LowRankBmm,
     /// Shrink and expand by segment.
     Segmented,
+    /// The GEMM with a resident W_i, which is kept in the type of the activations: as `matmul` of a layer whose weight is. Regime: rows.
+    Merged,
     /// What only moves numbers, such as an epilogue by itself: bytes alone.
     Move,
 }
@@ -58,7 +60,8 @@ impl Kernel {
 
     /// The name in files and reports.
     pub fn name(self) -> &'static str {
-        Self::TIMED.iter().find(|(_, kernel)| *kernel == self).map_or("move", |(name, _)| name)
+        let untimed = if self == Kernel::Merged { "merged" } else { "move" };
+        Self::TIMED.iter().find(|(_, kernel)| *kernel == self).map_or(untimed, |(name, _)| name)
     }
 
     /// Whether it multiplies rows whatever their adapters are, so that its regime is a number of rows.
@@ -96,8 +99,8 @@ pub struct Term {
     pub bytes: u64,
 }
 
-/// The most terms of a plan: a GEMM, tiles of W_i, a low-rank sum, an epilogue by itself.
-const MOST_TERMS: usize = 4;
+/// The most terms of a plan: a GEMM, tiles of W_i, a low-rank sum, an epilogue by itself, a resident W_i.
+const MOST_TERMS: usize = 5;
 
 /// The work of a plan on a batch.
 #[derive(Clone, Debug, Default, PartialEq)]

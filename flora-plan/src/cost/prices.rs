@@ -3,6 +3,7 @@
 use super::surface::Sheet;
 use super::{DeviceCoefficients, GradientKernel, GradientTerm, Kernel, PricedLayer, Work};
 use crate::gradient::GradientLowering;
+use crate::layer::{LayerFormat, WeightFormat};
 
 /// What the work of one layer takes on one device. Prices without allocating.
 #[derive(Clone, Debug)]
@@ -10,6 +11,8 @@ pub struct LayerPrices {
     layer: PricedLayer,
     /// In the order of [`Kernel::TIMED`].
     sheets: Box<[Option<Sheet>]>,
+    /// Of [`Kernel::Merged`].
+    merged: Option<Sheet>,
     /// In the order of [`GradientKernel::TIMED`]; `None` where they weren't measured.
     gradients: Option<[Sheet; 3]>,
     seconds_per_launch: f64,
@@ -27,6 +30,9 @@ impl LayerPrices {
         let sheet = |(_, kernel): &(&str, Kernel)| {
             own.seconds_per_mac.get(kernel).map(|surface| surface.at_extent(layer.extent()))
         };
+        let made = WeightFormat::Float(layer.format.activations);
+        let (_, of_made) = coefficients.of_format(LayerFormat { weight: made, ..layer.format });
+        let merged = of_made.seconds_per_mac.get(&Kernel::Matmul).map(|surface| surface.at_extent(layer.extent()));
         let gradient = |kernel| own.gradients.get(&kernel).map(|surface| surface.at_extent(layer.extent()));
         let [(_, reduced), (_, outer), (_, pairs)] = GradientKernel::TIMED;
         let gradients = match (gradient(reduced), gradient(outer), gradient(pairs)) {
@@ -36,6 +42,7 @@ impl LayerPrices {
         Self {
             layer,
             gradients,
+            merged,
             sheets: Kernel::TIMED.iter().map(sheet).collect(),
             seconds_per_launch: coefficients.seconds_per_launch,
             seconds_per_byte: coefficients.seconds_per_byte,
@@ -96,7 +103,10 @@ impl LayerPrices {
     pub fn price(&self, work: &Work) -> f64 {
         let terms = work.terms.iter().map(|term| {
             let position = Kernel::TIMED.iter().position(|(_, kernel)| *kernel == term.kernel);
-            let sheet = position.and_then(|at| self.sheets[at].as_ref());
+            let sheet = match term.kernel {
+                Kernel::Merged => self.merged.as_ref(),
+                _ => position.and_then(|at| self.sheets[at].as_ref()),
+            };
             let arithmetic = sheet.map_or(0.0, |sheet| term.macs as f64 * sheet.at(term.regime));
             let bytes = if term.kernel == Kernel::Bmm { 0 } else { term.bytes };
             arithmetic.max(bytes as f64 * self.seconds_per_byte)

@@ -4,23 +4,20 @@
 use super::{Kernel, MOST_TERMS, PricedLayer, Regime, Term, Work};
 use crate::batch::{BatchShape, GroupShape};
 use crate::lowering::{AdditiveLowering, MultiplicativeLowering};
-use crate::plan::{Lowerings, Plan};
+use crate::plan::Plan;
 
 /// The work of `plan` on a batch; `finishes` where the layer has an epilogue, `pads` on devices whose batched matmul multiplies
 /// padding.
 pub fn work(plan: &Plan, layer: PricedLayer, batch: &BatchShape, finishes: bool, pads: bool) -> Work {
-    let parts = Parts { layer, batch, finishes, pads };
-    match plan.lowerings() {
-        Lowerings::Merged => parts.merged(),
-        Lowerings::Separate(lowerings) => {
-            let mut work = parts.multiplicative(lowerings.multiplicative, lowerings.on_chip_from());
-            let additive = parts.additive(lowerings.additive, lowerings.multiplicative);
-            work.launches += additive.launches;
-            // Neither part has more than half of the terms.
-            work.terms.extend(additive.terms);
-            work
-        }
+    let (batch, lowerings) = (plan.seen(batch), plan.parts());
+    let parts = Parts { layer, batch: &batch, finishes, pads };
+    let mut work = parts.multiplicative(lowerings.multiplicative, lowerings.on_chip_from());
+    for more in [parts.additive(lowerings.additive, lowerings.multiplicative), parts.merged()] {
+        work.launches += more.launches;
+        // All of them together have no more than the most terms.
+        work.terms.extend(more.terms);
     }
+    work
 }
 
 /// A batch whose plans are priced part by part.
@@ -66,14 +63,14 @@ impl Parts<'_> {
         self.layer.format.adapters.bytes() * pairs * self.vectors()
     }
 
-    /// One pass over the resident W_i, which holds both parts.
-    fn merged(&self) -> Work {
+    /// One pass over the resident W_i, which holds both parts of its adapter, for the rows that are apart.
+    pub(crate) fn merged(&self) -> Work {
         let Self { layer, batch, .. } = *self;
-        let (mut work, weights) = (Work::default(), self.weights());
-        if batch.tokens > 0 {
+        let (mut work, weights, rows) = (Work::default(), self.weights(), batch.merged_rows());
+        if rows > 0 {
             work.launches = 1;
-            let bytes = layer.format.activations.bytes() * weights + self.row_bytes(batch.tokens);
-            work.term(Kernel::Matmul, Regime::of_rows(batch.tokens), batch.tokens * weights, bytes);
+            let bytes = layer.format.activations.bytes() * weights + self.row_bytes(rows);
+            work.term(Kernel::Merged, Regime::of_rows(rows), rows * weights, bytes);
         }
         work
     }
@@ -166,8 +163,9 @@ impl Parts<'_> {
         }
         if lowering.adds_later() && finishes {
             work.launches += 1;
-            let bytes = 2 * activations * batch.tokens * u64::from(layer.shape.k);
-            work.term(Kernel::Move, Regime::of_rows(batch.tokens), 0, bytes);
+            let rows = batch.all_rows();
+            let bytes = 2 * activations * rows * u64::from(layer.shape.k);
+            work.term(Kernel::Move, Regime::of_rows(rows), 0, bytes);
         }
         work
     }
@@ -187,24 +185,25 @@ mod tests {
         let low_rank = LowRankSlots { shrink: 0, expand: 0, rank: 2 };
         let adapters = [
             AdapterSlots::base(),
-            AdapterSlots { virtual_rows: vec![scales; 3], low_rank: LowRankSlots::default() },
+            AdapterSlots { virtual_rows: vec![scales; 3], ..AdapterSlots::base() },
             AdapterSlots { low_rank, ..AdapterSlots::base() },
-            AdapterSlots { virtual_rows: vec![scales], low_rank },
-            AdapterSlots { virtual_rows: vec![scales; 2], low_rank },
+            AdapterSlots { virtual_rows: vec![scales], low_rank, is_merged: false },
+            AdapterSlots { virtual_rows: vec![scales; 2], low_rank, is_merged: false },
         ];
         let layer = PricedLayer { shape: LayerShape { d: 8, k: 4 }, format: LayerFormat::default() };
-        for mixture in 1u32..32 {
+        for (mixture, merged) in (1u32..32).flat_map(|mixture| (0..6usize).map(move |merged| (mixture, merged))) {
             let present = (0..5u32).filter(|adapter| mixture >> adapter & 1 == 1);
             let segments: Vec<_> = present.map(|adapter| Segment { rows: adapter + 1, adapter }).collect();
-            for plan in Plan::all().filter(|plan| *plan != Plan::MERGED || segments.len() == 1) {
-                for plan in Plan::ON_CHIP_FROM.map(|rows| plan.with_on_chip_from(rows)) {
-                    for finishes in [false, true] {
-                        let steps =
-                            schedule(&plan, layer.shape, &segments, &adapters, finishes).expect("a small batch");
-                        let launches: u64 = steps.steps().iter().map(Step::launches).sum();
-                        let work = work(&plan, layer, &BatchShape::of(&segments, &adapters), finishes, true);
-                        assert_eq!(work.launches, launches, "{mixture:05b} {plan:?} finishes {finishes}");
-                    }
+            // Of one past the last adapter no weight is resident.
+            let mut adapters = adapters.clone();
+            adapters.iter_mut().enumerate().for_each(|(position, own)| own.is_merged = position == merged);
+            for plan in Plan::all().flat_map(|plan| Plan::ON_CHIP_FROM.map(|rows| plan.with_on_chip_from(rows))) {
+                for finishes in [false, true] {
+                    let steps = schedule(&plan, layer.shape, &segments, &adapters, finishes).expect("a small batch");
+                    let launches: u64 = steps.steps().iter().map(Step::launches).sum();
+                    let work = work(&plan, layer, &BatchShape::of(&segments, &adapters), finishes, true);
+                    let of = format!("{mixture:05b} merged {merged} {plan:?} finishes {finishes}");
+                    assert_eq!(work.launches, launches, "{of}");
                 }
             }
         }

@@ -169,7 +169,7 @@ impl BackwardSchedule {
 /// fewest multiply-adds.
 ///
 /// # Errors
-/// A segment of an unknown adapter; a buffer too large to index; a merged plan for several adapters.
+/// A segment of an unknown adapter; a buffer too large to index; several adapters whose weights are said to be resident.
 pub fn backward_schedule(
     plan: &Plan,
     shape: LayerShape,

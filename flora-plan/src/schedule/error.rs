@@ -24,13 +24,15 @@ pub enum ScheduleError {
         /// Position in the table.
         adapter: usize,
     },
-    /// A merged weight serves its own adapter alone.
+    /// A layer has one resident weight, which is one adapter's.
     #[error(
-        "`merged` serves one adapter and the batch names {adapters}; use another lowering, or send the others apart"
+        "the weights of the adapters {first} and {second} are both said to be resident, and a layer keeps one; say it of one alone"
     )]
     NotOneAdapter {
-        /// Distinct adapters of the batch.
-        adapters: u64,
+        /// Position in the table.
+        first: u32,
+        /// Position in the table.
+        second: u32,
     },
     /// An index would not fit.
     #[error("{what} would have {elements} elements, and kernels index 2^31; split the batch")]

@@ -4,13 +4,13 @@ use super::error::ScheduleError;
 use super::kept::Kept;
 use super::limits::{batch_fits, check};
 use super::steps::{
-    Gemm, LowRankBmm, LowRankRows, Materialised, MaterialisedAdapter, NO_ROW, OnChipSegment, Packing,
+    Gemm, LowRankBmm, LowRankRows, Materialised, MaterialisedAdapter, Merged, NO_ROW, OnChipSegment, Packing,
     SEGMENT_ITEM_ROWS, Scale, ScheduledRow, SegmentItem, Step, WeightRun,
 };
 use crate::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
 use crate::layer::LayerShape;
 use crate::lowering::{AdditiveLowering, MultiplicativeLowering};
-use crate::plan::{Lowerings, Plan, SeparateParts};
+use crate::plan::{Plan, SeparateParts};
 
 /// The steps of one batch. Only this module makes one: its indices are within the batch and the slots that it names. Nothing in
 /// it is of a layer's shape, so that layers whose adapters lie alike share one; [`Schedule::fits`] says which it fits.
@@ -75,11 +75,9 @@ impl Schedule {
     pub fn without_gemm(mut self) -> Self {
         self.steps.retain(|step| match step {
             Step::Gemm(_) => false,
-            Step::Materialised(_)
-            | Step::Merged { .. }
-            | Step::Segmented { .. }
-            | Step::LowRankBmm(_)
-            | Step::Finish => true,
+            Step::Materialised(_) | Step::Merged(_) | Step::Segmented { .. } | Step::LowRankBmm(_) | Step::Finish => {
+                true
+            }
         });
         self
     }
@@ -112,10 +110,10 @@ impl Schedule {
         self.plan.splits()
     }
 
-    /// The adapter whose resident W_i the batch runs on, where it is planned as merged.
+    /// The adapter whose resident W_i the batch runs on, where it has rows that do.
     pub fn merged_adapter(&self) -> Option<u32> {
         self.steps.iter().find_map(|step| match step {
-            Step::Merged { adapter } => Some(*adapter),
+            Step::Merged(merged) => Some(merged.adapter),
             Step::Gemm(_) | Step::Materialised(_) | Step::Segmented { .. } | Step::LowRankBmm(_) | Step::Finish => None,
         })
     }
@@ -135,7 +133,7 @@ impl Schedule {
 /// that of the layer that runs it first: what is too large for it isn't laid out. The steps don't depend on it.
 ///
 /// # Errors
-/// A segment of an unknown adapter; a buffer too large to index.
+/// A segment of an unknown adapter; several adapters whose weights are said to be resident; a buffer too large to index.
 pub fn schedule(
     plan: &Plan,
     shape: LayerShape,
@@ -148,16 +146,8 @@ pub fn schedule(
     let batch = BatchShape::of(segments, adapters);
     check(plan, shape, &batch)?;
     let rows_of = rows_by_adapter(segments, adapters)?;
-    if plan.is_merged() && batch.adapters > 1 {
-        return Err(ScheduleError::NotOneAdapter { adapters: batch.adapters });
-    }
-    let steps = match plan.lowerings() {
-        Lowerings::Merged => {
-            let with_rows = rows_of.iter().position(|rows| !rows.is_empty());
-            with_rows.map(|adapter| Step::Merged { adapter: adapter as u32 }).into_iter().collect()
-        }
-        Lowerings::Separate(parts) => separate(parts, segments, adapters, &rows_of, finishes),
-    };
+    one_is_merged(adapters)?;
+    let steps = steps(plan, segments, adapters, &rows_of, finishes);
     let used = || adapters.iter().zip(&rows_of).filter(|(_, rows)| !rows.is_empty()).map(|(adapter, _)| adapter);
     Ok(Schedule {
         plan: *plan,
@@ -170,26 +160,42 @@ pub fn schedule(
     })
 }
 
-/// The steps that compute either part by itself.
-fn separate(
-    parts: SeparateParts,
+/// Whether the table says of one adapter at most that its W_i is resident.
+fn one_is_merged(adapters: &[AdapterSlots]) -> Result<(), ScheduleError> {
+    let mut merged = (0..).zip(adapters).filter_map(|(position, adapter)| adapter.is_merged.then_some(position));
+    match (merged.next(), merged.next()) {
+        (Some(first), Some(second)) => Err(ScheduleError::NotOneAdapter { first, second }),
+        _ => Ok(()),
+    }
+}
+
+/// The steps of a plan: those that write rows, each of which is written once, and those that add to them.
+fn steps(
+    plan: &Plan,
     segments: &[Segment],
     adapters: &[AdapterSlots],
     rows_of: &[Vec<u32>],
     finishes: bool,
 ) -> Vec<Step> {
-    let materialises = |adapter: &AdapterSlots| parts.multiplicative.materialises() && !adapter.is_plain();
-    // A materialised weight holds the additive part of its adapter already.
-    let adds = |adapter: &AdapterSlots| adapter.low_rank.rank > 0 && !materialises(adapter);
+    let parts = plan.parts();
+    let merges = |adapter: &AdapterSlots| plan.merges() && adapter.is_merged;
+    let materialises =
+        |adapter: &AdapterSlots| parts.multiplicative.materialises() && !adapter.is_plain() && !merges(adapter);
+    // A weight of an adapter's own holds its additive part already.
+    let adds = |adapter: &AdapterSlots| adapter.low_rank.rank > 0 && !materialises(adapter) && !merges(adapter);
+    let has_own_weight = |adapter: &AdapterSlots| materialises(adapter) || merges(adapter);
     let adds_later = parts.additive.adds_later()
         && adapters.iter().zip(rows_of).any(|(adapter, rows)| !rows.is_empty() && adds(adapter));
     let mut steps = Vec::new();
-    let gemm = Gemm { finishes: finishes && !adds_later, ..gemm(parts, segments, adapters, materialises, adds) };
+    let gemm = Gemm { finishes: finishes && !adds_later, ..gemm(parts, segments, adapters, has_own_weight, adds) };
     if !(gemm.rows.is_empty() && gemm.segments.is_empty()) {
         steps.push(Step::Gemm(gemm));
     }
     if let Some(step) = materialised(parts, segments, adapters, materialises, finishes && !adds_later) {
         steps.push(Step::Materialised(step));
+    }
+    if let Some(step) = merged(parts, segments, adapters, merges, finishes && !adds_later) {
+        steps.push(Step::Merged(step));
     }
     if adds_later {
         match parts.additive {
@@ -260,13 +266,13 @@ fn scale(scales: &VirtualRowSlots) -> Scale {
     Scale { in_slot: slot(scales.in_scale), out_slot: slot(scales.out_scale) }
 }
 
-/// The rows that aren't materialised. An adapter of one virtual row is scaled as it is loaded whatever the lowering: a tile of
-/// W_i would spare nothing.
+/// The rows that no weight of their adapter's own multiplies. An adapter of one virtual row is scaled as it is loaded whatever the
+/// lowering: a tile of W_i would spare nothing.
 fn gemm(
     parts: SeparateParts,
     segments: &[Segment],
     adapters: &[AdapterSlots],
-    materialises: impl Fn(&AdapterSlots) -> bool,
+    has_own_weight: impl Fn(&AdapterSlots) -> bool,
     adds: impl Fn(&AdapterSlots) -> bool,
 ) -> Gemm {
     let makes_on_chip = match parts.multiplicative {
@@ -278,7 +284,7 @@ fn gemm(
     for Run { first_row, segment, is_long } in runs(parts, segments) {
         let position = segment.adapter as usize;
         let adapter = &adapters[position];
-        if materialises(adapter) {
+        if has_own_weight(adapter) {
             continue;
         }
         if makes_on_chip && is_long && adapter.virtual_rows.len() > 1 {
@@ -350,6 +356,21 @@ fn materialised(
         }
     }
     (!step.runs.is_empty()).then_some(step)
+}
+
+/// The rows of the adapter whose W_i is resident.
+fn merged(
+    parts: SeparateParts,
+    segments: &[Segment],
+    adapters: &[AdapterSlots],
+    merges: impl Fn(&AdapterSlots) -> bool,
+    finishes: bool,
+) -> Option<Merged> {
+    let own = |run: &Run| merges(&adapters[run.segment.adapter as usize]);
+    let mut runs = runs(parts, segments).into_iter().filter(own).peekable();
+    let adapter = runs.peek()?.segment.adapter;
+    let run = |run: Run| WeightRun { first_row: run.first_row, rows: run.segment.rows, weight: 0 };
+    Some(Merged { adapter, runs: runs.map(run).collect(), finishes })
 }
 
 fn segmented(segments: &[Segment], adapters: &[AdapterSlots], adds: impl Fn(&AdapterSlots) -> bool) -> Step {

@@ -5,7 +5,7 @@ use super::steps::SEGMENT_ITEM_ROWS;
 use crate::batch::{BatchShape, GroupShape};
 use crate::layer::LayerShape;
 use crate::lowering::{AdditiveLowering, MultiplicativeLowering};
-use crate::plan::{Lowerings, Plan};
+use crate::plan::Plan;
 
 /// Kernels index with 32 bits; half of them leave room for the last cube's units past the end, and for "no row".
 const INDEX_LIMIT: u64 = i32::MAX as u64;
@@ -50,56 +50,46 @@ fn sum(terms: &[u64]) -> u64 {
     terms.iter().copied().fold(0, u64::saturating_add)
 }
 
-/// The rows whose W_i is made tile by tile.
-fn on_chip(plan: &Plan, batch: &BatchShape) -> GroupShape {
-    match plan.lowerings() {
-        Lowerings::Merged => GroupShape::default(),
-        Lowerings::Separate(parts) => match parts.multiplicative {
-            MultiplicativeLowering::OnChip => batch.wide_from(parts.on_chip_from()).0,
-            MultiplicativeLowering::Stacked | MultiplicativeLowering::Bmm => GroupShape::default(),
-        },
+/// The rows whose W_i is made tile by tile, of a batch as the plan sees it.
+fn on_chip(plan: &Plan, seen: &BatchShape) -> GroupShape {
+    match plan.parts().multiplicative {
+        MultiplicativeLowering::OnChip => seen.wide_from(plan.parts().on_chip_from()).0,
+        MultiplicativeLowering::Stacked | MultiplicativeLowering::Bmm => GroupShape::default(),
     }
 }
 
-/// Virtual rows that are multiplied by the base weight, or by the resident one.
-fn base_rows(plan: &Plan, batch: &BatchShape) -> u64 {
-    match plan.lowerings() {
-        Lowerings::Merged => batch.tokens,
-        Lowerings::Separate(parts) => match parts.multiplicative {
-            MultiplicativeLowering::Bmm => batch.plain_rows,
-            MultiplicativeLowering::Stacked | MultiplicativeLowering::OnChip => {
-                let (group, on_chip) = (batch.multiplicative, on_chip(plan, batch));
-                let stacked = group.tokens_times_width.saturating_sub(on_chip.tokens_times_width);
-                sum(&[batch.plain_rows, stacked, on_chip.tokens])
-            }
-        },
+/// Virtual rows that are multiplied by the base weight, likewise.
+fn base_rows(plan: &Plan, seen: &BatchShape) -> u64 {
+    match plan.parts().multiplicative {
+        MultiplicativeLowering::Bmm => seen.plain_rows,
+        MultiplicativeLowering::Stacked | MultiplicativeLowering::OnChip => {
+            let (group, on_chip) = (seen.multiplicative, on_chip(plan, seen));
+            let stacked = group.tokens_times_width.saturating_sub(on_chip.tokens_times_width);
+            sum(&[seen.plain_rows, stacked, on_chip.tokens])
+        }
     }
 }
 
 /// Whether everything that a plan needs for a batch can be indexed in a layer of this shape.
 pub(super) fn check(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> Result<(), ScheduleError> {
-    batch_fits(shape, batch.tokens)?;
+    batch_fits(shape, batch.all_rows())?;
     buffers(plan, shape, batch).into_iter().try_for_each(|(what, elements)| fits(what, elements))
 }
 
 /// What a plan puts in memory beside x and the layer's operands, in elements of at most four bytes. Every element is counted that
 /// a launch allocates, on any device: a schedule's launches ask for no more than this.
-fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str, u64); 10] {
+fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str, u64); 11] {
     let (d, k) = (u64::from(shape.d), u64::from(shape.k));
+    let (batch, parts) = (plan.seen(batch), plan.parts());
     let group = batch.multiplicative;
     // Whether W_i are made in memory, what is summed beside them, and how.
-    let (materialises, additive, packs, fuses) = match plan.lowerings() {
-        Lowerings::Merged => (false, GroupShape::default(), false, false),
-        Lowerings::Separate(parts) => {
-            let (packs, fuses) = match parts.additive {
-                AdditiveLowering::Fused => (false, true),
-                AdditiveLowering::Segmented => (false, false),
-                AdditiveLowering::Bmm => (true, false),
-            };
-            (parts.multiplicative.materialises(), batch.summed_beside(parts.multiplicative), packs, fuses)
-        }
+    let (materialises, additive) = (parts.multiplicative.materialises(), batch.summed_beside(parts.multiplicative));
+    let (packs, fuses) = match parts.additive {
+        AdditiveLowering::Fused => (false, true),
+        AdditiveLowering::Segmented => (false, false),
+        AdditiveLowering::Bmm => (true, false),
     };
-    let rows = base_rows(plan, batch);
+    let rows = base_rows(plan, &batch);
     let of = |used: bool, elements: u64| if used { elements } else { 0 };
     // Rows of one adapter share a task where they follow one another, which they needn't.
     let tasks = sum(&[additive.tokens_times_width / u64::from(SEGMENT_ITEM_ROWS), additive.tokens]);
@@ -107,7 +97,7 @@ fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str
     let packed_rows = product(&[additive.adapters, additive.longest]);
     let tile_table = sum(&[
         product(&[TILE_ROW_WORDS, rows]),
-        product(&[SCALE_WORDS, on_chip(plan, batch).widths]),
+        product(&[SCALE_WORDS, on_chip(plan, &batch).widths]),
         of(fuses, tasks),
     ]);
     let adapters_table = product(&[MATERIALISED_ADAPTER_WORDS, group.adapters]);
@@ -119,8 +109,9 @@ fn buffers(plan: &Plan, shape: LayerShape, batch: &BatchShape) -> [(&'static str
     };
     let widest = d.max(k).max(1);
     [
-        ("y", product(&[batch.tokens, k])),
+        ("y", product(&[batch.all_rows(), k])),
         ("the table of virtual rows", tile_table),
+        ("the table of rows with the resident weight", product(&[TILE_ROW_WORDS, batch.merged_rows()])),
         ("the table of rows with a materialised weight", of(materialises, product(&[TILE_ROW_WORDS, group.tokens]))),
         (
             "the table of materialised weights",
@@ -150,6 +141,7 @@ fn partial_sums(plan: &Plan, shape: LayerShape, virtual_rows: u64) -> u64 {
 /// a launch because of a buffer.
 pub fn can_hold(plan: &Plan, shape: LayerShape, batch: &BatchShape, largest_buffer_bytes: Option<u64>) -> bool {
     let longest = largest_buffer_bytes.map_or(u64::MAX, |bytes| bytes / size_of::<f32>() as u64).min(INDEX_LIMIT);
-    let partial = partial_sums(plan, shape, base_rows(plan, batch));
+    let seen = plan.seen(batch);
+    let partial = partial_sums(plan, shape, base_rows(plan, &seen).max(seen.merged_rows()));
     buffers(plan, shape, batch).into_iter().map(|(_, elements)| elements).chain([partial]).all(|own| own <= longest)
 }

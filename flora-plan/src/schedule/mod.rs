@@ -17,6 +17,6 @@ pub use limits::{
     can_hold, most_splits,
 };
 pub use steps::{
-    Gemm, LowRankBmm, LowRankRows, Materialised, MaterialisedAdapter, NO_ROW, OnChipSegment, Packing,
+    Gemm, LowRankBmm, LowRankRows, Materialised, MaterialisedAdapter, Merged, NO_ROW, OnChipSegment, Packing,
     SEGMENT_ITEM_ROWS, Scale, ScheduledRow, SegmentItem, Step, WeightRun,
 };

@@ -95,7 +95,7 @@ pub struct LowRankRows {
     pub rank: u32,
 }
 
-/// Consecutive rows that are multiplied by one materialised weight.
+/// Consecutive rows that are multiplied by one weight of an adapter's own.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct WeightRun {
@@ -153,6 +153,17 @@ pub struct Materialised {
     pub finishes: bool,
 }
 
+/// The rows of the adapter whose W_i is resident: a [`Materialised`] whose one weight is there already.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Merged {
+    /// Its position in the layer's table.
+    pub adapter: u32,
+    /// Its rows, rising, all by the weight 0.
+    pub runs: Vec<WeightRun>,
+    /// Whether nothing is added to these rows afterwards.
+    pub finishes: bool,
+}
+
 /// The `bmm` lowering of additive adapters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LowRankBmm {
@@ -171,11 +182,8 @@ pub enum Step {
     Gemm(Gemm),
     /// y\[row\] = x\[row\] @ W_i, made whole.
     Materialised(Materialised),
-    /// y = φ(x @ W_i + bias) for all rows, with the resident W_i of this entry of the adapter table.
-    Merged {
-        /// Position in the table.
-        adapter: u32,
-    },
+    /// y\[row\] = x\[row\] @ W_i, resident.
+    Merged(Merged),
     /// y\[row\] += (x\[row\] @ b_i) @ a_i, by segment. `h_len` is the length of the intermediate.
     Segmented {
         /// The work items.
@@ -193,7 +201,7 @@ impl Step {
     /// Kernel launches on a device.
     pub fn launches(&self) -> u64 {
         match self {
-            Step::Gemm(_) | Step::Merged { .. } | Step::Finish => 1,
+            Step::Gemm(_) | Step::Merged(_) | Step::Finish => 1,
             Step::Materialised(_) | Step::Segmented { .. } => 2,
             Step::LowRankBmm(_) => 6,
         }

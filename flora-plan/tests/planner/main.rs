@@ -9,7 +9,7 @@ use flora_plan::gradient::GradientLowering;
 use flora_plan::layer::{LayerFormat, LayerShape};
 use flora_plan::lowering::{Lowering, Part};
 use flora_plan::model_planner::ModelPlanner;
-use flora_plan::plan::{Plan, plan};
+use flora_plan::plan::{Plan, candidates, plan};
 use flora_plan::schedule::{ScheduleError, can_hold, schedule};
 use proptest::prelude::*;
 
@@ -22,20 +22,26 @@ fn adapter(kind: u32, width: u32) -> AdapterSlots {
     let many = vec![scales; width as usize];
     match kind {
         0 => AdapterSlots::base(),
-        1 => AdapterSlots { virtual_rows: many, low_rank: LowRankSlots::default() },
+        1 => AdapterSlots { virtual_rows: many, ..AdapterSlots::base() },
         2 => AdapterSlots { low_rank, ..AdapterSlots::base() },
-        3 => AdapterSlots { virtual_rows: vec![scales], low_rank },
-        _ => AdapterSlots { virtual_rows: many, low_rank },
+        3 => AdapterSlots { virtual_rows: vec![scales], low_rank, is_merged: false },
+        _ => AdapterSlots { virtual_rows: many, low_rank, is_merged: false },
     }
 }
 
+/// With the weight of one of the adapters resident, or with none.
 fn batches() -> impl Strategy<Value = (Vec<Segment>, Vec<AdapterSlots>)> {
     let adapters = proptest::collection::vec((0u32..5, 1u32..20), 1..6);
-    (adapters, proptest::collection::vec((0u32..40, 0usize..100), 0..12)).prop_map(|(adapters, segments)| {
+    let segments = proptest::collection::vec((0u32..40, 0usize..100), 0..12);
+    (adapters, segments, 0usize..8).prop_map(|(adapters, segments, merged)| {
         let count = adapters.len();
         let segments =
             segments.into_iter().map(|(rows, adapter)| Segment { rows, adapter: (adapter % count) as u32 }).collect();
-        (segments, adapters.into_iter().map(|(kind, width)| adapter(kind, width)).collect())
+        let adapters = adapters
+            .into_iter()
+            .enumerate()
+            .map(|(position, (kind, width))| AdapterSlots { is_merged: position == merged, ..adapter(kind, width) });
+        (segments, adapters.collect())
     })
 }
 
@@ -54,8 +60,9 @@ proptest! {
         let batch = BatchShape::of(&segments, &adapters);
         let price = |plan: &Plan| prices.price(&work(plan, prices.layer(), &batch, finishes, pads));
         let chosen = plan(&prices, &batch, finishes);
-        prop_assert!(chosen != Plan::MERGED);
-        for other in Plan::unmerged().flat_map(|plan| Plan::ON_CHIP_FROM.map(|rows| plan.with_on_chip_from(rows))) {
+        let has_merged_rows = segments.iter().any(|own| own.rows > 0 && adapters[own.adapter as usize].is_merged);
+        prop_assert!(!chosen.merges() || has_merged_rows);
+        for other in Plan::all().flat_map(|plan| Plan::ON_CHIP_FROM.map(|rows| plan.with_on_chip_from(rows))) {
             let (own, other_price) = (price(&chosen), price(&other));
             prop_assert!(own <= other_price * (1.0 + 1e-12), "{:?} at {} and {:?} at {}", chosen, own, other, other_price);
         }
@@ -76,6 +83,64 @@ proptest! {
             prop_assert_eq!(plans, alone.to_vec());
         }
     }
+}
+
+/// A multiply-add takes as long on every kernel, and a weight as long to read as 20 rows by it to multiply.
+fn level() -> DeviceCoefficients {
+    let mut coefficients = device(3, false);
+    coefficients.seconds_per_launch = 0.0;
+    coefficients.seconds_per_byte = 5e-12;
+    let surfaces = coefficients.formats.values_mut().flat_map(|own| own.seconds_per_mac.values_mut());
+    surfaces.for_each(|surface| surface.seconds_per_mac.fill(1e-12));
+    coefficients
+}
+
+/// fLoRA of rank 16 makes a W_i on chip for 16 rows' worth of products: a resident one pays where its rows are more than the reading of a
+/// weight costs beyond that, and is left alone where they are few.
+#[test]
+fn a_resident_weight_serves_an_adapter_of_most_rows() {
+    let coefficients = level();
+    let prices = LayerPrices::new(&coefficients, layer(512, 512));
+    let choose = |own: u32, merged: bool| {
+        let resident = AdapterSlots { is_merged: merged, ..adapter(1, 16) };
+        let segments = [Segment { rows: 40, adapter: 0 }, Segment { rows: own, adapter: 1 }];
+        plan(&prices, &BatchShape::of(&segments, &[AdapterSlots::base(), resident]), false)
+    };
+    for (own, merges) in [(0, false), (1, false), (2, false), (3, false), (6, true), (100, true), (1000, true)] {
+        assert_eq!(choose(own, true).merges(), merges, "{own} rows of 40 and these");
+        assert!(!choose(own, false).merges(), "no weight is resident");
+    }
+    // The others' plan is the one that they have without it.
+    let others = BatchShape::of(&[Segment { rows: 40, adapter: 0 }], &[AdapterSlots::base()]);
+    assert_eq!(choose(100, true), plan(&prices, &others, false).with_merged());
+    // A launch more that takes as long as what it spares.
+    let slow = DeviceCoefficients { seconds_per_launch: 1.0, ..coefficients };
+    let batch = [Segment { rows: 40, adapter: 0 }, Segment { rows: 100, adapter: 1 }];
+    let batch = BatchShape::of(&batch, &[AdapterSlots::base(), adapter(1, 16).merged()]);
+    assert!(!plan(&LayerPrices::new(&slow, layer(512, 512)), &batch, false).merges());
+}
+
+/// `merged` is a candidate where a weight is resident, at the price of the whole batch.
+#[test]
+fn a_resident_weight_is_a_candidate() {
+    let coefficients = level();
+    let prices = LayerPrices::new(&coefficients, layer(512, 512));
+    let segments = [Segment { rows: 30, adapter: 0 }, Segment { rows: 100, adapter: 1 }];
+    let shape = |resident: AdapterSlots| BatchShape::of(&segments, &[adapter(1, 16), resident]);
+    let of = |batch: &BatchShape, part| {
+        let candidates = candidates(part, &prices, batch).into_iter();
+        candidates.map(|own| (own.lowering, own.predicted_seconds)).collect::<Vec<_>>()
+    };
+    let (without, with) = (shape(adapter(1, 16)), shape(adapter(1, 16).merged()));
+    let separate = of(&without, Part::Multiplicative);
+    assert!(separate.iter().all(|(lowering, _)| *lowering != Lowering::Merged));
+    let all = of(&with, Part::Multiplicative);
+    let (merged, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|(lowering, _)| *lowering == Lowering::Merged);
+    assert_eq!(others, separate, "the others are priced as if nothing were resident");
+    let best = Plan::unmerged().flat_map(|plan| Plan::ON_CHIP_FROM.map(|rows| plan.with_on_chip_from(rows)));
+    let best = best.map(|plan| prices.price(&work(&plan.with_merged(), prices.layer(), &with, false, false)));
+    assert_eq!(merged, [(Lowering::Merged, best.fold(f64::INFINITY, f64::min))]);
+    assert!(merged[0].1 < others[0].1);
 }
 
 /// The plan that a device can't hold isn't chosen, however cheap.

@@ -84,6 +84,19 @@ pub enum ProjectionError {
         "an adapter of the batch has gates, which no schedule or backward pass has: use `PlannedProjection::forward`"
     )]
     GatedSchedule,
+    /// A weight of an adapter that has no vectors here.
+    #[error(
+        "there is no adapter at the position {0}, or one that leaves this projection alone: its rows are multiplied by the base weight, and there is none to merge"
+    )]
+    NothingToMerge(u32),
+    /// A weight of an adapter whose parts are weighed for each row.
+    #[error(
+        "the adapter at the position {0} has gates, which multiply between its factors, and a merged weight has none; serve it unmerged"
+    )]
+    GatedMerge(u32),
+    /// Gates of an adapter whose weight is resident.
+    #[error("the weight of the adapter at the position {0} is merged, where no gates can be applied; unmerge it first")]
+    MergedGates(u32),
     /// The batch doesn't fit the adapters or the input.
     #[error(transparent)]
     Batch(#[from] BatchError),

@@ -23,7 +23,7 @@ pub fn needed_by(kernel: Kernel) -> (Part, Plan) {
         |lowering| (Part::Multiplicative, Plan::default().with_part(PartLowering::Multiplicative(lowering)));
     let additive = |lowering| (Part::Additive, Plan::default().with_part(PartLowering::Additive(lowering)));
     match kernel {
-        Kernel::Matmul | Kernel::Stacked | Kernel::Move => (Part::Multiplicative, Plan::default()),
+        Kernel::Matmul | Kernel::Merged | Kernel::Stacked | Kernel::Move => (Part::Multiplicative, Plan::default()),
         Kernel::OnChip => multiplicative(MultiplicativeLowering::OnChip),
         Kernel::Bmm => multiplicative(MultiplicativeLowering::Bmm),
         Kernel::Fused => (Part::Additive, Plan::default()),
@@ -228,7 +228,7 @@ fn point(
         Kernel::Fused => (whole()?, Some(rows(tokens)?)),
         // By themselves, where a time that is all theirs can be had. What is left beside them are the zeros that they add to.
         Kernel::LowRankBmm | Kernel::Segmented => (whole()?.without_gemm(), zeros(device, rows(tokens)?)),
-        Kernel::Stacked | Kernel::OnChip | Kernel::Bmm | Kernel::Move => (whole()?, None),
+        Kernel::Merged | Kernel::Stacked | Kernel::OnChip | Kernel::Bmm | Kernel::Move => (whole()?, None),
     };
     let work = work(&plan, layer, &BatchShape::of(&segments, &adapters), false, false);
     let square = f64::from(layer.shape.d) * f64::from(layer.shape.k);

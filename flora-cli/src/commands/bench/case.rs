@@ -197,7 +197,7 @@ pub(super) fn variants(
     for (adapter, rank, part, rows) in &batches {
         for row in lowerings_of(*part) {
             let (lowering, plan) = (row.lowering(), Plan::default().with_part(row.computes));
-            if !wanted.lowerings.contains(&lowering) || plan.is_merged() && tokens.segments != 1 {
+            if !wanted.lowerings.contains(&lowering) || plan.merges() && tokens.segments != 1 {
                 continue;
             }
             let plan = if wanted.split { plan.with_split() } else { plan };
@@ -308,16 +308,20 @@ impl Bench<'_> {
     ) -> Result<Variant, CommandError> {
         let Case { shape, tokens, format } = self.case;
         let Rows { segments, adapters } = rows;
-        let schedule = schedule(&plan, shape, segments, adapters, false).map_err(ProjectionError::from)?;
+        let mut adapters = adapters.clone();
+        if let Some(first) = adapters.first_mut().filter(|_| plan.merges()) {
+            first.is_merged = true;
+        }
+        let schedule = schedule(&plan, shape, segments, &adapters, false).map_err(ProjectionError::from)?;
         let mut timed = self.timed(schedule)?;
         let mut operand_bytes = format.weight.bytes(shape) + format.adapters.bytes() * rows.numbers(shape);
-        if plan.is_merged() {
+        if plan.merges() {
             let made = self.device.merged(&self.operands, 0, &Materialised::weight_of(&adapters[0]))?;
             operand_bytes = format.activations.bytes() * u64::from(shape.d) * u64::from(shape.k);
             timed.operands = Arc::new(made);
         }
         let pads = self.device.info().backend != BackendKind::Host;
-        let work = work(&plan, PricedLayer { shape, format }, &BatchShape::of(segments, adapters), false, pads);
+        let work = work(&plan, PricedLayer { shape, format }, &BatchShape::of(segments, &adapters), false, pads);
         Ok(Variant {
             adapter,
             lowering: lowering.name().to_owned(),

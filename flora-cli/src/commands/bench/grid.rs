@@ -3,7 +3,6 @@
 use flora::prelude::*;
 use flora_plan::batch::{AdapterSlots, BatchShape, LowRankSlots, Segment, VirtualRowSlots};
 use flora_plan::lowering::Part;
-use flora_plan::plan::Lowerings;
 use serde::Serialize;
 
 /// One batch on one layer.
@@ -126,8 +125,7 @@ impl Point {
         let first = position * self.rank;
         let scaled =
             (first..first + self.rank).map(|slot| VirtualRowSlots { in_scale: Some(slot), out_scale: Some(slot) });
-        let multiplicative =
-            |rows: Vec<VirtualRowSlots>| AdapterSlots { virtual_rows: rows, low_rank: LowRankSlots::default() };
+        let multiplicative = |rows: Vec<VirtualRowSlots>| AdapterSlots { virtual_rows: rows, ..AdapterSlots::base() };
         let kind = match (self.adapter, position % 4) {
             ("mixed", 0) => "flora",
             ("mixed", 1) => "lora",
@@ -149,11 +147,9 @@ impl Point {
     /// What tells a plan of this batch from the others: the lowering of the part that its adapters have.
     pub(super) fn name_of(&self, plan: &Plan) -> String {
         let (multiplicative, additive) = (plan.of(Part::Multiplicative), plan.of(Part::Additive));
-        let multiplicative = match plan.lowerings() {
-            Lowerings::Separate(parts) if parts.on_chip_from() > 1 => {
-                format!("{multiplicative} from {} rows", parts.on_chip_from())
-            }
-            Lowerings::Separate(_) | Lowerings::Merged => multiplicative.to_string(),
+        let multiplicative = match plan.parts().on_chip_from() {
+            1 => multiplicative.to_string(),
+            from => format!("{multiplicative} from {from} rows"),
         };
         match self.adapter {
             "lora" => additive.to_string(),
