@@ -99,15 +99,22 @@ fn plan_prices_every_lowering() {
 }
 
 #[test]
-fn plan_prices_a_merged_weight_and_never_chooses_it() {
-    let fixed = ["plan", "--model", "starcoder-1b", "--ranks", "4", "--segments", "1", "--device", "host"];
-    for row in array(&answer(fixed.into_iter().chain(["--json"]))["plans"]) {
-        let candidates = array(&row["candidates"]);
-        assert!(candidates.iter().any(|candidate| candidate["lowering"] == "merged"), "{row}");
-        assert!(row["chosen"] != "merged" && row["why"].as_str().is_some_and(|why| !why.contains("merged")), "{row}");
+fn plan_prices_a_merged_weight_and_says_when_it_pays() {
+    for segments in ["1", "5"] {
+        let fixed = ["plan", "--model", "starcoder-1b", "--ranks", "4", "--segments", segments, "--device", "host"];
+        for row in array(&answer(fixed.into_iter().chain(["--json"]))["plans"]) {
+            let candidates = array(&row["candidates"]);
+            let merged = candidates.iter().filter(|candidate| candidate["lowering"] == "merged");
+            assert_eq!(merged.count(), 1, "{row}");
+            // What needs no weight made and kept is chosen.
+            let why = row["why"].as_str().expect("a reason");
+            assert!(row["chosen"] != "merged" && !why.contains("merged"), "{row}");
+            let share = &row["merged_pays_from"];
+            assert!(share.is_null() || share.as_f64().is_some_and(|share| share > 0.0 && share <= 1.0), "{row}");
+        }
+        let text = String::from_utf8_lossy(&flora(fixed).stdout).into_owned();
+        assert!(text.contains("merged from") && text.contains("flora serve --merge"), "{text}");
     }
-    let text = flora(fixed);
-    assert!(String::from_utf8_lossy(&text.stdout).contains("merged is never chosen"));
 }
 
 #[test]

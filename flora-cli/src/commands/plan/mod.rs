@@ -3,6 +3,7 @@
 //! Eq. 7 compares two lowerings of two kinds of adapter; so the answer has two halves: how each kind is computed best, and which
 //! kind a deployment that may choose should train.
 
+mod merged;
 mod training;
 
 use std::path::{Path, PathBuf};
@@ -95,9 +96,13 @@ struct Row {
     eq7: f64,
     critical_rank: Option<f64>,
     base_seconds: f64,
+    /// Of those that need no resident weight.
     chosen: Lowering,
     why: String,
+    /// `merged` is with the weight of one of the adapters resident.
     candidates: Vec<Candidate>,
+    /// The share of the batch's rows from which that is the cheapest.
+    merged_pays_from: Option<f64>,
 }
 
 /// Which kind of adapter costs less over all chosen projections of the model, each by its best lowering.
@@ -262,7 +267,7 @@ fn row(
     rank: u32,
 ) -> Row {
     let Batch { adapter, part, segments, tokens } = batch;
-    let slots = (0..segments).map(|_| compiled.slots(rank, 0)).collect::<Vec<_>>();
+    let mut slots = (0..segments).map(|_| compiled.slots(rank, 0)).collect::<Vec<_>>();
     let rows = (0..segments).map(|adapter| Segment { rows: tokens, adapter }).collect::<Vec<_>>();
     let batch = BatchShape::of(&rows, &slots);
     let layer = prices.layer();
@@ -276,8 +281,9 @@ fn row(
     let eq7 = eq7(group.shape, u64::from(rank), c1, c2);
     let base = BatchShape::of(&[Segment { rows: segments * tokens, adapter: 0 }], &[AdapterSlots::base()]);
     let base_seconds = prices.price(&work(&Plan::default(), layer, &base, false, prices.pads_blocks()));
-    let candidates = candidates(part, prices, &batch);
-    // Whether a weight is worth merging is no question of one batch; its price is there to be compared with.
+    slots[0].is_merged = true;
+    let candidates = candidates(part, prices, &BatchShape::of(&rows, &slots));
+    // Whether a weight is worth keeping is no question of one batch; its price is there to be compared with.
     let mut choices = candidates.iter().filter(|candidate| candidate.lowering != Lowering::Merged);
     let (chosen, why) = match (choices.next(), choices.next()) {
         (Some(best), Some(next)) => {
@@ -305,6 +311,7 @@ fn row(
         chosen,
         why,
         candidates,
+        merged_pays_from: merged::pays_from(prices, compiled, rank, (segments, tokens)),
     }
 }
 
@@ -334,6 +341,7 @@ fn human(arguments: &Arguments, answer: &Answer) -> String {
             ">critical rank",
             ">base",
             "<chosen",
+            ">merged from",
             "<predicted, each",
         ];
         let mut table = output::table(&columns);
@@ -353,15 +361,15 @@ fn human(arguments: &Arguments, answer: &Answer) -> String {
                 row.critical_rank.map_or_else(|| "none".to_owned(), |rank| format!("{rank:.2}")),
                 output::seconds(row.base_seconds),
                 row.chosen.to_string(),
+                row.merged_pays_from.map_or_else(|| "never".to_owned(), |share| format!("{:.0} %", 100.0 * share)),
                 row.candidates.iter().map(predicted).collect::<Vec<_>>().join(", "),
             ]);
         }
         text += &output::lines(&table);
     }
     text += "\nEq. 7 at 1 or more: fLoRA by stacked is cheaper than LoRA by bmm. Below the critical rank that holds.\n";
-    if plans.iter().any(|row| row.candidates.iter().any(|candidate| candidate.lowering == Lowering::Merged)) {
-        text += "merged is never chosen for a batch: it needs W_i made and kept, for an adapter that has every batch to itself.\n";
-    }
+    text += "merged is what the batch takes with the weight of one of its adapters kept (`flora serve --merge`). It pays where the adapter \
+             has at least that share of so many rows, the others sharing the rest.\n";
     text += "\nWhich adapter to train: all of these projections, each by its best lowering\n\n";
     let columns = [">rows a segment", ">rank", ">base", ">flora", ">lora", "<cheaper"];
     let mut table = output::table(&columns);
