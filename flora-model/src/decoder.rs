@@ -33,6 +33,8 @@ pub(crate) struct ServedModel<O: Serving> {
     adapters: Residents,
     /// The most that they may take.
     adapter_bytes: u64,
+    /// The name of the one whose weights are kept.
+    merged: Option<String>,
 }
 
 /// A row whose logits are wanted.
@@ -140,6 +142,7 @@ impl<O: Serving> ServedModel<O> {
             shared: FxHashMap::default(),
             adapters: Residents::default(),
             adapter_bytes: options.adapter_bytes,
+            merged: options.merged.clone(),
         })
     }
 
@@ -366,7 +369,24 @@ impl<O: Serving> ServedModel<O> {
         for (path, set, ranks) in prepared.gates.iter().flat_map(|gates| gates.modules(&self.parts.order)) {
             projections[path].change(|projection| projection.set_gates(position, set, ranks))?;
         }
+        if self.merged.as_ref() == Some(&prepared.name) {
+            self.merge(position, prepared)?;
+        }
         Ok(Resident { position, embedding: embedding.clone(), head, gates })
+    }
+}
+
+impl<O: Serving> ServedModel<O> {
+    /// Keeps the weights of an adapter that is placed, in place of those of the version before.
+    fn merge(&self, position: u32, prepared: &PreparedAdapter) -> Result<(), PlaceFault> {
+        prepared.check_mergeable().map_err(|error| PlaceFault::Other(error.to_string()))?;
+        for path in prepared.merged_paths() {
+            // However much the others take, this has no place among them.
+            self.parts.adapted[path]
+                .change(|projection| projection.merge_at(position))
+                .map_err(|error| PlaceFault::Other(format!("its weight of `{path}` can't be kept: {error}")))?;
+        }
+        Ok(())
     }
 }
 

@@ -16,6 +16,7 @@ mod head;
 mod host;
 pub mod load;
 mod memory;
+mod merge;
 mod mixture;
 #[cfg(feature = "burn")]
 mod on_burn;
@@ -31,6 +32,7 @@ pub use error::ServeError;
 #[cfg(feature = "burn")]
 pub use load::load_on_burn;
 pub use load::{DeviceModel, load};
+pub use merge::MergeError;
 pub use mixture::PreparedGates;
 pub use options::{PlanningChoice, ServeOptions};
 pub use rounding::{RoundingCost, rounding_cost};

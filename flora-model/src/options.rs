@@ -19,6 +19,10 @@ pub struct ServeOptions<'a> {
     pub adapters: Element,
     /// The most bytes that the resident adapters take, over all projections: taken as adapters come, and given back for others.
     pub adapter_bytes: u64,
+    /// The name of an adapter whose weights are kept in every projection that it adapts, as long as it is resident: its rows are
+    /// multiplied by them where the plan [merges](Plan::merges), whatever else is in their batch. They take memory beside
+    /// `adapter_bytes`, as much as [`AdapterDirectory::merged_bytes`](crate::AdapterDirectory::merged_bytes) says.
+    pub merged: Option<String>,
     /// Tokens by which a sequence's keys and values grow on a device: the engine's block. The host's grow by blocks of its own.
     pub block_tokens: u32,
     /// How lowerings are chosen.
@@ -48,6 +52,7 @@ impl Default for ServeOptions<'_> {
             activations: Element::F32,
             adapters: Element::F32,
             adapter_bytes: 256 << 20,
+            merged: None,
             block_tokens: 32,
             planning: PlanningChoice::default(),
         }

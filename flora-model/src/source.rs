@@ -195,6 +195,11 @@ impl AdapterDirectory {
         self.path(name).ok()
     }
 
+    /// The model that they are adapters of.
+    pub(crate) fn model(&self) -> &Model {
+        &self.model
+    }
+
     fn named(&self) -> RwLockReadGuard<'_, BTreeMap<String, PathBuf>> {
         self.named.read().unwrap_or_else(PoisonError::into_inner)
     }

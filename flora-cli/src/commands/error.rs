@@ -207,6 +207,7 @@ below!(
     flora_engine::OptionsError,
     flora_engine::RequestError,
     flora_model::DirectoryError,
+    flora_model::MergeError,
     flora_model::ServeError,
     flora_server::InvalidApiKey,
     flora_server::InvalidOrigin,

@@ -52,6 +52,8 @@ fn a_prompt_is_continued_with_an_adapter_and_without() {
     let named = format!("own={}", golden("adapters").join("lora").display());
     let named = generate(&["--adapter", "own", "--lora-modules", &named]);
     assert_eq!(adapted["tokens"], named["tokens"]);
+    let merged = generate(&["--adapters", &adapters, "--adapter", "lora", "--merge", "lora"]);
+    assert_eq!(adapted["tokens"], merged["tokens"]);
     for said in [&base, &adapted] {
         assert_eq!((&said["prompt_tokens"], &said["completion_tokens"]), (&5.into(), &6.into()));
         assert_eq!(said["finish_reason"], "length");
@@ -89,6 +91,10 @@ fn what_cannot_be_generated_is_told() {
     refused(&["--adapters", &adapters, "--adapter", "../lora"], "there is no adapter `../lora`");
     let restricted = ["--adapters", &adapters, "--adapter", "hira", "--adapted", "q_proj"];
     refused(&restricted, "--adapted lets only q_proj be adapted");
+    refused(
+        &["--adapters", &adapters, "--merge", "laro"],
+        "there is no adapter `laro` to merge; there are: hira, lora",
+    );
     refused(&["--adapters", "/nowhere"], "/nowhere is no folder of adapters");
     let lora = golden("adapters").join("lora").display().to_string();
     refused(&["--adapters", &lora], "is an adapter itself");
@@ -123,6 +129,27 @@ fn a_server_listens_answers_and_ends_when_it_is_asked_to() {
     assert!(answer.contains("\"completion_tokens\":3"), "{answer}");
     assert!(server.get("/metrics").contains("flora_requests_finished_total 1"));
     assert!(server.stop().success(), "asked to end, it ends well");
+}
+
+#[test]
+fn what_a_merged_adapter_takes_is_said() {
+    let tiny = Tiny::new();
+    let adapters = adapters();
+    let output = flora([
+        "generate",
+        "--model",
+        &tiny.model,
+        "--prompt",
+        "abc",
+        "--max-tokens",
+        "1",
+        "--adapters",
+        &adapters,
+        "--merge",
+        "hira",
+    ]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("merge: the weights of `hira` take"), "{}", stderr(&output));
 }
 
 #[test]

@@ -15,6 +15,7 @@ mod gguf_writer;
 mod golden;
 mod invariance;
 mod memory;
+mod merged;
 #[cfg(feature = "flex")]
 mod on_burn;
 mod reference;

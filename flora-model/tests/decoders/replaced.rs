@@ -25,7 +25,7 @@ use crate::{device, is_host};
 const VERSIONS: usize = 4;
 const FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
-fn write_version(parent: &Path, model: &Model, version: usize) {
+pub(crate) fn write_version(parent: &Path, model: &Model, version: usize) {
     let mut random = fastrand::Rng::with_seed(version as u64);
     let mut operand = |shape: Vec<usize>| {
         let values = (0..shape.iter().product()).map(|_| random.f32() - 0.5).collect();
@@ -72,7 +72,7 @@ impl Target {
     }
 }
 
-fn copy(from: &Path, to: &Path) {
+pub(crate) fn copy(from: &Path, to: &Path) {
     fs::create_dir(to).expect("a folder");
     for file in FILES {
         fs::copy(from.join(file), to.join(file)).expect("a copy");
@@ -90,7 +90,7 @@ fn other(version: usize, _: &mut fastrand::Rng) -> usize {
 }
 
 /// The tokens of an answer, or that the adapter couldn't be had.
-fn ask(handle: &EngineHandle, adapter: &str) -> Option<Vec<u32>> {
+pub(crate) fn ask(handle: &EngineHandle, adapter: &str) -> Option<Vec<u32>> {
     let stop = StopAt { max_tokens: 4, strings: Vec::new(), tokens: Vec::new() };
     let prompt = vec![5, 80, 3, 17, 90, 41, 9];
     let rules = LogitRules::default();

@@ -49,6 +49,13 @@ pub(crate) fn start(arguments: &ModelArguments) -> Result<Serving, CommandError>
     let directory = AdapterDirectory::with_layers(arguments.adapters.as_deref(), &model, arguments.dtype, layers);
     let directory = directory.over(arguments.base.into()).with_named(named)?;
     directory.check()?;
+    if let Some(name) = &arguments.merge {
+        let bytes = directory.merged_bytes(name, arguments.dtype)?;
+        output::note(&format!(
+            "merge: the weights of `{name}` take {} from its first request on",
+            output::bytes(bytes)
+        ));
+    }
     let (decoder, cost) = decoder(arguments, &device, &model, planning)?;
     if let Some(cost) = cost {
         output::note(&format!("activations: int8; {cost}"));
@@ -134,6 +141,7 @@ pub(crate) fn decoder(
         activations: arguments.dtype,
         adapters: arguments.dtype,
         adapter_bytes: arguments.adapter_memory << 20,
+        merged: arguments.merge.clone(),
         block_tokens: options(arguments).block_tokens as u32,
         planning,
     };
@@ -168,6 +176,8 @@ fn options(arguments: &ModelArguments) -> Options {
         adapters: AdapterOptions {
             resident: arguments.resident,
             bytes: arguments.adapter_memory << 20,
+            // What is made of it isn't made again and again.
+            pinned: arguments.merge.iter().cloned().collect(),
             ..options.adapters
         },
         ..options
