@@ -84,7 +84,7 @@ pub(crate) fn export(arguments: &Arguments) -> Result<(), CommandError> {
     let Target::Cuda(capability) = target else {
         return Err(CommandError::NotCuda { option: "export", target: target.to_string() });
     };
-    let (segments, adapters) = batch.of(&compiled);
+    let (segments, adapters) = batch.of(&compiled, &plan);
     let epilogue = compiled.epilogue();
     let (segments, adapters) = (&segments[..], &adapters[..]);
     let emission = Emission { pass: Pass::Forward, shape, format, epilogue, plan, segments, adapters };

@@ -305,12 +305,16 @@ pub struct EqualBatch {
 }
 
 impl EqualBatch {
-    /// Its segments, and where the pools have the vectors of their adapters, one adapter behind the other.
-    pub fn of(self, layer: &CompiledLayer) -> (Vec<Segment>, Vec<AdapterSlots>) {
+    /// Its segments, and where the pools have the vectors of their adapters, one adapter behind the other. Where the plan merges, the
+    /// first one's weight is resident.
+    pub fn of(self, layer: &CompiledLayer, plan: &Plan) -> (Vec<Segment>, Vec<AdapterSlots>) {
         let stride = layer.slots(self.rank, 0);
         let stride = stride.in_slots().max(stride.out_slots());
         let segments = (0..self.segments).map(|adapter| Segment { rows: self.rows, adapter });
-        let adapters = (0..self.segments).map(|adapter| layer.slots(self.rank, adapter.saturating_mul(stride)));
+        let adapters = (0..self.segments).map(|adapter| AdapterSlots {
+            is_merged: plan.merges() && adapter == 0,
+            ..layer.slots(self.rank, adapter.saturating_mul(stride))
+        });
         (segments.collect(), adapters.collect())
     }
 }
@@ -351,11 +355,7 @@ fn emit_pass(
     (shape, format): (LayerShape, LayerFormat),
     batch: EqualBatch,
 ) -> Result<Vec<EmittedKernel>, EmitError> {
-    let (segments, mut adapters) = batch.of(layer);
-    // Whose weight is resident, where the plan merges.
-    if let Some(first) = adapters.first_mut().filter(|_| plan.merges()) {
-        first.is_merged = true;
-    }
+    let (segments, adapters) = batch.of(layer, &plan);
     let epilogue = layer.epilogue();
     emit(target, &Emission { pass, shape, format, epilogue, plan, segments: &segments, adapters: &adapters })
 }
