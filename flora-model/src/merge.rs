@@ -2,6 +2,7 @@
 
 use flora_checkpoint::ModelError;
 use flora_engine::{AdapterFailure, AdapterSource};
+use flora_ir::algebra::FoldedAdapter;
 use flora_plan::layer::{Element, LayerShape, WeightFormat};
 
 use crate::build::OUTPUT;
@@ -27,9 +28,11 @@ pub enum MergeError {
         "the adapter `{0}` weighs its parts for each token (X-LoRA), and a merged weight is the same for all; serve it unmerged, or merge another"
     )]
     Gated(String),
-    /// It has none of the projections'.
-    #[error("the adapter `{0}` adapts no projection of the model, so that it has no weight to merge; merge another")]
-    NoProjection(String),
+    /// It scales no projection and adds no low-rank sum to one.
+    #[error(
+        "the adapter `{0}` has no scales and no low-rank sum of a projection, which a merged weight would hold: what else it does (sparse matrices, biases, embeddings) is done as without one; serve it unmerged, or merge another"
+    )]
+    NothingToMerge(String),
     /// The model's files don't say how large a projection is.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -46,14 +49,20 @@ impl PreparedAdapter {
         }
         match self.merged_paths().next() {
             Some(_) => Ok(()),
-            None => Err(MergeError::NoProjection(self.name.clone())),
+            None => Err(MergeError::NothingToMerge(self.name.clone())),
         }
     }
 
-    /// The projections of the model that have a weight of the adapter's own. An output matrix that it brings along isn't the model's.
+    /// The projections of the model that have a weight of the adapter's own: of those that it does something else to, such a weight would
+    /// be the base's. An output matrix that it brings along isn't the model's.
     pub(crate) fn merged_paths(&self) -> impl Iterator<Item = &String> {
         let own = self.adapted.head.as_ref().filter(|head| head.weight.is_some()).map(|head| head.path.as_str());
-        self.adapted.modules.keys().filter(move |path| Some(path.as_str()) != own)
+        let holds = |adapter: &FoldedAdapter| {
+            let layout = adapter.layout();
+            layout.low_rank > 0 || !layout.is_plain()
+        };
+        let modules = self.adapted.modules.iter().filter(move |(_, adapter)| holds(adapter)).map(|(path, _)| path);
+        modules.filter(move |path| Some(path.as_str()) != own)
     }
 }
 

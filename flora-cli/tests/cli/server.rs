@@ -15,6 +15,8 @@ use super::command::command;
 pub(crate) struct Server {
     child: Child,
     address: String,
+    /// What it said before it listened.
+    pub(crate) said: String,
     _config: TempDir,
 }
 
@@ -37,7 +39,7 @@ impl Server {
             }
             said += &line;
         };
-        Self { child, address, _config: config }
+        Self { child, address, said, _config: config }
     }
 
     /// Where it listens.

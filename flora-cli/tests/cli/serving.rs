@@ -52,8 +52,6 @@ fn a_prompt_is_continued_with_an_adapter_and_without() {
     let named = format!("own={}", golden("adapters").join("lora").display());
     let named = generate(&["--adapter", "own", "--lora-modules", &named]);
     assert_eq!(adapted["tokens"], named["tokens"]);
-    let merged = generate(&["--adapters", &adapters, "--adapter", "lora", "--merge", "lora"]);
-    assert_eq!(adapted["tokens"], merged["tokens"]);
     for said in [&base, &adapted] {
         assert_eq!((&said["prompt_tokens"], &said["completion_tokens"]), (&5.into(), &6.into()));
         assert_eq!(said["finish_reason"], "length");
@@ -91,10 +89,6 @@ fn what_cannot_be_generated_is_told() {
     refused(&["--adapters", &adapters, "--adapter", "../lora"], "there is no adapter `../lora`");
     let restricted = ["--adapters", &adapters, "--adapter", "hira", "--adapted", "q_proj"];
     refused(&restricted, "--adapted lets only q_proj be adapted");
-    refused(
-        &["--adapters", &adapters, "--merge", "laro"],
-        "there is no adapter `laro` to merge; there are: hira, lora",
-    );
     refused(&["--adapters", "/nowhere"], "/nowhere is no folder of adapters");
     let lora = golden("adapters").join("lora").display().to_string();
     refused(&["--adapters", &lora], "is an adapter itself");
@@ -132,24 +126,30 @@ fn a_server_listens_answers_and_ends_when_it_is_asked_to() {
 }
 
 #[test]
-fn what_a_merged_adapter_takes_is_said() {
+fn an_adapter_is_served_by_its_own_weights() {
     let tiny = Tiny::new();
     let adapters = adapters();
-    let output = flora([
-        "generate",
-        "--model",
-        &tiny.model,
-        "--prompt",
-        "abc",
-        "--max-tokens",
-        "1",
-        "--adapters",
-        &adapters,
-        "--merge",
-        "hira",
-    ]);
-    assert!(output.status.success(), "{}", stderr(&output));
-    assert!(stderr(&output).contains("merge: the weights of `hira` take"), "{}", stderr(&output));
+    let arguments = ["--model", &tiny.model, "--adapters", &adapters, "--port", "0", "--merge", "lora"];
+    let server = Server::start(arguments);
+    assert!(server.said.contains("merge: the weights of `lora` take"), "{}", server.said);
+    let body = json!({"model": "lora", "prompt": "abcde", "max_tokens": 6, "temperature": 0});
+    let answer_of = |server: &Server| {
+        let said = server.post("/v1/completions", &body);
+        let (_, json) = said.split_once("\r\n\r\n").expect("a body");
+        serde_json::from_str::<serde_json::Value>(json).expect("JSON")["choices"].clone()
+    };
+    let unmerged = Server::start(&arguments[..6]);
+    assert_eq!(answer_of(&server), answer_of(&unmerged));
+    assert!(!unmerged.said.contains("merge:"), "{}", unmerged.said);
+    assert!(server.stop().success() && unmerged.stop().success());
+
+    let output = flora([&["serve"], &arguments[..6], &["--merge", "laro"]].concat());
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("there is no adapter `laro` to merge; there are: hira, lora"),
+        "{}",
+        stderr(&output)
+    );
 }
 
 #[test]

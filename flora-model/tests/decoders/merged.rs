@@ -130,6 +130,12 @@ fn what_a_merged_adapter_takes_is_told_and_what_cannot_be_is_refused() {
     assert!(matches!(refused, MergeError::Unknown { .. }));
     assert_eq!(refused.to_string(), "there is no adapter `laro` to merge; there are: hira, lora");
 
+    // A weight of its own would be the base's.
+    let zoo =
+        AdapterDirectory::new(Some(&golden("llama_zoo").join("adapters")), &model, Element::F32).expect("built in");
+    let refused = zoo.merged_bytes("oft", Element::F32).expect_err("its change is sparse");
+    assert!(matches!(refused, MergeError::NothingToMerge(_)), "{refused}");
+
     let mixtures = source("llama_xlora");
     let refused = mixtures.merged_bytes("layerwise", Element::F32).expect_err("it has gates");
     assert!(matches!(refused, MergeError::Gated(_)), "{refused}");

@@ -66,7 +66,7 @@ struct Report {
 }
 
 pub(crate) fn generate(arguments: &Arguments) -> Result<(), CommandError> {
-    let serving = start(&arguments.model)?;
+    let serving = start(&arguments.model, None)?;
     let tokenizer = &serving.tokenizer;
     let adapted = adapter_text(arguments, &serving)?;
     let prompt = if arguments.chat {

@@ -57,9 +57,6 @@ pub(crate) struct ModelArguments {
     /// MiB that resident adapters may take, copies of embeddings and output matrices among them
     #[arg(long, default_value = "256", value_name = "MIB", value_parser = RangedU64ValueParser::<u64>::new().range(1..=1 << 20))]
     pub(crate) adapter_memory: u64,
-    /// The name of an adapter whose whole weights are kept beside the base model's, for the requests of an adapter that most are for
-    #[arg(long, value_name = "NAME", requires = "sources")]
-    pub(crate) merge: Option<String>,
     /// Adapters that are resident at most
     #[arg(long, default_value = "64", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
     pub(crate) resident: usize,

@@ -19,6 +19,9 @@ use crate::commands::output;
 pub(crate) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
+    /// The name of an adapter whose whole weights are kept beside the base model's, for the requests of an adapter that most are for
+    #[arg(long, value_name = "NAME", requires = "sources")]
+    merge: Option<String>,
     /// The address to listen at
     #[arg(long, default_value = "127.0.0.1")]
     host: IpAddr,
@@ -53,7 +56,7 @@ pub(crate) struct Arguments {
 
 pub(crate) fn serve(arguments: &Arguments) -> Result<(), CommandError> {
     let api_key = arguments.api_key.as_deref().map(ApiKey::new).transpose()?;
-    let serving = start(&arguments.model)?;
+    let serving = start(&arguments.model, arguments.merge.as_deref())?;
     let name = arguments.served_name.clone().unwrap_or_else(|| serving.name.clone());
     let limits = Limits {
         body_bytes: arguments.body_limit as usize * 1024,

@@ -26,8 +26,8 @@ pub(crate) struct Serving {
     pub(crate) device: String,
 }
 
-/// Opens the model, puts it on the device and starts the engine.
-pub(crate) fn start(arguments: &ModelArguments) -> Result<Serving, CommandError> {
+/// Opens the model, puts it on the device and starts the engine. The whole weights of an adapter of the name `merge` are kept.
+pub(crate) fn start(arguments: &ModelArguments, merge: Option<&str>) -> Result<Serving, CommandError> {
     let path = model_path(arguments)?;
     // First, because its errors say what is there instead of a model.
     let model = Arc::new(Model::open(&path)?);
@@ -49,18 +49,18 @@ pub(crate) fn start(arguments: &ModelArguments) -> Result<Serving, CommandError>
     let directory = AdapterDirectory::with_layers(arguments.adapters.as_deref(), &model, arguments.dtype, layers);
     let directory = directory.over(arguments.base.into()).with_named(named)?;
     directory.check()?;
-    if let Some(name) = &arguments.merge {
+    if let Some(name) = merge {
         let bytes = directory.merged_bytes(name, arguments.dtype)?;
         output::note(&format!(
             "merge: the weights of `{name}` take {} from its first request on",
             output::bytes(bytes)
         ));
     }
-    let (decoder, cost) = decoder(arguments, &device, &model, planning)?;
+    let (decoder, cost) = decoder(arguments, merge, &device, &model, planning)?;
     if let Some(cost) = cost {
         output::note(&format!("activations: int8; {cost}"));
     }
-    let engine = engine(arguments, decoder, vocabulary, directory.clone())?;
+    let engine = engine(arguments, merge, decoder, vocabulary, directory.clone())?;
     let info = device.info();
     Ok(Serving {
         engine,
@@ -131,6 +131,7 @@ pub(crate) fn device(arguments: &ModelArguments) -> Result<Device, CommandError>
 /// A model on its device, and what rounded activations cost it, where they are.
 pub(crate) fn decoder(
     arguments: &ModelArguments,
+    merge: Option<&str>,
     device: &Device,
     model: &Arc<Model>,
     planning: PlanningChoice<'_>,
@@ -141,8 +142,8 @@ pub(crate) fn decoder(
         activations: arguments.dtype,
         adapters: arguments.dtype,
         adapter_bytes: arguments.adapter_memory << 20,
-        merged: arguments.merge.clone(),
-        block_tokens: options(arguments).block_tokens as u32,
+        merged: merge.map(str::to_owned),
+        block_tokens: options(arguments, merge).block_tokens as u32,
         planning,
     };
     let mut decoder = flora_model::load(device, model, &serve)?;
@@ -156,14 +157,15 @@ pub(crate) fn decoder(
 /// A model behind an engine.
 pub(crate) fn engine(
     arguments: &ModelArguments,
+    merge: Option<&str>,
     decoder: DeviceModel,
     vocabulary: Vocabulary,
     source: impl AdapterSource<Prepared = PreparedAdapter>,
 ) -> Result<Engine, CommandError> {
-    Ok(Engine::start(decoder, source, vocabulary, options(arguments))?)
+    Ok(Engine::start(decoder, source, vocabulary, options(arguments, merge))?)
 }
 
-fn options(arguments: &ModelArguments) -> Options {
+fn options(arguments: &ModelArguments, merge: Option<&str>) -> Options {
     let options = Options::default();
     Options {
         sequences: arguments.sequences,
@@ -177,7 +179,7 @@ fn options(arguments: &ModelArguments) -> Options {
             resident: arguments.resident,
             bytes: arguments.adapter_memory << 20,
             // What is made of it isn't made again and again.
-            pinned: arguments.merge.iter().cloned().collect(),
+            pinned: merge.iter().map(|name| (*name).to_owned()).collect(),
             ..options.adapters
         },
         ..options

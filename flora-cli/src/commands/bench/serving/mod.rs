@@ -270,8 +270,8 @@ impl Setting<'_> {
         // Requests wait for nothing but their turn.
         let most = self.arguments.requests.max(self.arguments.latency_requests).max(arguments.sequences);
         let arguments = ModelArguments { waiting: most.max(arguments.waiting), ..arguments.clone() };
-        let (decoder, _) = decoder(&arguments, self.device, self.model, planning)?;
-        engine(&arguments, decoder, Vocabulary::new(Vec::new()), source)
+        let (decoder, _) = decoder(&arguments, None, self.device, self.model, planning)?;
+        engine(&arguments, None, decoder, Vocabulary::new(Vec::new()), source)
     }
 }
 
