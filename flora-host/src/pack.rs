@@ -102,6 +102,17 @@ impl<'a> Vectors<'a> {
     }
 }
 
+impl Vectors<'_> {
+    /// The numbers of a row from `first` on, by its in-vector where it has one (slots count from 1).
+    #[inline(always)]
+    pub(crate) fn scaled(&self, (row, in_slot): (u32, u32), in_pool: Vectors<'_>, first: usize, out: &mut [f32]) {
+        self.widen(row as usize, first, out);
+        if let Some(slot) = in_slot.checked_sub(1) {
+            in_pool.multiply(slot as usize, first, out);
+        }
+    }
+}
+
 fn multiply(out: &mut [f32], factors: &[f32]) {
     out.iter_mut().zip(factors).for_each(|(out, factor)| *out *= factor);
 }
@@ -127,10 +138,7 @@ pub(crate) fn pack_rows<S: Simd>(
                     // In one pass, where both can be read as they are.
                     out.iter_mut().zip(values).zip(factors).for_each(|((out, value), factor)| *out = value * factor);
                 } else {
-                    x.widen(row as usize, depth.start, out);
-                    if let Some(slot) = slot {
-                        in_pool.multiply(slot, depth.start, out);
-                    }
+                    x.scaled((row, in_slot), in_pool, depth.start, out);
                 }
             }
         },

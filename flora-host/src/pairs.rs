@@ -89,13 +89,10 @@ pub(crate) fn pack_pairs<S: Simd>(
         vectorised(
             simd,
             #[inline(always)]
-            || match (x.bf16s(row as usize, depth.clone()), in_slot.checked_sub(1)) {
-                (Some(values), None) => numbers.copy_from_slice(values),
-                (_, slot) => {
-                    x.widen(row as usize, depth.start, floats);
-                    if let Some(slot) = slot {
-                        in_pool.multiply(slot as usize, depth.start, floats);
-                    }
+            || match x.bf16s(row as usize, depth.clone()) {
+                Some(values) if in_slot == 0 => numbers.copy_from_slice(values),
+                _ => {
+                    x.scaled((row, in_slot), in_pool, depth.start, floats);
                     round_all(floats, numbers);
                 }
             },

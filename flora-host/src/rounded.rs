@@ -99,11 +99,7 @@ impl Rounding {
                         continue;
                     }
                     // Zeros stay behind them.
-                    let numbers = &mut floats[..depth.len()];
-                    x.widen(row as usize, depth.start, numbers);
-                    if let Some(slot) = in_slot.checked_sub(1) {
-                        in_pool.multiply(slot as usize, depth.start, numbers);
-                    }
+                    x.scaled((row, in_slot), in_pool, depth.start, &mut floats[..depth.len()]);
                     self.round(floats, out);
                 }
             },
