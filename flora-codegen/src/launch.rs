@@ -3,6 +3,7 @@
 
 mod backward;
 mod copy;
+pub mod decoder;
 mod low_rank_sums;
 mod prepare;
 mod prepare_backward;

@@ -2,6 +2,7 @@
 //! on the device, the layer's types and the batch's class of size alone, so that few kernels are compiled however many batches
 //! come.
 
+mod attention;
 mod hardware;
 mod rows;
 mod tiles;
@@ -14,6 +15,7 @@ use crate::kernels::decode::inputs_of_scales;
 use crate::kernels::tables::{Item, ShrinkTask, TileRow, Words};
 use crate::kernels::{Multiply, Tile, TileBlueprint};
 
+pub(crate) use attention::{AttentionLaunch, attention};
 pub use hardware::Hardware;
 use hardware::WIDE_ROWS;
 pub(crate) use hardware::storage;
@@ -35,6 +37,18 @@ pub enum RoutineError {
         rank: u32,
         /// The device's shared memory.
         bytes: usize,
+    },
+    /// No tile of attention fits.
+    #[error(
+        "attention over heads of {size} numbers takes more than the {bytes} bytes of shared memory, or the {units} units of a cube, of the device"
+    )]
+    HeadTooLarge {
+        /// Numbers of a head.
+        size: u32,
+        /// The device's shared memory.
+        bytes: usize,
+        /// Its units.
+        units: u32,
     },
     /// No tile fits.
     #[error("the smallest tile of gradients doesn't fit the {bytes} bytes of shared memory of the device")]

@@ -12,6 +12,7 @@ use flora_plan::layer::{Element, LayerFormat, WeightFormat};
 use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
 use flora_plan::weight::PackedWeight;
 
+use crate::decoding::DecoderKernels;
 use crate::device::DeviceError;
 use crate::operands::LayerOperands;
 
@@ -265,6 +266,11 @@ pub trait Backend: Send + Sync {
     /// What `work` says.
     fn unrounded(&self, work: &mut Queueing<'_>) -> Result<(), DeviceError> {
         work()
+    }
+
+    /// What decoders do between projections; `None` where the backend has no such kernels.
+    fn decoder_kernels(&self) -> Option<&dyn DecoderKernels> {
+        None
     }
 
     /// Tiles to choose from; none where there is no choice.

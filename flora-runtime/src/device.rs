@@ -90,6 +90,20 @@ pub enum DeviceError {
         /// Which device.
         device: String,
     },
+    /// More keys and values than a device takes in one buffer.
+    #[error(
+        "the keys and values of a layer take {bytes} bytes, and the device `{device}` takes {limit} in one buffer; give the cache at most {tokens} tokens"
+    )]
+    CacheTooLarge {
+        /// How many.
+        bytes: u64,
+        /// The device's limit.
+        limit: u64,
+        /// Tokens that fit.
+        tokens: u64,
+        /// Which device.
+        device: String,
+    },
     /// More numbers than the device takes in one buffer.
     #[error(
         "{bytes} bytes were to go into one buffer, and the device `{device}` takes {limit}; load fewer adapters or split the layer"
@@ -136,6 +150,15 @@ impl Device {
     /// What the libraries below call it, for whoever shares its memory; `None` where it is another kind's.
     pub fn place<T: Any>(&self) -> Option<&T> {
         self.backend.place().downcast_ref()
+    }
+
+    pub(crate) fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    /// What it is, as its buffers know it.
+    pub(crate) fn shared_info(&self) -> &Arc<DeviceInfo> {
+        &self.info
     }
 
     /// What it is.
@@ -231,7 +254,7 @@ impl Device {
         }
     }
 
-    fn buffer(&self, storage: Storage, elements: usize, element: Element) -> Buffer {
+    pub(crate) fn buffer(&self, storage: Storage, elements: usize, element: Element) -> Buffer {
         Buffer { storage, elements, element, owner: self.info.clone() }
     }
 
@@ -376,7 +399,7 @@ impl Device {
         Ok(merged)
     }
 
-    fn check_owner(&self, owner: &Arc<DeviceInfo>) -> Result<(), DeviceError> {
+    pub(crate) fn check_owner(&self, owner: &Arc<DeviceInfo>) -> Result<(), DeviceError> {
         if Arc::ptr_eq(owner, &self.info) {
             return Ok(());
         }

@@ -7,6 +7,7 @@ pub mod backend;
 mod backward;
 pub mod batch;
 pub mod buffer;
+pub mod decoding;
 pub mod device;
 pub mod found;
 mod gates;

@@ -69,6 +69,24 @@ pub enum OperandError {
         /// What the weight is.
         found: WeightFormat,
     },
+    /// Heads that make no attention.
+    #[error(
+        "attention has {queries} query heads of {size} numbers over {keys} key-value heads; the first has to be a multiple of the last"
+    )]
+    Heads {
+        /// Query heads.
+        queries: usize,
+        /// Key-value heads.
+        keys: usize,
+        /// Numbers of a head.
+        size: usize,
+    },
+    /// A window that hides even a token itself.
+    #[error("a window of 0 tokens, in which a token doesn't see itself; leave it out, or give at least 1")]
+    EmptyWindow,
+    /// A cache of another layer or model.
+    #[error("keys and values are to be appended to the cache of another layer; take one of its own pool")]
+    ForeignCache,
     /// The schedule names vectors that the pools lack.
     #[error("the batch's adapters lie in {needed} slots of the {pool} pool, which has {slots}; load them again")]
     Slots {

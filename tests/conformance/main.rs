@@ -3,6 +3,7 @@
 //! `FLORA_TEST_DEVICE` names the device (default: the host); on one that isn't there the suite fails, it is not skipped.
 
 mod case;
+mod decoding;
 mod formats;
 mod golden;
 mod gradients;

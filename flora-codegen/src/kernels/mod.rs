@@ -1,5 +1,6 @@
 //! The cubecl kernels, one source for CUDA, WGSL and SPIR-V.
 
+pub(crate) mod attention;
 pub(crate) mod blueprint;
 pub(crate) mod decode;
 mod decode_pairs;
@@ -8,9 +9,11 @@ pub(crate) mod expand;
 mod fetched;
 pub(crate) mod gradients;
 mod item;
+pub(crate) mod key_values;
 pub(crate) mod materialise;
 mod multiply;
 mod multiply_registers;
+pub(crate) mod norm;
 mod on_chip;
 pub(crate) mod outer;
 mod outer_scales;
@@ -29,5 +32,7 @@ pub(crate) mod transposed;
 mod units;
 mod words;
 
+pub use attention::AttentionBlueprint;
 pub use blueprint::{Multiply, OuterBlueprint, SegmentedBlueprint, Tile, TileBlueprint};
+pub use norm::NormBlueprint;
 pub use reduce::ReduceBlueprint;

@@ -129,6 +129,46 @@ pub(crate) struct LowRankGradient {
     pub(crate) target: u32,
 }
 
+/// Queries of one sequence that a cube of attention has, and the keys that it goes through.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub(crate) struct AttentionItem {
+    /// The first row of the sequence.
+    pub(crate) first_row: u32,
+    /// The position of that row.
+    pub(crate) first_position: u32,
+    /// The first query: row of the sequence · query heads of a key-value head + head among those.
+    pub(crate) first_query: u32,
+    /// How many.
+    pub(crate) queries: u32,
+    /// The word of the sequence's first block.
+    pub(crate) blocks: u32,
+    /// The position of the first key, the first of a block.
+    pub(crate) start: u32,
+    /// One past that of the last.
+    pub(crate) end: u32,
+    /// Where the first query's splits are kept to be merged.
+    pub(crate) partial: u32,
+    /// Splits of each query.
+    pub(crate) splits: u32,
+    /// Which of them the cube has.
+    pub(crate) split: u32,
+}
+
+/// A query whose splits are merged.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub(crate) struct MergedQuery {
+    /// Its row.
+    pub(crate) row: u32,
+    /// Its head among those of a key-value head.
+    pub(crate) head: u32,
+    /// Where its splits are.
+    pub(crate) partial: u32,
+    /// How many.
+    pub(crate) splits: u32,
+}
+
 impl From<&SegmentItem> for ExpandItem {
     fn from(item: &SegmentItem) -> Self {
         let SegmentItem { first_row, rows, shrink: _, expand, rank, offset } = *item;
@@ -178,6 +218,8 @@ const _: () = {
     assert!(words_of::<MaterialisedAdapter>() == 5);
     assert!(words_of::<OuterAdapter>() == 6);
     assert!(words_of::<LowRankGradient>() == 5);
+    assert!(words_of::<AttentionItem>() == 10);
+    assert!(words_of::<MergedQuery>() == 4);
 };
 
 // What a plan's limits count.
@@ -292,6 +334,27 @@ records! {
         rank at rank,
         target at target,
     }
+}
+
+records! {
+    /// Words of an [`AttentionItem`].
+    attention_item: AttentionItem {
+        first_row at first_row,
+        first_position at first_position,
+        first_query at first_query,
+        queries at queries,
+        blocks at blocks,
+        start at start,
+        end at end,
+        partial at partial,
+        splits at splits,
+        split at split,
+    }
+}
+
+records! {
+    /// Words of a [`MergedQuery`].
+    merged_query: MergedQuery { row at row, head at head, partial at partial, splits at splits }
 }
 
 /// Where the parts of the tile kernel's table start, in words, and how many there are. Its virtual rows come first.

@@ -197,17 +197,7 @@ impl<'a> Site<'a> {
 
     /// The size of a buffer of these extents.
     pub(super) fn size(&self, what: &'static str, extents: &[usize], element: Element) -> Result<Size, LaunchError> {
-        let limit = self.hardware.largest_buffer.min(INDEX_LIMIT.saturating_mul(element.bytes()));
-        let elements = extents.iter().try_fold(1u64, |all, extent| all.checked_mul(*extent as u64));
-        let bytes = elements.and_then(|elements| elements.max(1).checked_mul(element.bytes()));
-        let too_large = LaunchError::BufferTooLarge { what, bytes: bytes.unwrap_or(u64::MAX), limit };
-        match (elements, bytes) {
-            (Some(elements), Some(bytes)) if bytes <= limit => {
-                // Two halves make the word that the device copies at least.
-                Ok(Size { elements: elements as usize, bytes: bytes.next_multiple_of(4) as usize })
-            }
-            _ => Err(too_large),
-        }
+        size(self.hardware, what, extents, element)
     }
 
     pub(super) fn table(&self, words: Words) -> Result<Table, LaunchError> {
@@ -308,6 +298,26 @@ impl<'a> Site<'a> {
         words.append(&packing.index);
         let rows = self.size(what, &[packing.index.len(), width as usize], self.format.activations)?;
         Ok(Gathered { index: self.table(words)?, block: packing.block, rows })
+    }
+}
+
+/// The size of a buffer of these extents.
+pub(super) fn size(
+    hardware: &Hardware,
+    what: &'static str,
+    extents: &[usize],
+    element: Element,
+) -> Result<Size, LaunchError> {
+    let limit = hardware.largest_buffer.min(INDEX_LIMIT.saturating_mul(element.bytes()));
+    let elements = extents.iter().try_fold(1u64, |all, extent| all.checked_mul(*extent as u64));
+    let bytes = elements.and_then(|elements| elements.max(1).checked_mul(element.bytes()));
+    let too_large = LaunchError::BufferTooLarge { what, bytes: bytes.unwrap_or(u64::MAX), limit };
+    match (elements, bytes) {
+        (Some(elements), Some(bytes)) if bytes <= limit => {
+            // Two halves make the word that the device copies at least.
+            Ok(Size { elements: elements as usize, bytes: bytes.next_multiple_of(4) as usize })
+        }
+        _ => Err(too_large),
     }
 }
 

@@ -123,19 +123,10 @@ impl<'a, R: Runtime> Run<'a, R> {
 
     /// An index table, uploaded once for all layers that run the schedule.
     pub(super) fn table(&self, table: &Table) -> Uploaded {
-        let words = table.words();
-        if words.is_empty() {
-            return self.upload(words);
+        match table.words() {
+            [] => self.upload(&[]),
+            words => uploaded_once(self.client, self.kept, words),
         }
-        // Clients of one device share what describes it.
-        let device = self.client.properties();
-        let same = |kept: &KeptTable<R>| std::ptr::eq(kept.client.properties(), device) && *kept.words == *words;
-        let upload = || KeptTable {
-            client: self.client.clone(),
-            words: words.into(),
-            handle: self.client.create_from_slice(bytemuck::cast_slice(words)),
-        };
-        Uploaded { handle: self.kept.find_or_keep(same, upload).handle.clone(), words: words.len() }
     }
 
     /// Uploads words of 32 bits.
@@ -148,15 +139,9 @@ impl<'a, R: Runtime> Run<'a, R> {
         Uploaded { handle, words: words.len().max(1) }
     }
 
-    /// `cubes` in one direction, over two axes because one is short.
-    fn linear(&self, cubes: usize) -> CubeCount {
-        let x = cubes.clamp(1, AXIS_LIMIT as usize);
-        CubeCount::Static(x as u32, cubes.div_ceil(x).max(1) as u32, 1)
-    }
-
     /// Cubes for `elements` units.
     pub(super) fn elementwise(&self, elements: usize) -> CubeCount {
-        self.linear(elements.div_ceil(ELEMENTWISE_UNITS as usize))
+        elementwise(elements)
     }
 
     fn optional(&self, handle: Option<&Handle>, elements: usize) -> ArrayArg<R> {
@@ -499,6 +484,30 @@ pub(super) fn weight_type(format: LayerFormat) -> StorageType {
 pub(super) fn array<R: Runtime>(handle: &Handle, elements: usize) -> ArrayArg<R> {
     // SAFETY: the number of elements is what this module allocated, or what the caller of `launch` vouches for.
     unsafe { ArrayArg::from_raw_parts(handle.clone(), elements) }
+}
+
+/// `cubes` in one direction, over two axes because one is short.
+pub(super) fn linear(cubes: usize) -> CubeCount {
+    let x = cubes.clamp(1, AXIS_LIMIT as usize);
+    CubeCount::Static(x as u32, cubes.div_ceil(x).max(1) as u32, 1)
+}
+
+/// Cubes for `elements` units.
+pub(super) fn elementwise(elements: usize) -> CubeCount {
+    linear(elements.div_ceil(ELEMENTWISE_UNITS as usize))
+}
+
+/// A table of some words, which is uploaded if it isn't kept already.
+pub(super) fn uploaded_once<R: Runtime>(client: &ComputeClient<R>, kept: &Kept, words: &[u32]) -> Uploaded {
+    // Clients of one device share what describes it.
+    let device = client.properties();
+    let same = |kept: &KeptTable<R>| std::ptr::eq(kept.client.properties(), device) && *kept.words == *words;
+    let upload = || KeptTable {
+        client: client.clone(),
+        words: words.into(),
+        handle: client.create_from_slice(bytemuck::cast_slice(words)),
+    };
+    Uploaded { handle: kept.find_or_keep(same, upload).handle.clone(), words: words.len() }
 }
 
 /// A buffer. cubecl answers one that the device can't hold by a result that is never written.

@@ -152,6 +152,13 @@ impl Hardware {
             .unwrap_or(1)
     }
 
+    /// Elements of a vector of lines of `width` numbers of one type that lie one behind the other: 16 bytes where every line starts on
+    /// one.
+    pub(crate) fn line_vector_size(&self, width: usize, element: Element) -> usize {
+        let most = (16 / element.bytes() as usize).min(self.vector);
+        [8, 4, 2].into_iter().find(|size| *size <= most && width.is_multiple_of(*size)).unwrap_or(1)
+    }
+
     /// Cubes along each of two extents that fill the device twice.
     pub(crate) fn cubes_along(&self) -> u32 {
         let most = self.multiprocessors.saturating_mul(2);

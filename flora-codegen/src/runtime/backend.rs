@@ -13,10 +13,12 @@ use flora_plan::layer::{Element, LayerFormat, WeightFormat};
 use flora_plan::schedule::{BackwardSchedule, Materialised, Schedule};
 use flora_plan::weight::{PackedWeight, WeightValues};
 use flora_runtime::backend::{Backend, Gradients, Queueing, Wanted};
+use flora_runtime::decoding::{AttentionOperands, DecoderKernels, Norm};
 use flora_runtime::{Buffer, Device, DeviceError, LayerOperands, PoolBuffer, Storage, WeightBuffer};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use crate::launch::decoder::{self, AttentionHandles};
 use crate::launch::{LaunchError, LayerBuffers, LowRankSums, Merged, Pool, backward, copy, launch, merge};
 use crate::routine::{Hardware, table};
 
@@ -261,6 +263,10 @@ impl<R: Runtime> Backend for CubeBackend<R> {
         })
     }
 
+    fn decoder_kernels(&self) -> Option<&dyn DecoderKernels> {
+        Some(self)
+    }
+
     fn tuned(&self, blueprints: &Blueprints) -> Arc<dyn Backend> {
         let (place, sums) = (self.place.clone(), Arc::clone(&self.sums));
         Arc::new(Self { place, hardware: self.hardware.tuned(blueprints), sums })
@@ -280,5 +286,45 @@ impl<R: Runtime> Backend for CubeBackend<R> {
 
     fn synchronize(&self) -> Result<(), DeviceError> {
         cubecl::future::block_on(self.place.client.sync()).map_err(|error| DeviceError::Execution(error.to_string()))
+    }
+}
+
+impl<R: Runtime> DecoderKernels for CubeBackend<R> {
+    fn normalise(
+        &self,
+        x: &Storage,
+        shape: [usize; 2],
+        Norm { gamma, beta, epsilon }: Norm<&Storage>,
+        element: Element,
+    ) -> Result<Storage, DeviceError> {
+        let norm = Norm { gamma: handle(gamma)?, beta: beta.map(handle).transpose()?, epsilon };
+        // SAFETY: `DecoderOperations` has checked every buffer's owner, type and length, here and below.
+        let y = unsafe { decoder::normalise(&self.place.client, &self.hardware, handle(x)?, shape, norm, element) }?;
+        Ok(Storage::new(CubeMemory(y)))
+    }
+
+    fn multiply(&self, [one, other]: [&Storage; 2], count: usize, element: Element) -> Result<Storage, DeviceError> {
+        let factors = [handle(one)?, handle(other)?];
+        // SAFETY: as above.
+        let y = unsafe { decoder::multiply(&self.place.client, &self.hardware, factors, count, element) }?;
+        Ok(Storage::new(CubeMemory(y)))
+    }
+
+    fn select(&self, x: &Storage, width: usize, rows: &[u32], element: Element) -> Result<Storage, DeviceError> {
+        // SAFETY: as above; every row is one of x's.
+        let y = unsafe { decoder::select(&self.place.client, &self.hardware, handle(x)?, width, rows, element) }?;
+        Ok(Storage::new(CubeMemory(y)))
+    }
+
+    fn attend(&self, attention: &AttentionOperands<'_>) -> Result<Storage, DeviceError> {
+        let AttentionOperands { queries, keys, values, rotary, pool, .. } = *attention;
+        let handles = AttentionHandles {
+            rows: [handle(queries.matrix)?, handle(keys.matrix)?, handle(values.matrix)?],
+            rotary: rotary.map(handle).transpose()?,
+            pool: handle(pool)?,
+        };
+        // SAFETY: as above; blocks are the pool's, and there are enough for every row.
+        let y = unsafe { decoder::attend(&self.place.client, &self.hardware, attention, handles) }?;
+        Ok(Storage::new(CubeMemory(y)))
     }
 }

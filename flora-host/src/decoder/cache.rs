@@ -11,12 +11,12 @@ use half::slice::HalfFloatSliceExt;
 use pulp::Simd;
 use rayon::prelude::*;
 
-use crate::decoder::heads::Heads;
 use crate::layout::STRIP;
 use crate::pairs::{put, widen_pairs};
 use crate::products::Pairs;
 use crate::vectorise::vectorised;
 use crate::widen::round_bf16;
+use flora_runtime::decoding::Heads;
 
 /// Tokens of a block. Fixed, because a row's bits depend on it.
 pub(super) const KEYS: usize = 32;

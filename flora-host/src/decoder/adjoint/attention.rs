@@ -15,13 +15,13 @@ use crate::HostEngine;
 use crate::decoder::attention::Attention;
 use crate::decoder::cache::KEYS;
 use crate::decoder::error::OperationError;
-use crate::decoder::heads::Heads;
 use crate::finish::exp;
 use crate::layout::STRIP;
 use crate::matmul::{Left, MatMulAdd, Right};
 use crate::partition::{PARALLEL_MACS, even_part};
 use crate::values::Shared;
 use crate::vectorise::vectorised;
+use flora_runtime::decoding::Heads;
 
 /// What attention's backward pass reads: segments that begin at position 0, as in training.
 #[derive(Clone, Copy, Debug)]

@@ -19,7 +19,6 @@ use rayon::prelude::*;
 use crate::HostEngine;
 use crate::decoder::cache::{KEYS, KeyValueCache, Layout};
 use crate::decoder::error::OperationError;
-use crate::decoder::heads::Heads;
 use crate::decoder::matrix::Matrix;
 use crate::decoder::rotary::RotaryRows;
 use crate::decoder::softmax::Softmax;
@@ -29,6 +28,7 @@ use crate::partition::{PARALLEL_MACS, even_part, even_tiles};
 use crate::products::Pairs;
 use crate::values::{Shared, Sink, ValuesMut};
 use crate::vectorise::vectorised;
+use flora_runtime::decoding::Heads;
 
 /// What attention reads, apart from the caches.
 #[derive(Clone, Copy, Debug)]
