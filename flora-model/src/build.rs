@@ -104,7 +104,7 @@ fn attention(config: &DecoderConfig, options: &ServeOptions<'_>) -> AttentionCon
         DecoderConfig::GptBigCode(config) => (Heads { queries: config.heads, keys: 1, size: config.head_size }, None),
     };
     let rotary = rotary.map(|rotary| RotaryFrequencies::new(rotary.frequencies, rotary.attention_factor));
-    AttentionConfig { heads, rotary, block_tokens: options.block_tokens.max(1) as usize }
+    AttentionConfig { heads, rotary, cache_tokens: options.cache_tokens }
 }
 
 /// The modules that may be adapted: those that are wanted, all where none is named.

@@ -156,8 +156,11 @@ impl<O: Serving> ServedModel<O> {
             }
             let caches = blocks * if self.gates(segment.adapter).is_some() { 2 } else { 1 };
             let held = self.sequences.remove(&segment.sequence);
-            let new = || Sequence { length: 0, layers: (0..caches).map(|_| operations.cache()).collect() };
-            let sequence = held.unwrap_or_else(new);
+            let new = || {
+                let layers = (0..caches).map(|at| operations.cache(at)).collect::<Result<_, _>>()?;
+                Ok::<_, ServeError>(Sequence { length: 0, layers })
+            };
+            let sequence = held.map_or_else(new, Ok)?;
             if sequence.layers.len() != caches {
                 return Err(ServeError::Step(
                     "a gated adapter for some tokens of a sequence, and another for others".to_owned(),
@@ -223,7 +226,6 @@ impl<O: Serving> ServedModel<O> {
             let own = SegmentRows {
                 rows: first_row..first_row + segment.tokens.len(),
                 first_position: segment.first_position as usize,
-                prompt_rows: (segment.prompt_tokens as usize).min(segment.tokens.len()),
             };
             positions.extend(own.positions());
             rows.push(own);
@@ -422,7 +424,7 @@ impl<O: Serving> Decoder for ServedModel<O> {
     }
 
     fn sharing(&mut self) -> Option<&mut dyn BlockSharing> {
-        O::BLOCK_TOKENS.is_some().then_some(self as &mut dyn BlockSharing)
+        Some(self)
     }
 
     fn place(&mut self, adapter: AdapterId, prepared: PreparedAdapter) -> Result<(), PlaceError<PreparedAdapter>> {

@@ -21,10 +21,8 @@ pub enum ServeError {
     /// The device doesn't start, or refuses a buffer.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// A device that this build can't run decoders on.
-    #[error(
-        "this build of flora has no decoders for the device `{0}`; build flora-model with the device's feature, or use the host"
-    )]
+    /// A device that has no kernels for what is between projections.
+    #[error("flora has no decoders for the device `{0}`; use the host")]
     NoDecoder(String),
     /// Activations in 8 bits for a model that has no weight to multiply by them.
     #[error(
@@ -37,10 +35,6 @@ pub enum ServeError {
     /// An operation of the host was passed what doesn't belong together.
     #[error(transparent)]
     Operation(#[from] OperationError),
-    /// A tensor of Burn's that is no buffer of the device.
-    #[cfg(feature = "burn")]
-    #[error(transparent)]
-    Tensor(#[from] flora_burn::TensorError),
     /// A name of `adapted` that no projection of the model has.
     #[error("no projection of the model is called `{name}`; there are: {known}")]
     UnknownModule {

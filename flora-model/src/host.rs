@@ -151,8 +151,8 @@ impl Operations for HostOperations {
 }
 
 impl Serving for HostOperations {
-    fn cache(&self) -> KeyValueCache {
-        KeyValueCache::new(self.heads, self.element)
+    fn cache(&self, _layer: usize) -> Result<KeyValueCache, ServeError> {
+        Ok(KeyValueCache::new(self.heads, self.element))
     }
 
     fn cache_bytes_per_token(&self) -> u64 {
@@ -161,7 +161,7 @@ impl Serving for HostOperations {
 
     type Block = KeyValueBlock;
 
-    const BLOCK_TOKENS: Option<u32> = Some(KeyValueCache::BLOCK_TOKENS as u32);
+    const BLOCK_TOKENS: u32 = KeyValueCache::BLOCK_TOKENS as u32;
 
     fn blocks(cache: &KeyValueCache, positions: Range<usize>) -> Vec<KeyValueBlock> {
         cache.blocks(positions)
@@ -171,8 +171,8 @@ impl Serving for HostOperations {
         cache.replace(first, blocks);
     }
 
-    fn beginning(&self, blocks: &[KeyValueBlock], tokens: usize) -> KeyValueCache {
-        KeyValueCache::beginning(self.heads, self.element, blocks, tokens)
+    fn beginning(&self, _layer: usize, blocks: &[KeyValueBlock], tokens: usize) -> Result<KeyValueCache, ServeError> {
+        Ok(KeyValueCache::beginning(self.heads, self.element, blocks, tokens))
     }
 
     /// On a thread of the pool, which works along with the others; any other would sleep through every operation and be woken after

@@ -18,8 +18,7 @@ pub mod load;
 mod memory;
 mod merge;
 mod mixture;
-#[cfg(feature = "burn")]
-mod on_burn;
+mod on_device;
 mod operations;
 pub mod options;
 mod rounding;
@@ -29,8 +28,6 @@ pub mod training;
 
 pub use build::adapted_in_the_paper;
 pub use error::ServeError;
-#[cfg(feature = "burn")]
-pub use load::load_on_burn;
 pub use load::{DeviceModel, load};
 pub use merge::MergeError;
 pub use mixture::PreparedGates;

@@ -1,5 +1,5 @@
-//! What a decoder computes, as a trait: natively on the host, through Burn on the devices that it has backends for, and in training
-//! recorded beside being computed. In serving, numbers are buffers of the device, matrices in row-major order, so that projections
+//! What a decoder computes, as a trait: by the host's engine, by the kernels of other devices, and in training recorded beside being
+//! computed. In serving, numbers are buffers of the device, matrices in row-major order, so that projections
 //! take them as they are.
 
 use std::ops::Range;
@@ -104,8 +104,11 @@ impl Linear for PlannedProjection {
 
 /// What serving asks beside that.
 pub(crate) trait Serving: Operations<Matrix = Buffer, Linear = PlannedProjection> {
-    /// A cache without tokens.
-    fn cache(&self) -> Self::Cache;
+    /// A cache without tokens of a layer.
+    ///
+    /// # Errors
+    /// The device has no room.
+    fn cache(&self, layer: usize) -> Result<Self::Cache, ServeError>;
 
     /// Bytes that a token takes in a cache.
     fn cache_bytes_per_token(&self) -> u64;
@@ -113,8 +116,8 @@ pub(crate) trait Serving: Operations<Matrix = Buffer, Linear = PlannedProjection
     /// Keys and values of some tokens in one layer, which several caches may have.
     type Block: Clone + Send + Sync;
 
-    /// Tokens of such a block; `None` where caches have nothing in common.
-    const BLOCK_TOKENS: Option<u32>;
+    /// Tokens of such a block.
+    const BLOCK_TOKENS: u32;
 
     /// The blocks of tokens at these positions; the first is the first of a block.
     fn blocks(cache: &Self::Cache, positions: Range<usize>) -> Vec<Self::Block>;
@@ -122,8 +125,11 @@ pub(crate) trait Serving: Operations<Matrix = Buffer, Linear = PlannedProjection
     /// Gives a cache these blocks, which hold the same, in place of its own from the token `first` on.
     fn replace(cache: &mut Self::Cache, first: usize, blocks: &[Self::Block]);
 
-    /// A cache that begins with the first `tokens` tokens of blocks.
-    fn beginning(&self, blocks: &[Self::Block], tokens: usize) -> Self::Cache;
+    /// A cache of a layer that begins with the first `tokens` tokens of its blocks.
+    ///
+    /// # Errors
+    /// The device has no room.
+    fn beginning(&self, layer: usize, blocks: &[Self::Block], tokens: usize) -> Result<Self::Cache, ServeError>;
 
     /// Runs a whole step where its operations are best started from.
     fn run<R: Send>(step: impl FnOnce() -> R + Send) -> R {
@@ -137,9 +143,8 @@ pub(crate) struct AttentionConfig {
     pub(crate) heads: Heads,
     /// `None` where positions are in the embedding.
     pub(crate) rotary: Option<RotaryFrequencies>,
-    /// Tokens by which caches grow, where they are moved as they do.
-    #[cfg_attr(not(feature = "burn"), expect(dead_code, reason = "the host's caches don't move"))]
-    pub(crate) block_tokens: usize,
+    /// Tokens that all sequences have at most, as far as is known.
+    pub(crate) cache_tokens: usize,
 }
 
 /// A norm's numbers, `[d]` each.
@@ -186,13 +191,6 @@ pub(crate) struct SegmentRows {
     pub(crate) rows: Range<usize>,
     /// The position of the first.
     pub(crate) first_position: usize,
-    /// How many of them are a prompt's. Where rows attend together, those do; each of the others attends by itself, as it did or
-    /// will when it is the last token of its sequence.
-    #[cfg_attr(
-        not(feature = "burn"),
-        expect(dead_code, reason = "a row's bits are the same on the host whatever it attends with")
-    )]
-    pub(crate) prompt_rows: usize,
 }
 
 impl SegmentRows {

@@ -23,8 +23,9 @@ pub struct ServeOptions<'a> {
     /// multiplied by them where the plan [merges](Plan::merges), whatever else is in their batch. They take memory beside
     /// `adapter_bytes`, as much as [`AdapterDirectory::merged_bytes`](crate::AdapterDirectory::merged_bytes) says.
     pub merged: Option<String>,
-    /// Tokens by which a sequence's keys and values grow on a device: the engine's block. The host's grow by blocks of its own.
-    pub block_tokens: u32,
+    /// Tokens that all sequences have at most: the engine's. A device's memory for keys and values grows to as much, in blocks; the
+    /// host's grows as long as there are more.
+    pub cache_tokens: usize,
     /// How lowerings are chosen.
     pub planning: PlanningChoice<'a>,
 }
@@ -53,7 +54,7 @@ impl Default for ServeOptions<'_> {
             adapters: Element::F32,
             adapter_bytes: 256 << 20,
             merged: None,
-            block_tokens: 32,
+            cache_tokens: 1 << 14,
             planning: PlanningChoice::default(),
         }
     }

@@ -12,7 +12,7 @@ pub(crate) type LayerBlocks<O> = Vec<Vec<<O as Serving>::Block>>;
 
 impl<O: Serving> BlockSharing for ServedModel<O> {
     fn granularity(&self) -> u32 {
-        O::BLOCK_TOKENS.unwrap_or(u32::MAX)
+        O::BLOCK_TOKENS
     }
 
     fn share(&mut self, sequence: SequenceId, positions: Range<u32>, block: BlockId) {
@@ -36,12 +36,14 @@ impl<O: Serving> BlockSharing for ServedModel<O> {
         let layer = |at: usize| {
             let known = blocks.iter().filter_map(|block| self.shared.get(block));
             let blocks: Vec<O::Block> = known.filter_map(|layers| layers.get(at)).flatten().cloned().collect();
-            self.parts.operations.beginning(&blocks, length)
+            self.parts.operations.beginning(at, &blocks, length)
         };
         // Those of the base model too, where they are kept beside an adapter's.
         let caches = blocks.first().and_then(|block| self.shared.get(block)).map_or(self.parts.blocks.len(), Vec::len);
-        let layers = (0..caches).map(layer).collect();
-        self.sequences.insert(sequence, Sequence { length, layers });
+        // Where one can't be had, the sequence's first step says that its tokens aren't there.
+        if let Ok(layers) = (0..caches).map(layer).collect() {
+            self.sequences.insert(sequence, Sequence { length, layers });
+        }
     }
 
     fn forget(&mut self, block: BlockId) {

@@ -296,7 +296,8 @@ pub(crate) fn attend<E: Float, N: Size>(
         #[unroll]
         for own in 0..sum_queries {
             let query = first + own;
-            if query < place.count {
+            let is_own = task < comptime!(blueprint.queries / sum_queries * (blueprint.chunk / lanes));
+            if is_own && query < place.count {
                 let largest = corrections[(2 * query) as usize];
                 let sum = corrections[(2 * query + 1) as usize];
                 let (row, head) = row_and_head(place, layout, query);
@@ -345,7 +346,7 @@ fn row_and_head(place: TilePlace, layout: AttentionLayout, query: u32) -> (u32, 
     (place.first_row + of_sequence / layout.group, place.head * layout.group + of_sequence % layout.group)
 }
 
-/// The first query of those whose sums a unit has; those of a tile again where there are more units than sums, which changes nothing.
+/// The first query of those whose sums a unit has. Where there are more units than sums, some have those of another, and write none.
 #[cube]
 fn first_query(
     task: u32,

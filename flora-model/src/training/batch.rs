@@ -59,11 +59,7 @@ impl Rows {
                 Some(job) => position_of(*job).ok_or(TrainError::UnknownJob { segment, job: *job })?,
             };
             positions.push((position, tokens.len() as u32));
-            all.segments.push(SegmentRows {
-                rows: next..next + tokens.len(),
-                first_position: 0,
-                prompt_rows: tokens.len(),
-            });
+            all.segments.push(SegmentRows { rows: next..next + tokens.len(), first_position: 0 });
             let before = all.targets.len();
             for (row, target) in targets.iter().enumerate() {
                 if let Some(target) = target {

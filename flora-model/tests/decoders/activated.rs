@@ -45,8 +45,8 @@ impl Served {
     /// With the adapters of any folder.
     pub(crate) fn of(folder: &Path, options: Options) -> Self {
         let model = Arc::new(Model::open(&golden("llama_tiny").join("model")).expect("a golden model"));
-        let block_tokens = options.block_tokens as u32;
-        let serve = ServeOptions { adapter_bytes: 4 << 20, block_tokens, ..ServeOptions::default() };
+        let cache_tokens = options.cache_tokens;
+        let serve = ServeOptions { adapter_bytes: 4 << 20, cache_tokens, ..ServeOptions::default() };
         let decoder = flora_model::load(&device(), &model, &serve).expect("a decoder of a known family");
         let source = AdapterDirectory::new(Some(folder), &model, Element::F32).expect("built-in layers");
         let core = Core::new(decoder, Arc::new(Vocabulary::new(Vec::new())), options).expect("options that fit");

@@ -133,8 +133,8 @@ impl Bench {
 
     fn core(&self, options: Options) -> Core<DeviceModel> {
         let adapted = MODULES.map(str::to_owned).to_vec();
-        let block_tokens = options.block_tokens as u32;
-        let serve = ServeOptions { adapted, adapter_bytes: 4 << 20, block_tokens, ..ServeOptions::default() };
+        let cache_tokens = options.cache_tokens;
+        let serve = ServeOptions { adapted, adapter_bytes: 4 << 20, cache_tokens, ..ServeOptions::default() };
         let decoder = flora_model::load(&device(), &self.model, &serve).expect("a decoder of a known family");
         Core::new(decoder, Arc::new(Vocabulary::new(Vec::new())), options).expect("options that fit")
     }
@@ -296,10 +296,6 @@ fn the_bits_of_what_a_request_says_are_its_own() {
 /// The same of requests that begin alike, some as far as to their answers, so that they have keys and values in common.
 #[test]
 fn what_requests_have_in_common_changes_nothing() {
-    if !is_host() {
-        println!("NOT RUN: on devices sequences have no keys and values in common");
-        return;
-    }
     let vocabulary = vocabulary();
     let mut random = fastrand::Rng::with_seed(29);
     let texts: Vec<Vec<u32>> = (0..2).map(|_| (0..64).map(|_| random.u32(0..vocabulary)).collect()).collect();
@@ -315,5 +311,6 @@ fn what_requests_have_in_common_changes_nothing() {
         .collect();
     let whole = Options { chunk_tokens: 16, block_tokens: 32, ..Options::default() };
     let (preemptions, cancelled, shared) = compare(&requests, &whole, 96..352, &mut random);
-    assert!(preemptions > 20 && cancelled > 20 && shared > 5_000, "the test doesn't test what it is for");
+    let is_enough = if is_host() { preemptions > 20 && cancelled > 20 && shared > 5_000 } else { shared > 32 };
+    assert!(is_enough, "the test doesn't test what it is for");
 }

@@ -128,13 +128,9 @@ fn the_rest_of_the_batch_changes_no_bit_where_activations_are_rounded() {
     ["llama_tiny", "gpt_bigcode"].iter().for_each(|name| crowd_changes_no_bit(&mut rounded::load(name)));
 }
 
-/// The host meets keys in the same blocks and order however many rows a step has.
+/// A row meets keys in the same blocks and order however many rows a step has.
 #[test]
-fn the_chunks_of_a_prompt_change_no_bit_on_the_host() {
-    if !is_host() {
-        println!("NOT RUN: on devices the rows of a chunk attend together, in an order that is Burn's");
-        return;
-    }
+fn the_chunks_of_a_prompt_change_no_bit() {
     let mut random = fastrand::Rng::with_seed(23);
     for (name, mut model) in [
         ("llama_tiny", load("llama_tiny")),

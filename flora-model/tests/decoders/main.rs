@@ -16,8 +16,6 @@ mod golden;
 mod invariance;
 mod memory;
 mod merged;
-#[cfg(feature = "flex")]
-mod on_burn;
 mod reference;
 mod replaced;
 mod rounded;

@@ -83,14 +83,8 @@ pub(crate) fn load_files(
 ) -> Served {
     let checkpoint = Arc::new(Model::open(&files.model).expect("a golden model"));
     let (activations, adapters) = (element, element);
-    let options = ServeOptions {
-        base: files.base,
-        activations,
-        adapters,
-        adapter_bytes: 32 << 20,
-        block_tokens: 16,
-        ..ServeOptions::default()
-    };
+    let options =
+        ServeOptions { base: files.base, activations, adapters, adapter_bytes: 32 << 20, ..ServeOptions::default() };
     let decoder = load(&checkpoint, &options).expect("a decoder of a known family");
     let source = AdapterDirectory::new(Some(&files.adapters), &checkpoint, options.adapters);
     let (layers, width) = match checkpoint.decoder().expect("a decoder") {

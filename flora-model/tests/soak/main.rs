@@ -203,8 +203,7 @@ fn an_engine_survives_everything_at_once() {
     };
     // Room for about six.
     let adapter_bytes = adapters::bytes(&model) * 6;
-    let block_tokens = BLOCK_TOKENS as u32;
-    let serve = ServeOptions { adapted, adapter_bytes, block_tokens, ..ServeOptions::default() };
+    let serve = ServeOptions { adapted, adapter_bytes, cache_tokens: 384, ..ServeOptions::default() };
     let vocabulary = model.decoder().expect("a decoder").vocabulary() as u32;
     let replica = || {
         let decoder = flora_model::load(&flora_devices::host(), &model, &serve).expect("a decoder");

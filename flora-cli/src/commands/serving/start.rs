@@ -143,7 +143,7 @@ pub(crate) fn decoder(
         adapters: arguments.dtype,
         adapter_bytes: arguments.adapter_memory << 20,
         merged: merge.map(str::to_owned),
-        block_tokens: options(arguments, merge).block_tokens as u32,
+        cache_tokens: arguments.cache_tokens,
         planning,
     };
     let mut decoder = flora_model::load(device, model, &serve)?;

@@ -43,7 +43,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn main() {
-    let target = BurnDevice::<Host>::of(&flora_devices::host()).expect("the host");
+    let target = BurnDevice::<Host>::open(&Default::default()).expect("the host");
     let mut random = fastrand::Rng::with_seed(1);
     let (mut plain, mut without, mut resident) = (Vec::new(), Vec::new(), Vec::new());
     for (d, k, count) in (0..LAYERS).flat_map(|_| SHAPES) {
