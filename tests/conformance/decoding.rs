@@ -319,6 +319,21 @@ fn attention_equals_f64() {
     }
 }
 
+/// All of its kernels and a merge of splits with few units, to be watched by a sanitizer.
+#[test]
+fn a_batch_of_attention_equals_f64() {
+    let Some((operations, _)) = operations() else { return };
+    let heads = Heads { queries: 1, keys: 1, size: 8 };
+    let layer = Layer { heads, window: None, rotates: true, element: Element::F32, joined: true };
+    let sequence = layer.sequence(&mut Numbers::new(37), 266);
+    let pool = layer.pool();
+    let mut cache = KeyValueCache::new(&pool);
+    let mut found = layer.step(operations, &mut [(&sequence, 260, &mut cache)]).concat();
+    let mut other = KeyValueCache::beginning(&pool, &cache.blocks(0..260), 259);
+    found.extend(layer.step(operations, &mut [(&sequence, 6, &mut cache), (&sequence, 3, &mut other)]).swap_remove(0));
+    assert_near("attention", &found, &layer.expected(&sequence), 8.0, layer.element);
+}
+
 #[test]
 fn the_cut_of_a_sequence_changes_no_bit_of_attention() {
     let Some((operations, elements)) = operations() else { return };

@@ -36,7 +36,7 @@ const SANITIZED: &str = "CUDA text, sanitized";
 /// `docs/gpu.md` says how to run the rest.
 const PARTS: [Part; 10] = [
     Part::on_lavapipe(&["--test", "conformance", "--", "isolation::"]),
-    Part::on_lavapipe(&["--test", "conformance", "--", "formats::", "golden::"]),
+    Part::on_lavapipe(&["--test", "conformance", "--", "formats::", "golden::", "decoding::"]),
     Part::emulated(
         "cuda-emulated:sm_90",
         &[
@@ -44,6 +44,7 @@ const PARTS: [Part; 10] = [
             "conformance",
             "--",
             "formats::",
+            "decoding::",
             "gradients_equal",
             "of_a_gradient",
             "in_one_batch",

@@ -6,6 +6,7 @@ use std::fmt::Write;
 use flora::prelude::*;
 use flora_codegen::target::{EqualBatch, Target, emit_layer};
 
+use super::decoders::{self, emit_step};
 use super::{Load, ODD, SMALL, lowered, quantised};
 
 const TARGETS: [&str; 3] = ["cuda:sm_90", "wgsl", "spirv"];
@@ -85,6 +86,21 @@ fn sources() {
                     let kernel_name = format!("{} {title} {position} {}", name.replace(':', " "), kernel.name);
                     insta::assert_snapshot!(kernel_name, kernel.source);
                 }
+            }
+        }
+    }
+}
+
+/// What decoders launch between projections: in f32, and in f16 for CUDA.
+#[test]
+fn decoder_sources() {
+    for name in STABLE {
+        let elements = if name == "wgsl" { &[Element::F32][..] } else { &[Element::F32, Element::F16] };
+        let mut seen = std::collections::BTreeSet::new();
+        let steps = elements.iter().flat_map(|element| decoders::STEPS.map(|step| (step, *element)));
+        for (title, kernel) in steps.flat_map(|(step, element)| emit_step(target(name), step, element)) {
+            if seen.insert(kernel.source.clone()) {
+                insta::assert_snapshot!(format!("{} {title} {}", name.replace(':', " "), kernel.name), kernel.source);
             }
         }
     }

@@ -3,6 +3,7 @@
 
 mod compilations;
 mod cuda;
+mod decoders;
 mod kernels;
 mod plan;
 mod report;

@@ -89,6 +89,8 @@ pub(crate) struct AttentionLayout {
     pub(crate) query_first: u32,
     /// Tokens that a token sees.
     pub(crate) window: u32,
+    /// Vectors of a chunk: as the blueprint says, in a form that keeps CUDA's compiler from unrolling a loop over them into spills.
+    pub(crate) vectors: u32,
 }
 
 /// What the units of a cube know of their tile.
@@ -476,7 +478,7 @@ fn score<E: Float, N: Size>(
         sync_cube();
         stage_block::<E, N>(pool, staged, first, end - start, chunk, blueprint);
         sync_cube();
-        for step in 0..line {
+        for step in 0..layout.vectors {
             let mut own = Array::<Vector<f32, N>>::new(comptime!(along_queries as usize));
             #[unroll]
             for query in 0..along_queries {
@@ -558,7 +560,8 @@ fn add_values<E: Float, N: Size>(
                 let at = comptime!(((chunk * passes + pass) * sum_queries + own) as usize);
                 sums[at] = sums[at] * Vector::new(corrections[(first + own) as usize]);
             }
-            for key in 0..KEYS {
+            // All of a block: see `AttentionLayout::vectors`.
+            for key in 0..CUBE_DIM / comptime!(UNITS / KEYS) {
                 let value = Vector::<f32, N>::cast_from(staged[(key * pitch + column) as usize]);
                 #[unroll]
                 for own in 0..sum_queries {

@@ -294,6 +294,7 @@ impl<R: Runtime> Step<'_, R> {
                 queries.width as u32,
                 queries.first as u32,
                 window.unwrap_or(u32::MAX),
+                tiles.blueprint.chunk / lanes as u32,
             );
             // SAFETY: tiles name rows of the batch and blocks of the pool, and splits that there is room for.
             unsafe {

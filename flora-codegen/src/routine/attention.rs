@@ -7,12 +7,34 @@ use crate::kernels::AttentionBlueprint;
 use crate::kernels::attention::{SPLIT, UNITS};
 use crate::kernels::tables::{AttentionItem, MergedQuery, Words};
 
-/// Queries of a tile of rows that are decoded: those of one row, or of some.
+/// Queries of a tile of a sequence that has few in a step.
 const NARROW: u32 = 8;
-/// Queries of a tile of a prompt's rows.
+/// Queries of a tile of one that has more than two of those.
 const WIDE: u32 = 32;
-/// Queries from which on a sequence's tiles are wide: with less, there would be more units than keep the device busy with splits.
-const MANY: usize = 4 * NARROW as usize;
+/// Rows of a sequence up to which there is a cube for each split: a prompt's rows keep a device busy with one for each tile, and splits
+/// of as many queries would take more memory than keys.
+const FEW_ROWS: usize = 4;
+
+/// Kinds of tiles.
+#[derive(Clone, Copy)]
+struct Kinds {
+    narrow: AttentionBlueprint,
+    wide: AttentionBlueprint,
+    folding: AttentionBlueprint,
+}
+
+impl Kinds {
+    /// Of a sequence with so many rows in a step, of `group` queries each.
+    fn of(&self, rows: usize, group: usize) -> AttentionBlueprint {
+        if rows * group <= 2 * NARROW as usize {
+            self.narrow
+        } else if rows <= FEW_ROWS {
+            self.wide
+        } else {
+            self.folding
+        }
+    }
+}
 
 /// The launches of a step's attention.
 pub(crate) struct AttentionLaunch {
@@ -62,8 +84,9 @@ pub(crate) fn attention(
     };
     let too_large =
         RoutineError::HeadTooLarge { size: heads.size as u32, bytes: hardware.shared_bytes, units: hardware.units };
+    let of_width = |folds: bool| blueprint(WIDE, folds).or_else(|| blueprint(NARROW, folds)).ok_or(too_large);
     let narrow = blueprint(NARROW, false).ok_or(too_large)?;
-    let wide = blueprint(WIDE, true).or_else(|| blueprint(NARROW, true)).ok_or(too_large)?;
+    let kinds = Kinds { narrow, wide: of_width(false)?, folding: of_width(true)? };
 
     let mut words = Words::default();
     words.append(&operands.copies);
@@ -71,15 +94,12 @@ pub(crate) fn attention(
     let mut cut = Cut { group: heads.queries / heads.keys, window: operands.window, ..Cut::default() };
     for segment in &operands.segments {
         let blocks = words.append(&segment.blocks);
-        let many = segment.rows.len() * cut.group > MANY;
-        cut.segment(segment, blocks, if many { wide } else { narrow });
+        cut.segment(segment, blocks, kinds.of(segment.rows.len(), cut.group));
     }
-    let Cut { narrow: narrow_items, wide: wide_items, merged, partial, .. } = cut;
-    let tiles = [(narrow, narrow_items), (wide, wide_items)]
-        .into_iter()
-        .filter(|(_, items)| !items.is_empty())
-        .map(|(blueprint, items)| Tiles { blueprint, items: words.append(&items), count: items.len() as u32 })
-        .collect();
+    let Cut { tiles, merged, partial, .. } = cut;
+    let tile =
+        |(blueprint, items): (_, Vec<_>)| Tiles { blueprint, items: words.append(&items), count: items.len() as u32 };
+    let tiles = tiles.into_iter().map(tile).collect();
     let (merged, merged_count) = (words.append(&merged), merged.len() as u32);
     let copies = operands.copies.len() as u32;
     Ok(AttentionLaunch { words, copies, slots, tiles, merged, merged_count, partial, lanes })
@@ -100,8 +120,8 @@ fn slots_of(segment: &SegmentOperands) -> impl Iterator<Item = u32> {
 struct Cut {
     group: usize,
     window: Option<u32>,
-    narrow: Vec<AttentionItem>,
-    wide: Vec<AttentionItem>,
+    /// By kind.
+    tiles: Vec<(AttentionBlueprint, Vec<AttentionItem>)>,
     merged: Vec<MergedQuery>,
     partial: u32,
 }
@@ -127,27 +147,19 @@ impl Cut {
                 splits: 1,
                 split: 0,
             };
-            if blueprint.folds {
-                self.wide.push(item);
-            } else {
-                self.split(item);
+            let items = if blueprint.folds { vec![item] } else { self.split(item) };
+            match self.tiles.iter_mut().find(|(kind, _)| *kind == blueprint) {
+                Some((_, tiles)) => tiles.extend(items),
+                None => self.tiles.push((blueprint, items)),
             }
         }
     }
 
     /// A cube for each split, and what merges them where there are several.
-    fn split(&mut self, item: AttentionItem) {
+    fn split(&mut self, item: AttentionItem) -> Vec<AttentionItem> {
         let first = item.start / SPLIT;
         let splits = (item.end - 1) / SPLIT - first + 1;
         let partial = if splits > 1 { self.partial } else { 0 };
-        self.narrow.extend((0..splits).map(|split| AttentionItem {
-            start: item.start.max((first + split) * SPLIT),
-            end: item.end.min((first + split + 1) * SPLIT),
-            partial,
-            splits,
-            split,
-            ..item
-        }));
         if splits > 1 {
             let group = self.group as u32;
             self.merged.extend((0..item.queries).map(|own| {
@@ -157,5 +169,14 @@ impl Cut {
             }));
             self.partial += item.queries * splits;
         }
+        let own = |split| AttentionItem {
+            start: item.start.max((first + split) * SPLIT),
+            end: item.end.min((first + split + 1) * SPLIT),
+            partial,
+            splits,
+            split,
+            ..item
+        };
+        (0..splits).map(own).collect()
     }
 }

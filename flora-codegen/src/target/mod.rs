@@ -2,6 +2,7 @@
 //! the place of its driver, so that what is printed is what a launch there would compile.
 
 pub(crate) mod cuda;
+pub mod decoder;
 pub mod export;
 mod nowhere;
 pub(crate) mod recorder;
@@ -26,9 +27,28 @@ use flora_plan::pipeline::CompiledLayer;
 use flora_plan::plan::Plan;
 use flora_plan::schedule::{BackwardSchedule, Schedule, ScheduleError, backward_schedule, schedule};
 use flora_runtime::backend::Wanted;
-use recorder::{Offline, OfflineDevice, Records};
-#[cfg(feature = "wgpu")]
-use shader::{Spirv, Wgsl};
+use recorder::{OfflineDevice, Records};
+
+/// A function of the recorder of a target, its variant and something else.
+macro_rules! by_target {
+    ($target:expr, $function:ident, $argument:expr) => {
+        match $target {
+            Target::Cuda(capability) => $function::<$crate::target::recorder::Offline<$crate::target::cuda::Cuda>>(
+                capability.version(),
+                $argument,
+            ),
+            #[cfg(feature = "wgpu")]
+            Target::Wgsl => $function::<$crate::target::recorder::Offline<$crate::target::shader::Wgsl>>(0, $argument),
+            #[cfg(feature = "wgpu")]
+            Target::Spirv => {
+                $function::<$crate::target::recorder::Offline<$crate::target::shader::Spirv>>(0, $argument)
+            }
+            #[cfg(not(feature = "wgpu"))]
+            Target::Wgsl | Target::Spirv => Err(EmitError::NotBuilt($target)),
+        }
+    };
+}
+pub(crate) use by_target;
 
 /// What to generate source for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -194,15 +214,7 @@ pub fn hardware(capability: Capability) -> Hardware {
 /// # Errors
 /// Whatever keeps the batch from being launched there.
 pub fn emit(target: Target, emission: &Emission) -> Result<Vec<EmittedKernel>, EmitError> {
-    match target {
-        Target::Cuda(capability) => record::<Offline<Cuda>>(capability.version(), emission),
-        #[cfg(feature = "wgpu")]
-        Target::Wgsl => record::<Offline<Wgsl>>(0, emission),
-        #[cfg(feature = "wgpu")]
-        Target::Spirv => record::<Offline<Spirv>>(0, emission),
-        #[cfg(not(feature = "wgpu"))]
-        Target::Wgsl | Target::Spirv => Err(EmitError::NotBuilt(target)),
-    }
+    by_target!(target, record, emission)
 }
 
 fn record<R>(variant: u16, emission: &Emission) -> Result<Vec<EmittedKernel>, EmitError>
