@@ -203,12 +203,12 @@ impl KeyValueCache {
     pub(super) fn reserve(&mut self, tokens: usize, copies: &mut Vec<[u32; 2]>) -> Result<Vec<u32>, DeviceError> {
         // What a step that failed had reserved.
         self.blocks.truncate(self.tokens.div_ceil(BLOCK_TOKENS));
-        if tokens > 0 && !self.tokens.is_multiple_of(BLOCK_TOKENS) {
-            if let Some(last) = self.blocks.last_mut().filter(|last| Arc::strong_count(&last.0) > 1) {
-                let own = self.pool.take()?;
-                copies.push([last.0.index, own.0.index]);
-                *last = own;
-            }
+        let goes_on_within = tokens > 0 && !self.tokens.is_multiple_of(BLOCK_TOKENS);
+        let last = self.blocks.last_mut().filter(|last| goes_on_within && Arc::strong_count(&last.0) > 1);
+        if let Some(last) = last {
+            let own = self.pool.take()?;
+            copies.push([last.0.index, own.0.index]);
+            *last = own;
         }
         while self.blocks.len() * BLOCK_TOKENS < self.tokens + tokens {
             self.blocks.push(self.pool.take()?);
