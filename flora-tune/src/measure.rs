@@ -21,6 +21,8 @@ use flora_runtime::{BackendKind, Buffer, Device, DeviceError, LayerOperands, Poo
 const ROTATED_BYTES: u64 = 96 << 20;
 /// No more copies than this, however small the layer: a layer so small is in a cache in a model, too.
 const MOST_COPIES: u64 = 64;
+/// No more copies of a pool than calls follow one another in a repetition on the host: before the next one, others have run.
+const MOST_POOLS: u64 = 17;
 /// A repetition on a device that queues needs no more calls than take this long.
 const REPETITION_SECONDS: f64 = 0.02;
 /// Calls in a repetition on a device that queues.
@@ -32,6 +34,8 @@ const HOST_REPETITION_SECONDS: f64 = 3e-3;
 const MOST_HOST_CALLS: usize = 7;
 /// A call on the host that takes this long needs none before it: to wake the threads is nothing beside it.
 const LONG_CALL_SECONDS: f64 = 8e-3;
+/// A call whose threads waited for a processor for more than this share of it was disturbed.
+const WAITED: f64 = 0.02;
 /// How long threads of the host are left alone before the call that wakes them. Without that, short calls that follow one another were
 /// seen to take up to twice their time for long stretches, as if two threads shared a processor.
 const REST: Duration = Duration::from_micros(300);
@@ -60,7 +64,7 @@ impl<'a> LayerBench<'a> {
         let values = numbers(shape.d as usize * shape.k as usize, (3.0 / shape.d.max(1) as f32).sqrt());
         let weight = PackedWeight::from_f32(format.weight, shape, &values)
             .map_err(|error| DeviceError::Execution(error.to_string()))?;
-        let weights = (0..copies(format.weight.bytes(shape))).map(|_| device.upload_weight(&weight));
+        let weights = (0..copies(format.weight.bytes(shape), MOST_COPIES)).map(|_| device.upload_weight(&weight));
         let weights = weights.collect::<Result<Vec<_>, _>>()?;
         Self {
             device,
@@ -88,7 +92,7 @@ impl<'a> LayerBench<'a> {
             Ok(PoolBuffer::new(self.device.upload_as(&values, format.adapters)?, slots))
         };
         let bytes = u64::from(slots) * (u64::from(shape.d) + u64::from(shape.k)) * format.adapters.bytes();
-        let pools = (0..copies(bytes)).map(|_| Ok((pool(shape.d)?, pool(shape.k)?)));
+        let pools = (0..copies(bytes, MOST_POOLS)).map(|_| Ok((pool(shape.d)?, pool(shape.k)?)));
         let pools = pools.collect::<Result<Vec<_>, DeviceError>>()?;
         let epilogue = Epilogue { bias: true, activation: Activation::Identity, residual: false };
         let copy = |at: usize| {
@@ -156,6 +160,28 @@ impl<'a> LayerBench<'a> {
         self.timed(device, || device.execute(self.operands(), schedule, &x, None).map(drop))
     }
 
+    /// Seconds of a call, the lesser of two behind one that wakes the threads: what can be had in a few milliseconds. On the host.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub(crate) fn glance(&self, schedule: &Schedule) -> Result<f64, DeviceError> {
+        std::thread::sleep(REST);
+        let seconds = [self.once(schedule)?, self.once(schedule)?, self.once(schedule)?];
+        Ok(seconds[1].min(seconds[2]))
+    }
+
+    /// Seconds of a single call, with what it takes to wake the threads or to wait for the device.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub(crate) fn once(&self, schedule: &Schedule) -> Result<f64, DeviceError> {
+        let x = self.input(schedule.tokens(), self.layer.shape.d)?;
+        let start = Instant::now();
+        self.device.execute(self.operands(), schedule, &x, None)?;
+        self.device.synchronize()?;
+        Ok(start.elapsed().as_secs_f64())
+    }
+
     /// Seconds of the gradients of the vectors of a batch's adapters, likewise.
     ///
     /// # Errors
@@ -200,20 +226,39 @@ fn on_host(first: f64, call: impl Fn() -> Result<(), DeviceError>) -> Result<f64
         return Ok(first);
     }
     let calls = ((HOST_REPETITION_SECONDS / first) as usize).clamp(1, MOST_HOST_CALLS);
-    let mut taken = Sample::default();
-    for _ in 0..calls {
+    let (mut undisturbed, mut all) = (Sample::default(), Sample::default());
+    for _ in 0..=calls {
         std::thread::sleep(REST);
         call()?;
-        let start = Instant::now();
+        let (waited, start) = (waited(), Instant::now());
         call()?;
-        taken.push(start.elapsed().as_secs_f64());
+        let seconds = start.elapsed().as_secs_f64();
+        all.push(seconds);
+        if self::waited() - waited <= WAITED * seconds {
+            undisturbed.push(seconds);
+        }
+        // One more than there should be, where one was disturbed.
+        if undisturbed.len() == calls {
+            break;
+        }
     }
-    Ok(taken.lower_quartile())
+    Ok(if undisturbed.is_empty() { all } else { undisturbed }.lower_quartile())
 }
 
-/// How many operands of so many bytes take turns.
-fn copies(bytes: u64) -> usize {
-    ROTATED_BYTES.div_ceil(bytes.max(1)).clamp(1, MOST_COPIES) as usize
+/// Seconds that the process' threads have waited for a processor that others ran on; 0 where the system doesn't say.
+fn waited() -> f64 {
+    let Ok(threads) = std::fs::read_dir("/proc/self/task") else { return 0.0 };
+    let nanoseconds = threads.flatten().filter_map(|thread| {
+        // Time on a processor, time of waiting for one, and how often.
+        let text = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        text.split_whitespace().nth(1)?.parse::<f64>().ok()
+    });
+    1e-9 * nanoseconds.sum::<f64>()
+}
+
+/// How many operands of so many bytes take turns, `most` at most.
+fn copies(bytes: u64, most: u64) -> usize {
+    ROTATED_BYTES.div_ceil(bytes.max(1)).clamp(1, most) as usize
 }
 
 /// A failure to lay out a batch, as one of the device.
@@ -264,9 +309,20 @@ impl Sample {
         }
     }
 
+    /// How far they lie from the median on average; NaN without any.
+    pub fn deviation(&self) -> f64 {
+        let median = self.median();
+        self.seconds.iter().map(|own| (own - median).abs()).sum::<f64>() / self.seconds.len() as f64
+    }
+
     /// Every other one, and the others.
     pub fn halves(&self) -> [Self; 2] {
         [0, 1].map(|first| Self { seconds: self.seconds.iter().skip(first).step_by(2).copied().collect() })
+    }
+
+    /// In the order in which they were taken.
+    pub fn iter(&self) -> impl Iterator<Item = f64> {
+        self.seconds.iter().copied()
     }
 
     /// How many there are.

@@ -1,17 +1,20 @@
 //! Measures the coefficients of the cost model: launches, bandwidth, and seconds per MAC of every kernel on a lattice of rows,
-//! ranks, adapters and extents. Points are taken pass after pass, so that what disturbs the machine for a while disturbs one pass
-//! of all of them and shows in the spread.
+//! ranks, adapters and extents. Points are taken pass after pass, and batches that no coefficient is made from between them, so that what
+//! disturbs the machine for a while disturbs one pass of all of them and shows in the spread. What a processor's speed did meanwhile is
+//! taken out by a clock.
 //!
 //! A kernel's coefficient is what it takes divided by its MACs. Low-rank sums that have launches of their own are timed without the
-//! base GEMM; what is fused into it is what a batch takes beyond its base GEMM, which is measured beside it every time. Surfaces are
+//! base GEMM; what is fused into it is what a batch takes beyond what its base GEMM was found to take. Surfaces are
 //! fitted to all points of a kernel, each by its noise. Gradients of adapters' vectors are timed in the same passes.
 
 mod blueprints;
+mod clock;
 mod effort;
 mod fit;
 mod gradients;
 mod held_out;
 mod lattice;
+mod surfaces;
 mod taken;
 
 use std::collections::BTreeMap;
@@ -23,9 +26,11 @@ use flora_plan::plan::Plan;
 use flora_plan::schedule::Schedule;
 use serde::Serialize;
 
+use self::clock::Moment;
 pub use self::effort::Effort;
 pub use self::held_out::HeldOut;
-pub use self::lattice::needed_by;
+pub use self::lattice::{needed_by, timed_batch};
+use self::surfaces::Surfaces;
 use self::taken::{Estimate, Taken};
 use crate::measure::{LayerBench, Sample, unscheduled};
 use flora_runtime::{BackendKind, Device, DeviceError};
@@ -83,24 +88,40 @@ pub fn tune(
         // Every format is a share of the whole; within it the lattice says how far it is.
         let whole = formats.len() as u64;
         let mut share = |done: u64, total: u64| progress(position as u64 * total.max(1) + done, whole * total.max(1));
-        let measured = lattice::measure(device, *format, effort, &launch, &mut share)?;
-        let lattice::Surfaces { seconds_per_mac, gradients } = measured;
+        let measured = lattice::measure(device, *format, effort, &launch, &coefficients, &mut share)?;
+        let lattice::Measured {
+            surfaces: Surfaces { seconds_per_mac, gradients },
+            held_out: batches,
+            times,
+            responses,
+        } = measured;
         if let Some((seconds, spread)) = fastest_pass(&seconds_per_mac, *format)
             && seconds < coefficients.seconds_per_byte
         {
             (coefficients.seconds_per_byte, coefficients.bandwidth_spread) = (seconds, spread);
         }
         let name = format.to_string();
-        coefficients.formats.insert(name.clone(), Coefficients { seconds_per_mac, gradients, error: None });
-        let points = held_out::measure(device, *format, effort, &launch, &coefficients)?;
+        coefficients = with_format(coefficients, *format, seconds_per_mac);
+        let points = batches.compared(&coefficients, &responses, &times);
         let pairs = points.iter().flat_map(|point| &point.plans).map(|plan| (plan.predicted_seconds, plan.seconds));
         let error = flora_plan::cost::FitError::of(pairs);
         if let Some(own) = coefficients.formats.get_mut(&name) {
-            own.error = error;
+            (own.gradients, own.error) = (gradients, error);
         }
         held_out.insert(name, points);
     }
     Ok(Tuning { coefficients, seconds_to_synchronize: launch.wait, held_out })
+}
+
+/// Coefficients with these surfaces for layers of `format`.
+fn with_format(
+    mut coefficients: DeviceCoefficients,
+    format: LayerFormat,
+    seconds_per_mac: BTreeMap<Kernel, Surface>,
+) -> DeviceCoefficients {
+    let own = Coefficients { seconds_per_mac, gradients: BTreeMap::new(), error: None };
+    coefficients.formats.insert(format.to_string(), own);
+    coefficients
 }
 
 /// Seconds a byte of the pass over a base weight that reads fastest, with the spread of that. Nothing may be priced at less, and so
@@ -134,7 +155,7 @@ fn launch(device: &Device, effort: &Effort) -> Result<Launch, DeviceError> {
     for _ in 0..4 * effort.passes {
         let seconds = [bench.seconds(&schedules[0])?, bench.seconds(&schedules[1])?];
         one.push(seconds[0]);
-        slope.push((seconds[1] - seconds[0]) / (MANY_LAUNCHES - 1) as f64, seconds[1]);
+        slope.push((seconds[1] - seconds[0]) / (MANY_LAUNCHES - 1) as f64, seconds[1], Moment::default());
     }
     let seconds = slope.seconds().max(0.0);
     // On the host a call returns when it is done.
@@ -162,7 +183,7 @@ fn bandwidth(device: &Device, effort: &Effort, launch: &Launch) -> Result<Taken,
     let [mut by_epilogue, mut by_gemm] = [(); 2].map(|()| Taken::new(Estimate::LowerQuartile));
     for _ in 0..effort.passes {
         let each = |taken: &mut Taken, seconds: f64, bytes: f64| {
-            taken.push((seconds - launch.seconds - launch.wait).max(0.0) / bytes, seconds / bytes);
+            taken.push((seconds - launch.seconds - launch.wait).max(0.0) / bytes, seconds / bytes, Moment::default());
         };
         each(&mut by_epilogue, epilogue.seconds(&finish)?, 2.0 * f64::from(bytes));
         each(&mut by_gemm, gemm.seconds(&row)?, f64::from(side) * f64::from(side) * 4.0);

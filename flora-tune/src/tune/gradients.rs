@@ -9,10 +9,11 @@ use flora_plan::lowering::Part;
 use flora_plan::plan::Plan;
 use flora_plan::schedule::{BackwardSchedule, backward_schedule_by};
 
+use super::clock::{Clock, Times};
 use super::effort::{Effort, MOST_ROWS};
 use super::fit::{Slopes, fit};
-use super::lattice::observations;
-use super::taken::{Estimate, Taken};
+use super::surfaces::observations;
+use super::taken::Taken;
 use crate::measure::{EqualSegments, LayerBench, unscheduled};
 use flora_runtime::{Device, DeviceError};
 
@@ -35,16 +36,16 @@ pub(super) struct Gradients<'a> {
 }
 
 impl<'a> Gradients<'a> {
-    /// The points of `layer`, the extent of number `extent`, that don't take too long; none on a device without gradients.
+    /// The points of `layer` that don't take too long; none on a device without gradients, or where only GEMMs are timed.
     pub(super) fn new(
         device: &'a Device,
         layer: PricedLayer,
-        extent: usize,
         effort: &Effort,
+        clock: &Clock<'_>,
     ) -> Result<Self, DeviceError> {
         let most_slots = ADAPTERS * effort.ranks.last().copied().unwrap_or(1);
         let bench = LayerBench::new(device, layer, most_slots)?;
-        let mut points = points(layer, extent, effort)?;
+        let mut points = points(layer, effort, clock)?;
         match survey(&bench, &mut points, effort) {
             Err(DeviceError::NoBackward { .. }) => points.clear(),
             surveyed => surveyed?,
@@ -53,10 +54,11 @@ impl<'a> Gradients<'a> {
     }
 
     /// Measures every point once.
-    pub(super) fn pass(&mut self) -> Result<(), DeviceError> {
+    pub(super) fn pass(&mut self, clock: &mut Clock<'_>) -> Result<(), DeviceError> {
         for point in &mut self.points {
+            let moment = clock.now()?;
             let seconds = self.bench.gradient_seconds(&point.schedule)?;
-            point.taken.push(seconds, seconds);
+            point.taken.push(seconds, seconds, moment);
         }
         Ok(())
     }
@@ -68,14 +70,20 @@ impl<'a> Gradients<'a> {
 }
 
 /// The surfaces of what was taken at all extents; nothing of nothing.
-pub(super) fn surfaces(points: &[Point], effort: &Effort) -> BTreeMap<GradientKernel, Surface> {
+pub(super) fn surfaces(points: &[Point], effort: &Effort, times: &Times) -> BTreeMap<GradientKernel, Surface> {
     if points.is_empty() {
         return BTreeMap::new();
     }
     let filled = |(_, kernel)| {
         let mut surface = empty(kernel, effort);
-        let own = points.iter().filter(|point| point.kernel == kernel);
-        fit(&mut surface, Slopes::OF_TIMES, &observations(own.map(|point| (point.place, point.macs, &point.taken))));
+        let mut told = Vec::new();
+        for rows in 0..surface.rows.len() {
+            let own = points.iter().filter(|point| point.kernel == kernel && point.place.rows == rows);
+            let response = times.response(own.clone().map(|point| &point.taken));
+            told.extend(own.map(|point| (point.place, point.macs, times.told(&point.taken, response))));
+        }
+        let observed = observations(told.iter().map(|(place, macs, taken)| (*place, *macs, taken)));
+        fit(&mut surface, Slopes::OF_TIMES, &observed);
         (kernel, surface)
     };
     GradientKernel::TIMED.map(filled).into_iter().collect()
@@ -92,7 +100,7 @@ fn empty(kernel: GradientKernel, effort: &Effort) -> Surface {
 }
 
 /// What is run at every place of this extent, the least work first.
-fn points(layer: PricedLayer, extent: usize, effort: &Effort) -> Result<Vec<Point>, DeviceError> {
+fn points(layer: PricedLayer, effort: &Effort, clock: &Clock<'_>) -> Result<Vec<Point>, DeviceError> {
     let mut points = Vec::new();
     for (_, kernel) in GradientKernel::TIMED {
         let surface = empty(kernel, effort);
@@ -101,7 +109,7 @@ fn points(layer: PricedLayer, extent: usize, effort: &Effort) -> Result<Vec<Poin
             GradientKernel::Outer => (Part::Multiplicative, GradientLowering::Outer),
             GradientKernel::Pairs => (Part::Additive, GradientLowering::Reduced),
         };
-        for place in surface.places().filter(|place| place.extent == extent) {
+        for place in surface.places().filter(|place| surface.extents[place.extent] == layer.shape.k) {
             let own = surface.ranks[place.rank];
             let rank = if part == Part::Multiplicative { own / 2 } else { own };
             let equal = EqualSegments { part, adapters: ADAPTERS, rows: surface.rows[place.rows], rank };
@@ -113,7 +121,7 @@ fn points(layer: PricedLayer, extent: usize, effort: &Effort) -> Result<Vec<Poin
             let schedule = backward_schedule_by(&plan, layer.shape, &segments, &adapters, |_, _| lowering);
             let schedule = schedule.map_err(unscheduled)?;
             let macs = gradient_work(layer, schedule.adapters()).iter().map(|term| term.macs as f64).sum();
-            points.push(Point { kernel, place, schedule, macs, taken: Taken::new(Estimate::LowerQuartile) });
+            points.push(Point { kernel, place, schedule, macs, taken: Taken::new(clock.estimate()) });
         }
     }
     points.sort_by(|one, other| one.macs.total_cmp(&other.macs));

@@ -1,13 +1,14 @@
 //! What was taken of one point: its value, and how far another tuning's may lie from that.
 
+use super::clock::Moment;
 use crate::measure::Sample;
 
 /// What counts of several measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Estimate {
-    /// Of times: what else uses the machine adds to them.
+    /// Of times as they were: what else uses the machine adds to them.
     LowerQuartile,
-    /// Of differences of two times, which it changes either way.
+    /// Of differences of two times, which it changes either way, and of times that a clock has told at the usual speed.
     Median,
 }
 
@@ -28,6 +29,8 @@ pub(super) struct Taken {
     own: Sample,
     /// Seconds of all that was run for that.
     whole: Sample,
+    /// When.
+    moments: Vec<Moment>,
 }
 
 /// What takes longer than this is long.
@@ -37,13 +40,34 @@ const UNSTEADY: f64 = 0.05;
 
 impl Taken {
     pub(super) fn new(estimate: Estimate) -> Self {
-        Self { estimate, own: Sample::default(), whole: Sample::default() }
+        Self { estimate, own: Sample::default(), whole: Sample::default(), moments: Vec::new() }
     }
 
     /// Adds a measurement: seconds of what it is about, and of all that was run.
-    pub(super) fn push(&mut self, own: f64, whole: f64) {
+    pub(super) fn push(&mut self, own: f64, whole: f64, moment: Moment) {
         self.own.push(own);
         self.whole.push(whole);
+        self.moments.push(moment);
+    }
+
+    /// Seconds of all that was run, and when.
+    pub(super) fn wholes(&self) -> impl Iterator<Item = (f64, Moment)> {
+        self.whole.iter().zip(self.moments.iter().copied())
+    }
+
+    /// Every measurement times the factor of its moment.
+    pub(super) fn retold(&self, factor: impl Fn(Moment) -> f64) -> Self {
+        let mut retold = self.without_measurements();
+        for ((own, whole), moment) in self.own.iter().zip(self.whole.iter()).zip(&self.moments) {
+            let factor = factor(*moment);
+            retold.push(factor * own, factor * whole, *moment);
+        }
+        retold
+    }
+
+    /// The same before anything was measured.
+    pub(super) fn without_measurements(&self) -> Self {
+        Self::new(self.estimate)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -57,7 +81,7 @@ impl Taken {
 
     /// Seconds of all that was run.
     pub(super) fn whole_seconds(&self) -> f64 {
-        self.whole.lower_quartile()
+        self.estimate.of(&self.whole)
     }
 
     /// How far the halves of the measurements are apart, in seconds: two standard deviations of [`Self::seconds`], if a single pair
@@ -111,7 +135,7 @@ mod tests {
 
     fn taken(estimate: Estimate, seconds: &[f64]) -> Taken {
         let mut taken = Taken::new(estimate);
-        seconds.iter().for_each(|own| taken.push(*own, 10.0));
+        seconds.iter().for_each(|own| taken.push(*own, 10.0, Moment::default()));
         taken
     }
 

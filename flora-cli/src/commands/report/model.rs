@@ -5,7 +5,7 @@ use flora_plan::batch::{AdapterSlots, BatchShape, Segment};
 use flora_plan::cost::{Kernel, LayerPrices, Place, PricedLayer, Regime, Surface, eq7, work};
 use flora_plan::lowering::PartLowering;
 use flora_tune::measure::EqualSegments;
-use flora_tune::tune::needed_by;
+use flora_tune::tune::{needed_by, timed_batch};
 
 use super::page::{CriticalRank, Format, KernelPoints, Model, Point, Prediction};
 use crate::commands::bench::paper::{Coordinates, Crossing, Curves};
@@ -60,7 +60,7 @@ fn points(kernel: Kernel, surface: &Surface, format: LayerFormat) -> Vec<Point> 
             adapters: knows_adapters.then_some(adapters.into()),
             extent: extent.into(),
             seconds_per_mac: surface.seconds_per_mac[at],
-            macs_per_byte: intensity(kernel, layer, adapters, rows, rank),
+            macs_per_byte: intensity(kernel, layer, timed_batch(kernel, surface, place)),
             spread: surface.spread[at],
         }
     };
@@ -73,15 +73,16 @@ const MOST_ROWS: u64 = 1 << 22;
 const LARGEST_EXTENT: u32 = 1 << 16;
 
 /// The MACs of a kernel for each byte that it moves, in the batch that tuning ran; NaN where none would run such a batch.
-fn intensity(kernel: Kernel, layer: PricedLayer, adapters: u32, rows: u32, rank: u32) -> f64 {
+fn intensity(kernel: Kernel, layer: PricedLayer, timed: EqualSegments) -> f64 {
+    let EqualSegments { adapters, rows, rank, .. } = timed;
     let within = |one: u32, other: u32, most: u64| u64::from(one) * u64::from(other) <= most;
     if !within(adapters, rank, MOST_VECTORS) || !within(adapters, rows, MOST_ROWS) || layer.shape.d > LARGEST_EXTENT {
         return f64::NAN;
     }
-    let (part, plan) = needed_by(kernel);
+    let (_, plan) = needed_by(kernel);
     let (segments, slots) = match kernel {
         Kernel::Matmul => (vec![Segment { rows, adapter: 0 }], vec![AdapterSlots::base()]),
-        _ => EqualSegments { part, adapters, rows, rank }.batch(),
+        _ => timed.batch(),
     };
     let work = work(&plan, layer, &BatchShape::of(&segments, &slots), false, false);
     let own = work.terms.iter().find(|term| term.kernel == kernel);
@@ -187,15 +188,17 @@ mod tests {
 
     #[test]
     fn batches_that_nobody_runs_are_not_made() {
+        let part = flora_plan::lowering::Part::Multiplicative;
         let layer = |extent| PricedLayer { shape: LayerShape { d: extent, k: extent }, format: LayerFormat::default() };
         for (extent, [adapters, rows, rank]) in
             [(64, [u32::MAX, 1, 1]), (64, [2, u32::MAX, 1]), (64, [1 << 10, 1, 1 << 11]), (u32::MAX, [1, 1, 1])]
         {
-            assert!(intensity(Kernel::Bmm, layer(extent), adapters, rows, rank).is_nan());
+            assert!(intensity(Kernel::Bmm, layer(extent), EqualSegments { part, adapters, rows, rank }).is_nan());
         }
         // Rows by W0 alone: 64² MACs a row, and 64² numbers of W0 with 2·64 of each row, all of 4 bytes.
         let (macs, bytes) = (8.0 * 4096.0, 4.0 * (4096.0 + 8.0 * 128.0));
-        assert_eq!(intensity(Kernel::Matmul, layer(64), 1, 8, 1), macs / bytes);
+        let timed = EqualSegments { part, adapters: 1, rows: 8, rank: 1 };
+        assert_eq!(intensity(Kernel::Matmul, layer(64), timed), macs / bytes);
     }
 
     #[test]
