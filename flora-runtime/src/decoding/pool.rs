@@ -68,8 +68,8 @@ pub struct KeyValueCache {
 }
 
 impl KeyValuePool {
-    /// A pool without blocks, whose buffer grows as they are asked for: twofold, but to no more than `tokens` tokens take unless more
-    /// are wanted.
+    /// A pool without blocks, whose buffer grows as they are asked for: twofold up to what `tokens` tokens take, and by an
+    /// eighth from there on.
     ///
     /// # Errors
     /// Tokens that don't fit the device's largest buffer.
@@ -133,8 +133,12 @@ impl KeyValuePool {
         if wanted <= blocks.count {
             return Ok(());
         }
-        let doubled = (2 * blocks.count).max(FIRST_BLOCKS);
-        let count = wanted.max(doubled.min(self.expected));
+        let larger = match blocks.count < self.expected {
+            true => (2 * blocks.count).max(FIRST_BLOCKS).min(self.expected),
+            // Blocks that are copied or aren't full: few.
+            false => blocks.count + blocks.count / 8,
+        };
+        let count = wanted.max(larger);
         let numbers = self.numbers(count)?;
         let smaller = blocks.buffer.take().map_or_else(|| self.device.upload_as(&[], self.element), Ok)?;
         match self.device.resized(&smaller, numbers) {
