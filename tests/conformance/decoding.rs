@@ -124,7 +124,7 @@ fn what_does_not_fit_is_refused() {
     assert!(operations.attend(&Attention { heads, ..attention }, segments).is_err(), "a cache for other heads");
     assert!(operations.attend(&Attention { heads, window: Some(0), ..attention }, segments).is_err());
     assert_eq!(cache.tokens(), 0);
-    assert!(KeyValuePool::new(device(), heads, Element::F32, usize::MAX / 4096).is_err(), "more than any device has");
+    assert!(KeyValuePool::new(device(), heads, Element::F32, usize::MAX).is_err(), "more than any device has");
 }
 
 /// A model's attention, and numbers for it.

@@ -108,10 +108,11 @@ impl KeyValuePool {
 
     /// Numbers of so many blocks.
     fn numbers(&self, blocks: usize) -> Result<usize, DeviceError> {
-        let numbers = (blocks * BLOCK_TOKENS) as u64 * (2 * self.heads.keys * self.heads.size) as u64;
+        let of_block = (BLOCK_TOKENS * 2 * self.heads.keys * self.heads.size) as u64;
+        let numbers = (blocks as u64).saturating_mul(of_block);
         let indexed = INDEX_LIMIT * self.element.bytes();
         let limit = self.device.info().largest_buffer_bytes.map_or(indexed, |limit| limit.min(indexed));
-        let bytes = numbers * self.element.bytes();
+        let bytes = numbers.saturating_mul(self.element.bytes());
         if bytes > limit {
             let tokens = limit / Self::bytes_per_token(self.heads, self.element).max(1);
             let device = self.device.info().id.clone();
