@@ -379,6 +379,7 @@ mod tests {
     use flora_plan::schedule::can_hold;
     use proptest::prelude::*;
 
+    use super::recorder::Offline;
     use super::*;
 
     /// The one adapter of a kind with this width.
