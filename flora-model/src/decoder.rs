@@ -412,6 +412,10 @@ impl<O: Serving> Decoder for ServedModel<O> {
     fn step(&mut self, segments: &[StepSegment<'_>]) -> Result<Vec<f32>, ServeError> {
         let mut sequences = self.take_sequences(segments)?;
         let logits = O::run(|| self.run(segments, &mut sequences))?;
+        if logits.is_empty() {
+            // Nothing was read, so that nobody knows yet whether the kernels ran: others may be given these keys and values.
+            self.device.synchronize()?;
+        }
         for (segment, mut sequence) in segments.iter().zip(sequences) {
             sequence.length += segment.tokens.len();
             self.sequences.insert(segment.sequence, sequence);

@@ -33,14 +33,14 @@ impl<O: Serving> BlockSharing for ServedModel<O> {
 
     fn resume(&mut self, sequence: SequenceId, blocks: &[BlockId], tokens: u32) {
         let length = tokens as usize;
+        // Where one isn't known, there is no sequence, and its first step says that its tokens aren't there.
+        let Some(known) = blocks.iter().map(|block| self.shared.get(block)).collect::<Option<Vec<_>>>() else { return };
         let layer = |at: usize| {
-            let known = blocks.iter().filter_map(|block| self.shared.get(block));
-            let blocks: Vec<O::Block> = known.filter_map(|layers| layers.get(at)).flatten().cloned().collect();
+            let blocks: Vec<O::Block> = known.iter().filter_map(|layers| layers.get(at)).flatten().cloned().collect();
             self.parts.operations.beginning(at, &blocks, length)
         };
         // Those of the base model too, where they are kept beside an adapter's.
-        let caches = blocks.first().and_then(|block| self.shared.get(block)).map_or(self.parts.blocks.len(), Vec::len);
-        // Where one can't be had, the sequence's first step says that its tokens aren't there.
+        let caches = known.first().map_or(self.parts.blocks.len(), |layers| layers.len());
         if let Ok(layers) = (0..caches).map(layer).collect() {
             self.sequences.insert(sequence, Sequence { length, layers });
         }

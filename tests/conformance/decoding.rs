@@ -9,7 +9,7 @@ use flora::prelude::*;
 use flora_plan::schedule::Kept;
 use flora_runtime::Buffer;
 use flora_runtime::decoding::{
-    Attention, AttentionSegment, BLOCK_TOKENS, Columns, DecoderOperations, Heads, KeyValueCache, KeyValuePool,
+    Attention, AttentionSegment, BLOCK_TOKENS, Columns, DecoderOperations, Heads, KeyValueCache, KeyValuePool, Norm,
 };
 
 use super::case::{Numbers, device};
@@ -124,6 +124,18 @@ fn what_does_not_fit_is_refused() {
     assert!(operations.attend(&Attention { heads, ..attention }, segments).is_err(), "a cache for other heads");
     assert!(operations.attend(&Attention { heads, window: Some(0), ..attention }, segments).is_err());
     assert_eq!(cache.tokens(), 0);
+    let other = Arc::new(KeyValuePool::new(device(), heads, Element::F32, 64).expect("a small pool"));
+    let own = Arc::new(KeyValuePool::new(device(), heads, Element::F32, 64).expect("a small pool"));
+    let row = upload(&[1.0; 8], Element::F32);
+    let columns = Columns { matrix: &row, width: 8, first: 0 };
+    let attention = Attention { heads, queries: columns, keys: columns, values: columns, ..attention };
+    let mut cache = KeyValueCache::new(&other);
+    operations.attend(&attention, &mut [AttentionSegment { rows: 0..1, cache: &mut cache }]).expect("one token");
+    let mut foreign = KeyValueCache::beginning(&own, &cache.blocks(0..1), 1);
+    let segments = &mut [AttentionSegment { rows: 0..1, cache: &mut foreign }];
+    assert!(operations.attend(&attention, segments).is_err(), "blocks of another pool");
+    let halves = Norm { gamma: upload(&[1.0; 4], Element::F32), beta: Some(buffer.clone()), epsilon: 0.0 };
+    assert!(operations.normalise(&halves, &buffer).is_err(), "a beta of another length");
     assert!(KeyValuePool::new(device(), heads, Element::F32, usize::MAX).is_err(), "more than any device has");
 }
 
@@ -380,6 +392,26 @@ fn sequences_beside_one_another_change_no_bit_of_attention() {
                 assert!(bits(found) == bits(&right[first..first + found.len()]), "{}", layer.element);
             }
         }
+    }
+}
+
+/// What a row doesn't see may be anything: neither what follows it nor what its window hides.
+#[test]
+fn values_that_are_not_seen_change_no_bit() {
+    let Some((operations, elements)) = operations() else { return };
+    let mut numbers = Numbers::new(43);
+    for (layer, tokens) in layers(&elements) {
+        let (tokens, row) = (tokens.min(70), layer.heads.queries * layer.heads.size);
+        let mut sequence = layer.sequence(&mut numbers, tokens);
+        let right = bits(&layer.alone(operations, &sequence, &[tokens]));
+        let width = layer.heads.keys * layer.heads.size;
+        let poisoned = 40;
+        sequence.values[poisoned * width..(poisoned + 1) * width].fill(f32::INFINITY);
+        let found = bits(&layer.alone(operations, &sequence, &[tokens]));
+        let after = layer.window.map_or(tokens, |window| (poisoned + window).min(tokens));
+        assert!(found[..poisoned * row] == right[..poisoned * row], "{}, before", layer.element);
+        assert!(found[after * row..] == right[after * row..], "{}, behind the window", layer.element);
+        assert!(found[poisoned * row..after * row] != right[poisoned * row..after * row]);
     }
 }
 

@@ -3,7 +3,7 @@
 //! A cube has a *tile* of queries of one sequence and one key-value head: those of neighbouring rows and of all query heads that share
 //! it, so that a key is loaded once for all of them. It goes through the keys in blocks of the pool; the blocks of [`SPLIT`] positions
 //! make a *split*, over which softmax is made on the fly in rising order of positions. Splits are then folded into one another in
-//! rising order: by the cube that has made all of them, or by [`merge_splits`], where each had a cube of its own. Both are the same
+//! rising order: by the cube that has made all of them, or by [`super::merge_splits`], where each had a cube of its own. Both are the same
 //! operations, and a key that a row doesn't see is an exact nothing. So a row's bits depend on its sequence up to itself alone: not on
 //! its tile, on how a prompt is cut, or on whether it was a prompt's at all.
 //!
@@ -13,7 +13,7 @@
 use cubecl::prelude::*;
 use flora_runtime::decoding::BLOCK_TOKENS;
 
-use super::tables::{attention_item, merged_query};
+use super::tables::attention_item;
 
 /// Keys of a block.
 const KEYS: u32 = BLOCK_TOKENS as u32;
@@ -26,7 +26,7 @@ const PARTS: u32 = 4;
 /// Numbers between lines of a staged tile, so that neighbouring lines lie in other banks.
 const PAD: u32 = 16;
 /// The score of a key that a query doesn't see. No sum of products that a model makes is as small.
-const HIDDEN: f32 = -3.0e38;
+pub(crate) const HIDDEN: f32 = -3.0e38;
 
 /// The comptime key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -312,7 +312,8 @@ pub(crate) fn attend<E: Float, N: Size>(
                     if comptime!(blueprint.folds) {
                         y[(line + own_column) as usize] = Vector::cast_from(folded[at] / Vector::new(sum));
                     } else if splits == 1 {
-                        y[(line + own_column) as usize] = Vector::cast_from(sums[at] / Vector::new(sum));
+                        let only = fold(Vector::<f32, N>::new(0.0), 0.0f32, sums[at], 1.0f32);
+                        y[(line + own_column) as usize] = Vector::cast_from(only / Vector::new(sum));
                     } else {
                         partial[(part * comptime!(blueprint.size / lanes) + own_column) as usize] = sums[at];
                         if column == 0 {
@@ -328,7 +329,7 @@ pub(crate) fn attend<E: Float, N: Size>(
 
 /// The largest score and the sum of two runs of keys, and by what the sums of either are multiplied.
 #[cube]
-fn fold_sums(all_largest: f32, all_sum: f32, largest: f32, sum: f32) -> (f32, f32, f32, f32) {
+pub(crate) fn fold_sums(all_largest: f32, all_sum: f32, largest: f32, sum: f32) -> (f32, f32, f32, f32) {
     let next = max(all_largest, largest);
     let before = f32::exp(all_largest - next);
     let now = f32::exp(largest - next);
@@ -337,7 +338,7 @@ fn fold_sums(all_largest: f32, all_sum: f32, largest: f32, sum: f32) -> (f32, f3
 
 /// The weighted values of two runs of keys.
 #[cube]
-fn fold<N: Size>(all: Vector<f32, N>, before: f32, sums: Vector<f32, N>, now: f32) -> Vector<f32, N> {
+pub(crate) fn fold<N: Size>(all: Vector<f32, N>, before: f32, sums: Vector<f32, N>, now: f32) -> Vector<f32, N> {
     fma(sums, Vector::new(now), all * Vector::new(before))
 }
 
@@ -567,50 +568,12 @@ fn add_values<E: Float, N: Size>(
                 for own in 0..sum_queries {
                     let at = comptime!(((chunk * passes + pass) * sum_queries + own) as usize);
                     let weight = weights[((first + own) * comptime!(KEYS + PARTS) + key) as usize];
-                    sums[at] = fma(Vector::new(weight), value, sums[at]);
+                    // A value that isn't seen may be anything, and times 0 it would be NaN where it is no number.
+                    if weight != 0.0f32 {
+                        sums[at] = fma(Vector::new(weight), value, sums[at]);
+                    }
                 }
             }
         }
-    }
-}
-
-/// Folds the splits of queries that had a cube for each, one unit a vector of a query's output. Tables: from word `queries` on which,
-/// `query_count` of them; the rest as [`attend`].
-#[cube(launch_unchecked)]
-pub(crate) fn merge_splits<E: Float, N: Size>(
-    partial: &Array<Vector<f32, N>>,
-    softmax: &Array<f32>,
-    tables: &Array<u32>,
-    y: &mut Array<Vector<E, N>>,
-    queries: u32,
-    query_count: u32,
-    key_heads: u32,
-    group: u32,
-    size: u32,
-    #[define(E)] _element: StorageType,
-) {
-    let lanes = N::value();
-    let line = size / comptime!(lanes as u32);
-    let at = ABSOLUTE_POS as u32;
-    if at < query_count * key_heads * line {
-        let column = at % line;
-        let head = at / line % key_heads;
-        let query = queries + at / line / key_heads * merged_query::WORDS;
-        let first = merged_query::partial(tables, query);
-        let mut all_largest = HIDDEN.runtime();
-        let mut all_sum = 0.0f32.runtime();
-        let mut all = Vector::<f32, N>::new(0.0);
-        for split in 0..merged_query::splits(tables, query) {
-            let part = (first + split) * key_heads + head;
-            let (next, next_sum, before, now) =
-                fold_sums(all_largest, all_sum, softmax[(2 * part) as usize], softmax[(2 * part + 1) as usize]);
-            all = fold(all, before, partial[(part * line + column) as usize], now);
-            all_largest = next;
-            all_sum = next_sum;
-        }
-        let row = merged_query::row(tables, query);
-        let own_head = head * group + merged_query::head(tables, query);
-        let output = (row * (group * key_heads) + own_head) * line + column;
-        y[output as usize] = Vector::cast_from(all / Vector::new(all_sum));
     }
 }

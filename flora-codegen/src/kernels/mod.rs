@@ -11,6 +11,7 @@ pub(crate) mod gradients;
 mod item;
 pub(crate) mod key_values;
 pub(crate) mod materialise;
+pub(crate) mod merge_splits;
 mod multiply;
 mod multiply_registers;
 pub(crate) mod norm;

@@ -3,15 +3,15 @@
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use flora_plan::layer::Element;
-use flora_plan::schedule::Kept;
 use flora_runtime::decoding::{AttentionOperands, BLOCK_TOKENS, Norm};
 
 use super::LaunchError;
 use super::prepare::{AXIS_LIMIT, ELEMENTWISE_UNITS, size, within};
 use super::run::{Uploaded, allocate, array, elementwise, linear, uploaded_once};
 use crate::kernels::NormBlueprint;
-use crate::kernels::attention::{AttentionLayoutLaunch, UNITS, attend as attend_kernel, merge_splits};
+use crate::kernels::attention::{AttentionLayoutLaunch, UNITS, attend as attend_kernel};
 use crate::kernels::key_values::{KeyValueRowsLaunch, append, copy_blocks};
+use crate::kernels::merge_splits::merge_splits;
 use crate::kernels::norm::{multiply as multiply_kernel, normalise as normalise_kernel};
 use crate::kernels::rows::gather_rows;
 use crate::routine::{AttentionLaunch, Hardware, attention, storage};
@@ -172,10 +172,11 @@ pub unsafe fn attend<R: Runtime>(
     let launch = attention(hardware, operands)?;
     let parts = [launch.partial as usize, heads.keys, heads.size];
     let partial = size(hardware, "attention's splits", &parts, Element::F32)?;
+    let softmax = size(hardware, "attention's sums", &[launch.partial as usize, heads.keys, 2], Element::F32)?;
     size(hardware, "attention's tables", &[launch.words.as_slice().len()], Element::F32)?;
+    within("key-value heads", heads.keys, AXIS_LIMIT)?;
     for tiles in &launch.tiles {
-        within("attention", tiles.count as usize, hardware.cubes.min(i32::MAX as u32))?;
-        within("key-value heads", heads.keys, AXIS_LIMIT)?;
+        within("attention", tiles.count as usize, hardware.cubes)?;
     }
     let y = allocate(client, y);
     if operands.rows == 0 {
@@ -185,9 +186,9 @@ pub unsafe fn attend<R: Runtime>(
         client,
         operands,
         handles,
-        tables: tables(client, operands.kept, &launch),
+        tables: uploaded_once(client, operands.kept, launch.words.as_slice()),
         partial: allocate(client, partial),
-        softmax: client.empty(8 * (launch.partial as usize * heads.keys).max(1)),
+        softmax: allocate(client, softmax),
         nothing: client.empty(16),
         y,
         launch,
@@ -196,10 +197,6 @@ pub unsafe fn attend<R: Runtime>(
     step.attend();
     step.merge();
     Ok(step.y)
-}
-
-fn tables<R: Runtime>(client: &ComputeClient<R>, kept: &Kept, launch: &AttentionLaunch) -> Uploaded {
-    uploaded_once(client, kept, launch.words.as_slice())
 }
 
 /// The launches of one step, whose tables and buffers are there.

@@ -11,9 +11,9 @@ use crate::kernels::tables::{AttentionItem, MergedQuery, Words};
 const NARROW: u32 = 8;
 /// Queries of a tile of one that has more than two of those.
 const WIDE: u32 = 32;
-/// Rows of a sequence up to which there is a cube for each split: a prompt's rows keep a device busy with one for each tile, and splits
-/// of as many queries would take more memory than keys.
-const FEW_ROWS: usize = 4;
+/// Queries of a key-value head up to which there is a cube for each split: more keep a device busy with one for each tile, and splits
+/// of as many would take more memory than keys.
+const FEW_QUERIES: usize = 4 * WIDE as usize;
 
 /// Kinds of tiles.
 #[derive(Clone, Copy)]
@@ -28,7 +28,7 @@ impl Kinds {
     fn of(&self, rows: usize, group: usize) -> AttentionBlueprint {
         if rows * group <= 2 * NARROW as usize {
             self.narrow
-        } else if rows <= FEW_ROWS {
+        } else if rows * group <= FEW_QUERIES {
             self.wide
         } else {
             self.folding
@@ -91,10 +91,21 @@ pub(crate) fn attention(
     let mut words = Words::default();
     words.append(&operands.copies);
     let slots = words.append(&operands.segments.iter().flat_map(slots_of).collect::<Vec<u32>>());
-    let mut cut = Cut { group: heads.queries / heads.keys, window: operands.window, ..Cut::default() };
-    for segment in &operands.segments {
-        let blocks = words.append(&segment.blocks);
-        cut.segment(segment, blocks, kinds.of(segment.rows.len(), cut.group));
+    let group = heads.queries.checked_div(heads.keys).filter(|group| *group > 0).ok_or(too_large)?;
+    let blocks: Vec<u32> = operands.segments.iter().map(|segment| words.append(&segment.blocks)).collect();
+    let cut_into = |kind: &dyn Fn(usize) -> AttentionBlueprint| {
+        let mut cut = Cut { group, window: operands.window, ..Cut::default() };
+        for (segment, blocks) in operands.segments.iter().zip(&blocks) {
+            cut.segment(segment, *blocks, kind(segment.rows.len()));
+        }
+        cut
+    };
+    let mut cut = cut_into(&|rows| kinds.of(rows, group));
+    let bytes = 4 * u64::from(cut.partial) * (heads.keys * heads.size.max(2)) as u64;
+    let cubes = cut.tiles.iter().map(|(_, items)| items.len()).max().unwrap_or(0);
+    if bytes > hardware.largest_buffer || cubes > hardware.cubes as usize {
+        // Cubes that have all splits keep none, and are fewer.
+        cut = cut_into(&|_| kinds.folding);
     }
     let Cut { tiles, merged, partial, .. } = cut;
     let tile =

@@ -106,7 +106,8 @@ fn launches<R: Runtime>(client: &ComputeClient<R>, step: &DecoderStep<'_>) -> Re
 
     // SAFETY: as above.
     let product = unsafe { multiply(client, &hardware, [&normed, &x], rows * width, element) }?;
-    let last: Vec<u32> = operands.segments.iter().map(|segment| segment.rows.end as u32 - 1).collect();
+    let last = operands.segments.iter().filter_map(|segment| segment.rows.clone().last());
+    let last: Vec<u32> = last.map(|row| row as u32).collect();
     // SAFETY: as above.
     let selected = unsafe { select(client, &hardware, &product, width, &last, element) }?;
     // A read waits for the recorder's thread.

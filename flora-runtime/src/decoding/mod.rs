@@ -51,7 +51,10 @@ pub struct Columns<'a, T = Buffer> {
 
 /// Cosines and sines of a step's rows, `[rows, 2, pairs]` in f32: pair i of a head is (i, i + pairs).
 #[derive(Clone, Debug)]
-pub struct Rotary(Buffer);
+pub struct Rotary {
+    rows: Buffer,
+    pairs: usize,
+}
 
 /// What attention reads, apart from keys and values of earlier steps.
 #[derive(Clone, Copy, Debug)]
@@ -191,10 +194,13 @@ impl DecoderOperations<'_> {
     /// Another width, buffers of another device.
     pub fn normalise(&self, norm: &Norm, x: &Buffer) -> Result<Buffer, DeviceError> {
         let Norm { gamma, beta, epsilon } = norm;
-        for buffer in [Some(x), Some(gamma), beta.as_ref()].into_iter().flatten() {
-            self.device.check_owner(&buffer.owner)?;
-        }
+        self.check(x, x.element(), "rows")?;
+        self.check(gamma, Element::F32, "a norm's gamma")?;
         let width = gamma.len();
+        if let Some(beta) = beta {
+            self.check(beta, Element::F32, "a norm's beta")?;
+            length("a norm's beta", beta.len(), width)?;
+        }
         let rows = x.len().checked_div(width).unwrap_or(0);
         length("rows that are normalised", x.len(), rows * width)?;
         let norm = Norm { gamma: &gamma.storage, beta: beta.as_ref().map(|beta| &beta.storage), epsilon: *epsilon };
@@ -238,7 +244,7 @@ impl DecoderOperations<'_> {
         length("sines", sines.len(), cosines.len())?;
         let rows = cosines.chunks(pairs.max(1)).zip(sines.chunks(pairs.max(1)));
         let both: Vec<f32> = rows.flat_map(|(cosines, sines)| cosines.iter().chain(sines)).copied().collect();
-        Ok(Rotary(self.device.upload(&both)?))
+        Ok(Rotary { rows: self.device.upload(&both)?, pairs })
     }
 
     /// Appends keys and values to the segments' caches, all of which are of one pool, and gives what every row attends to,
@@ -268,12 +274,14 @@ impl DecoderOperations<'_> {
         [queries, keys, values].into_iter().try_for_each(storages)?;
 
         let mut copies = Vec::new();
-        let mut laid_out = Vec::with_capacity(segments.len());
-        for AttentionSegment { rows, cache } in segments.iter_mut() {
-            let first_position = cache.tokens();
-            let blocks = cache.reserve(rows.len(), &mut copies)?;
-            laid_out.push(SegmentOperands { rows: rows.clone(), first_position, blocks });
-        }
+        let reserve = |segment: &AttentionSegment<'_>| segment.cache.reserve(segment.rows.len(), &mut copies);
+        let reserved = segments.iter().map(reserve).collect::<Result<Vec<_>, _>>()?;
+        let laid_out =
+            segments.iter().zip(&reserved).map(|(AttentionSegment { rows, cache }, blocks)| SegmentOperands {
+                rows: rows.clone(),
+                first_position: cache.tokens(),
+                blocks: blocks.iter().map(KeyValueBlock::index).collect(),
+            });
         let (buffer, pool_blocks) = pool.buffer()?;
         let operands = AttentionOperands {
             heads,
@@ -282,18 +290,18 @@ impl DecoderOperations<'_> {
             queries: queries.storage(),
             keys: keys.storage(),
             values: values.storage(),
-            rotary: rotary.map(|rotary| &rotary.0.storage),
+            rotary: rotary.map(|rotary| &rotary.rows.storage),
             // A window of more tokens than there are positions hides none.
             window: window.map(|window| u32::try_from(window).unwrap_or(u32::MAX)),
             pool: &buffer.storage,
             pool_blocks,
             copies,
-            segments: laid_out,
+            segments: laid_out.collect(),
             kept,
         };
         let y = self.kernels.attend(&operands)?;
-        for AttentionSegment { rows, cache } in segments {
-            cache.append(rows.len());
+        for (AttentionSegment { rows, cache }, blocks) in segments.iter_mut().zip(reserved) {
+            cache.append(rows.len(), blocks);
         }
         Ok(self.device.buffer(y, rows * heads.queries * heads.size, element))
     }
@@ -322,10 +330,11 @@ impl DecoderOperations<'_> {
                 return Err(OperandError::WrongSize { what, expected, found }.into());
             }
         }
-        if let Some(Rotary(buffer)) = rotary {
-            self.device.check_owner(&buffer.owner)?;
+        if let Some(Rotary { rows: turned, pairs }) = rotary {
+            self.device.check_owner(&turned.owner)?;
             // Halves of a head are turned against one another.
-            length("cosines and sines of heads", buffer.len(), rows * size.next_multiple_of(2))?;
+            length("twice the pairs of a head", 2 * pairs, size)?;
+            length("cosines and sines of rows", turned.len(), rows * size)?;
         }
         Ok(rows)
     }

@@ -12,6 +12,7 @@ use super::Heads;
 use crate::buffer::Buffer;
 use crate::device::{Device, DeviceError};
 use crate::info::DeviceInfo;
+use crate::operands::OperandError;
 
 /// Tokens of a block. Fixed, because a row's bits depend on it.
 pub const BLOCK_TOKENS: usize = 32;
@@ -51,6 +52,13 @@ pub struct KeyValueBlock(Arc<Held>);
 struct Held {
     pool: Arc<KeyValuePool>,
     index: u32,
+}
+
+impl KeyValueBlock {
+    /// Which of the pool's it is.
+    pub(super) fn index(&self) -> u32 {
+        self.0.index
+    }
 }
 
 impl Drop for Held {
@@ -106,15 +114,26 @@ impl KeyValuePool {
         self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Bytes that the buffer may have.
+    fn limit(&self) -> u64 {
+        let indexed = INDEX_LIMIT * self.element.bytes();
+        self.device.info().largest_buffer_bytes.map_or(indexed, |limit| limit.min(indexed))
+    }
+
+    /// Blocks in so many bytes.
+    fn most_blocks(&self, bytes: u64) -> usize {
+        let block = BLOCK_TOKENS as u64 * Self::bytes_per_token(self.heads, self.element);
+        usize::try_from(bytes / block.max(1)).unwrap_or(usize::MAX)
+    }
+
     /// Numbers of so many blocks.
     fn numbers(&self, blocks: usize) -> Result<usize, DeviceError> {
         let of_block = (BLOCK_TOKENS * 2 * self.heads.keys * self.heads.size) as u64;
         let numbers = (blocks as u64).saturating_mul(of_block);
-        let indexed = INDEX_LIMIT * self.element.bytes();
-        let limit = self.device.info().largest_buffer_bytes.map_or(indexed, |limit| limit.min(indexed));
+        let limit = self.limit();
         let bytes = numbers.saturating_mul(self.element.bytes());
         if bytes > limit {
-            let tokens = limit / Self::bytes_per_token(self.heads, self.element).max(1);
+            let tokens = (self.most_blocks(limit) * BLOCK_TOKENS) as u64;
             let device = self.device.info().id.clone();
             return Err(DeviceError::CacheTooLarge { bytes, limit, tokens, device });
         }
@@ -139,10 +158,12 @@ impl KeyValuePool {
             // Blocks that are copied or aren't full: few.
             false => blocks.count + blocks.count / 8,
         };
-        let count = wanted.max(larger);
+        let count = wanted.max(larger.min(self.most_blocks(self.limit())));
         let numbers = self.numbers(count)?;
         let smaller = blocks.buffer.take().map_or_else(|| self.device.upload_as(&[], self.element), Ok)?;
-        match self.device.resized(&smaller, numbers) {
+        // A device that has no room for it may say so only when it is waited for; the blocks that there are stay then.
+        let grown = self.device.resized(&smaller, numbers);
+        match grown.and_then(|larger| self.device.synchronize().map(|()| larger)) {
             Ok(larger) => blocks.buffer = Some(larger),
             Err(error) => {
                 blocks.buffer = Some(smaller);
@@ -203,26 +224,30 @@ impl KeyValueCache {
         &self.pool
     }
 
-    /// Room for so many tokens more, in blocks that it alone has; where a block that others have too has to be copied for that, says so
-    /// in `copies`. The numbers of all its blocks.
-    pub(super) fn reserve(&mut self, tokens: usize, copies: &mut Vec<[u32; 2]>) -> Result<Vec<u32>, DeviceError> {
-        // What a step that failed had reserved.
-        self.blocks.truncate(self.tokens.div_ceil(BLOCK_TOKENS));
+    /// The blocks that it has with so many tokens more, the last ones its own. Where a block that others have too has to be copied for
+    /// that, says so in `copies`.
+    pub(super) fn reserve(&self, tokens: usize, copies: &mut Vec<[u32; 2]>) -> Result<Vec<KeyValueBlock>, DeviceError> {
+        if self.blocks.iter().any(|block| !Arc::ptr_eq(&block.0.pool, &self.pool)) {
+            return Err(OperandError::ForeignCache.into());
+        }
+        let mut blocks = self.blocks.clone();
         let goes_on_within = tokens > 0 && !self.tokens.is_multiple_of(BLOCK_TOKENS);
-        let last = self.blocks.last_mut().filter(|last| goes_on_within && Arc::strong_count(&last.0) > 1);
+        // The cache has it, and so has the copy of its list.
+        let last = blocks.last_mut().filter(|last| goes_on_within && Arc::strong_count(&last.0) > 2);
         if let Some(last) = last {
             let own = self.pool.take()?;
             copies.push([last.0.index, own.0.index]);
             *last = own;
         }
-        while self.blocks.len() * BLOCK_TOKENS < self.tokens + tokens {
-            self.blocks.push(self.pool.take()?);
+        while blocks.len() * BLOCK_TOKENS < self.tokens + tokens {
+            blocks.push(self.pool.take()?);
         }
-        Ok(self.blocks.iter().map(|block| block.0.index).collect())
+        Ok(blocks)
     }
 
-    /// Has so many tokens more, for which there is room.
-    pub(super) fn append(&mut self, tokens: usize) {
+    /// Has so many tokens more, in the blocks that were reserved for them.
+    pub(super) fn append(&mut self, tokens: usize, blocks: Vec<KeyValueBlock>) {
         self.tokens += tokens;
+        self.blocks = blocks;
     }
 }
