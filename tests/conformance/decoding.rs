@@ -405,7 +405,7 @@ fn values_that_are_not_seen_change_no_bit() {
         let mut sequence = layer.sequence(&mut numbers, tokens);
         let right = bits(&layer.alone(operations, &sequence, &[tokens]));
         let width = layer.heads.keys * layer.heads.size;
-        let poisoned = 40;
+        let poisoned = 20;
         sequence.values[poisoned * width..(poisoned + 1) * width].fill(f32::INFINITY);
         let found = bits(&layer.alone(operations, &sequence, &[tokens]));
         let after = layer.window.map_or(tokens, |window| (poisoned + window).min(tokens));

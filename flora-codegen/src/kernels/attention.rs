@@ -31,7 +31,7 @@ pub(crate) const HIDDEN: f32 = -3.0e38;
 /// The comptime key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AttentionBlueprint {
-    /// Queries of a tile: a power of two, at most [`UNITS`] / [`PARTS`].
+    /// Queries of a tile: a power of two, from 4 to 32.
     pub queries: u32,
     /// Numbers of a head.
     pub size: u32,
