@@ -58,7 +58,7 @@ fn main() {
     }
     println!(
         "{}\nrows   nn::Linear     adapted    resident   adapted/nn   resident/nn",
-        flora_devices::host().info().name
+        target.flora.info().name
     );
     for rows in [1usize, 4, 32, 256] {
         let batch = StepBatch::new((0..rows).map(|_| (0, 1)));

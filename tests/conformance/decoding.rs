@@ -259,7 +259,7 @@ impl Layer {
                 cosines.extend(angles.0);
                 sines.extend(angles.1);
             }
-            own.push(AttentionSegment { rows: rows..rows + *tokens, cache: &mut **cache });
+            own.push(AttentionSegment { rows: rows..rows + *tokens, cache });
             rows += *tokens;
         }
         let rotary = operations.rotary(&cosines, &sines, size / 2).expect("equal lengths");

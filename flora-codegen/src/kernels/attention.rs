@@ -157,6 +157,7 @@ pub(crate) fn attend<E: Float, N: Size>(
         folded[at] = Vector::new(0.0);
     }
     // Of the query whose softmax the unit shares.
+    let part_of_query = UNIT_POS_X % PARTS;
     let mut all_largest = HIDDEN.runtime();
     let mut all_sum = 0.0f32.runtime();
     let mut largest = HIDDEN.runtime();
@@ -214,7 +215,7 @@ pub(crate) fn attend<E: Float, N: Size>(
                     weights[(line + key) as usize] = weight;
                 }
                 largest = next;
-                if UNIT_POS_X % PARTS == 0 {
+                if part_of_query == 0 {
                     corrections[query as usize] = correction;
                 }
             }
@@ -248,7 +249,7 @@ pub(crate) fn attend<E: Float, N: Size>(
                 let (next, next_sum, before, now) = fold_sums(all_largest, all_sum, largest, sum);
                 all_largest = next;
                 all_sum = next_sum;
-                if UNIT_POS_X % PARTS == 0 {
+                if part_of_query == 0 {
                     corrections[(2 * query) as usize] = before;
                     corrections[(2 * query + 1) as usize] = now;
                 }
@@ -275,15 +276,13 @@ pub(crate) fn attend<E: Float, N: Size>(
 
     // Sums and the largest score where all units find them.
     let query = UNIT_POS_X / PARTS;
-    if query < comptime!(blueprint.queries) {
-        if UNIT_POS_X % PARTS == 0 {
-            if comptime!(blueprint.folds) {
-                corrections[(2 * query) as usize] = all_largest;
-                corrections[(2 * query + 1) as usize] = all_sum;
-            } else {
-                corrections[(2 * query) as usize] = largest;
-                corrections[(2 * query + 1) as usize] = sum;
-            }
+    if query < comptime!(blueprint.queries) && part_of_query == 0 {
+        if comptime!(blueprint.folds) {
+            corrections[(2 * query) as usize] = all_largest;
+            corrections[(2 * query + 1) as usize] = all_sum;
+        } else {
+            corrections[(2 * query) as usize] = largest;
+            corrections[(2 * query + 1) as usize] = sum;
         }
     }
     sync_cube();
@@ -562,7 +561,8 @@ fn add_values<E: Float, N: Size>(
                 sums[at] = sums[at] * Vector::new(corrections[(first + own) as usize]);
             }
             // All of a block: see `AttentionLayout::vectors`.
-            for key in 0..CUBE_DIM / comptime!(UNITS / KEYS) {
+            let keys = CUBE_DIM / comptime!(UNITS / KEYS);
+            for key in 0..keys {
                 let value = Vector::<f32, N>::cast_from(staged[(key * pitch + column) as usize]);
                 #[unroll]
                 for own in 0..sum_queries {
