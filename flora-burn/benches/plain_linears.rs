@@ -56,10 +56,7 @@ fn main() {
             resident.push(adapted(&target, shape, &values, 32));
         }
     }
-    println!(
-        "{}\nrows   nn::Linear     adapted    resident   adapted/nn   resident/nn",
-        target.flora.info().name
-    );
+    println!("{}\nrows   nn::Linear     adapted    resident   adapted/nn   resident/nn", target.flora.info().name);
     for rows in [1usize, 4, 32, 256] {
         let batch = StepBatch::new((0..rows).map(|_| (0, 1)));
         let inputs = |d: usize| Tensor::<Host, 2>::random([rows, d], Distribution::Default, &target.burn);
